@@ -23,7 +23,8 @@ from typing import Any
 from host.cluster.access import inbox_of
 from host.cluster.entries import Event, Plugin
 from host.cluster.nats import Access, NatsLog, make_stream
-from host.cluster.node import Node, Settings
+from host.cluster.node import Node
+from host.cluster.parts import Settings
 from host.database.store import Store
 from tests.cluster.hosts import Following
 from tests.support.nats_servers import Server, nats_servers

@@ -94,6 +94,8 @@ def show(root: str | None, name: str, as_json: bool) -> None:
             click.echo(f"{key + ':':18}{safe(found[key])}")
         if key == "state" and (waits := _waits_for_socket(found)):
             click.echo(f"{'start:':18}{waits}")
+    if found.get("cluster"):
+        click.echo(f"{'cluster:':18}{safe(_in_cluster(found['cluster']))}")
     if found.get("last"):
         last = found["last"]
         detail = f", {safe(last['detail'])}" if last["detail"] else ""
@@ -113,6 +115,20 @@ def show(root: str | None, name: str, as_json: bool) -> None:
     _show_troubles(root, found)
     for line in found["stderr"]:
         click.echo(f"stderr: {safe(line)}")
+
+
+def _in_cluster(plugin: Mapping[str, Any]) -> str:
+    """Who has a plugin in the cluster, or why nobody has."""
+    if plugin["problem"]:
+        return str(plugin["problem"])
+    if plugin["placement"] == "all":
+        return "on every host"
+    several = len(plugin["shards"]) > 1
+    held = [
+        (f"shard {shard['shard']} " if several else "") + f"held by {shard['host'] or 'nobody'}"
+        for shard in plugin["shards"]
+    ]
+    return ", ".join(held)
 
 
 def _show_troubles(root: str | None, found: Mapping[str, Any]) -> None:
@@ -298,11 +314,12 @@ def approve(root: str | None, name: str, yes: bool, verbose: bool, as_json: bool
 @plugin.command(epilog="\b\nExamples:\n  isolator plugin remove slack\n  isolator plugin remove --yes slack indexer")
 @NAMES
 @yes("Do not ask; needed where nobody can be asked.")
+@click.option("--cluster", is_flag=True, help="Have the cluster forget them, also where no living host has them.")
 @here
-def remove(root: str | None, names: tuple[str, ...], yes: bool, as_json: bool) -> int:
+def remove(root: str | None, names: tuple[str, ...], yes: bool, cluster: bool, as_json: bool) -> int:
     """Stop plugins and forget them: files, user, config, queue, and what they have stored."""
     with Client(root) as client:
-        for name in names:
+        for name in names if not cluster else ():
             client.call("plugin.show", name=name)
         if not yes:
             if not sys.stdin.isatty():
@@ -310,7 +327,8 @@ def remove(root: str | None, names: tuple[str, ...], yes: bool, as_json: bool) -
             click.confirm(f"Remove {', '.join(names)} and delete everything stored there?", abort=True)
 
         def one(name: str) -> dict[str, Any]:
-            answer = client.call("plugin.remove", name=name)
+            more = {"cluster": True} if cluster else {}
+            answer = client.call("plugin.remove", name=name, **more)
             if not as_json:
                 click.echo(f"removed {name}")
             return answer

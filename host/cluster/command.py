@@ -174,7 +174,8 @@ def place(
     """Say where a plugin of the cluster runs; what is left out stays.
 
     A plugin that was added on a host of the cluster runs on one at a time. Labels are
-    those of [cluster] in host.toml. --all, --one and --shards take --anew.
+    those of [cluster] in host.toml. --all, --one and --shards take --anew, which alone
+    gives up what waits and leaves the rest as it is.
     """
     placement = None if everywhere is None else "all" if everywhere else "one"
     wanted = list(labels) if labels or no_labels else None

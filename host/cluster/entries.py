@@ -10,6 +10,7 @@ readers pass over what they cannot read.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
@@ -22,6 +23,10 @@ FORMAT: Final = 1
 MAX_MESSAGE: Final = 256 << 10
 """Bytes of a message."""
 MAX_ENTRIES: Final = 4096
+MAX_LOST: Final = 256
+"""Ranges of events that one entry calls lost."""
+MAX_SCHEMA: Final = 64 << 10
+"""Characters of the schema of an event type."""
 _RANDOM_BITS = 20
 MAX_NUMBER: Final = (1 << 53) - 1
 """The largest whole number that every JSON reader keeps exactly."""
@@ -66,6 +71,24 @@ class EventRef(NamedTuple):
     number: Whole
 
 
+class Range(NamedTuple):
+    """Numbers of a sender's events, both ends included; ``last`` is ``MAX_NUMBER`` where nobody knows it."""
+
+    host: Name
+    series: Whole
+    first: Whole
+    last: Whole
+
+    def has(self, ref: EventRef) -> bool:
+        """Whether an event is among them."""
+        return (ref.host, ref.series) == (self.host, self.series) and self.first <= ref.number <= self.last
+
+    def __str__(self) -> str:
+        if self.first == self.last:
+            return f"{self.host} {self.first}"
+        return f"{self.host} {self.first} to {self.last if self.last < MAX_NUMBER else 'its last'}"
+
+
 class Opened(NamedTuple):
     """A delivery that is not final, with the attempts that were sent and those that ended in a crash."""
 
@@ -107,7 +130,8 @@ class Position:
 class Beat:
     """A host's sign of life. ``place`` and ``digest`` say how far its fold is, and what it came to there.
 
-    ``ready`` names the plugins that it could hold: it has the cluster's version of them, and they are enabled.
+    ``ready`` names the plugins that it could hold: it has the cluster's version of them, and they are enabled;
+    ``lacking`` those that it does not take, because it does not have the events that wait for them.
     """
 
     labels: tuple[Name, ...] = ()
@@ -116,6 +140,7 @@ class Beat:
     place: Whole = 0
     digest: Name = ""
     ready: tuple[Name, ...] = ()
+    lacking: tuple[Name, ...] = ()
     positions: tuple[Position, ...] = ()
     kind: Literal["beat"] = "beat"
 
@@ -175,6 +200,17 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True, config=_CHECKED)
+class Lost:
+    """Events behind which a holder goes on although the plugin never got them: nobody whom it can ask has them."""
+
+    plugin: Name
+    shard: Whole
+    epoch: Whole
+    events: Annotated[tuple[Range, ...], Field(max_length=MAX_LOST)]
+    kind: Literal["lost"] = "lost"
+
+
+@dataclass(frozen=True, slots=True, config=_CHECKED)
 class Plugin:
     """A plugin of the cluster. The first one after a removal begins another incarnation."""
 
@@ -184,16 +220,33 @@ class Plugin:
     shards: Annotated[int, Field(ge=1, le=64)] = 1
     labels: tuple[Name, ...] = ()
     removed: bool = False
+    hooks: tuple[Name, ...] = ()
+    """The events that this version wants: no host can change their types as if nobody minded."""
     kind: Literal["plugin"] = "plugin"
 
 
 @dataclass(frozen=True, slots=True, config=_CHECKED)
 class EventType:
-    """A registered type of event, by its schema's text."""
+    """A registered type of event, by its schema's text, or the wish to forget it.
+
+    It counts if the type is still the one that it was compared with (``replaces``, its digest; empty: there was none),
+    and, with ``unread``, if no plugin of the cluster wants such events.
+    """
 
     name: Name
-    schema: str
+    schema: Annotated[str, StringConstraints(max_length=MAX_SCHEMA)]
+    order_by: Name | None = None
+    version: Annotated[int, Field(ge=0, le=1_000_000)] = 1
+    by: Name = ""
+    replaces: Name = ""
+    unread: bool = False
+    removed: bool = False
     kind: Literal["type"] = "type"
+
+    @property
+    def digest(self) -> str:
+        """What tells this type from another of its name."""
+        return hashlib.sha256(f"{self.version}\n{self.order_by or ''}\n{self.schema}".encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True, config=_CHECKED)
@@ -205,7 +258,7 @@ class VoidLeases:
 
 
 OfEvents: TypeAlias = Event | Replay
-OfDecisions: TypeAlias = Beat | Claim | Release | KeyValue | Ended | Plugin | EventType | VoidLeases
+OfDecisions: TypeAlias = Beat | Claim | Release | KeyValue | Ended | Lost | Plugin | EventType | VoidLeases
 Entry: TypeAlias = OfEvents | OfDecisions
 
 

@@ -18,6 +18,7 @@ from typing import Annotated, Protocol, TypeVar
 from pydantic import BeforeValidator, PlainSerializer
 
 from host.cluster.entries import (
+    MAX_LOST,
     NO_BEAT,
     NOTHING,
     Beat,
@@ -28,15 +29,19 @@ from host.cluster.entries import (
     EventRef,
     EventType,
     KeyValue,
+    Lost,
     Message,
     Number,
     Plugin,
     Position,
+    Range,
     Release,
     Replay,
     VoidLeases,
 )
 
+MAX_TYPES = 1000
+"""Event types of a cluster."""
 MAX_RETIRED = 16
 """Earlier outboxes of a host that the fold remembers."""
 
@@ -124,7 +129,9 @@ class State:
     leases: ByShard[Lease] = field(default_factory=dict)
     freed: ByShard[Freed] = field(default_factory=dict)
     positions: ByShard[Position] = field(default_factory=dict)
-    types: dict[str, str] = field(default_factory=dict)
+    lost: ByShard[tuple[Range, ...]] = field(default_factory=dict)
+    """The newest events of a shard, at most ``MAX_LOST`` ranges, that its position is behind and that it never got."""
+    types: dict[str, EventType] = field(default_factory=dict)
 
     def member(self, host: str) -> Member:
         """The host's part of the state; one that has never written has the first numbers."""
@@ -205,23 +212,26 @@ class _Folding:
                 self._member.beat = replace(entry, positions=())
             case Claim():
                 return self._claim(entry)
-            case Release() | KeyValue() | Ended():
+            case Release() | KeyValue() | Ended() | Lost():
                 if void := self._not_held(entry):
                     return void
                 if isinstance(entry, Release):
                     self._free((entry.plugin, entry.shard), drained=True)
                 elif isinstance(entry, KeyValue):
                     self._store.put(entry.plugin, entry.key, entry.value)
+                elif isinstance(entry, Lost):
+                    shard = (entry.plugin, entry.shard)
+                    state.lost[shard] = tuple(dict.fromkeys((*state.lost.get(shard, ()), *entry.events)))[-MAX_LOST:]
             case Plugin():
                 return self._describe(entry)
             case EventType():
-                state.types[entry.name] = entry.schema
+                return self._register(entry)
             case VoidLeases():
                 for shard in [*state.leases]:
                     self._free(shard, drained=False)
         return ""
 
-    def _not_held(self, entry: Position | Release | KeyValue | Ended) -> str:
+    def _not_held(self, entry: Position | Release | KeyValue | Ended | Lost) -> str:
         lease = self._state.leases.get((entry.plugin, entry.shard))
         if lease is None or lease.holder != self._host:
             return "not its holder"
@@ -251,12 +261,30 @@ class _Folding:
             for number in range(known.plugin.shards):
                 self._free((plugin.name, number), drained=False)
                 self._state.positions.pop((plugin.name, number), None)
+                self._state.lost.pop((plugin.name, number), None)
             del self._state.plugins[plugin.name]
             self._store.forget(plugin.name)
             return ""
         if known is not None and (known.plugin.shards, known.plugin.placement) != (plugin.shards, plugin.placement):
             return "shards and placement change only with a removal"
         self._state.plugins[plugin.name] = Incarnation(plugin, known.began if known else self._state.place)
+        return ""
+
+    def _register(self, entry: EventType) -> str:
+        types = self._state.types
+        known = types.get(entry.name)
+        if entry.replaces != (known.digest if known is not None else ""):
+            return "it has changed since" if known is not None else "it is gone"
+        if entry.unread:
+            for one in self._state.plugins.values():
+                if entry.name in one.plugin.hooks:
+                    return f"{one.plugin.name} subscribes to it"
+        if entry.removed:
+            types.pop(entry.name, None)
+        elif known is None and len(types) >= MAX_TYPES:
+            return f"there are {MAX_TYPES} event types"
+        else:
+            types[entry.name] = entry
         return ""
 
     def _free(self, shard: Shard, *, drained: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from host.cluster.entries import Position
-from host.cluster.fold import Applied, Shard
+from host.cluster.fold import Applied, Shard, State
 
 
 class Fences(Protocol):
@@ -45,6 +45,15 @@ class Follower(Protocol):
         Every shard was lost before.
         """
 
+    def adopted(self, db: sqlite3.Connection, before: State) -> None:
+        """Go on from a copy of the fold at a later place, which has taken the place of ``before``. As ``applied``.
+
+        What stands between is not in the log any more: this host has never read it.
+        """
+
+    def left(self, db: sqlite3.Connection) -> None:
+        """Keep as this host's own what it has from the cluster and needs without it: it leaves, ``again`` follows."""
+
     def held(self, shard: Shard, epoch: int, position: Position) -> None:
         """Begin with a shard: the own claim was read back, or, after a start, the lease from before it still stands.
 
@@ -71,3 +80,6 @@ class Follower(Protocol):
 
     def ready(self) -> Sequence[str]:
         """Names of the plugins that this host could hold: it has the cluster's version, and they are enabled."""
+
+    def lacking(self) -> Sequence[str]:
+        """Names of those that it could hold if it had the events that wait for them."""

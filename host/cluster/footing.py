@@ -136,7 +136,7 @@ class Footing:
         async def write(restore: Callable[[sqlite3.Connection], None]) -> None:
             def replace(db: sqlite3.Connection) -> None:
                 restore(db)
-                self._follower.again(db)
+                self._follower.adopted(db, self.state)
 
             await self.write(replace)
 

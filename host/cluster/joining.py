@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from host.cluster.access import inbox_of
 from host.cluster.follower import Fences, Follower
-from host.cluster.node import Node, Settings
+from host.cluster.node import Node
+from host.cluster.parts import Settings
 from host.cluster.problems import Kind
 from host.database.store import Store
 from isolator import __version__

@@ -90,10 +90,13 @@ class Watch:
         """Whether nothing new has come of a host for ``SILENCE``."""
         return now - self._heard.get(host, (None, self._began))[1] >= SILENCE
 
+    def alive(self, state: State, now: float) -> list[str]:
+        """The hosts that are not silent, this one among them."""
+        return [host for host in state.members if host == self._host or not self.is_silent(host, now)]
+
     def claimable(self, state: State, now: float) -> list[Shard]:
         """The shards that this host should claim: it is their place, and nobody may act on them any more."""
-        alive = [host for host in state.members if host == self._host or not self.is_silent(host, now)]
-        found = []
+        alive, found = self.alive(state, now), []
         for name, known in state.plugins.items():
             if known.plugin.placement != "one":
                 continue

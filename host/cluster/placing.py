@@ -24,17 +24,19 @@ async def place(
     labels: Sequence[str] | None = None,
     anew: bool = False,
     here: str | None = None,
+    hooks: Sequence[str] = (),
 ) -> Plugin:
     """Change where a plugin runs; None leaves a setting as it is. Returns the plugin as the log has it then.
 
-    ``here`` is the digest of the plugin that this host has, which the cluster gets if it does not know the plugin.
+    ``here`` is the digest of the plugin that this host has, and ``hooks`` what it wants: the cluster gets it if it does
+    not know the plugin.
     Another ``placement``, or number of ``shards``, takes ``anew``: the plugin begins anew, and what waits for it is
-    dropped. Raises UsageError, and UnavailableError if the log does not take it.
+    dropped; so it does with ``anew`` alone. Raises UsageError, and UnavailableError if the log does not take it.
     """
     known = node.state.plugins.get(name)
     if known is None and here is None:
         raise UsageError(f"plugin {name}", "is none of the cluster", "isolator plugin add it on a host of the cluster")
-    before = known.plugin if known is not None else Plugin(name, here or "")
+    before = known.plugin if known is not None else Plugin(name, here or "", hooks=tuple(hooks))
     try:
         found = before.labels if labels is None else tuple(sorted({parse_label(label) for label in labels}))
     except ValueError as error:
@@ -45,7 +47,9 @@ async def place(
         raise UsageError(
             f"plugin {name}", "has no shards where every host has its own copy", "leave --shards out, or 1"
         )
-    begins = known is not None and (wanted.placement, wanted.shards) != (before.placement, before.shards)
+    changes = (wanted.placement, wanted.shards) != (before.placement, before.shards)
+    alone = anew and placement is None and shards is None and labels is None
+    begins = known is not None and (changes or alone)
     if begins and not anew:
         why = "placement and shards change only as it begins anew, without the events that wait for it"
         raise UsageError(f"plugin {name}", why, "--anew, if nothing waits or that is meant")

@@ -13,10 +13,14 @@ LASTS: Final = 3.0
 
 Kind = Literal[
     "unreachable", "unwritable", "refused", "full", "settings", "another_log", "trimmed", "log_lost", "twin",
-    "diverged", "newer_version", "left", "failed", "outbox_full", "unreadable",
+    "diverged", "newer_version", "left", "failed", "outbox_full", "unreadable", "unheld",
+    "events_lost",
 ]  # fmt: skip
 FINAL: frozenset[Kind] = frozenset({"twin", "diverged", "newer_version", "left", "failed"})
 """Those after which this host takes no part until its daemon is started again."""
+
+
+_EACH: frozenset[Kind] = frozenset({"unheld", "events_lost"})
 
 
 class StoppedError(Exception):
@@ -28,7 +32,10 @@ class StoppedError(Exception):
 
 
 class Problems:
-    """The present problems. ``notice(kind, line)`` is called for each new one, with None when one has ended."""
+    """The present problems. ``notice(kind, line)`` is called for each new one, with None when one has ended.
+
+    One of ``_EACH`` is several in one line: it is called again when they are others.
+    """
 
     def __init__(self, notice: Callable[[Kind, str | None], None]) -> None:
         self._notice = notice
@@ -36,9 +43,9 @@ class Problems:
 
     def begin(self, kind: Kind, line: str) -> None:
         """Have a problem, with its newest line."""
-        known = kind in self.lines
+        known = self.lines.get(kind)
         self.lines[kind] = line
-        if not known:
+        if known is None or (kind in _EACH and known != line):
             self._notice(kind, line)
 
     def end(self, *kinds: Kind) -> None:

@@ -6,6 +6,7 @@ whole: whoever takes it folds all that the log still has. A false one is noticed
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import sqlite3
@@ -40,6 +41,17 @@ class Snapshots:
     def __init__(self, host: str, database: Database, folder: Path) -> None:
         self._host, self._database, self._folder = host, database, folder
         self._made_at = 0.0
+        self._making: asyncio.Task[None] | None = None
+
+    def look(self, facts: Facts, place: int, time: float) -> None:
+        """Have a copy made beside everything else, if one is due."""
+        if self._making is None or self._making.done():
+            self._making = asyncio.create_task(self.keep_up(facts, place, time), name="copy of the fold")
+
+    async def close(self) -> None:
+        """Return when no copy is being made."""
+        if self._making is not None:
+            await asyncio.gather(self._making, return_exceptions=True)
 
     def _known(self) -> list[tuple[int, Path]]:
         with contextlib.suppress(OSError):
@@ -82,7 +94,7 @@ class Snapshots:
             with path.open("rb") as file:
                 file.seek(max(0, offset))
                 return file.read(CHUNK)
-        except (ValueError, TypeError, KeyError, StopIteration, OSError, OverflowError):
+        except (ValueError, TypeError, KeyError, StopIteration, OSError, OverflowError, RecursionError):
             return None
 
 
@@ -118,14 +130,5 @@ async def adopt(
     try:
         found = await fetch(log, facts)
         await write(lambda db: restore(db, found))
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-        zlib.error,
-        sqlite3.Error,
-    ) as error:
+    except _UNUSABLE as error:
         raise LogUnavailableError(f"no copy of the fold can be used: {error}") from None

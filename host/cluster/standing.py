@@ -24,7 +24,7 @@ def standing(node: Node, now: float) -> dict[str, Any]:
         "outbox": {"events": events, "bytes": waiting, "max_bytes": node.settings.outbox},
         "problems": [{"kind": kind, "line": line} for kind, line in node.problems.lines.items()],
         "hosts": [_host(node, name) for name in sorted(state.members)],
-        "plugins": [_plugin(node, name) for name in sorted(state.plugins)],
+        "plugins": [plugin(node, name) for name in sorted(state.plugins)],
     }
 
 
@@ -44,15 +44,17 @@ def _host(node: Node, name: str) -> dict[str, Any]:
     }
 
 
-def _plugin(node: Node, name: str) -> dict[str, Any]:
-    plugin = node.state.plugins[name].plugin
-    shards = range(plugin.shards if plugin.placement == "one" else 0)
+def plugin(node: Node, name: str) -> dict[str, Any]:
+    """One plugin of the cluster; raises KeyError."""
+    known = node.state.plugins[name].plugin
+    shards = range(known.shards if known.placement == "one" else 0)
     leases = [(number, node.state.leases.get((name, number))) for number in shards]
     return {
         "name": name,
-        "digest": plugin.digest,
-        "placement": plugin.placement,
-        "labels": list(plugin.labels),
+        "digest": known.digest,
+        "placement": known.placement,
+        "labels": list(known.labels),
+        "problem": node.unheld.get(name),
         "shards": [
             {"shard": number, "host": lease.holder if lease else None, "epoch": lease.epoch if lease else None}
             for number, lease in leases

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter
 
-from host.cluster.entries import EventRef, Position
+from host.cluster.entries import EventRef, EventType, Position, Range
 from host.cluster.fold import Freed, Incarnation, Lease, Member, State
 from host.database.store import Store as Database
 from isolator.errors import IsolatorError
@@ -49,9 +49,10 @@ _OF_PARTS: dict[str, TypeAdapter[Any]] = {
     "leases": TypeAdapter(Lease),
     "freed": TypeAdapter(Freed),
     "positions": TypeAdapter(Position),
-    "types": TypeAdapter(str),
+    "lost": TypeAdapter(tuple[Range, ...]),
+    "types": TypeAdapter(EventType),
 }
-_BY_SHARD = ("leases", "freed", "positions")
+_BY_SHARD = ("leases", "freed", "positions", "lost")
 
 _OF_THE_FOLD: dict[str, tuple[TypeAdapter[Any], int]] = {
     "fold": (TypeAdapter(list[tuple[str, str, str]]), 3),
@@ -202,6 +203,12 @@ def restore(db: sqlite3.Connection, found: dict[str, Any]) -> None:
         (found["place"], found["time"], found["digest"], found["mark"]), strict=True
     )
     db.execute("UPDATE cluster_self SET place=?, time=?, digest=?, mark=?", at)
+
+
+def members_of(db: sqlite3.Connection) -> dict[str, Member]:
+    """The hosts, as the database has them."""
+    rows = db.execute("SELECT key, value FROM cluster_fold WHERE part='members'").fetchall()
+    return {key: _OF_PARTS["members"].validate_json(value) for key, value in rows}
 
 
 def value_of(db: sqlite3.Connection, plugin: str, key: str) -> str | None:

@@ -194,10 +194,20 @@ class Host:
         registrations = RegistrationVerbs(link, catalogue, registry, config, lifecycle, audit)
         endpoints: list[AnyEndpoint] = [
             *EventVerbs(intake, queue, dispatcher, registry, catalogue, debts).endpoints(),
-            *CatalogueVerbs(catalogue, registry, store).endpoints(),
+            *CatalogueVerbs(catalogue, registry, store, member.types if member is not None else None).endpoints(),
             *OperationVerbs(queue, dispatcher, registry, debts, self._jobs).endpoints(),
             *api_verbs.endpoints(),
-            *PluginVerbs(link, registry, config, queue, dispatcher, watches, logs, alarms).endpoints(),
+            *PluginVerbs(
+                link,
+                registry,
+                config,
+                queue,
+                dispatcher,
+                watches,
+                logs,
+                alarms,
+                member.plugin if member is not None else lambda _: None,
+            ).endpoints(),
             *registrations.endpoints(),
             *ConfigVerbs(registry, config, lifecycle, audit).endpoints(),
             *DaemonVerbs(link, registry, queue, audit, store, alarms, dispatcher, paths.audit_log).endpoints(),

@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Protocol
 
 from host.control.endpoints import AnyEndpoint, Caller, Endpoint
 from host.control.platform_types import EventRegister, EventTypeList, EventTypes, EventUnregister, RegisteredEvent
 from host.control.terms import Nothing
 from host.database.store import Store
-from host.events import Catalogue, EventType, from_schema
+from host.events import BUILT_IN, Catalogue, EventType, from_schema
 from host.plugins.registry import Registry
 from host.queue import rows
 from isolator.errors import UsageError
+
+
+class SharedTypes(Protocol):
+    """Event types that several hosts have in common."""
+
+    def readers(self, name: str) -> Sequence[str]:
+        """Plugins of any host that want such events."""
+
+    def waiting(self, name: str) -> int:
+        """Number of its events that a plugin of any host is not through with."""
+
+    async def register(self, made: EventType, schema: str, by: str, *, unread: bool) -> None:
+        """Have all hosts know a type from now on; ``unread``: only if no plugin of any host wants such events by then.
+
+        Raises UsageError if it has changed meanwhile, UnavailableError if the hosts cannot agree now.
+        """
+
+    async def unregister(self, name: str, by: str) -> None:
+        """Have all hosts forget a type; raises as ``register``."""
 
 
 class CatalogueVerbs:
@@ -22,8 +42,10 @@ class CatalogueVerbs:
     what its payloads were, and those that are written for the new type also get the events that wait.
     """
 
-    def __init__(self, catalogue: Catalogue, registry: Registry, store: Store) -> None:
-        self._catalogue, self._registry, self._store = catalogue, registry, store
+    def __init__(
+        self, catalogue: Catalogue, registry: Registry, store: Store, shared: SharedTypes | None = None
+    ) -> None:
+        self._catalogue, self._registry, self._store, self._shared = catalogue, registry, store, shared
 
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""
@@ -45,31 +67,42 @@ class CatalogueVerbs:
         made = from_schema(request.name, request.schema, request.order_by, request.version)
         self._catalogue.check(made)
         before = self._catalogue.get(made.name)
-        if before is not None and not request.breaking:
-            self._refuse_surprises(before, made)
-        row = (made.name, json.dumps(request.schema), made.order_by, made.version, caller.by)
-        self._catalogue.register(made)
-        await self._store.run(lambda db: db.execute("INSERT OR REPLACE INTO event_types VALUES (?,?,?,?,?)", row))
+        surprises = before is not None and not request.breaking and self._refuse_surprises(before, made)
+        schema = json.dumps(request.schema)
+        if self._shared is not None:
+            await self._shared.register(made, schema, caller.by, unread=surprises)
+        else:
+            row = (made.name, schema, made.order_by, made.version, caller.by)
+            self._catalogue.register(made)
+            await self._store.run(lambda db: db.execute("INSERT OR REPLACE INTO event_types VALUES (?,?,?,?,?)", row))
         return {"name": made.name, "version": made.version}
 
-    async def unregister(self, request: EventUnregister, _: Caller) -> Nothing:
+    async def unregister(self, request: EventUnregister, caller: Caller) -> Nothing:
         name = self._catalogue.need(request.name).name
-        readers, waiting = self._registry.subscribed(name), self._waiting(name)
+        readers, waiting = self._readers(name), self._waiting(name)
         if readers:
             remedy = "update or remove them first, or go on serving it"
             raise UsageError(f"event {name}", f"{_named(readers)} to it", remedy)
         if waiting:
             raise UsageError(f"event {name}", f"{waiting} deliveries of it wait", "see 'isolator event list'")
+        if self._shared is not None and self._catalogue.need(name) not in BUILT_IN:
+            await self._shared.unregister(name, caller.by)
+            return {}
         self._catalogue.unregister(name)
         await self._store.run(lambda db: db.execute("DELETE FROM event_types WHERE name=?", (name,)))
         return {}
 
-    def _waiting(self, name: str) -> int:
-        return self._store.read(lambda db: rows.waiting(db, name))
+    def _readers(self, name: str) -> list[str]:
+        elsewhere = self._shared.readers(name) if self._shared is not None else ()
+        return sorted({*self._registry.subscribed(name), *elsewhere})
 
-    def _refuse_surprises(self, before: EventType, made: EventType) -> None:
-        """Raise UsageError if somebody relies on the type as it was, and on what the new one changes."""
-        surprise, readers = before.surprise(made), self._registry.subscribed(made.name)
+    def _waiting(self, name: str) -> int:
+        here = self._store.read(lambda db: rows.waiting(db, name))
+        return max(here, self._shared.waiting(name)) if self._shared is not None else here
+
+    def _refuse_surprises(self, before: EventType, made: EventType) -> bool:
+        """Return whether the new type would surprise somebody; raise UsageError if somebody relies on the old one."""
+        surprise, readers = before.surprise(made), self._readers(made.name)
         remedy = "register it under another name, or with 'breaking' if no plugin minds"
         if surprise and readers:
             raise UsageError(f"event {made.name}", f"{surprise}, and {_named(readers)} to it as it is", remedy)
@@ -78,6 +111,7 @@ class CatalogueVerbs:
         if waiting:
             why = f"{lack} in the {waiting} deliveries that wait, which were accepted before"
             raise UsageError(f"event {made.name}", why, f"wait until they are delivered; {remedy}")
+        return surprise is not None
 
 
 def _named(plugins: Sequence[str]) -> str:

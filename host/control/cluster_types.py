@@ -54,12 +54,16 @@ class ClusterShard(TypedDict):
 
 
 class ClusterPlugin(TypedDict):
-    """A plugin of the cluster; no shards where every host has its own copy."""
+    """A plugin of the cluster; no shards where every host has its own copy.
+
+    ``problem``: why nobody can hold it, and what to do.
+    """
 
     name: str
     digest: str
     placement: str
     labels: list[str]
+    problem: str | None
     shards: list[ClusterShard]
 
 
@@ -96,7 +100,7 @@ class ClusterPlace(Request, verb="cluster.place", role="operator", recorded=True
     """Say where a plugin runs: on one host or on all, on hosts with these labels, its events in so many shards.
 
     ``placement`` is ``one`` or ``all``; what is left out stays. Another placement, or number of shards, takes ``anew``:
-    events that wait for the plugin are dropped.
+    events that wait for the plugin are dropped, as they are with ``anew`` alone.
     """
 
     name: Name

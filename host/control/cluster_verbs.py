@@ -62,6 +62,7 @@ class ClusterVerbs:
         placed = await place(
             node, request.name, placement=placement, shards=request.shards or None, labels=request.labels,
             anew=request.anew, here=plugin.digest if plugin is not None else None,
+            hooks=plugin.wanted if plugin is not None else (),
         )  # fmt: skip
         return {
             "name": placed.name,

@@ -73,7 +73,8 @@ class EventVerbs:
 
     async def wait(self, request: event_types.EventWait, _: Caller) -> event_types.Event:
         event_id = self._queue.resolve(request.id)
-        return self._with_reasons(await self._queue.wait(event_id, timeout=request.timeout))
+        row = await self._queue.wait(event_id, timeout=request.timeout)
+        return self._with_reasons(await self._queue.complete(row))
 
     async def list_newest(self, request: event_types.EventList, _: Caller) -> event_types.Events:
         name = self._catalogue.need(request.event).name if request.event is not None else None
@@ -86,7 +87,7 @@ class EventVerbs:
         return {"events": [_event(row) for row in rows]}
 
     async def show(self, request: event_types.EventShow, _: Caller) -> event_types.Event:
-        return self._with_reasons(self._queue.show(self._queue.resolve(request.id)))
+        return self._with_reasons(await self._queue.complete(self._queue.show(self._queue.resolve(request.id))))
 
     def _with_reasons(self, row: EventRow) -> event_types.Event:
         """The event, each delivery that waits with the reason."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Any, NotRequired, TypedDict
 
+from host.control.cluster_types import ClusterPlugin
 from host.control.parameters import Flag, Object, Request, Texts, Whole
 from host.control.terms import Attempted, Config, Name, Nothing, OptionalText, Pause
 
@@ -98,6 +99,8 @@ class ShownPlugin(ListedPlugin):
     held_by: str | None
     """The event whose retry is next; later ones of its key wait for it."""
     log_bytes_dropped: int
+    cluster: NotRequired[ClusterPlugin]
+    """What the cluster of hosts knows of it, where there is one and it does."""
 
 
 class ListedPlugins(TypedDict):
@@ -257,10 +260,15 @@ class PluginResume(Request, verb="plugin.resume", role="operator", recorded=True
 
 
 class PluginRemove(Request, verb="plugin.remove", role="operator", recorded=True, result=Nothing):
-    """Stop a plugin and forget it with its config and its queue; takes a ticket."""
+    """Stop a plugin and forget it with its config and its queue; takes a ticket.
+
+    With ``cluster`` the cluster forgets it, too, with what waits for it; it need not be on this host. Refused while
+    another living host has it.
+    """
 
     name: Name
     ticket: OptionalText = None
+    cluster: Annotated[bool, Flag()] = False
 
 
 class PluginStart(Request, verb="plugin.start", role="operator", recorded=True, repeatable=True, result=StartedRun):

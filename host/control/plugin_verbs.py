@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from host.control import plugin_types
@@ -19,7 +19,7 @@ from host.plugins.logs import STDERR_TAIL, UNREAD_LOG, Logs, bounded
 from host.plugins.registry import Registry
 from host.plugins.secrets import ConfigStore
 from host.queue.sqlite import SqliteQueue
-from isolator.errors import IsolatorError
+from isolator.errors import IsolatorError, NotFoundError
 
 _SERVING = ("stopped", "starting", "running", "stopping")
 """States in which a plugin gets its events; a stopped one is started by the next."""
@@ -38,9 +38,11 @@ class PluginVerbs:
         watches: Watches,
         logs: Logs,
         alarms: Alarms,
+        in_cluster: Callable[[str], dict[str, Any] | None] = lambda _: None,
     ) -> None:
         self._link, self._registry, self._config, self._queue = link, registry, config, queue
         self._dispatcher, self._watches, self._logs, self._alarms = dispatcher, watches, logs, alarms
+        self._in_cluster = in_cluster
 
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""
@@ -59,10 +61,13 @@ class PluginVerbs:
         return {"plugins": [self._listed(entry) for entry in await self._entries()], "alarms": self._alarms.lines()}
 
     async def show(self, request: plugin_types.PluginShow, _: Caller) -> plugin_types.ShownPlugin:
+        of_cluster = self._in_cluster(request.name)
+        if of_cluster is not None and self._registry.get(request.name) is None:
+            raise NotFoundError(f"plugin {request.name}", _elsewhere(of_cluster), "see 'isolator cluster status'")
         plugin = self._registry.need(request.name)
         entry = next((e for e in await self._entries() if e.get("name") == plugin.name), plugin.raw)
         manifest, log = plugin.manifest, self._logs.of(plugin.name)
-        return {
+        shown: dict[str, Any] = {
             **self._listed(entry),
             "effective": plugin.raw.get("effective"),
             "manifest": plugin.raw.get("manifest"),
@@ -72,6 +77,9 @@ class PluginVerbs:
             "held_by": self._queue.consumer(plugin.name).held_by,
             "log_bytes_dropped": log.dropped,
         }
+        if of_cluster is not None:
+            shown["cluster"] = of_cluster
+        return cast(plugin_types.ShownPlugin, shown)
 
     async def health(self, request: PluginHealth, _: Caller) -> PluginsHealth:
         name = self._registry.need(request.name).name if request.name else None
@@ -157,3 +165,15 @@ def _trouble(listed: plugin_types.ListedPlugin, pinged: Pinged | None) -> str | 
     if listed["paused"] is not None:
         return f"paused by {listed['paused']['by']}"
     return f"its events wait: {listed['holding']}" if listed["holding"] else listed["error"]
+
+
+def _elsewhere(plugin: Mapping[str, Any]) -> str:
+    """Where a plugin of the cluster is that is not on this host."""
+    if plugin["problem"]:
+        return f"is not on this host: {plugin['problem']}"
+    holders = sorted({shard["host"] for shard in plugin["shards"] if shard["host"]})
+    return (
+        f"is not on this host; {', '.join(holders)} {'holds' if len(holders) == 1 else 'hold'} it"
+        if holders
+        else ("is not on this host, and is one of the cluster")
+    )

@@ -262,6 +262,10 @@ class RegistrationVerbs:
         return await self._change(request.name, self._link.disable)
 
     async def remove(self, request: plugin_types.PluginRemove, _: Caller) -> Nothing:
+        if request.cluster:
+            await self._lifecycle.end_in_cluster(request.name)
+            if self._registry.get(request.name) is None:
+                return {}
         name = self._registry.need(request.name).name
         async with self._locks[name]:
             self._registry.need(name)

@@ -20,7 +20,7 @@ from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import ConfigStore
 from host.queue.sqlite import SqliteQueue
 from isolator.audit.client import AuditClient
-from isolator.errors import IsolatorError
+from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.body import Body
 from isolator.ipc.messages import PluginEntry
 
@@ -57,6 +57,12 @@ class Membership(Protocol):
 
     async def removed(self, name: str) -> None:
         """Have the cluster end with a plugin that a command has removed here, if no other host has it."""
+
+    def check_alone(self, name: str) -> None:
+        """Raise UsageError for a plugin that another living host has, too, or that is none of the cluster."""
+
+    async def end(self, name: str) -> None:
+        """Have the cluster end with a plugin, whoever has it."""
 
 
 @dataclass
@@ -105,6 +111,17 @@ class PluginLifecycle:
         if self.member is not None:
             await self.member.removed(name)
         await self.forget(name)
+
+    async def end_in_cluster(self, name: str) -> None:
+        """Have the cluster end with a plugin; of one that this host has, the removal here does it (``removed``).
+
+        Raises UsageError if another living host has it.
+        """
+        if self.member is None:
+            raise UsageError("--cluster", "this host has no [cluster] in host.toml", "leave it out")
+        self.member.check_alone(name)
+        if self.registry.get(name) is None:
+            await self.member.end(name)
 
     async def forget(self, name: str) -> None:
         """Forget a removed plugin wholly; safe to repeat. At once no event is accepted for it any more."""

@@ -12,13 +12,15 @@ import logging
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from pydantic import TypeAdapter
 
+from host.cluster import standing
 from host.cluster.delivery.follower import QueueFollower
 from host.cluster.delivery.queue import ClusterQueue
-from host.cluster.entries import Entry
+from host.cluster.delivery.unread import Loss
+from host.cluster.entries import MAX_NUMBER, Entry
 from host.cluster.entries import Plugin as Described
 from host.cluster.fold import Applied, State
 from host.cluster.joining import join
@@ -28,12 +30,13 @@ from host.cluster.problems import Kind
 from host.database.store import Store
 from host.events import Catalogue
 from host.fence.fences import Fences
+from host.membership.types import ClusterTypes
 from host.membership.values import ClusterKeyValue
 from host.plugins.registry import Plugin, Registry
 from host.queue.interface import Event, Subscriber
 from isolator.audit.client import AuditClient
-from isolator.audit.schema import ClusterProblem
-from isolator.errors import IsolatorError
+from isolator.audit.schema import ClusterProblem, EventLost
+from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.messages import PluginState
 from isolator.ipc.tasks import Tasks
 from isolator.policy.cluster import Cluster
@@ -47,6 +50,7 @@ _DESCRIBED: Final = TypeAdapter(Described)
 _WISHES: Final = (
     "CREATE TABLE IF NOT EXISTS cluster_wishes (plugin TEXT PRIMARY KEY, entry TEXT NOT NULL) WITHOUT ROWID"
 )
+_SHOWN: Final = 5
 AGAIN: Final = 1.0
 """Seconds until the log is asked again for what a command has wished for."""
 
@@ -70,13 +74,19 @@ class Member:
         self._wished, self._tasks = asyncio.Event(), Tasks()
         store.read(lambda db: db.execute(_WISHES))
         self._trouble: list[str] = []
+        self._lost: dict[str, str] = {}
+        """By plugin, what it has lost since this process started."""
         self.node: Node | None = None
-        self.follower = QueueFollower(queue, self._subscriptions, self._ready, self._lost_events, self._described)
+        self.types = ClusterTypes(store, catalogue, lambda: self._state, self._decide)
+        self.follower = QueueFollower(
+            queue, self._subscriptions, self._ready, self._lost_events, self._described, self.types
+        )
         self.values = ClusterKeyValue(store, self.follower, self._decide)
 
     def problems(self) -> Sequence[str]:
         """Problems of this host's part, a line each."""
-        return [*self._trouble, *(self.node.problems.lines.values() if self.node is not None else ())]
+        of_node = self.node.problems.lines.values() if self.node is not None else ()
+        return [*self._trouble, *self.types.lines(), *of_node]
 
     async def start(self) -> None:
         """Begin to follow the log: what the registry does not know by now would be passed over.
@@ -93,12 +103,15 @@ class Member:
         self.node = node
         self.follower.attach(node)
         await node.start()
+        self.types.follow()
+        self.follower.tell()
         for name, known in node.state.plugins.items():
             if known.plugin.placement == "one" and self._fences.of(name).until is None:
                 self._fences.hold(name, 0.0)
         for plugin in self._registry:
             self.follower.serve(plugin.name)
         self._tasks.keep("wishes for the cluster", self._fulfil)
+        self._tasks.run("event types for the cluster", self.types.share())
 
     async def close(self) -> None:
         """End this host's part; its leases run out, or its successor goes on with them."""
@@ -132,20 +145,44 @@ class Member:
         known = self._state.plugins.get(plugin.name)
         if known is not None and known.plugin.digest != plugin.digest:
             one = known.plugin
-            await self._wish(Described(one.name, plugin.digest, one.placement, one.shards, one.labels))
+            await self._wish(
+                Described(one.name, plugin.digest, one.placement, one.shards, one.labels, hooks=plugin.wanted)
+            )
         elif known is None and new:
-            await self._wish(Described(plugin.name, plugin.digest))
+            await self._wish(Described(plugin.name, plugin.digest, hooks=plugin.wanted))
 
     async def removed(self, name: str) -> None:
         """End a plugin in the cluster if no other host has it; a command removed it here. Safe on disk."""
-        state, node = self._state, self.node
-        others = [
-            host for host, member in state.members.items()
-            if node is not None and host != node.host and name in member.beat.ready and not node.is_silent(host)
-        ]  # fmt: skip
-        known = state.plugins.get(name)
-        if known is not None and not others:
+        known = self._state.plugins.get(name)
+        if known is not None and not self._others(name):
             await self._wish(Described(name, known.plugin.digest, removed=True))
+
+    def check_alone(self, name: str) -> None:
+        """Raise UsageError for a plugin that another living host has, too, or that is none of the cluster."""
+        others = self._others(name)
+        if name not in self._state.plugins:
+            raise UsageError(f"plugin {name}", "is none of the cluster", "see 'isolator cluster status'")
+        if others:
+            why = f"{', '.join(others)} {'has' if len(others) == 1 else 'have'} it, too"
+            raise UsageError(f"plugin {name}", why, "remove it there: the cluster forgets it with its last host")
+
+    async def end(self, name: str) -> None:
+        """End a plugin in the cluster, whoever has it. Safe on disk."""
+        await self._wish(Described(name, self._state.plugins[name].plugin.digest, removed=True))
+
+    def _others(self, name: str) -> list[str]:
+        """The other living hosts that have a plugin."""
+        node = self.node
+        return sorted(
+            host for host, member in self._state.members.items()
+            if node is not None and host != node.host and name in member.beat.ready and not node.is_silent(host)
+        )  # fmt: skip
+
+    def plugin(self, name: str) -> dict[str, Any] | None:
+        """The plugin as ``cluster.status`` shows it; None if the cluster does not know it."""
+        if self.node is None or name not in self.node.state.plugins:
+            return None
+        return standing.plugin(self.node, name)
 
     async def _wish(self, entry: Described) -> None:
         """Have an entry written, however long the log does not answer; a later one of the plugin replaces it."""
@@ -185,10 +222,22 @@ class Member:
     def _notice(self, kind: Kind, line: str | None) -> None:
         self._audit.record(ClusterProblem(kind=kind, why=line))
 
-    def _lost_events(self, plugin: str, count: int) -> None:
-        line = f"{count} events for {plugin} are lost: this host does not have them, and they were not handled"
-        _log.error("%s", line)
-        self._trouble.append(line)
+    def _lost_events(self, losses: Sequence[Loss]) -> None:
+        """Record what plugins will never get, and say so until the daemon is started again."""
+        for one in losses:
+            sender, series, first, last = one.range
+            end = last if last < MAX_NUMBER else None
+            record = EventLost(sender=sender, series=series, first=first, last=end, why=one.why)
+            self._audit.record(record, plugin=one.plugin)
+        for plugin in dict.fromkeys(one.plugin for one in losses):
+            mine = [one for one in losses if one.plugin == plugin]
+            more = f" and {len(mine) - _SHOWN} more" if len(mine) > _SHOWN else ""
+            line = f"events for plugin {plugin} are lost ({', '.join(str(one.range) for one in mine[:_SHOWN])}{more}): "
+            line += f"{mine[0].why}; the trail has the numbers (event.lost)"
+            _log.error("%s", line)
+            self._lost[plugin] = line
+        if self.node is not None:
+            self.node.problems.begin("events_lost", "; ".join(self._lost.values()))
 
     def _ready(self) -> Sequence[str]:
         plugins = self._state.plugins

@@ -23,6 +23,7 @@ from isolator.errors import IsolatorError, NotFoundError, nearest
 from isolator.ipc.messages import PluginEntry
 from isolator.policy.filters import passes
 from isolator.policy.model import EffectivePolicy
+from isolator.policy.names import OLDER_HOOKS
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ class Plugin:
         """Digests of the version in use and of the one that waits for approval."""
         waiting = self.raw.get("pending")
         return {self.digest, *([str(waiting["digest"])] if waiting else [])}
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Canonical names of the events that it asks for, whatever it is granted here."""
+        asked = self.manifest.core.hooks if self.manifest is not None else ()
+        return tuple(sorted({*self.hooks, *(OLDER_HOOKS.get(hook, hook) for hook in asked)}))
 
     @property
     def mode(self) -> str:

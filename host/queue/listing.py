@@ -42,6 +42,10 @@ class Listing:
             raise NotFoundError(f"event {event_id}", "is not stored", "see 'isolator event list'")
         return row
 
+    async def complete(self, row: EventRow) -> EventRow:
+        """The event as ``show`` has it, with what only other hosts know of its deliveries, where there are such."""
+        return row
+
     async def list_dead(self, *, plugin: str | None = None, limit: int = 1000) -> list[DeliveryRow]:
         """Deliveries that were given up, newest first."""
         return await self.store.scan(lambda db: rows.dead(db, plugin, limit))

@@ -61,6 +61,12 @@ def event_row(db: sqlite3.Connection, where: str, value: object, *, whole: bool 
     )  # fmt: skip
 
 
+def delivery(db: sqlite3.Connection, event_id: str, plugin: str) -> DeliveryRow | None:
+    """One delivery as listings show it."""
+    row = db.execute(f"{DELIVERY} WHERE e.id=? AND d.plugin=?", (event_id, plugin)).fetchone()
+    return _delivery(row) if row is not None else None
+
+
 def events(
     db: sqlite3.Connection,
     limit: int,

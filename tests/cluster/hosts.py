@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from host.cluster.entries import Event, EventRef, Plugin, Position
-from host.cluster.fold import Applied, Shard
-from host.cluster.node import Node, Settings
+from host.cluster.fold import Applied, Shard, State
+from host.cluster.node import Node
+from host.cluster.parts import Settings
 from host.cluster.problems import Kind
 from host.database.store import Store
 from tests.cluster.log_in_memory import MemoryLog, Servers
@@ -53,6 +54,15 @@ class Following:
         db.execute(_FOLLOWED)
         db.execute("DELETE FROM followed")
         self.events.clear()
+
+    def adopted(self, db: sqlite3.Connection, before: State) -> None:
+        self.again(db)
+
+    def lacking(self) -> Sequence[str]:
+        return ()
+
+    def left(self, db: sqlite3.Connection) -> None:
+        pass
 
     def held(self, shard: Shard, epoch: int, position: Position) -> None:
         self.held_now[shard] = (epoch, position)

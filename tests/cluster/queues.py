@@ -18,13 +18,18 @@ from typing import Any, TypeVar
 from host.cluster.delivery import cursor
 from host.cluster.delivery.follower import QueueFollower
 from host.cluster.delivery.queue import ClusterQueue
+from host.cluster.delivery.unread import Loss
+from host.cluster.entries import Entry, Plugin, Position
 from host.cluster.entries import Event as LogEvent
-from host.cluster.entries import Plugin, Position
 from host.cluster.fold import Applied, Shard
 from host.cluster.log import LogUnavailableError
-from host.cluster.node import Node, Settings
+from host.cluster.node import Node
+from host.cluster.parts import Settings
 from host.cluster.problems import Kind
 from host.database.store import Store
+from host.events import Catalogue
+from host.membership.types import ClusterTypes
+from host.plugins.registry import load_event_types
 from host.queue.interface import Delivery, Event, EventRow, NewEvent, Result, Subscriber
 from tests.cluster.faulty_log import Faults, FaultyLog, StoppableView
 from tests.cluster.log_in_memory import Servers
@@ -134,6 +139,7 @@ class SimHost:
         self.fences = SimFences(self)
         self.plugins: dict[str, Plugin] = {}
         self.problems: dict[Kind, str] = {}
+        self.losses: list[Loss] = []
         self.faults = Faults()
         """Those of this host alone."""
         self._cut_until = self.down_until = 0.0
@@ -155,19 +161,31 @@ class SimHost:
     async def start(self) -> None:
         self.store = Store(self.path)
         self.queue = ClusterQueue(self.store, self.name, on_accepted=lambda *_: None)
-        self.follower = QueueFollower(self.queue, self._subscribers, lambda: [*self.plugins])
+        self.catalogue = Catalogue()
+        for event_type in load_event_types(self.store)[0]:
+            self.catalogue.register(event_type)
+        self.types = ClusterTypes(self.store, self.catalogue, lambda: self.node.state, self._decide)
+        self.follower = QueueFollower(
+            self.queue, self._subscribers, lambda: [*self.plugins], self.losses.extend, types=self.types
+        )
         cluster = self.cluster
         log = self.log = FaultyLog(cluster.servers, self.clock, (cluster.faults, self.faults), cluster.random)
         self._connect()
         self.node = Node(
-            Settings(self.name, outbox=cluster.outbox), log, self.store, _Watched(self), self.fences, clock=self.clock,
+            Settings(self.name, outbox=cluster.outbox, snapshots=self.path.with_suffix(".folds")),
+            log, self.store, _Watched(self), self.fences, clock=self.clock,
             notice=self._notice, random=cluster.random.getrandbits,
         )  # fmt: skip
         self.follower.attach(self.node)
         await self.node.start()
+        self.types.follow()
+        self.follower.tell()
         for plugin in self.plugins:
             self.follower.serve(plugin)
             self._work_for(plugin)
+
+    async def _decide(self, entry: Entry) -> Applied:
+        return await self.node.decide(entry)
 
     def _notice(self, kind: Kind, line: str | None) -> None:
         self.problems[kind] = line or ""
@@ -258,9 +276,9 @@ class SimHost:
             shards = known.shards
             self.cluster.witness.act(act, (plugin, cursor.shard_of_event(delivery.event_id, delivery.key, shards)))
 
-    async def emit(self, key: str | None, **more: object) -> str:
+    async def emit(self, key: str | None, name: str = "deploy.completed", **more: object) -> str:
         """Emit an event; its id, once it is accepted."""
-        event = NewEvent("deploy.completed", json.dumps({"key": key}), **more)  # type: ignore[arg-type]
+        event = NewEvent(name, json.dumps({"key": key}), **more)  # type: ignore[arg-type]
         accepted = await self.queue.accept(event, [Subscriber(name, key) for name in self.plugins])
         return accepted.event.id
 
@@ -331,7 +349,7 @@ class Hosts:
             await host.start()
         await self.during(self.hosts[0].decide(*plugins))
 
-    async def emit(self, host: SimHost, key: str | None, **more: object) -> None:
+    async def emit(self, host: SimHost, key: str | None, **more: Any) -> None:
         """Emit an event; it counts as accepted when its caller is answered."""
         self.accepted.append(await host.emit(key, **more))
 

@@ -17,7 +17,8 @@ from click.testing import CliRunner, Result
 from host.cli.root import cli
 from host.cluster import command
 from host.cluster.joining import connect
-from host.cluster.node import Node, Settings
+from host.cluster.node import Node
+from host.cluster.parts import Settings
 from host.cluster.standing import standing
 from host.control.cluster_types import ClusterHost, ClusterLog, ClusterPlugin, ClusterStanding
 from host.control.verbs import result_keys
@@ -134,7 +135,12 @@ async def test_status_shows_hosts_plugins_problems_and_its_answer_has_the_keys_o
 
 
 async def test_verbs_refuse_where_there_is_no_cluster_and_load_nothing_of_it(daemon: Daemon) -> None:
-    for verb, more in (("cluster.status", {}), ("cluster.leave", {}), ("cluster.place", {"name": "p"})):
+    for verb, more in (
+        ("cluster.status", {}),
+        ("cluster.leave", {}),
+        ("cluster.place", {"name": "p"}),
+        ("plugin.remove", {"name": "p", "cluster": True}),
+    ):
         with pytest.raises(UsageError, match=r"no \[cluster\] in host.toml"):
             await daemon.ask(verb, **more)
 

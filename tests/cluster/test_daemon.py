@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.nats_servers import nats_servers
+from host.cluster.entries import Beat, EventType, Message, Number, Plugin, encode
+from tests.support.nats_servers import Server, nats_servers
+from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
 
 
@@ -55,21 +58,8 @@ def test_daemon_joins_holds_its_plugins_over_a_reload_waits_for_its_log_and_leav
     with _namespace() as network, contextlib.ExitStack() as stack:
         enter = ["nsenter", f"--net=/proc/{os.getpid()}/fd/{network}"]
         d = stack.enter_context(daemon(host_toml="# none yet", network=network, start=False))
-        d.cli("cluster", "users", "--dir", str(tmp_path / "users"), "h1")
-        users = (tmp_path / "users/users.conf").read_text()
-        servers = stack.enter_context(nats_servers(tmp_path / "nats", 1, more=users, first_port=4222, enter=enter))
-        made = subprocess.run(
-            [*enter, "isolator", "--root", d.root, "cluster", "init", "--server", "127.0.0.1:4222", "--no-tls",
-             "--replicas", "1", "--max-bytes", "50000000", "--credentials", tmp_path / "users/admin.secret"],
-            check=True, capture_output=True, text=True,
-        )  # fmt: skip
-        assert "log made" in made.stdout
+        servers = _join(d, stack, enter, tmp_path)
         secret = d.root / "etc/isolator/cluster.secret"
-        secret.write_bytes((tmp_path / "users/h1.secret").read_bytes())
-        secret.chmod(0o600)
-        (d.root / "etc/isolator/host.toml").write_text(
-            f'[cluster]\nname = "h1"\nservers = ["127.0.0.1:4222"]\ntls = false\ncredentials = "{secret}"\n'
-        )
         d.start()
         wait_for(lambda: _status(d)["member"], what="a member")
 
@@ -116,6 +106,84 @@ def test_daemon_joins_holds_its_plugins_over_a_reload_waits_for_its_log_and_leav
         wait_for(lambda: not d.cli("event", "emit", "deploy.completed", event(6), "--wait", code=None).returncode)
         kinds = {record["data"]["kind"] for record in d.records() if record["type"] == "cluster.problem"}
         assert {"unreachable", "refused"} <= kinds
+
+
+_GHOST = """
+import asyncio, sys, nats
+
+async def main():
+    client = await nats.connect("nats://127.0.0.1:4222", user="h2", password=sys.argv[1], inbox_prefix=b"_ISO.h2")
+    await client.request("iso.ctl.h2", bytes.fromhex(sys.argv[2]), timeout=5)
+    await client.close()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.wide
+def test_plugin_whose_hosts_are_gone_is_shown_as_nobodys_and_forgotten_on_command(tmp_path: Path) -> None:
+    with _namespace() as network, contextlib.ExitStack() as stack:
+        enter = ["nsenter", f"--net=/proc/{os.getpid()}/fd/{network}"]
+        d = stack.enter_context(daemon(host_toml="# none yet", network=network, start=False))
+        _join(d, stack, enter, tmp_path)
+        d.start()
+        wait_for(lambda: _status(d)["member"], what="a member")
+        refused = d.cli("plugin", "remove", "--yes", "--cluster", "ghost", code=None)
+        assert refused.returncode and "is none of the cluster" in refused.stderr
+
+        # Another host has brought a plugin, and is never heard of again.
+        schema = '{"type":"object","properties":{"order_id":{"type":"string"}},"required":["order_id"]}'
+        entries = (EventType("shop.order", schema), Plugin("ghost", "sha256:1"), Beat(ready=("ghost",)))
+        body = encode(Message("h2", "ctl", Number(1, 1), entries))
+        password = (tmp_path / "users/h2.secret").read_text().strip().partition(":")[2]
+        subprocess.run([*enter, sys.executable, "-c", _GHOST, password, body.hex()], check=True)
+        wait_for(lambda: any(one["name"] == "ghost" for one in _status(d)["plugins"]), what="the plugin")
+        refused = d.cli("plugin", "remove", "--yes", "--cluster", "ghost", code=None)
+        assert refused.returncode and "h2 has it, too" in refused.stderr
+
+        # Its type is known here, over a reload, and events of it are accepted.
+        for _ in range(2):
+            assert "shop.order" in d.cli("event", "types").stdout
+            d.cli("event", "emit", "shop.order", '{"order_id":"7"}')
+            refused = d.cli("event", "emit", "shop.order", "{}", code=None)
+            assert refused.returncode and "order_id is required" in refused.stderr
+            d.cli("reload")
+        shown = d.cli("plugin", "show", "ghost", code=None)
+        assert shown.returncode and "is not on this host, and is one of the cluster" in shown.stderr
+
+        line = wait_for(lambda: _problem(d, "unheld"), what="nobody's", timeout=seconds(120))
+        assert "(h2 had it, and is silent)" in line and any(
+            line in one for one in d.json("status", code=None)["alarms"]
+        )
+        assert line in d.cli("plugin", "show", "ghost", code=None).stderr
+        d.cli("plugin", "remove", "--yes", "--cluster", "ghost")
+        wait_for(lambda: not _status(d)["plugins"] and not _problem(d, "unheld"), what="forgotten")
+
+        # One that is here says who holds it.
+        d.cli("plugin", "add", str(write_plugin(tmp_path / "echo")), "--yes")
+        wait_for(lambda: _held(d), what="held")
+        assert "held by h1" in d.cli("plugin", "show", "echo").stdout
+        assert d.json("plugin", "show", "echo")["cluster"]["shards"][0]["host"] == "h1"
+
+
+def _join(d: Daemon, stack: contextlib.ExitStack, enter: list[str], tmp_path: Path) -> list[Server]:
+    """Have a daemon, which has not begun, be host h1 of a cluster of its own; the servers."""
+    d.cli("cluster", "users", "--dir", str(tmp_path / "users"), "h1", "h2")
+    users = (tmp_path / "users/users.conf").read_text()
+    servers = stack.enter_context(nats_servers(tmp_path / "nats", 1, more=users, first_port=4222, enter=enter))
+    made = subprocess.run(
+        [*enter, "isolator", "--root", d.root, "cluster", "init", "--server", "127.0.0.1:4222", "--no-tls",
+         "--replicas", "1", "--max-bytes", "50000000", "--credentials", tmp_path / "users/admin.secret"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "log made" in made.stdout
+    secret = d.root / "etc/isolator/cluster.secret"
+    secret.write_bytes((tmp_path / "users/h1.secret").read_bytes())
+    secret.chmod(0o600)
+    (d.root / "etc/isolator/host.toml").write_text(
+        f'[cluster]\nname = "h1"\nservers = ["127.0.0.1:4222"]\ntls = false\ncredentials = "{secret}"\n'
+    )
+    return servers
 
 
 def _seen(d: Daemon) -> list[str]:

@@ -10,6 +10,7 @@ from host.cluster import placing
 from host.cluster.delivery import cursor, follower
 from host.cluster.delivery.queue import ClusterQueue
 from host.cluster.entries import Plugin
+from host.cluster.fold import State
 from host.queue.interface import FINAL
 from isolator.errors import IsolatorError, UsageError
 from tests.cluster.queues import MOST_AT_ONCE, Hosts, Make, SimHost
@@ -375,7 +376,8 @@ async def test_host_that_began_with_a_copied_fold_holds_no_plugin_whose_events_i
     other = _another(hosts, holder)
     assert other.store is not None
     assert "p" in other.follower.ready()
-    await other.store.run(lambda db: (other.follower.again(db), db.execute("DELETE FROM cluster_events")))
+    adopt, before = other.follower.adopted, State()
+    await other.store.run(lambda db: (adopt(db, before), db.execute("DELETE FROM cluster_events")))
     assert "p" not in other.follower.ready()
     hosts.failing = 0.0
     await hosts.until(lambda: hosts.all_handled("p"))

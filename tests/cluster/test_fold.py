@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from host.cluster.entries import (
+    MAX_LOST,
     MAX_MESSAGE,
     Beat,
     Claim,
@@ -20,11 +21,13 @@ from host.cluster.entries import (
     EventRef,
     EventType,
     KeyValue,
+    Lost,
     Message,
     Number,
     Opened,
     Plugin,
     Position,
+    Range,
     Release,
     Replay,
     Stream,
@@ -49,6 +52,7 @@ DECISIONS: list[Entry] = [
     KeyValue("p", 0, 3, "k", "v"),
     KeyValue("p", 0, 3, "k", None),
     Ended("p", 0, 3, REF, "dead", "it failed"),
+    Lost("p", 0, 3, (Range("a", 7, 1, 4),)),
     Release("p", 0, 3),
     EventType("shop.order", "{}"),
     VoidLeases("lost"),
@@ -106,6 +110,19 @@ def test_claim_of_a_shard_that_was_held_meanwhile_is_void() -> None:
     assert log.put("b", log.state.claim(("p", 0))) == [""]
     log.put("c", VoidLeases("the log has lost its tail"))
     assert log.state.leases == {} and log.state.freed == {("p", 0): Freed(4, drained=False)}
+
+
+def test_what_a_holder_calls_lost_is_kept_within_bounds_until_the_plugin_ends() -> None:
+    log, one = Log(), Range("a", 7, 1, 4)
+    log.put("a", DECISIONS[0], Claim("p", 0, "d1"))
+    assert log.put("b", Lost("p", 0, 1, (one,))) == ["not its holder"]
+    assert log.put("a", Lost("p", 0, 2, (one,)), Lost("p", 0, 1, (one,)), Lost("p", 0, 1, (one,)))[1:] == ["", ""]
+    assert log.state.lost == {("p", 0): (one,)}
+    assert one.has(EventRef("a", 7, 4)) and not one.has(EventRef("a", 7, 5)) and not one.has(EventRef("a", 8, 4))
+    log.put("a", *(Lost("p", 0, 1, (Range("b", 1, number, number),)) for number in range(MAX_LOST)))
+    assert len(log.state.lost["p", 0]) == MAX_LOST and one not in log.state.lost["p", 0]
+    log.put("b", Plugin("p", "", removed=True))
+    assert log.state.lost == {}
 
 
 def test_late_work_of_an_earlier_epoch_is_void() -> None:
@@ -182,8 +199,8 @@ def test_repetitions_anywhere_change_nothing(written: list[Any], chance: Any) ->
         for _ in range(chance.randrange(3)):
             assert all(one.void for one in noisy.add(*chance.choice(bodies[: at + 1])))
     # Epochs are places, and the places are others: what depends on one is void in both, or in the noisy log alone.
-    assert [one.ref for one in counted if not isinstance(one.entry, Claim | KeyValue | Ended | Release)] == [
-        one.ref for one in expected if not isinstance(one.entry, Claim | KeyValue | Ended | Release)
+    assert [one.ref for one in counted if not isinstance(one.entry, Claim | KeyValue | Ended | Lost | Release)] == [
+        one.ref for one in expected if not isinstance(one.entry, Claim | KeyValue | Ended | Lost | Release)
     ]
     assert (noisy.state.plugins.keys(), noisy.state.types) == (clean.state.plugins.keys(), clean.state.types)
     assert {host: (one.events, one.decisions) for host, one in noisy.state.members.items()} == {

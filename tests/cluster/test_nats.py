@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import ssl
@@ -19,7 +20,9 @@ from host.cluster.access import inbox_of, permissions
 from host.cluster.entries import Event
 from host.cluster.log import EVENTS, Entered, LogFullError, LogRefusedError, LogUnavailableError
 from host.cluster.nats import Access, NatsLog, addresses, make_stream
-from host.cluster.node import Node, Settings
+from host.cluster.node import Node
+from host.cluster.parts import Settings
+from host.cluster.snapshots import subject_of
 from host.database.store import Store
 from tests.cluster.hosts import Following
 from tests.support.nats_servers import Server, nats_servers
@@ -180,6 +183,37 @@ async def test_user_of_a_host_writes_under_its_own_name_alone_and_reads_no_answe
         reader = NatsLog(mine)
         assert [(await reader.after(0)), await reader.after(1)] == [await reader.after(0), None]
         await reader.close()
+
+
+async def test_host_answers_what_it_is_asked_and_no_other_hears_the_question_or_the_answer(tmp_path: Path) -> None:
+    users = [
+        f'{{ user: "{name}", password: "pw-{name}", permissions: {json.dumps(permissions(name))} }}'
+        for name in ("h1", "h2", "h3")
+    ]
+    with nats_servers(tmp_path, 1, more=f"authorization {{ users: [ {', '.join(users)} ] }}") as servers:
+        logs = {
+            name: NatsLog(_access(servers, user=name, password=f"pw-{name}", inbox=inbox_of(name)))
+            for name in ("h1", "h2", "h3")
+        }
+        for name in ("h1", "h2"):
+            logs[name].answer(subject_of(name), lambda asked, name=name: name.encode() + b" has " + asked)  # type: ignore[misc]
+        for log in logs.values():  # whoever has asked is connected
+            with pytest.raises(LogUnavailableError, match="no other host answers"):
+                await log.ask(subject_of("h9"), b"")
+        assert await logs["h2"].ask(subject_of("h1"), b"a") == b"h1 has a"
+        assert await logs["h3"].ask(subject_of("h2"), b"b") == b"h2 has b"
+        with pytest.raises(LogUnavailableError, match="no other host answers"):
+            await logs["h2"].ask(subject_of("h3"), b"c")
+        logs["h3"].answer(subject_of("h1"), lambda _: b"forged")
+        logs["h3"]._drop(logs["h3"]._client)
+        async with asyncio.timeout(seconds(30)):
+            while "permissions violation" not in logs["h3"]._complaint.lower():
+                with contextlib.suppress(LogUnavailableError):
+                    await logs["h3"].ask(subject_of("h2"), b"d")
+        for _ in range(5):
+            assert await logs["h2"].ask(subject_of("h1"), b"e") == b"h1 has e"
+        for log in logs.values():
+            await log.close()
 
 
 async def test_servers_without_the_stream_are_no_log(tmp_path: Path) -> None:

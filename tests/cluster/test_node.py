@@ -255,7 +255,7 @@ async def test_release_that_never_left_leaves_nobody_without_the_plugin(cluster:
 async def test_leader_that_has_not_taken_up_all_yet_is_no_loss(cluster: Cluster) -> None:
     first = await cluster.settled()
     first.log.lag = 3
-    first.node._examined = -1e9
+    first.node._life.look_soon()
     await cluster.passes(1)
     first.log.lag = 0
     await cluster.passes(15)

@@ -53,6 +53,46 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
+        "host/cluster/fold.py",
+        (
+            "a host takes a plugin whose holder has written since",
+            "        if claim.cited != expected.cited and claim.holder != self._host:\n",
+            "        if False:\n",
+            "cluster/test_fold.py::test_claim_counts_if_its_holder_has_written_nothing_since",
+        ),
+        (
+            "anybody does the work of a plugin that another host holds",
+            "        if lease is None or lease.holder != self._host:\n",
+            "        if lease is None:\n",
+            "cluster/test_fold.py::test_claim_counts_if_its_holder_has_written_nothing_since",
+        ),
+        (
+            "a host changes an event type behind another's back",
+            "        if entry.replaces != (known.digest if known is not None else \"\"):\n",
+            "        if False:\n",
+            "cluster/test_types.py::test_type_counts_if_it_replaces_what_it_was_compared_with_and_nobody_minds",
+        ),
+    ),
+    *_mutations(
+        "host/cluster/delivery/replies.py",
+        (
+            "what a host answers is shown though the log says otherwise",
+            "(row.state not in FINAL or told.state == row.state)",
+            "True",
+            "cluster/test_replies.py::test_answer_changes_no_state_that_the_log_has",
+        ),
+    ),
+    *_mutations(
+        "host/cluster/delivery/places.py",
+        (
+            "events that were trimmed off the log are passed over in silence",
+            "        unread.note(db, before, members_of(db), place)\n",
+            "",
+            "cluster/test_losses.py::test_holder_that_was_away_too_long_says_which_events_its_plugin_has_lost"
+            " cluster/test_losses.py::test_own_copy_of_a_plugin_says_which_events_it_never_got",
+        ),
+    ),
+    *_mutations(
         "isolator/registration/proposals.py",
         (
             "a policy's demand for a certificate is not looked at",

@@ -6,9 +6,11 @@ of its own record.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -292,6 +294,13 @@ def lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, di
         finally:
             shutil.rmtree(place)
         wait_for(lambda: of(d, "cluster.problem"))
+        d.stop()
+        # A host that was away until the log was trimmed, and was stopped before it could tell.
+        path = d.root / "var/lib/isolator/host/host.db"
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as store:
+            store.execute("INSERT INTO cluster_losses VALUES ('echo', 'two', 7, 3, 9, 'it was trimmed')")
+        d.start()
+        wait_for(lambda: of(d, "event.lost"))
         d.stop()
         yield d, events
 

@@ -14,7 +14,7 @@ from typing import Final
 
 from host.cluster.delivery.places import Local, Place, Read, Subscriptions, is_later, shard_of_event
 from host.cluster.delivery.queue import ClusterQueue
-from host.cluster.entries import EventRef, Opened, Position, Replay
+from host.cluster.entries import EventRef, Opened, Position, Range, Replay
 from host.cluster.fold import Shard
 from host.queue.interface import FINAL, Delivery, Result, Subscriber
 
@@ -162,6 +162,13 @@ class Held(Cursor):
         if local is not None and local.state != "moved":
             figures = local
         self._note(read.of, self._queue.fill(to, read.event, figures, self.epoch))
+
+    def pass_over(self, unread: Iterable[Range]) -> None:
+        """Go on behind events that this host has never read, and never will."""
+        for one in unread:
+            ref, last = EventRef(one.host, one.series, one.last), self.read.get(one.host)
+            if last is None or is_later(self._places.state.member(one.host), ref, last):
+                self.read[one.host] = ref
 
     def begin(self) -> None:
         """Read on from the position; what is in the lane and not open by the log is done already."""

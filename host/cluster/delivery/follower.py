@@ -11,13 +11,15 @@ import contextlib
 import logging
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from host.cluster.delivery.cursor import MOST_ENDED, Cursor, Held, Own
 from host.cluster.delivery.places import BEGIN, END, Subscriptions
 from host.cluster.delivery.queue import ClusterQueue
-from host.cluster.entries import Beat, Ended, Event, EventRef, Plugin, Position, Release, Replay
-from host.cluster.fold import Applied, Shard
+from host.cluster.delivery.replies import Replies
+from host.cluster.delivery.unread import GONE, UNREAD, Loss, bounded, lose, losses, ranges, since, told
+from host.cluster.entries import Beat, Ended, Event, EventRef, Lost, Plugin, Position, Range, Release, Replay
+from host.cluster.fold import Applied, Shard, State
 from host.cluster.log import LogUnavailableError
 from host.cluster.node import Node
 from host.queue.interface import Delivery, Result
@@ -33,11 +35,27 @@ _WHY = 1000
 """Characters of the reason why a delivery was given up."""
 
 
+class TypesFollower(Protocol):
+    """Whoever keeps the event types that the log has; see ``Follower`` for the first four."""
+
+    def applied(self, db: sqlite3.Connection, entries: Sequence[Applied]) -> None: ...
+
+    def kept(self, entries: Sequence[Applied]) -> None: ...
+
+    def again(self, db: sqlite3.Connection) -> None: ...
+
+    def left(self, db: sqlite3.Connection) -> None: ...
+
+    def follow(self, *, complete: bool = False) -> None:
+        """Have this host know what the fold has; ``complete``: the log was read, what it does not have is gone."""
+
+
 class QueueFollower:
     """Keeps the cursors and lanes of this host in step with the log.
 
     ``ready`` names the plugins that this host could hold: it has the version that the cluster uses. ``lost_events``
-    gets a plugin and how many of its events nobody has any more, ``described`` what the log says of a plugin anew.
+    gets what its plugins will never get, ``described`` what the log says of a plugin anew.
+    ``types`` follows the log beside it.
     """
 
     def __init__(
@@ -45,23 +63,28 @@ class QueueFollower:
         queue: ClusterQueue,
         subscriptions: Subscriptions,
         ready: Callable[[], Sequence[str]],
-        lost_events: Callable[[str, int], None] = lambda _, __: None,
+        lost_events: Callable[[Sequence[Loss]], None] = lambda _: None,
         described: Callable[[Plugin], None] = lambda _: None,
+        types: TypesFollower | None = None,
     ) -> None:
         self._queue, self._subscriptions, self._ready = queue, subscriptions, ready
-        self._lost_events, self._news = lost_events, described
+        self._lost_events, self._news, self._types = lost_events, described, types
         self._node: Node
         self._held: dict[Shard, Held] = {}
         self._own: dict[str, Own] = {}
         self._acting = False
         self._place = 0
         self._draining: set[Shard] = set()
+        self._lacking: dict[str, list[Range]] = {}
+        """By plugin that this host could hold otherwise, the events that it does not have."""
+        self._state: State | None = None
         self._tasks = Tasks()
 
     def attach(self, node: Node) -> None:
         """Follow a node, before it begins to read."""
         self._node, queue = node, self._queue
         queue.emit, queue.places.fold = node.emit, lambda: node.state
+        queue.replies = Replies(queue.store, node)
         queue.on_final, queue.subscribers = self._on_final, self._subscriptions
         queue.is_of_one, queue.is_cut_off = self._is_of_one, lambda: not self._acting
 
@@ -86,6 +109,8 @@ class QueueFollower:
     def applied(self, db: sqlite3.Connection, place: int, time: float, entries: Sequence[Applied]) -> None:
         """See ``Follower``."""
         self._queue.places.apply(db, place, time, entries)
+        if self._types is not None:
+            self._types.applied(db, entries)
 
     def kept(self, place: int, time: float, entries: Sequence[Applied]) -> None:
         """See ``Follower``."""
@@ -93,6 +118,11 @@ class QueueFollower:
             for own in self._own.values():
                 own.at, own.behind = BEGIN, True
         self._place = place
+        if self._node.state is not self._state:
+            self._state = self._node.state
+            self.tell()
+        if self._types is not None:
+            self._types.kept(entries)
         counted = [one for one in entries if not one.void]
         events = sum(isinstance(one.entry, Event | Replay) for one in counted)
         if events:
@@ -119,6 +149,7 @@ class QueueFollower:
 
     def _described(self, plugin: Plugin) -> None:
         if plugin.removed:
+            self._lose(plugin.name, bounded(self._lacking.pop(plugin.name, [])), UNREAD)
             self.forget(plugin.name)
         elif plugin.placement == "one":
             self._hand_over(plugin.name)
@@ -141,8 +172,14 @@ class QueueFollower:
             places.held_before(shard), self._queue, self._subscriptions, self._gave_up,
         )  # fmt: skip
         places.hold(shard, epoch)
-        if cursor.lost:
-            self._lost_events(shard[0], len(cursor.lost))
+        gone, found = bounded(ranges(cursor.lost)), self._queue.store.read(lambda db: since(db, known))
+        unread = bounded(places.unread(found, position))
+        cursor.pass_over(unread)
+        self._lose(shard[0], gone, GONE)
+        self._lose(shard[0], unread, UNREAD)
+        if gone or unread:
+            entry = Lost(*shard, epoch, (*gone, *unread))
+            self._tasks.run(f"what {shard[0]} has lost", self._decide(cursor, entry))
         cursor.begin()
         self._gate(shard[0])
         self.look()
@@ -158,10 +195,25 @@ class QueueFollower:
     def again(self, db: sqlite3.Connection) -> None:
         """See ``Follower``."""
         self._queue.places.again(db)
+        if self._types is not None:
+            self._types.again(db)
+
+    def adopted(self, db: sqlite3.Connection, before: State) -> None:
+        """See ``Follower``."""
+        self._queue.places.adopted(db, before)
+        if self._types is not None:
+            self._types.again(db)
+
+    def left(self, db: sqlite3.Connection) -> None:
+        """See ``Follower``."""
+        if self._types is not None:
+            self._types.left(db)
 
     def fenced(self, over: bool) -> None:
         """See ``Follower``."""
         self._acting = not over
+        if self._types is not None and not over:
+            self._types.follow(complete=True)
         for plugin in {shard[0] for shard in self._held}:
             self._gate(plugin)
         self._queue.look()
@@ -185,7 +237,27 @@ class QueueFollower:
 
     def ready(self) -> Sequence[str]:
         """See ``Follower``."""
-        return [name for name in self._ready() if not self._is_of_one(name) or self._queue.places.is_whole(name)]
+        ready = [*self._ready()]
+        self._lacking = self._queue.places.lacking(filter(self._is_of_one, ready))
+        return [name for name in ready if name not in self._lacking]
+
+    def lacking(self) -> Sequence[str]:
+        """See ``Follower``."""
+        return [*self._lacking]
+
+    # What is lost
+
+    def _lose(self, plugin: str, lost: Sequence[Range], why: str) -> None:
+        """Keep that a plugin never gets events, and tell it once that is on disk."""
+        if lost:
+            self._queue.store.submit(lambda db: lose(db, plugin, lost, why), lambda _, __: self.tell())
+
+    def tell(self) -> None:
+        """Tell of what is lost and was not told yet, be it from before a restart."""
+        found = self._queue.store.read(losses)
+        if found:
+            self._lost_events(found)
+            self._queue.store.submit(lambda db: told(db, found))
 
     # Cursors
 
@@ -240,7 +312,10 @@ class QueueFollower:
         state = self._node.state
         known = state.plugins.get(plugin)
         began = known.began if known is not None else state.place
-        at = self._queue.places.own(plugin) or (began, END)
+        at = self._queue.places.own(plugin)
+        if at is None:
+            at = (began, END)
+            self._queue.places.begin_own(plugin, at)
         self._own[plugin] = Own(plugin, self._queue, self._subscriptions, at)
         self._own[plugin].catch_up()
 
@@ -289,7 +364,7 @@ class QueueFollower:
         await self.drain(held.shard)
         await self._decide(held, Release(*held.shard, held.epoch))
 
-    async def _decide(self, held: Held, entry: Ended | Release) -> bool:
+    async def _decide(self, held: Held, entry: Ended | Lost | Release) -> bool:
         """Have the log decide something about a shard while it is held; whether it counts."""
         while self._held.get(held.shard) is held:
             try:

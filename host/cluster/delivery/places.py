@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from host.cluster.delivery import cloudevent
-from host.cluster.entries import MAX_NUMBER, NOTHING, Claim, Ended, EventRef, Replay
+from host.cluster.delivery import cloudevent, unread
+from host.cluster.entries import MAX_NUMBER, Claim, Ended, EventRef, Position, Range, Replay
 from host.cluster.entries import Event as LogEvent
 from host.cluster.fold import Applied, Member, Shard, State
 from host.cluster.placement import shard_of
+from host.cluster.store import members_of
 from host.database.store import Store
 from host.queue import rows
 from host.queue.interface import Event, Subscriber
@@ -26,6 +27,8 @@ Place = tuple[int, int]
 BEGIN: Final[Place] = (0, 0)
 END: Final = MAX_NUMBER
 """A number after those of every entry of a message."""
+GIVEN_UP: Final = frozenset({"dead", "expired", "quarantined", "cancelled"})
+"""States that a holder may tell the others of."""
 BATCH: Final = 256
 """Events that a cursor reads from the database at a time."""
 Subscriptions = Callable[[Event], Mapping[str, Subscriber]]
@@ -42,7 +45,6 @@ CREATE TABLE IF NOT EXISTS cluster_held (
   plugin TEXT NOT NULL, shard INTEGER NOT NULL, epoch INTEGER NOT NULL, PRIMARY KEY (plugin, shard)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS cluster_read (plugin TEXT PRIMARY KEY, place INTEGER NOT NULL, number INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS cluster_begun (one INTEGER PRIMARY KEY, place INTEGER NOT NULL);
 CREATE TRIGGER IF NOT EXISTS cluster_pruned AFTER DELETE ON events
   BEGIN DELETE FROM cluster_events WHERE seq=OLD.seq; END;
 """
@@ -101,7 +103,7 @@ class Places:
 
     def __init__(self, store: Store, host: str, number: Callable[[], int]) -> None:
         self._store, self._host, self._number = store, host, number
-        store.read(lambda db: db.executescript(_TABLES))
+        store.read(lambda db: db.executescript(_TABLES + unread.TABLES))
         self.fold: Callable[[], State] = State
         """The fold's state; what a message means is asked once it is folded."""
 
@@ -171,7 +173,7 @@ class Places:
 
     def _end(self, db: sqlite3.Connection, ended: Ended, time: float) -> None:
         seq = self.seq_of(db, ended.event)
-        if seq is not None and ended.state in _GIVEN_UP:
+        if seq is not None and ended.state in GIVEN_UP:
             row = (seq, ended.plugin, ended.state, ended.why, time)
             db.execute(
                 "INSERT INTO deliveries (seq, plugin, state, detail, updated) VALUES (?,?,?,?,?) ON CONFLICT"
@@ -194,43 +196,57 @@ class Places:
 
     @staticmethod
     def again(db: sqlite3.Connection) -> None:
-        """Forget every place: the log is read anew, after the place where the fold is now."""
+        """Forget every place: the log is read anew, from its beginning."""
         db.execute("DELETE FROM cluster_events WHERE plugin IS NOT NULL")
         db.execute("UPDATE cluster_events SET place=NULL")
         db.execute("UPDATE cluster_read SET place=0, number=0")
-        db.execute("INSERT OR REPLACE INTO cluster_begun SELECT 1, place FROM cluster_self")
+        db.execute("DELETE FROM cluster_unread")
 
-    def is_whole(self, name: str) -> bool:
-        """Whether this host has every event with which a holder of a plugin goes on; with a copied fold it may not."""
-        found = self._store.read(lambda db: db.execute("SELECT place FROM cluster_begun").fetchone())
-        return found is None or self._store.read(lambda db: self._is_whole(db, name, found[0]))
+    @staticmethod
+    def adopted(db: sqlite3.Connection, before: State) -> None:
+        """Keep what this host has not read: the fold is a copy from a later place than ``before``."""
+        place = db.execute("SELECT place FROM cluster_self").fetchone()[0]
+        unread.note(db, before, members_of(db), place)
 
-    def _is_whole(self, db: sqlite3.Connection, name: str, begun: int) -> bool:
+    def lacking(self, names: Iterable[str]) -> dict[str, list[Range]]:
+        """The events with which a holder of a plugin goes on and which this host does not have, by plugin, if any."""
+
+        def query(db: sqlite3.Connection) -> dict[str, list[Range]]:
+            if db.execute("SELECT 1 FROM cluster_unread LIMIT 1").fetchone() is None:
+                return {}
+            return {name: found for name in names if (found := self._lacking(db, name))}
+
+        return self._store.read(query)
+
+    def _lacking(self, db: sqlite3.Connection, name: str) -> list[Range]:
         known = self.state.plugins[name]
+        found = unread.since(db, known)
+        if not found:
+            return []
+        lacking: set[Range] = set()
         for shard in range(known.plugin.shards):
             position = self.state.positions.get((name, shard))
-            read = {ref.host: ref for ref in position.read} if position is not None else {}
-            for host, member in self.state.members.items():
-                last = read.get(host)
-                if last is None:
-                    if known.began >= begun or member.events == NOTHING:
-                        continue
-                    if member.retired:
-                        return False
-                    last = EventRef(host, member.events.series, 0)
-                if last.series != member.events.series:
-                    return False
-                if last.number < member.events.number and not self._place_of(db, last._replace(number=last.number + 1)):
-                    return False
-            if position is not None and any(self.seq_of(db, one.event) is None for one in position.open):
-                return False
-        return True
+            lacking.update(self.unread(found, position))
+            opened = [one.event for one in position.open] if position is not None else []
+            lacking.update(unread.ranges(ref for ref in opened if self.seq_of(db, ref) is None))
+        return sorted(lacking)
+
+    def unread(self, found: Iterable[Range], position: Position | None) -> list[Range]:
+        """Those of the events that this host has never read with which a position goes on."""
+        read = {ref.host: ref for ref in position.read} if position is not None else {}
+        rest = (unread.rest(self.state, one, read) for one in found)
+        return [one for one in rest if one is not None]
 
     def own(self, plugin: str) -> Place | None:
         """How far this host has read for a plugin of which every host has its own copy."""
         where = "SELECT place, number FROM cluster_read WHERE plugin=?"
         found = self._store.read(lambda db: db.execute(where, (plugin,)).fetchone())
         return (found[0], found[1]) if found is not None else None
+
+    def begin_own(self, plugin: str, at: Place) -> None:
+        """Keep how far that is; nothing has to have been read to miss what comes."""
+        row = (plugin, *at)
+        self._store.submit(lambda db: db.execute("INSERT OR IGNORE INTO cluster_read VALUES (?,?,?)", row))
 
     @staticmethod
     def seq_of(db: sqlite3.Connection, ref: EventRef) -> int | None:
@@ -370,7 +386,3 @@ class Places:
             return reads
 
         return self._store.read(query)
-
-
-_GIVEN_UP = frozenset({"dead", "expired", "quarantined", "cancelled"})
-"""States that a holder may tell the others of."""

@@ -17,6 +17,7 @@ from typing import Any
 from host.cluster.delivery import cloudevent
 from host.cluster.delivery.fates import Fates
 from host.cluster.delivery.places import Local, Places, Subscriptions
+from host.cluster.delivery.replies import Replies
 from host.cluster.entries import Event as LogEvent
 from host.cluster.entries import EventRef, Replay
 from host.database.store import Store
@@ -98,6 +99,8 @@ class ClusterQueue(SqliteQueue):
         """Whether one host has the work of a plugin, or of each of its shards."""
         self.is_cut_off: Callable[[], bool] = lambda: False
         """Whether the log is out of reach: plugins that run on all hosts then get this host's events at once."""
+        self.replies: Replies | None = None
+        """Who asks other hosts about deliveries, once this one has joined."""
         self._settled = asyncio.Event()
         super().__init__(store, **options)
 
@@ -159,9 +162,16 @@ class ClusterQueue(SqliteQueue):
         row, standing = super().show(event_id), self.places.standing(event_id)
         if standing is None:
             return row
-        event, ref, at = standing
-        fates = Fates(self.places.state, self.host, event, ref, at)
-        return replace(row, deliveries=fates.merged(row.deliveries, self.subscribers(event)))
+        fates = Fates(self.places.state, self.host, *standing)
+        return replace(row, deliveries=fates.merged(row.deliveries, self.subscribers(standing[0])))
+
+    async def complete(self, row: EventRow) -> EventRow:
+        standing = self.places.standing(row.id)
+        if standing is None or self.replies is None:
+            return row
+        fates = Fates(self.places.state, self.host, *standing)
+        elsewhere = fates.elsewhere(super().show(row.id).deliveries, self.subscribers(standing[0]))
+        return replace(row, deliveries=tuple(await self.replies.complete(row.deliveries, elsewhere)))
 
     # Lanes
 

@@ -31,6 +31,22 @@ class EventAccepted(RecordData):
     """The person for whom the caller emitted it, on the caller's word."""
 
 
+class EventLost(RecordData):
+    """Events that a plugin of this host, of a cluster, will never get: nobody whom it can ask has them."""
+
+    TYPE = "event.lost"
+    SOURCES = (HOST,)
+
+    sender: str
+    """The host that accepted them."""
+    series: int
+    """Of its outbox: numbers of another one are others'."""
+    first: int
+    last: int | None
+    """Both of the numbers that the sender gave; null: up to its last of the series. Not all need be for the plugin."""
+    why: str
+
+
 class EventDispatched(RecordData):
     """An attempt begins: its first byte is sent after this record."""
 
