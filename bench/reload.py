@@ -102,6 +102,7 @@ def _measure(d: Daemon, folder: Path, rounds: int) -> Report:
     if (after := running(d)) != before:
         raise AssertionError(
             f"sidecars were started again: {set(after.items()) ^ set(before.items())}\n{d.log.read_text()}"
+            + d.cli("plugin", "logs", *{name for name, _ in set(after.items()) ^ set(before.items())}).stdout[-4000:]
         )
     for name in (*names, "probe"):
         counts = seen(d, name)

@@ -18,6 +18,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,9 @@ _ON_DEMAND = {"test_mutations.py": "mutations", "test_chaos.py": "kills"}
 _LEAKED = 10
 """Exit status of a run that left something; ``./dev test`` runs failed tests once more only after 1."""
 
+_LOST = 11
+"""Exit status of a run one of whose processes died: what it had still to do was not done."""
+
 _run = pytest.StashKey["_Run"]()
 
 
@@ -51,6 +55,7 @@ class _Run:
         self.before = HostState.read(self.marker)
         self.leaks: list[str] = []
         self.doubtful: list[str] = []
+        self.lost: list[str] = []
 
     def check(self) -> None:
         if self.lock is None:
@@ -115,10 +120,23 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         run.check()
     if run.leaks:
         session.exitstatus = _LEAKED
+    if run.lost:
+        session.exitstatus = _LOST
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object | None) -> None:
+    """Remember a test process that died: with ``--max-worker-restart 0`` nobody takes over what it had to do."""
+    if error:
+        node.config.stash[_run].lost.append(f"{node.gateway.id}: {error}")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     run = config.stash[_run]
+    if run.lost:
+        terminalreporter.section("LOST: the run failed because a process of it died; not every test was run", red=True)
+        for line in run.lost:
+            terminalreporter.line(line)
     if run.leaks:
         terminalreporter.section("LEAKS: the run failed because it left these behind", red=True)
         for line in run.leaks:

@@ -73,28 +73,37 @@ def test_process_is_seen_even_when_its_parent_is_gone() -> None:
     _wait_until_gone(before, "processes", f"{pid} ")
 
 
-def test_run_that_leaks_fails(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A passing test that leaves a process behind makes the whole run fail, by name."""
+def _inner_run(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, test: str, *options: str
+) -> pytest.RunResult:
+    """Run ``test`` under this suite's own ``conftest.py``."""
     # The inner run gets a lock of its own: it must not count as a run that overlaps with this one.
     conftest = _CONFTEST.read_text().replace("RunLock()", "RunLock('lock')")
     conftest = conftest.replace("_PATIENCE = seconds(15)", "_PATIENCE = 0.5")
     pytester.makeconftest(conftest)
-    pytester.makepyfile(
-        textwrap.dedent(
-            """
-            import subprocess
-            from pathlib import Path
-
-            def test_leaks():
-                process = subprocess.Popen(["sleep", "60"])
-                process.returncode = 0  # nobody will wait for it
-                Path("pid").write_text(str(process.pid))
-            """
-        )
-    )
+    pytester.makepyfile(textwrap.dedent(test))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-    result = pytester.run(
-        sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", "/dev/null", str(pytester.path)
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+        monkeypatch.delenv(name)
+    return pytester.run(
+        sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", "/dev/null", *options, str(pytester.path)
+    )
+
+
+def test_run_that_leaks_fails(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A passing test that leaves a process behind makes the whole run fail, by name."""
+    result = _inner_run(
+        pytester,
+        monkeypatch,
+        """
+        import subprocess
+        from pathlib import Path
+
+        def test_leaks():
+            process = subprocess.Popen(["sleep", "60"])
+            process.returncode = 0  # nobody will wait for it
+            Path("pid").write_text(str(process.pid))
+        """,
     )
     try:
         assert result.ret == 10
@@ -102,6 +111,29 @@ def test_run_that_leaks_fails(pytester: pytest.Pytester, monkeypatch: pytest.Mon
         result.stdout.fnmatch_lines(["*LEAKS*", "processes: * sleep 60"])
     finally:
         os.kill(int((pytester.path / "pid").read_text()), 9)
+
+
+def test_run_one_of_whose_processes_dies_fails_and_ends(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its status is not that of failed tests, which would be run once more alone, and the rest of its work never."""
+    result = _inner_run(
+        pytester,
+        monkeypatch,
+        """
+        import os
+        import signal
+
+        def test_dies():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def test_not_run():
+            pass
+        """,
+        *("-n", "2", "--dist", "loadfile", "--max-worker-restart", "0"),
+    )
+    assert result.ret == 11
+    result.stdout.fnmatch_lines(["*LOST*", "gw*: Not properly terminated"])
 
 
 def test_a_run_knows_whether_it_was_alone(tmp_path: Path) -> None:

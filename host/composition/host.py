@@ -210,6 +210,7 @@ class Host:
         self._control = ControlServer(
             endpoints, settings.role_of, audit.record, restore,
             console=settings.console.uid if settings.console is not None else None, may_call=settings.may_call,
+            shut_out=lambda uid: channel.tell(messages.ShutOut(uid=uid)),
         )  # fmt: skip
         self._gauges = Gauges(queue, registry, dispatcher, audit)
 

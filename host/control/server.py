@@ -12,7 +12,9 @@ emitting is recorded by the event itself.
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -34,6 +36,9 @@ BACKLOG = 1024
 EAGAIN, and most runtimes do not block."""
 STRANGERS, STRANGER_SHARE = 64, 8
 """Connections of uids without a role, beside those: of all and of one."""
+FLOOD, FLOOD_BURST, SHUT_AGAIN = 200.0, 1000.0, 10.0
+"""Connections of strangers that are refused in a second, and at once, before the kernel is to refuse them for a while;
+seconds before that is asked for again."""
 STRANGER_CONNECTS, STRANGER_BYTES = 20.0, 4096.0
 """Connections and bytes that all uids without a role have in a second: they get nothing but refusals. At once they have
 as many connections as may be open, and four seconds' bytes."""
@@ -51,7 +56,8 @@ class ControlServer:
 
     ``role_of``: uid → role, or None for a stranger. ``record`` takes ``ControlCalled`` records. ``restore``: by verb,
     the function that takes over a belonging of a caller from the host whose place this one takes. ``console``: uid of
-    the console. ``may_call``: whether a uid has the role ``caller``, which one may have besides another.
+    the console. ``may_call``: whether a uid has the role ``caller``, which one may have besides another. ``shut_out``:
+    called with the uid of a stranger when such connect without end.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class ControlServer:
         restore: Mapping[str, Callable[[Caller, Json], None]] | None = None,
         console: int | None = None,
         may_call: Callable[[int], bool] = lambda _: False,
+        shut_out: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._restore = restore or {}
         self._taken_over: list[Connection] = []
@@ -79,6 +86,7 @@ class ControlServer:
         """Connections by uid."""
         self._strangers = 0
         self._stranger_connects = TokenBucket(STRANGER_CONNECTS, STRANGERS)
+        self._refusals, self._shut_out, self._shut_at = TokenBucket(FLOOD, FLOOD_BURST), shut_out, -math.inf
         self.stranger_bytes = TokenBucket(STRANGER_BYTES, 4 * STRANGER_BYTES)
 
     async def start(self, listener: socket.socket) -> None:
@@ -88,10 +96,14 @@ class ControlServer:
 
     def _admits(self, connection: socket.socket) -> bool:
         """Decide whether a connection is served; strangers who come too fast get one line, at little cost."""
-        if self.role_of(peer_ids(connection)[1]) is not None or self._stranger_connects.try_take():
+        uid = peer_ids(connection)[1]
+        if self.role_of(uid) is not None or self._stranger_connects.try_take():
             return True
         with contextlib.suppress(OSError):
             connection.send(_TOO_FAST)
+        if not self._refusals.try_take() and (now := time.monotonic()) >= self._shut_at + SHUT_AGAIN:
+            self._shut_at = now
+            self._shut_out(uid)
         return False
 
     def endpoint(self, verb: Any) -> AnyEndpoint | None:

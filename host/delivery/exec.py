@@ -58,6 +58,8 @@ class _Invocation:
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
     """The supervisor's answer to another host, which had asked for it and has left."""
+    asked: bool = False
+    """The supervisor was asked for it: it hears that before whatever it is asked next."""
     started: bool = False
     """The supervisor has started it, and its pipes are read."""
     ended: asyncio.Future[InvocationEnded] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -143,6 +145,7 @@ class ExecDelivery(Mode):
         )  # fmt: skip
         stdin = make_sealed(request)
         try:
+            invocation.asked = True
             return await self.parts.supervisor.ask_fds(start, fds=[stdin])
         finally:
             os.close(stdin)
@@ -197,7 +200,8 @@ class ExecDelivery(Mode):
 
     @property
     def unsettled(self) -> bool:
-        return any(not invocation.sent_ns for invocation in self._invocations.values())
+        # One that is asked for after the supervisor was told to break off is answered to a process that has left.
+        return any(not invocation.asked for invocation in self._invocations.values())
 
     @property
     def replied(self) -> bool:
@@ -208,7 +212,7 @@ class ExecDelivery(Mode):
         invocations = (
             InvocationInFlight(seq=one.delivery.seq, run=one.run, sent_ns=one.sent_ns, beginning=not one.started)
             for one in self._invocations.values()
-            if one.sent_ns
+            if one.asked
         )
         return ExecState(invocations=tuple(invocations))
 
@@ -223,7 +227,7 @@ class ExecDelivery(Mode):
             delivery = deliveries.get(one.seq)
             if plugin is not None and delivery is not None:
                 invocation = self._invocations[one.run] = _Invocation(
-                    plugin, delivery, one.run, one.sent_ns, started=not one.beginning
+                    plugin, delivery, one.run, one.sent_ns, asked=True, started=not one.beginning
                 )
                 life = self._live(invocation, invocation.answer) if one.beginning else self._finish(invocation)
                 self._tasks.run(f"invocation of {plugin.name}", life)

@@ -36,10 +36,10 @@ def peer_groups(sock: socket.socket, *, most: int) -> list[int]:
 
 
 def allow_only(path: str | os.PathLike[str], uids: Iterable[int]) -> None:
-    """Let root and these users, and nobody else, read and write ``path`` (acl(5)); raises OSError."""
-    os.chmod(path, 0o600)
+    """Let root and these users, and nobody else, read and write ``path`` (acl(5)), at once; raises OSError."""
     others = sorted({uid for uid in uids if uid != 0})
     if not others:
+        allow_all(path, 0o600)
         return
     entries = [
         (_USER_OBJ, _READ_WRITE, _NOBODY),
@@ -49,3 +49,13 @@ def allow_only(path: str | os.PathLike[str], uids: Iterable[int]) -> None:
         (_OTHER, 0, _NOBODY),
     ]
     os.setxattr(path, _ACL, struct.pack("<I", _ACL_VERSION) + b"".join(struct.pack("<HHI", *one) for one in entries))
+
+
+def allow_all(path: str | os.PathLike[str], mode: int = 0o666) -> None:
+    """Have ``mode`` alone say who may read and write ``path``, without the list of ``allow_only``; raises OSError."""
+    try:
+        os.removexattr(path, _ACL)
+    except OSError as error:
+        if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+            raise
+    os.chmod(path, mode)

@@ -196,6 +196,11 @@ class HostConfig(Frozen):
             return "viewer"
         return "caller" if uid in self.roles.caller else None
 
+    def known(self) -> set[int]:
+        """Uids of all callers of the control socket that have a role, beside root."""
+        roles = self.roles
+        return {*roles.viewer, *roles.emitter, *roles.operator, *roles.caller} - {0}
+
     def may_call(self, uid: int) -> bool:
         """Whether a caller of the control socket may use tools, of servers whose policies name it."""
         return uid in self.roles.caller or self.role_of(uid) == "operator"

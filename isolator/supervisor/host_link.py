@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from isolator.audit.client import AuditClient
 from isolator.cage.processes import CageExit
 from isolator.errors import IsolatorError
 from isolator.ipc import messages
@@ -24,6 +25,7 @@ from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 from isolator.supervisor.alarms import Alarms
 from isolator.supervisor.cage_spec import host_api_folder
+from isolator.supervisor.control_door import ControlDoor
 from isolator.supervisor.kept import check_host
 from isolator.supervisor.listener import listen
 from isolator.supervisor.service import ChildProcess
@@ -39,8 +41,10 @@ _STDERR_TAIL_SECONDS = 1.0
 class HostLink:
     """The host process."""
 
-    def __init__(self, process: ChildProcess, paths: Paths, config: HostConfig, alarms: Alarms) -> None:
-        self.process = process
+    def __init__(
+        self, process: ChildProcess, paths: Paths, config: HostConfig, alarms: Alarms, audit: AuditClient
+    ) -> None:
+        self.process, self.door = process, ControlDoor(paths, config, audit)
         self._paths, self._config, self._alarms = paths, config, alarms
         self.deadlines: Callable[[], dict[str, float]] = dict
         """Returns those of plugins that are bound to one."""
@@ -48,14 +52,11 @@ class HostLink:
 
     def handlers(self) -> dict[str, Handler]:
         """Requests of the host that are about itself."""
-        return by_op(messages.RaiseAlarm.on(self._raise_alarm))
+        return by_op(messages.RaiseAlarm.on(self._raise_alarm), messages.ShutOut.on(self.door.shut))
 
     async def hello(self, channel: Channel, entries: Sequence[messages.PluginEntry]) -> None:
-        """Say hello to a new host: it gets every plugin and a fresh listener on the control socket.
-
-        All may connect to it; the caller's uid decides what it may do. The mode holds until the host sets its own.
-        """
-        with listen(self._paths.control_socket, mode=0o666, owner=0, backlog=1024) as listener:
+        """Say hello to a new host: it gets every plugin and a fresh listener on the control socket."""
+        with self.door.listen() as listener:
             hello = self._hello(channel, entries, self._alarms.lines, listener=listener.fileno())
             await self.process.first_answer(hello)
 

@@ -81,7 +81,7 @@ class Services:
         audit = process("audit", "isolator.audit.service")
         self.audit = AuditLink(audit, client, (broker, host), paths, config)
         self.broker = BrokerLink(broker, paths, config)
-        self.host = HostLink(host, paths, config, health.alarms)
+        self.host = HostLink(host, paths, config, health.alarms, client)
         self._paths, self._process, self._zygotes = paths, process, zygotes
         self.exchanging = asyncio.Lock()
         """Held while processes are exchanged, and by a reload: an exchange needs answers that a rest holds back."""
@@ -144,6 +144,7 @@ class Services:
             audit.process.adopt(before["audit"], of_audit)
             broker.process.adopt(before["broker"], of_broker)
             host.process.adopt(before["host"], of_host)
+            host.door.open()  # nobody knows how long it was to be shut
             await self._start_console(before.get("console"))
             return
         async with self._zygotes.ready():  # one for all

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from host.control import server as server_module
 from host.control.server import CONNECTIONS, STRANGER_SHARE, STRANGERS, ControlServer
 from host.control.verbs import listing
 from isolator import __version__
@@ -225,15 +226,19 @@ async def test_idle_connections_of_strangers_keep_nobody_out(daemon: Daemon) -> 
     async with _held(daemon, 64020, STRANGER_SHARE):
         refused = await _as(daemon, 64020, "status")
         assert "connections of uid 64020 are open" in refused["error"]["message"]
-    async with contextlib.AsyncExitStack() as stack:
-        for uid in range(64020, 64020 + STRANGERS // STRANGER_SHARE + 2):
+    async with contextlib.AsyncExitStack() as stack, asyncio.timeout(seconds(60)):
+        uid, said = 64020, ""
+        while "connections without a role are open" not in said:
+            # They are served twenty a second: whether so many are open already is a matter of speed.
             await stack.enter_async_context(_held(daemon, uid, STRANGER_SHARE))
+            uid += 1
+            said = (await _as(daemon, 64099, "status"))["error"]["message"]
+        assert uid - 64020 >= STRANGERS // STRANGER_SHARE
         assert (await daemon.ask("status"))["plugins"] == 0
         assert "result" in await _as(daemon, 64011, "status")
-        refused = await _as(daemon, 64020, "status")
-        assert re.search("connections (of uid 64020|without a role) are open", refused["error"]["message"])
-        refused = await _as(daemon, 64099, "status")
-        assert "connections without a role are open" in refused["error"]["message"]
+        while "come, in great number" in (said := (await _as(daemon, 64020, "status"))["error"]["message"]):
+            await asyncio.sleep(0.05)
+        assert re.search("connections (of uid 64020|without a role) are open", said)
 
 
 async def test_stranger_has_a_few_requests_and_connections_a_second(shared_dir: Path) -> None:
@@ -260,6 +265,26 @@ async def test_stranger_has_a_few_requests_and_connections_a_second(shared_dir: 
     too_fast = [answer for answer in answers if "come, in great number" in answer]
     # Four are served in turn: the first one's requests are paid for, those of the others wait.
     assert (len(too_fast), len(answers)) == (6, 7), answers
+
+
+async def test_strangers_who_connect_without_end_are_shut_out_once(
+    shared_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "FLOOD_BURST", 8.0)
+    asked: list[int] = []
+    server = ControlServer([], role_of=lambda _: None, record=lambda *_, **__: None, shut_out=asked.append)
+    server._stranger_connects = TokenBucket(1.0, 4.0, clock=lambda: 0.0)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(shared_dir / "control.sock"))
+    await server.start(listener)
+    for count in range(1, 1000):
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(caller, str(shared_dir / "control.sock"))
+        await asyncio.sleep(0)
+        assert not asked or count > 12, "four are served, and eight refused, before that"
+    await server.close()
+    assert asked == [0]
 
 
 async def test_idle_connections_of_one_role_leave_places_for_the_others(daemon: Daemon) -> None:

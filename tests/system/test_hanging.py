@@ -45,5 +45,5 @@ def test_process_that_hangs_is_replaced(tmp_path: Path) -> None:
 def test_daemon_stops_although_a_process_hangs(name: str) -> None:
     with daemon() as d:
         os.kill(d.service_pid(MODULES[name]), signal.SIGSTOP)
-        assert d.stop(seconds(60)) == 0
+        assert d.stop(seconds(150)) == 0
         assert d.json("gc", "--dry-run") == []

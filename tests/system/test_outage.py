@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -254,12 +255,15 @@ def test_outage_of_the_hosts_store_loses_no_event_of_a_stream(tmp_path: Path) ->
             store.execute("BEGIN IMMEDIATE")
             for pid in inside:
                 os.kill(pid, signal.SIGCONT)
-            log = wait_for(lambda: "Traceback" in (text := _log(d)) and text, seconds(60), "no call has failed")
+            # The host's refusal, or on a slow machine the plugin's own patience, which is shorter than an event's.
+            failed = re.compile(r" (RuntimeError|TimeoutError)\b")
+            wait_for(lambda: failed.search(_log(d)), seconds(60), "no call has failed")
             store.execute("ROLLBACK")
-        assert "RuntimeError" in log
         wait_for(lambda: _all_done(d), seconds(120), d.cli("event", "list").stdout)
         last = [json.loads(x["reply"])["result"] for row in d.json("event", "list") for x in row["deliveries"]]
-        assert [result["count"] for result in last] == [1] * (EVENTS + 1)
+        # A call that was given up may have been done all the same, and its event is counted once more then.
+        most = 2 if " TimeoutError" in _log(d) else 1
+        assert len(last) == EVENTS + 1 and {result["count"] for result in last} <= {1, most}
         _nothing_lost(d)
 
 

@@ -44,7 +44,11 @@ def short_name(path: str) -> Iterator[str]:
 def refusal(error: OSError, path: str) -> IsolatorError:
     """Say why connecting to ``path`` failed. A full backlog (EAGAIN) means that its patience has run out."""
     if isinstance(error, PermissionError):
-        return DeniedError(path, "this user may not connect to it", "let this user reach that path, or use sudo")
+        why = (
+            "this user may not connect to it: a folder is closed to it, or it has no role while others flood the socket"
+        )
+        remedy = "let this user reach that path, try again in a minute, give it a role in host.toml, or use sudo"
+        return DeniedError(path, why, remedy)
     if isinstance(error, (BlockingIOError, TimeoutError)):
         return UnavailableError("the daemon", "too many callers are waiting", "try again")
     if isinstance(error, ConnectionRefusedError):

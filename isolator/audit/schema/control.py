@@ -70,6 +70,18 @@ class ControlCalled(RecordData):
     """For whom the caller acted, as the caller says: recorded, and trusted by nobody."""
 
 
+class ControlShut(RecordData):
+    """Users without a role connected to the control socket without end: the kernel refuses them for a while."""
+
+    TYPE = "control.shut"
+    SOURCES = (SUPERVISOR,)
+
+    uid: int
+    """Of the one that connected last."""
+    seconds: float
+    """Until everybody may connect again."""
+
+
 class ConfigChanged(RecordData):
     """A plugin's config or policy changed, or the stored config as a whole."""
 

@@ -22,6 +22,13 @@ class RaiseAlarm(Request[None], op="alarm"):
     line: str
 
 
+class ShutOut(Request[None], op="control.shut"):
+    """Let nobody without a role connect to the control socket for a while: such users flood it."""
+
+    uid: int
+    """the one that connected last"""
+
+
 class EnsureRun(Request[Running], op="run.ensure"):
     """Start a plugin unless it runs; waits for a start in progress and for back-off. An error if it is `failed`,
     `disabled`, `pending` or `rejected`."""

@@ -24,13 +24,16 @@ TIMES = 20
 
 
 STATES = {
-    "isolator/supervisor/reload/formats.py": ("isolator/ipc/handover.py", "A whole daemon at rest."),
+    "isolator/supervisor/reload/formats.py": (
+        "isolator/ipc/handover.py", "A whole daemon at rest.", "isolator/supervisor/reload/reloader.py",
+    ),
     "host/composition/handover.py": (
         "host/composition/handover.py",
         "Everything that a host knows and neither its database nor the supervisor does.",
+        "host/composition/host.py",
     ),
-}
-"""By file with the formats of a state, the file with its type, and that one's docstring."""
+}  # fmt: skip
+"""By file with the formats of a state: the file with its type, that one's docstring, and the file that makes one."""
 
 
 def make_newer(tree: Path) -> None:
@@ -38,7 +41,7 @@ def make_newer(tree: Path) -> None:
     exchange(tree / "isolator/__init__.py", f'"{isolator.__version__}"', f'"{NEWER}"')
     up = "lambda body: {**body, 'upgraded': True}"
     down = "lambda body: {key: value for key, value in body.items() if key != 'upgraded'}"
-    for name, (place, docstring) in STATES.items():
+    for name, (place, docstring, maker) in STATES.items():
         path = tree / name
         found = re.search(r"^FORMATS = Formats\((\w+), (\d+), .*\)$", path.read_text(), re.MULTILINE)
         assert found is not None, name
@@ -46,6 +49,7 @@ def make_newer(tree: Path) -> None:
         exchange(path, found[0], f"FORMATS = Formats({kind}, {number + 1}, up={up}, down={down})")
         head = f'    """{docstring}"""\n'
         exchange(tree / place, head, f"{head}\n    upgraded: bool\n")
+        exchange(tree / maker, f" {kind}(\n", f" {kind}(\n            upgraded=True,\n")
 
 
 def exchange(path: Path, before: str, after: str) -> None:
