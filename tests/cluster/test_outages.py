@@ -39,7 +39,13 @@ backoff_min = "0.1s"
 backoff_max = "1s"
 crashes = 1000
 """
-FIRST = (("host cut off", 22.0), ("servers, one way", 4.0), ("kill -9 daemon", 22.0), ("SIGSTOP daemon", 22.0))
+FIRST = (
+    ("host cut off", 22.0),
+    ("servers, one way", 4.0),
+    ("kill -9 daemon", 22.0),
+    ("server gone", 8.0),
+    ("SIGSTOP daemon", 22.0),
+)
 """The faults of every run, whatever the seed: each of these hosts has the plugin, and loses it."""
 RATE = 8
 """Events a second, of each host, at most."""

@@ -54,7 +54,8 @@ class Faults:
             "host cut off": (6, self._cut_off),
             "host hears nothing, or is not heard": (4, self._one_way),
             "host without one server": (3, self._one_server),
-            "server cut off from servers": (5, self._partition),
+            "server cut off from servers": (3, self._partition),
+            "server gone": (4, self._gone),
             "servers, one way": (4, self._partition_one_way),
             "kill -9 daemon": (5, lambda: self._of_host("kill -9 daemon", self._killed)),
             "kill -9 process": (6, lambda: self._of_host("kill -9 process", self._process_killed)),
@@ -126,6 +127,11 @@ class Faults:
         one = self._random.choice(self._site.server_machines)
         ways = both_ways([one], self._site.server_machines)
         return self._ways("server cut off from servers", one, ways)
+
+    def _gone(self) -> Fault:
+        """A server whose machine is there no more, and does not say so."""
+        one = self._random.choice(self._site.server_machines)
+        return self._ways("server gone", one, both_ways([one], self._site.network.machines))
 
     def _partition_one_way(self) -> Fault:
         one = self._random.choice(self._site.server_machines)

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sqlite3
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 from host.cluster.delivery import cloudevent
 from host.cluster.delivery.cursor import MOST_ENDED
 from host.cluster.entries import Event, KeyValue, decode
 from host.cluster.fold import State, fold
-from host.cluster.log import Entered, LogUnavailableError
+from host.cluster.log import LogUnavailableError
 from host.cluster.nats import NatsLog
 from tests.cluster.outages.faults import Done
 from tests.cluster.simulation import MemoryStore
 from tests.support.ledger import Handled, Holding
 from tests.support.timeouts import seconds
 
+T = TypeVar("T")
 IN_FLIGHT = 16
 """Events that a stream plugin has in flight at most, when nobody says otherwise."""
 
@@ -63,7 +66,12 @@ class History:
     async def read(cls, log: NatsLog, places: Iterable[int]) -> History:
         """Read a log that nobody writes any more, and fold it; ``places`` are those at which the fold is kept."""
         wanted, found, state, store = {*places}, cls(), State(), MemoryStore()
-        while (entered := await _next(log, found.last)) is not None:
+        end = await _answer(log.facts)
+        while found.last < end.last:
+            entered = await _answer(lambda: log.after(found.last))
+            if entered is None:  # of a replica that is behind
+                await asyncio.sleep(0.1)
+                continue
             found.last = entered.place
             message = decode(entered.subject, entered.body)
             for one in fold(state, store, message, entered.place, entered.time):
@@ -78,20 +86,13 @@ class History:
         return found
 
 
-async def _next(log: NatsLog, place: int) -> Entered | None:
-    """The next message, or None at the end, which three answers in a row have to say."""
-    ends = 0
+async def _answer(ask: Callable[[], Awaitable[T]]) -> T:
+    """The log's answer, sooner or later."""
     async with asyncio.timeout(seconds(60)):
-        while ends < 3:
-            try:
-                entered = await log.after(place)
-            except LogUnavailableError:
-                await asyncio.sleep(0.2)
-                continue
-            if entered is not None:
-                return entered
-            ends += 1
-    return None
+        while True:
+            with contextlib.suppress(LogUnavailableError):
+                return await ask()
+            await asyncio.sleep(0.2)
 
 
 def differing(history: History, hosts: dict[str, Folded]) -> list[str]:
