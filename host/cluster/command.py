@@ -226,7 +226,8 @@ def _show(found: Mapping[str, Any]) -> None:
     if log is not None:
         size = f"{log['bytes'] >> 20} of {log['max_bytes'] >> 20} MiB"
         servers = f"{log['replicas']} copies on nats-server {safe(', '.join(log['servers']))}"
-        click.echo(f"log:     read up to {found['place']} of {log['last']}; {size}; {servers}")
+        last = max(log["last"], found["place"])  # it is looked at now and then, and read all the time
+        click.echo(f"log:     read up to {found['place']} of {last}; {size}; {servers}")
     outbox = found["outbox"]
     click.echo(f"outbox:  {outbox['events']} events wait ({outbox['bytes'] >> 10} of {outbox['max_bytes'] >> 10} KiB)")
     click.echo()
