@@ -1,8 +1,10 @@
-"""A server whose machine is gone without a word: the others notice it soon, and hosts read as before."""
+"""Servers that are cut off without a word: the others notice it soon, and nobody believes what they say."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,44 @@ async def _until_steady(log: NatsLog) -> None:
                 answered += 1
             except LogUnavailableError:
                 answered = 0
+
+
+@pytest.mark.slow
+def test_leader_that_is_cut_off_from_the_other_servers_is_not_believed(tmp_path: Path) -> None:
+    with network(4) as joined:
+        *machines, host = joined.machines
+        places = [Place(machine.address, machine.enter) for machine in machines]
+        with nats_servers(tmp_path / "nats", 3, first_port=4222, places=places) as servers:
+
+            async def read() -> None:
+                assert await make_stream(Access(tuple(one.url for one in servers)), 3, 50 << 20)
+                every = NatsLog(Access(tuple(one.url for one in servers)))
+                await every.append("iso.ctl.h1", b"one")
+                info = json.loads((await every._ask("$JS.API.STREAM.INFO.ISO", b"")).data)
+                leads = next(at for at, one in enumerate(servers) if one.name == info["cluster"]["leader"])
+                others = NatsLog(Access(tuple(one.url for at, one in enumerate(servers) if at != leads)))
+                cut_off = NatsLog(Access((servers[leads].url,)))
+                assert (await cut_off.facts()).last == 1
+                with joined.cut(both_ways([machines[leads]], machines)):
+                    async with asyncio.timeout(seconds(30)):
+                        while not await _appends(others):  # noqa: ASYNC110 # until they have a leader
+                            await asyncio.sleep(0.2)
+                    # For as long as it is cut off it says that the log ends at 1.
+                    for _ in range(5):
+                        with pytest.raises(LogUnavailableError, match="lost touch"):
+                            await cut_off.facts()
+                        assert (await others.facts()).last >= 2
+                for log in (every, others, cut_off):
+                    await log.close()
+
+            netns.in_network(host.fd, lambda: asyncio.run(read()))
+
+
+async def _appends(log: NatsLog) -> bool:
+    with contextlib.suppress(LogUnavailableError):
+        await log.append("iso.ctl.h1", b"two")
+        return True
+    return False
 
 
 @pytest.mark.slow
