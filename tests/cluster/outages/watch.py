@@ -21,8 +21,8 @@ class Trail:
     """The records of a host's trail, each once, as they come."""
 
     path: Path
-    problems: set[str] = field(default_factory=set)
-    """Kinds of problems with the cluster that the host has had."""
+    problems: dict[str, str] = field(default_factory=dict)
+    """Problems with the cluster that the host has had: the newest line of each kind, and when."""
     counts: dict[str, int] = field(default_factory=dict)
     """Records about the plugin, by type."""
     group: Path | None = None
@@ -44,7 +44,7 @@ class Trail:
 
     def _take(self, record: dict[str, Any]) -> None:
         if record["type"] == "cluster.problem" and record["data"]["why"]:
-            self.problems.add(record["data"]["kind"])
+            self.problems[record["data"]["kind"]] = f"{record['time']}: {record['data']['why']}"
         elif record.get("plugin") == COURIER.name and record["type"].startswith("plugin."):
             self.counts[record["type"]] = self.counts.get(record["type"], 0) + 1
             if record["type"] == "plugin.started":
