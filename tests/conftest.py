@@ -76,8 +76,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="also run what is marked wide")
     parser.addoption("--kills", type=int, default=0, help="faults of tests/chaos, which does not run without")
     parser.addoption("--fuzz", type=float, default=0, help="seconds for each parser of tests/fuzz; 0: a few examples")
-    parser.addoption("--minutes", type=float, default=600, help="time after which tests/chaos has no further fault")
-    parser.addoption("--seed", type=int, default=None, help="seed of tests/chaos")
+    parser.addoption("--faults", type=int, default=5, help="faults of tests/cluster/test_outages.py")
+    parser.addoption("--events", type=int, default=600, help="events of the same")
+    parser.addoption("--minutes", type=float, default=600, help="time after which neither of both has a further fault")
+    parser.addoption("--seed", type=int, default=None, help="seed of either")
     parser.addoption("--mutations", action="store_true", help="run tests in copies of the tree with a fault each")
 
 

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,8 +30,10 @@ class DemoError(Exception):
 class Daemon:
     """`isolator serve` below a root of its own; a context manager that stops it and everything it made."""
 
-    def __init__(self, root: Path, work: Path, log: Path) -> None:
+    def __init__(self, root: Path, work: Path, log: Path, *, enter: Sequence[str] = ()) -> None:
         self.root = root
+        self.enter = enter
+        """What takes it and its commands into a network of their own."""
         self.work = work
         """Where the commands are given."""
         self.log = log
@@ -54,7 +56,7 @@ class Daemon:
         with self.log.open("w") as log:
             # A session of its own: Ctrl-C in the terminal is for the demo, which then stops the daemon.
             self._process = subprocess.Popen(
-                ["isolator", "serve"],
+                [*self.enter, "isolator", "serve"],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -103,12 +105,21 @@ class Daemon:
         if process.stdout:
             process.stdout.close()
 
+    def kill(self) -> None:
+        """End it as a power cut does."""
+        assert self._process
+        process, self._process = self._process, None
+        process.kill()
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
+
     # ------------------------------------------------------------------------- the command line
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Start one command and leave it running."""
         return subprocess.Popen(
-            ["isolator", *arguments],
+            [*self.enter, "isolator", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -130,13 +141,13 @@ class Daemon:
                 raise DemoError(f"'isolator {' '.join(arguments)}' gave no answer in {seconds:g} s") from None
         return process.returncode, text
 
-    def show(self, *arguments: str) -> str:
-        """Print a command, run it, print what it said; its output."""
+    def show(self, *arguments: str, code: int = 0) -> str:
+        """Print a command, run it, print what it said; its output. It has to end with ``code``."""
         report.command(["isolator", *arguments])
-        code, text = self.run(*arguments)
+        ended, text = self.run(*arguments)
         report.output(text.replace(str(self.root), "$ROOT"))
-        if code != 0:
-            raise DemoError(f"'isolator {' '.join(arguments)}' ended with {code}")
+        if ended != code:
+            raise DemoError(f"'isolator {' '.join(arguments)}' ended with {ended}")
         return text
 
 

@@ -53,7 +53,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="./dev demo", description="The main job on real cages.")
     parser.add_argument("--browser", action="store_true", help="let a browser on this machine see the console")
     parser.add_argument("--screenshot", type=Path, metavar="DIR", help="write pictures of the console to DIR")
+    parser.add_argument("--hosts", type=int, choices=[3], help="three hosts that deliver one stream of events")
     options = parser.parse_args()
+    if options.hosts and (options.browser or options.screenshot):
+        parser.error("--hosts stands alone")
     if INSIDE not in os.environ:
         os.environ[INSIDE] = str(console.outside()) if options.browser else ""
         os.execvp("unshare", ["unshare", "-n", sys.executable, "-I", str(Path(__file__).resolve()), *sys.argv[1:]])
@@ -62,19 +65,26 @@ def main() -> int:
     began = time.monotonic()
     # A root-owned folder below root-owned folders: nothing that others can rename is executed.
     root = Path(tempfile.mkdtemp(prefix="isolator-demo-", dir="/var/lib"))
+    root.chmod(0o755)
+    roots, last = [root], 6
+    if options.hosts:
+        import hosts  # with the servers' client
+
+        roots, last = hosts.roots(root), hosts.LAST
     found = list[Promise]()
     pids: set[int] = set()
     failure = ""
     try:
-        found = run(root, pids, options)
-    except (DemoError, OSError, TimeoutError, RuntimeError) as error:
+        found = hosts.run(root, pids) if options.hosts else run(root, pids, options)
+    except (DemoError, OSError, TimeoutError, RuntimeError, AssertionError) as error:
         failure = str(error)
     except KeyboardInterrupt:
         failure = "interrupted"
     finally:
         only_clean_up()
-        failure = "; ".join(filter(None, [failure, remove(root)]))
-    left = leftovers.find(root, pids, own_network=True)
+        failure = "; ".join(filter(None, [failure, *map(remove, roots)]))
+        shutil.rmtree(root, ignore_errors=True)
+    left = list(dict.fromkeys(line for one in (root, *roots) for line in leftovers.find(one, pids, own_network=True)))
     found.append(
         Promise(
             "Nothing is left behind",
@@ -86,7 +96,7 @@ def main() -> int:
         found.append(Promise("The demo comes to its end", False, failure[:200]))
     held = False
     with contextlib.suppress(KeyboardInterrupt):  # nobody reads any more; there is nothing left to clean up
-        report.heading(6, "What was promised, and what held")
+        report.heading(last, "What was promised, and what held")
         held = report.promises(found)
         report.say(f"The whole took {time.monotonic() - began:.0f} s.")
     if failure:
@@ -114,7 +124,6 @@ def run(root: Path, pids: set[int], options: argparse.Namespace) -> list[Promise
         " network namespace beside a pretend internet (its own resolver, a webhook called hooks.slack.com, a"
         " metadata service, an outside resolver at 8.8.8.8) and treats it as an operator and as an attacker would."
     )
-    root.chmod(0o755)
     work = root / "demo"
     work.mkdir(mode=0o700)
     settings = root / "etc/isolator/host.toml"
@@ -161,13 +170,13 @@ def serving(contacts: list[str]) -> Iterator[None]:
 
 
 def remove(root: Path) -> str:
-    """Have the daemon's own command remove what it made, then the folder; what went wrong, or nothing."""
+    """Have the daemon's own command remove what it made; what went wrong, or nothing."""
+    root.mkdir(exist_ok=True)
     daemon = Daemon(root, root, root / "uninstall.log")
     try:
         code, text = daemon.run("uninstall", "--purge", "--yes")
     except (DemoError, OSError) as error:
         code, text = 1, str(error)
-    shutil.rmtree(root, ignore_errors=True)
     return "" if code == 0 else f"'isolator uninstall --purge --yes' ended with {code}: {text.strip()[-300:]}"
 
 

@@ -23,6 +23,13 @@ _SERVERS = click.option(
     "--server", "servers", metavar="HOST:PORT", multiple=True, required=True, help="A server of NATS; repeatable."
 )
 
+_NOTICE = """\
+# A machine that is gone without a word is noticed within seconds, not minutes: until then
+# the other servers pass on to it half of what hosts read, and nobody answers.
+ping_interval: "1s"
+ping_max: 2
+"""
+
 
 @click.group(
     epilog="\b\nExamples:\n  isolator cluster users --dir /root/nats host-1 host-2 host-3\n"
@@ -107,9 +114,10 @@ def init(
 def users(_: str | None, names: tuple[str, ...], folder: Path, as_json: bool) -> None:
     """Write one user for each host, and an administrator, for the servers' configuration.
 
-    DIR/users.conf is for the servers ('include users.conf'), DIR/HOST.secret for
-    [cluster] credentials of that host, DIR/admin.secret for 'cluster init'. A host's
-    user writes under its own name alone, and cannot administrate. Files are 0600.
+    DIR/users.conf is for the servers ('include users.conf'; it also has them notice
+    a machine that is gone), DIR/HOST.secret for [cluster] credentials of that host,
+    DIR/admin.secret for 'cluster init'. A host's user writes under its own name
+    alone, and cannot administrate. Files are 0600.
     """
     hosts = [_parsed(parse_name, name, "HOST") for name in names]
     if len({*hosts}) != len(hosts) or "admin" in hosts:
@@ -120,7 +128,7 @@ def users(_: str | None, names: tuple[str, ...], folder: Path, as_json: bool) ->
         {"user": name, "password": passwords[name], "permissions": permissions(name)} for name in hosts
     ]
     entries.append({"user": "admin", "password": passwords["admin"]})
-    files = {"users.conf": f"authorization {{ users: {json.dumps(entries, indent=1)} }}\n"}
+    files = {"users.conf": f"{_NOTICE}authorization {{ users: {json.dumps(entries, indent=1)} }}\n"}
     files |= {f"{name}.secret": f"{name}:{password}\n" for name, password in passwords.items()}
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -219,7 +227,8 @@ def _show(found: Mapping[str, Any]) -> None:
     if log is not None:
         size = f"{log['bytes'] >> 20} of {log['max_bytes'] >> 20} MiB"
         servers = f"{log['replicas']} copies on nats-server {safe(', '.join(log['servers']))}"
-        click.echo(f"log:     read up to {found['place']} of {log['last']}; {size}; {servers}")
+        last = max(log["last"], found["place"])  # it is looked at now and then, and read all the time
+        click.echo(f"log:     read up to {found['place']} of {last}; {size}; {servers}")
     outbox = found["outbox"]
     click.echo(f"outbox:  {outbox['events']} events wait ({outbox['bytes'] >> 10} of {outbox['max_bytes'] >> 10} KiB)")
     click.echo()

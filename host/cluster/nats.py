@@ -33,6 +33,8 @@ MAX_AGE: Final = 14 * 86400
 MAX_BYTES: Final = 8 << 30
 _ANSWER, _CONNECT = 1.0, 2.0
 """Seconds for an answer, and for a connection."""
+_TOUCH = 3_000_000_000
+"""Nanoseconds within which a leader has to have heard of the others; it does about every second."""
 _ATTEMPTS = 10
 _FULL = re.compile("maximum bytes|insufficient|resource|no space|storage", re.IGNORECASE)
 _REFUSED = re.compile("authorization|permission|authentication|credential|certificate", re.IGNORECASE)
@@ -115,6 +117,10 @@ class NatsLog:
                     1, 0, wrong=(f"there is no stream {STREAM}: an operator makes it with 'isolator cluster init'",)
                 )
             raise _error_of(text)
+        if not _is_in_touch(answer.get("cluster") or {}, int(answer["config"]["num_replicas"])):
+            if self._client is not None:
+                self._drop(self._client)  # another server may reach the one that leads now
+            raise LogUnavailableError("the server that answers for the stream has lost touch with the others")
         config, state = answer["config"], answer["state"]
         too_old = _too_old(self._versions, int(config["num_replicas"]))
         self._surveyed = not too_old  # or it is looked at again: somebody may update it
@@ -261,6 +267,23 @@ async def make_stream(access: Access, replicas: int, max_bytes: int = MAX_BYTES,
     if "error" in made:
         raise _error_of(str(made["error"].get("description")))
     return True
+
+
+def _is_in_touch(cluster: dict[str, Any], replicas: int) -> bool:
+    """Whether a stream's leader has heard of a majority lately.
+
+    One that is cut off goes on describing the stream as it was then, for as long as that lasts: to believe it would be
+    to think that the log has lost what others have appended since.
+    """
+    if replicas == 1:
+        return True
+    heard = [
+        one
+        for one in cluster.get("replicas") or ()
+        if one.get("name") != cluster.get("leader") and (one.get("current") or one.get("active"))
+    ]
+    lately = sum(one.get("active", 0) <= _TOUCH and not one.get("offline") for one in heard)
+    return bool(cluster.get("leader")) and 2 * (1 + lately) > replicas
 
 
 def _wrong(config: dict[str, Any]) -> list[str]:

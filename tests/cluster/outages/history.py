@@ -1,0 +1,166 @@
+"""The log, folded once more by itself, and what hosts and plugin have made of it held against that."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sqlite3
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TypeVar
+
+from host.cluster.delivery import cloudevent
+from host.cluster.delivery.cursor import MOST_ENDED
+from host.cluster.entries import Event, KeyValue, decode
+from host.cluster.fold import State, fold
+from host.cluster.log import LogUnavailableError
+from host.cluster.nats import NatsLog
+from tests.cluster.outages.faults import Done
+from tests.cluster.simulation import MemoryStore
+from tests.support.ledger import Handled, Holding
+from tests.support.timeouts import seconds
+
+T = TypeVar("T")
+IN_FLIGHT = 16
+"""Events that a stream plugin has in flight at most, when nobody says otherwise."""
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A host's fold as its database has it: up to where, and its digest there, and the plugins' values."""
+
+    place: int
+    digest: str
+    values: dict[tuple[str, str], str]
+
+    @classmethod
+    def of(cls, database: Path) -> Folded:
+        """Read it; the host has stopped."""
+        with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as db:
+            place, digest = db.execute("SELECT place, digest FROM cluster_self").fetchone()
+            rows = db.execute("SELECT plugin, key, value FROM cluster_values").fetchall()
+        db.close()
+        return cls(place, digest, {(plugin, key): value for plugin, key, value in rows})
+
+
+@dataclass
+class History:
+    """The log: its events that count, by key and in its order, and the fold at some places."""
+
+    events: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    folds: dict[int, Folded] = field(default_factory=dict)
+    last: int = 0
+    late: list[KeyValue] = field(default_factory=list)
+    """Values that a host has written when it was no holder any more: they do not count."""
+
+    @property
+    def ids(self) -> set[str]:
+        """The events, by their ids."""
+        return {event for events in self.events.values() for event in events}
+
+    @classmethod
+    async def read(cls, log: NatsLog, places: Iterable[int]) -> History:
+        """Read a log that nobody writes any more, and fold it; ``places`` are those at which the fold is kept."""
+        wanted, found, state, store = {*places}, cls(), State(), MemoryStore()
+        end = await _answer(log.facts)
+        while found.last < end.last:
+            entered = await _answer(lambda: log.after(found.last))
+            if entered is None:  # of a replica that is behind
+                await asyncio.sleep(0.1)
+                continue
+            found.last = entered.place
+            message = decode(entered.subject, entered.body)
+            for one in fold(state, store, message, entered.place, entered.time):
+                if isinstance(one.entry, Event) and not one.void:
+                    event = cloudevent.read(one.entry.cloudevent)
+                    found.events[json.loads(event.payload)["project_id"]].append(event.id)
+                elif isinstance(one.entry, KeyValue) and one.void:
+                    found.late.append(one.entry)
+            if entered.place in wanted:
+                found.folds[entered.place] = Folded(entered.place, state.digest, dict(store.values))
+        await log.close()
+        return found
+
+
+async def _answer(ask: Callable[[], Awaitable[T]]) -> T:
+    """The log's answer, sooner or later."""
+    async with asyncio.timeout(seconds(60)):
+        while True:
+            with contextlib.suppress(LogUnavailableError):
+                return await ask()
+            await asyncio.sleep(0.2)
+
+
+def differing(history: History, hosts: dict[str, Folded]) -> list[str]:
+    """The hosts whose folds are not what the log says."""
+    return [
+        f"{name} has folded the log to {one}, which says {history.folds.get(one.place)}"
+        for name, one in hosts.items()
+        if history.folds.get(one.place) != one
+    ]
+
+
+def lost(history: History, accepted: Iterable[str], handled: Iterable[str]) -> list[str]:
+    """Events that were accepted and do not stand in the log, or stand there and were not handled, or were made up."""
+    logged, seen = history.ids, {*handled}
+    wrong = [f"{event} was accepted and is not in the log" for event in {*accepted} - logged]
+    wrong += [f"{event} is in the log and was not handled" for event in logged - seen]
+    return wrong + [f"{event} was handled and is not in the log" for event in seen - logged]
+
+
+def out_of_order(history: History, handled: Sequence[Handled]) -> list[str]:
+    """Events that came before an earlier one of their key: a repetition may go back, nothing ever skips."""
+    index = {event: (key, at) for key, events in history.events.items() for at, event in enumerate(events)}
+    last: dict[str, int] = defaultdict(lambda: -1)
+    wrong = []
+    for one in handled:
+        key, at = index.get(one.event, (one.key, -1))
+        if at > last[key] + 1:
+            wrong.append(f"event {at} of {key} came after event {last[key]} of it: {one}")
+        last[key] = at
+    return wrong
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Events that came more than once: how many, the most that one host process has repeated, and what is too many."""
+
+    events: int
+    most: int
+    wrong: list[str]
+
+
+def repeated(handled: Sequence[Handled]) -> Repeated:
+    """Count repetitions of what another host process, be it of the same host, had delivered before."""
+    first: dict[str, tuple[str, int]] = {}
+    by_link: Counter[tuple[str, int]] = Counter()
+    twice: set[str] = set()
+    for one in handled:
+        if first.setdefault(one.event, one.link) != one.link:
+            by_link[one.link] += 1
+            twice.add(one.event)
+    most = max(by_link.values(), default=0)
+    wrong = [f"{count} events were repeated at once" for count in by_link.values() if count > MOST_ENDED + IN_FLIGHT]
+    return Repeated(len(twice), most, wrong)
+
+
+_STRIKES = ("host ", "kill -9 daemon", "SIGSTOP daemon")
+
+
+def take_overs(holdings: Sequence[Holding], faults: Sequence[Done]) -> tuple[list[float], list[float]]:
+    """Seconds, sorted, from the fault that made a host lose the plugin until the next acted; and without any actor."""
+    taken, idle = [], []
+    for before, after in pairwise(holdings):
+        idle.append(after.first - before.last)
+        causes = [
+            one.began
+            for one in faults
+            if one.hit == before.host and one.kind.startswith(_STRIKES) and one.began < after.first < one.ended + 1
+        ]
+        if causes and before.host != after.host:
+            taken.append(after.first - min(causes))
+    return sorted(taken), sorted(idle)
