@@ -49,7 +49,7 @@ class Single:
                 return
         if play == "hold":
             await self._far.send(request[: len(request) // 2])
-            await self._near.reader.read()  # until the host gives up
+            await self._until_one_has_gone()
             return
         if play == "late":
             await asyncio.sleep(scene.late)
@@ -58,6 +58,17 @@ class Single:
         else:
             await self._far.send(request)
         await self._carry_reply()
+
+    async def _until_one_has_gone(self) -> None:
+        """Wait until the host gives up, or the plugin has ended; raises OSError when one was broken off."""
+        ends = {asyncio.ensure_future(_end_of(side)) for side in (self._near, self._far)}
+        try:
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for end in done:
+                end.result()
+        finally:
+            for end in ends:
+                end.cancel()
 
     async def _spoil(self, play: str, request: bytes) -> None:
         """Play a fault on a connection of its own."""
@@ -143,6 +154,12 @@ class Single:
         """Close both sides."""
         self._near.close()
         self._far.close()
+
+
+async def _end_of(peer: Peer) -> None:
+    """Return when the peer has closed its side, whatever it sends before."""
+    while await peer.reader.read(1 << 16):
+        pass
 
 
 async def send_bytewise(peer: Peer, data: bytes) -> None:
