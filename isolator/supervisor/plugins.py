@@ -178,14 +178,20 @@ class PluginTable:
 
     async def ensure(self, name: str, reason: str) -> Run:
         """Start a plugin unless it runs, and wait until it does."""
-        self.find(name)
-        async with self.lock(name):
-            if self._closing:
-                raise UnavailableError("daemon", "it is stopping", "start it again")
-            plugin = self.find(name)
-            plugin.start(reason)
-        # Outside the lock: a start may take a while and a back-off longer, and both can be stopped.
-        return await plugin.wait_running()
+        while True:
+            self.find(name)
+            async with self.lock(name):
+                if self._closing:
+                    raise UnavailableError("daemon", "it is stopping", "start it again")
+                plugin = self.find(name)
+                plugin.start(reason)
+            # Outside the lock: a start may take a while and a back-off longer, and both can be stopped.
+            try:
+                return await plugin.wait_running()
+            except UnavailableError:
+                # Who stops it for another policy or version holds the lock until it has that.
+                if plugin.state != PluginState.STOPPED or not self.lock(name).locked():
+                    raise
 
     async def begin_invocation(self, request: StartInvocation, stdin: int) -> Invocation:
         """Begin an invocation, with its standard input, which stays the caller's; raises IsolatorError."""

@@ -37,7 +37,8 @@ def add(d: Daemon, folder: Path, script: str, *, grant: str = GRANT, hooks: Any 
     if grant:
         policy = d.root / f"etc/isolator/policies/{folder.name}.toml"
         policy.write_text(policy.read_text().replace("[grant]\n", f"[grant]\n{grant}\n", 1))
-        wait_for(lambda: "callers" in json.dumps(d.json("plugin", "show", folder.name)["effective"]))
+        # In force: until then the server may be stopped, to be started under it, while its tools are asked for.
+        wait_for(lambda: any(d.json("plugin", "show", folder.name)["effective"][key] for key in ("tools", "callers")))
         d.cli("mcp", "approve", folder.name, "--yes")
     return folder.name
 

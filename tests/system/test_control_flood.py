@@ -52,10 +52,15 @@ def _as(d: Daemon, uid: int, program: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def flood_as(d: Daemon, uid: int) -> list[str]:
+    """Connect as a user without a role until the kernel refuses it; returns what the program has printed."""
+    return _as(d, uid, FLOOD).stdout.split("\n")
+
+
 def test_flood_of_connections_meets_the_kernel_and_nobody_else_does(d: Daemon) -> None:
     refused = json.loads(_as(d, STRANGER, ASK).stdout)
     assert refused["error"]["data"]["code"] == "denied"  # as a rule a stranger is told so
-    assert _as(d, STRANGER, FLOOD).stdout.split("\n")[:2] == ["ready", "shut out"]
+    assert flood_as(d, STRANGER)[:2] == ["ready", "shut out"]
     assert "EACCES" in _as(d, STRANGER, ASK).stderr
     assert "result" in json.loads(_as(d, VIEWER, ASK).stdout)
     d.cli("plugin", "list")

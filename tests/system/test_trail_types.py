@@ -34,6 +34,7 @@ from tests.support.mcp_servers import server
 from tests.support.pretend_internet import pretend_internet
 from tests.system.daemon import ECHO, Daemon, daemon, event, kill_9, wait_for, write_plugin
 from tests.system.taken_over import TakenOver
+from tests.system.test_control_flood import flood_as
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "docs/schemas"
 
@@ -64,7 +65,7 @@ RARE = {
 SECRET = "s3cr3t-and-long-enough"
 NASTY = '\x1b[2J\x1b]0;x\x07\r\n{"seq":1,"type":"plugin.stopped","hash":"0"}\u202egnp.exe\u2066\u200b\u3164\x9b\x7f'
 
-VIEWER, RUNNER = 64009, 64011
+VIEWER, RUNNER, STRANGER = 64009, 64011, 64013
 HOST_TOML = f"""\
 [roles]
 viewer = [{VIEWER}]
@@ -242,6 +243,8 @@ def live(d: TakenOver, place: Path) -> dict[str, str]:
     command = [sys.executable, "-I", "-c", REFUSED, str(d.root / "run/isolator/control.sock"), str(int(BURST) + 200)]
     subprocess.run(command, check=True, user=VIEWER, group=VIEWER, extra_groups=[], cwd="/")
     wait_for(lambda: of(d, "audit.summary"))
+    flood_as(d, STRANGER)
+    wait_for(lambda: of(d, "control.shut"))
     return events
 
 
