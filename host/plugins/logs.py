@@ -227,7 +227,7 @@ class _Pipe:
         self, log: PluginLog, run: str, stream: str, fd: int, null: int, on_close: Callable[[_Pipe], None]
     ) -> None:
         self._log, self._fd, self._null, self._on_close = log, fd, null, on_close
-        self.run, self.stream = run, stream
+        self.plugin, self.run, self.stream = log.name, run, stream
         self.ended = asyncio.Event()
         self.tail: bytes | None = None
         """The end so far of what has come, a line of ``MAX_LINE`` at least, if the last line is wanted."""
@@ -315,8 +315,14 @@ class _Pipe:
         self._beat = self._loop.call_later(FLOOD_BEAT, self._flooded)
 
     def pass_on(self, departure: Departure) -> PipeState:
-        """Hand the pipe to the successor of this process: its lines are stored, the half of one goes along."""
-        self._let_go()
+        """Hand the pipe to the successor of this process: its lines are stored, the half of one goes along.
+
+        In place of one that has ended goes another that has: what it has read last is still to be asked for.
+        """
+        if self._fd < 0:
+            self._fd = _ended_pipe()
+        else:
+            self._let_go()
         self._store(len(self._lines))
         number, self._fd = departure.add(self._fd), -1
         return PipeState(
@@ -352,6 +358,13 @@ class _Pipe:
             self._partial = b""
         self.ended.set()
         self._on_close(self)
+
+
+def _ended_pipe() -> int:
+    """A pipe to which nobody writes."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    os.close(write)
+    return read
 
 
 class Logs:
@@ -405,7 +418,8 @@ class Logs:
         """Hand every log to the successor of this process, with the pipes that are open."""
         states = []
         for name, log in self._logs.items():
-            states.append(log.pass_on([pipe.pass_on(departure) for pipe in self._pipes.pop(name, ())]))
+            pipes = {*self._pipes.pop(name, ()), *(pipe for pipe in self._tails.values() if pipe.plugin == name)}
+            states.append(log.pass_on([pipe.pass_on(departure) for pipe in pipes]))
             log.close()
         return tuple(states)
 
@@ -426,7 +440,7 @@ class Logs:
         """Delete the log of a removed plugin."""
         for pipe in list(self._pipes.pop(name, ())):
             pipe.close()
-            self._tails.pop(pipe.run, None)
+        self._tails = {run: pipe for run, pipe in self._tails.items() if pipe.plugin != name}
         self.of(name).remove()
         del self._logs[name]
 

@@ -13,6 +13,7 @@ import pytest
 
 from host.plugins.logs import LINES_PER_TURN, MAX_LINE, RATE, Logs
 from host.plugins.secrets import Redactor
+from isolator.ipc.succession import Departure, Descriptors
 from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
 from tests.support.timeouts import seconds
@@ -102,6 +103,27 @@ async def test_stderr_tail_is_that_of_the_run_and_waits_for_the_end_of_its_pipe(
         os.close(writing)
         assert await tail == (["of another run"] if run == "r1" else ["b"] * 4 + ["unfinished"])
     logs.close()
+
+
+@pytest.mark.parametrize("ended", [True, False])
+async def test_last_line_is_there_in_the_host_that_takes_over(tmp_path: Path, ended: bool) -> None:
+    """Also of a program that has ended, whose end the host before was not told of any more."""
+    before, after = (Logs(tmp_path, lambda _: Redactor([])) for _ in range(2))
+    (out, its_out), (err, its_err) = os.pipe(), os.pipe()
+    before.attach("linter", "run1", out, err, tail=True)
+    os.write(its_out, b"first\nlast\n")
+    if ended:
+        os.close(its_out)
+        await asyncio.wait_for(before._tails["run1"].ended.wait(), seconds(60))
+    departure = Departure()
+    states = before.pass_on(departure)
+    with Descriptors(departure._fds.release_all()) as descriptors:
+        after.take_over(states, descriptors)
+    if not ended:
+        os.close(its_out)
+    os.close(its_err)
+    assert await after.last_line("run1") == b"last"
+    after.close()
 
 
 async def test_follower_that_does_not_read_misses_lines_and_gets_their_number(daemon: Daemon) -> None:
