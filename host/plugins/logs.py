@@ -3,8 +3,9 @@
 Each pipe is read whenever it holds data, and ``LINES_PER_TURN`` of its lines are stored in one turn of the event
 loop. Blank lines are skipped, lines are cut at 64 KiB. A plugin may write 1 MiB a second (both pipes together), for
 which each line counts ``LINE_COST`` bytes beside its own; the excess is counted and dropped unread: the pipe is then
-emptied in the kernel (``splice`` to ``/dev/null``) at a fixed slow beat, so that a flood costs the host next to nothing
-and slows the plugin's own writes down. The count appears in the log as a line of its own.
+emptied in the kernel (``splice`` to ``/dev/null``; read, if its last line is a result) at a fixed slow beat, so that a
+flood costs the host next to nothing and slows the plugin's own writes down. The count appears in the log as a line of
+its own.
 
 Stored as JSON lines ``{"time","run","stream","line"}`` in one file per plugin, rotated at 4 MiB, three kept.
 """
@@ -46,8 +47,6 @@ STDERR_TAIL = 5
 """Lines of stderr that are reported when a run has ended."""
 _TAIL_LINE, _TAIL_SECONDS = 400, 0.5
 """Characters of such a line, and the wait for the end of the pipe."""
-_CUT = b"." * (MAX_LINE + 1)
-"""In place of a tail of which something was dropped: its line is too long until another one begins."""
 
 Follower = Callable[[dict[str, Any]], None]
 
@@ -256,8 +255,7 @@ class _Pipe:
         if not chunk:
             self.close()
             return
-        if self.tail is not None:
-            self.tail = (self.tail + chunk)[-MAX_LINE - 2 :]
+        self._keep_tail(chunk)
         if self._torn:
             end = chunk.find(b"\n") + 1
             self._log.skip(end or len(chunk))
@@ -298,7 +296,7 @@ class _Pipe:
             self._loop.add_reader(self._fd, self._readable)
             return
         try:
-            count = os.splice(self._fd, self._null, _SPLICE, flags=os.SPLICE_F_NONBLOCK)
+            count = self._drop_some()
         except BlockingIOError:
             count = -1
         except OSError:
@@ -310,9 +308,19 @@ class _Pipe:
             # Bytes were lost in the middle of the line that had begun.
             self._log.drop(count + len(self._partial))
             self._partial, self._torn = b"", True
-            if self.tail is not None:
-                self.tail = _CUT
         self._beat = self._loop.call_later(FLOOD_BEAT, self._flooded)
+
+    def _drop_some(self) -> int:
+        """Take something out of the pipe; returns the number of bytes, 0 at its end. Raises OSError."""
+        if self.tail is None:
+            return os.splice(self._fd, self._null, _SPLICE, flags=os.SPLICE_F_NONBLOCK)
+        chunk = os.read(self._fd, _SPLICE)
+        self._keep_tail(chunk)
+        return len(chunk)
+
+    def _keep_tail(self, chunk: bytes) -> None:
+        if self.tail is not None:
+            self.tail = (self.tail + chunk)[-MAX_LINE - 2 :]
 
     def pass_on(self, departure: Departure) -> PipeState:
         """Hand the pipe to the successor of this process: its lines are stored, the half of one goes along.
@@ -336,7 +344,7 @@ class _Pipe:
         self.tail = to_bytes(state.tail) if state.tail is not None else None
 
     def last_line(self) -> bytes:
-        """The last line of all, without the blank ones behind it; empty if it is too long, or was dropped."""
+        """The last line of all, without the blank ones behind it; empty if it is too long."""
         line = (self.tail or b"").rstrip(b"\r\n").rpartition(b"\n")
         return line[2] if line[1] or len(line[2]) <= MAX_LINE else b""
 

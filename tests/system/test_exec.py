@@ -222,6 +222,7 @@ def test_update_is_in_use_at_once_and_comes_back_by_a_rollback_alone(running: Da
 def test_output_without_bound_harms_nobody_and_a_line_too_long_is_no_result(running: Daemon) -> None:
     flooded, long = deliver(running, "floods", "floods"), deliver(running, "long", "long")
     assert (flooded["state"], long["state"]) == ("ok", "ok")
+    assert flooded["status"] == "flooded"  # also beyond what is kept of its log in a second
     assert long["reply"] is None and long["status"] == "ok"
 
 
