@@ -34,8 +34,9 @@ async def _emit(hosts: Hosts, host: SimHost, count: int) -> list[str]:
 async def _trim(hosts: Hosts, living: SimHost) -> None:
     """Have the log begin at the newest copy of its fold that a living host has."""
     await hosts.passes(25.0)
-    await hosts.until(lambda: living.path.with_suffix(".folds").is_dir())
-    newest = max(int(path.stem) for path in living.path.with_suffix(".folds").glob("*.fold"))
+    copies = living.path.with_suffix(".folds")
+    await hosts.until(lambda: any(copies.glob("*.fold")))
+    newest = max(int(path.stem) for path in copies.glob("*.fold"))
     hosts.servers.trimmed = newest
 
 

@@ -32,7 +32,7 @@ GROUPS = tuple(" ".join(PAYLOADS[start : start + 9]) for start in range(0, len(P
 
 PLUGIN = textwrap.dedent("""\
     #!/usr/bin/python3
-    import json, os, socket, struct, sys
+    import json, os, socket, struct, sys, time
     GROUPS = json.loads(GROUPS_JSON)
     path = os.environ["PLUGIN_SOCKET"]
     try:
@@ -78,6 +78,8 @@ PLUGIN = textwrap.dedent("""\
             sys.stdout.write("<script>window.acted=1</script>" * 40000 + "\\n")
         for out in (sys.stdout, sys.stderr):
             out.flush()
+        if number == 0:
+            time.sleep(1.5)  # what comes in the second of such a line is dropped
         look_up(text)
         ask(text)
         reply = {"jsonrpc": "2.0", "id": request["id"], "result": {"status": "ok", "detail": text[:900]}}

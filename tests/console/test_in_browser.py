@@ -105,7 +105,11 @@ def hostile(console: Console, tmp_path_factory: pytest.TempPathFactory) -> Itera
     d.cli("plugin", "add", str(write_plugin(folder / "echo", ECHO)), "--yes")
     ids = [d.json("event", "emit", "deploy.completed", event(number))["id"] for number in range(len(GROUPS))]
     wait_for(
-        lambda: all(console.at_socket(f"/v1/event/show?id={one}").json["deliveries"][0]["state"] == "ok" for one in ids)
+        lambda: all(
+            delivery["state"] == "ok"
+            for one in ids
+            for delivery in console.at_socket(f"/v1/event/show?id={one}").json["deliveries"]
+        )
     )
     yield ids
 

@@ -98,7 +98,7 @@ def test_line_of_a_page_is_a_command_of_dev_and_names_what_there_is(page: str, l
     if command == "vm":
         vm().parse_args(words)
     if command in ("demo", "setup", "shell"):
-        assert {*words} <= {"--browser", "--screenshot", "DIR"}
+        assert {*words} <= {"--browser", "--screenshot", "DIR", "--hosts", "3"}
     if command == "test":
         places = [word for word in words if word.startswith("tests")]
         assert all((REPO / place).exists() for place in places)

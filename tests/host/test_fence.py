@@ -6,6 +6,7 @@ The sidecars here are plain processes that nobody freezes: what holds them back 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -71,9 +72,11 @@ class FencedDaemon(Daemon):
         """Have the host ``hold``, ``free`` or lose (``lost``) a plugin."""
         orders = self.paths.host_lib / "orders"
         async with asyncio.timeout(seconds(30)):
-            while not orders.exists():  # noqa: ASYNC110 # another process makes it
+            while True:
+                with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):  # made, and soon listened at
+                    reader, writer = await asyncio.open_unix_connection(str(orders))
+                    break
                 await asyncio.sleep(0.01)
-        reader, writer = await asyncio.open_unix_connection(str(orders))
         writer.write(json.dumps([verb, *arguments]).encode() + b"\n")
         assert await reader.read() == b"done"
         writer.close()
