@@ -37,10 +37,15 @@ from tests.support.timeouts import seconds
 @pytest.fixture
 async def upstream() -> Dns:
     """A name server on loopback, in this process."""
-    udp, tcp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM), socket.socket()
-    udp.bind(("127.0.0.1", 0))
-    tcp.bind(("127.0.0.1", udp.getsockname()[1]))
-    tcp.listen()
+    while True:
+        udp, tcp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM), socket.socket()
+        udp.bind(("127.0.0.1", 0))
+        with contextlib.suppress(OSError):  # that number is somebody else's for TCP
+            tcp.bind(("127.0.0.1", udp.getsockname()[1]))
+            tcp.listen()
+            break
+        udp.close()
+        tcp.close()
     server = Dns(udp, tcp)
     server.records.update(
         {
