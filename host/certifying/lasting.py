@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 _REQUEST = b'{"jsonrpc":"2.0","method":'
 _HELLO = b'"method":"host.hello"'
-_REPLY_SECONDS = 30.0
 
 
 class Lasting:
@@ -83,7 +82,7 @@ class Lasting:
         reply = self._doubles[number] = asyncio.get_running_loop().create_future()
         await self._far.send(beside + head + separator + f'"{number}"}}\n'.encode())
         try:
-            outcome = read_reply(await asyncio.wait_for(reply, _REPLY_SECONDS), expect=number)
+            outcome = read_reply(await asyncio.wait_for(reply, self._link.stage.scene().patience), expect=number)
             if outcome.kind not in GOOD:
                 self._link.found(self._run, f"does not answer the same event again in good order: {outcome.detail}")
         except TimeoutError:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from host.certifying.taps import Peer, TappedLink
 
 _LARGEST = 256 << 10
-_REPLY_SECONDS, _LINGER_SECONDS, _GARBAGE_SECONDS = 30.0, 0.3, 2.0
+_LINGER_SECONDS, _GARBAGE_SECONDS = 0.3, 2.0
 _PIECE_SECONDS = 0.002
 _OTHER_ID = 4242
 _EVENT, _PING = (b"{", b"POST "), b'"method":"ping"'
@@ -94,7 +94,7 @@ class Single:
         """The answer to what was sent, as far as it comes in time."""
         data = b""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_REPLY_SECONDS):
+            async with asyncio.timeout(self._link.stage.scene().patience):
                 while len(data) < _LARGEST and (chunk := await self._far.reader.read(1 << 16)):
                     data += chunk
                     if not self._http and b"\n" in data:

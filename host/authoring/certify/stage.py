@@ -34,6 +34,8 @@ class Scene:
     mode: str
     late: float = 0.0
     """Seconds between a connection and a request that comes late."""
+    patience: float = 30.0
+    """Seconds in which the answer to a message that is ours alone has to come: as many as an event has."""
 
 
 class Stage:
@@ -47,9 +49,8 @@ class Stage:
         """Play this from now on, for a plugin of this mode that has ``timeout`` seconds for an event."""
         self._number += 1
         beside = self._path.with_suffix(".new")
-        beside.write_text(
-            json.dumps({"play": play, "number": self._number, "mode": mode, "late": min(_LATE_SECONDS, timeout / 3)})
-        )
+        scene = {"play": play, "number": self._number, "mode": mode, "late": min(_LATE_SECONDS, timeout / 3)}
+        beside.write_text(json.dumps(scene | ({"patience": timeout} if timeout else {})))
         beside.chmod(0o644)
         beside.replace(self._path)
 
