@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import subprocess
@@ -55,6 +56,18 @@ def _gc(root: Path, *words: str) -> list[dict[str, str]]:
     return [one for one in found if one["kind"] != "uid lock"]
 
 
+def _is_free(lock: Path, number: int) -> bool:
+    """Whether the dead run's lock is gone, or in the hands of whoever else runs something on this machine."""
+    try:
+        with lock.open() as file:
+            if os.fstat(file.fileno()).st_ino != number:
+                return True
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (FileNotFoundError, BlockingIOError):
+        return True
+    return not lock.exists()
+
+
 @pytest.mark.parametrize("victims", ["command", "launcher and command", "command, launcher stopped"])
 def test_what_a_killed_run_left_is_shown_then_removed(shared_dir: Path, victims: str) -> None:
     with _run(shared_dir) as (process, launcher, uid):
@@ -83,8 +96,7 @@ def test_what_a_killed_run_left_is_shown_then_removed(shared_dir: Path, victims:
         finally:
             if stopped:
                 os.kill(launcher, 9)
-    # Whoever else runs something on this machine may take the uid of a dead run at any moment, with a lock of its own.
-    assert not lock.exists() or lock.stat().st_ino != before
+    assert _is_free(lock, before)
 
 
 def test_a_running_one_is_not_touched(shared_dir: Path) -> None:
