@@ -83,7 +83,7 @@ def _answer_of(program: Path, work: Path) -> None:
                 with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
                     connection.connect(str(path))
                     break
-                time.sleep(0.001)
+                time.sleep(0.001)  # no event tells when a plain program listens
             connection.sendall(json.dumps(REQUEST).encode() + b"\n")
             assert b'"ok"' in connection.recv(4096)
     finally:

@@ -33,7 +33,7 @@ class Daemon:
     def __init__(self, root: Path, work: Path, log: Path, *, enter: Sequence[str] = ()) -> None:
         self.root = root
         self.enter = enter
-        """What takes it and its commands into a network of their own."""
+        """The command that takes it and its commands into a network of their own."""
         self.work = work
         """Where the commands are given."""
         self.log = log

@@ -1,4 +1,4 @@
-"""What all steps of the demo with several hosts share: machines with daemons and servers, the ledger, the promises."""
+"""Stage of the demo with several hosts, shared by its steps: machines with daemons and servers, ledger and promises."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Demo:
         while not condition():
             if time.monotonic() > end:
                 raise DemoError(f"{what}: not within {seconds:g} s")
-            time.sleep(0.05)
+            time.sleep(0.05)  # hosts, servers and a log: no one of them announces it to this process
 
     @property
     def holder(self) -> Host:
@@ -108,7 +108,7 @@ class Demo:
 
     @property
     def accepted(self) -> list[str]:
-        """What the platforms had accepted so far."""
+        """The events that the platforms have accepted so far."""
         return [event for platform in self.platforms for event in list(platform.accepted)]
 
     def history(self, places: Sequence[int] = ()) -> History:
@@ -123,5 +123,5 @@ class Demo:
         return netns.in_network(host.machine.fd, lambda: asyncio.run(read()))
 
     def folds(self) -> dict[str, Folded]:
-        """What each host has made of the log; they have stopped."""
+        """The fold of each host, once they have stopped."""
         return {host.name: Folded.of(Paths.of(host.daemon.root).host_database) for host in self.hosts}

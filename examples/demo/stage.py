@@ -1,4 +1,4 @@
-"""What all steps of the demo share: the daemon, the pretend internet, the trail, and the promises so far."""
+"""Stage of the demo, shared by its steps: the daemon, the pretend internet, the trail, and the promises so far."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every ``--help`` and every man page ends with: exit codes and variables, which all commands share."""
+"""End of every ``--help`` and every man page: exit codes and variables, which all commands share."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def show(root: str | None, name: str, as_json: bool) -> None:
 
 
 def _in_cluster(plugin: Mapping[str, Any]) -> str:
-    """Who has a plugin in the cluster, or why nobody has."""
+    """The host that has a plugin in the cluster, or the reason why none has."""
     if plugin["problem"]:
         return str(plugin["problem"])
     if plugin["placement"] == "all":

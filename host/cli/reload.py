@@ -15,7 +15,7 @@ from isolator.errors import IsolatorError, UnavailableError
 
 _LOOK = 0.1
 _STEPS = 4
-"""Of the progress: the supervisor, then the three services that are exchanged."""
+"""Steps of the progress: the supervisor, then the three services that are exchanged."""
 
 
 @click.command(epilog="\b\nExamples:\n  sudo isolator reload\n  isolator reload --timeout 120")

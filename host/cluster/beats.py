@@ -17,7 +17,7 @@ POSITIONS: Final = 110_000
 
 
 class Beats:
-    """What ends each message of decisions, in one life."""
+    """The end of each message of decisions, in one life."""
 
     def __init__(self, parts: Parts, watch: Watch, fence: Fence, leaving: Callable[[], bool]) -> None:
         self._parts, self._watch, self._fence, self._leaving = parts, watch, fence, leaving

@@ -76,7 +76,7 @@ class QueueFollower:
         self._place = 0
         self._draining: set[Shard] = set()
         self._lacking: dict[str, list[Range]] = {}
-        """By plugin that this host could hold otherwise, the events that it does not have."""
+        """Events that this host does not have, by the plugin that it could hold otherwise."""
         self._state: State | None = None
         self._tasks = Tasks()
 

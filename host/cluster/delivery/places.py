@@ -232,7 +232,7 @@ class Places:
         return sorted(lacking)
 
     def unread(self, found: Iterable[Range], position: Position | None) -> list[Range]:
-        """Those of the events that this host has never read with which a position goes on."""
+        """Events that this host has never read, and with which a position goes on."""
         read = {ref.host: ref for ref in position.read} if position is not None else {}
         rest = (unread.rest(self.state, one, read) for one in found)
         return [one for one in rest if one is not None]
