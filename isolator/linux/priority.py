@@ -34,7 +34,7 @@ def go_first() -> None:
 
 def go_as_far_forward_as(nice: int) -> None:
     """Take over another's precedence, if it has one and the privilege for it is there; children inherit it."""
-    if nice < os.getpriority(os.PRIO_PROCESS, 0):
+    if nice < 0 and nice <= os.getpriority(os.PRIO_PROCESS, 0):  # an inherited one is not the session's yet
         with contextlib.suppress(PermissionError):
             _set(nice)
 
