@@ -21,6 +21,7 @@ import os
 import socket
 import struct
 from functools import cached_property
+from time import thread_time
 
 from isolator.broker.gate.gate import Gate, GateState
 from isolator.broker.guard import Denied
@@ -181,11 +182,11 @@ class Pipe:
             self._take_turn()
 
     def _take_turn(self) -> None:
-        began = self.touched = self._loop.time()
+        began, self.touched = thread_time(), self._loop.time()
         try:
             self._read_some()
         finally:
-            self._turns.took(self._loop.time() - began)
+            self._turns.took(thread_time() - began)
 
     def _read_some(self) -> None:
         buffer = self._scratch.buffer
@@ -321,7 +322,7 @@ class Pipe:
             self._loop.remove_writer(self._out)
             self._fence.stall(self._thawed)
             return
-        began = self.touched = self._loop.time()
+        began, self.touched = thread_time(), self._loop.time()
         try:
             sent = self._sink.send(self._rest)
         except BlockingIOError:
@@ -329,7 +330,7 @@ class Pipe:
         except OSError as error:
             self._fail(error)
             return
-        self._turns.took(self._loop.time() - began)
+        self._turns.took(thread_time() - began)
         self.total += sent
         self._keep(self._rest[sent:])
         if not self._rest:

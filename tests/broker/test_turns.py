@@ -9,11 +9,19 @@ from collections import Counter
 
 import pytest
 
+from isolator.base.pacing import TokenBucket
+from isolator.broker import relay
 from isolator.broker.relay import Pipe, Scratch
 from isolator.broker.turns import HOLD, Turns
 from isolator.ipc.fence import Fence
+from tests.support.timeouts import seconds
 
 PIECE = bytes(1000)
+
+
+def rich() -> Turns:
+    """Turns with a budget that is never spent."""
+    return Turns(TokenBucket(1000.0, 1000.0))
 
 
 async def test_part_of_a_turn_is_used_up_and_there_again_in_the_next() -> None:
@@ -40,6 +48,21 @@ async def test_those_who_wait_come_in_their_order_before_others_and_as_many_as_f
     for expected, over in (("ab", True), ("abc", False), ("abc", False)):
         await asyncio.sleep(0)
         assert ("".join(served), turns.over) == (expected, over)
+
+
+async def test_all_wait_while_the_budget_is_spent() -> None:
+    now, served = [0.0], []
+    turns = Turns(TokenBucket(0.5, 1.0, clock=lambda: now[0]))
+    turns.took(1.0 + 2 * HOLD)
+    for name in "ab":
+        turns.wait(lambda name=name: (served.append(name), turns.took(HOLD)))  # type: ignore[misc]
+    await asyncio.sleep(0)
+    assert turns.over and not served
+    now[0] = 4 * HOLD / 0.5  # two thousandths of a second are there: for both, one a turn
+    async with asyncio.timeout(seconds(10)):
+        while served != ["a", "b"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    assert turns.budget.tokens == pytest.approx(0.0)
 
 
 async def test_one_that_fails_keeps_nobody_from_going_on() -> None:
@@ -73,9 +96,8 @@ class Flow:
 async def test_other_cage_waits_for_one_turn_of_a_busy_one_and_not_for_each_of_its_connections(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    loop, scratch, sends = asyncio.get_running_loop(), Scratch(), []
-    now = [loop.time()]
-    monkeypatch.setattr(loop, "time", lambda: now[0])
+    scratch, sends, now = Scratch(), [], [0.0]
+    monkeypatch.setattr(relay, "thread_time", lambda: now[0])
     read = Pipe._read_some
 
     def timed(self: Pipe) -> None:
@@ -84,9 +106,9 @@ async def test_other_cage_waits_for_one_turn_of_a_busy_one_and_not_for_each_of_i
         sends.append(self)
 
     monkeypatch.setattr(Pipe, "_read_some", timed)
-    turns = Turns()
+    turns = rich()
     busy = [Flow(scratch, turns) for _ in range(20)]
-    other = Flow(scratch, Turns())
+    other = Flow(scratch, rich())
     try:
         for _ in range(5):
             for flow in busy:
@@ -106,9 +128,9 @@ async def test_other_cage_waits_for_one_turn_of_a_busy_one_and_not_for_each_of_i
 
 async def test_connections_of_a_busy_cage_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever always has something to send comes no oftener than the others."""
-    loop, scratch, turns = asyncio.get_running_loop(), Scratch(), Turns()
-    now, reads = [loop.time()], Counter[Pipe]()
-    monkeypatch.setattr(loop, "time", lambda: now[0])
+    scratch, turns = Scratch(), rich()
+    now, reads = [0.0], Counter[Pipe]()
+    monkeypatch.setattr(relay, "thread_time", lambda: now[0])
     read = Pipe._read_some
 
     def timed(self: Pipe) -> None:
