@@ -18,9 +18,13 @@ from isolator.supervisor.reload import formats
 logger = logging.getLogger(__name__)
 
 
-def take_over(fd: int) -> DaemonState:
-    """Read the state, own its descriptors and close every other one. Raises IsolatorError."""
-    state = formats.read(fd)
+
+def take_over(fd: int) -> tuple[DaemonState, str | None]:
+    """Read the state, own its descriptors and close every other one; returns it as ``formats.read``.
+
+    Raises IsolatorError.
+    """
+    state, host_toml = formats.read(fd)
     named = {*range(3), *descriptors(state)}
     for name in os.listdir("/proc/self/fd"):
         number = int(name)
@@ -32,7 +36,7 @@ def take_over(fd: int) -> DaemonState:
             os.close(number)
             if number != fd:
                 logger.warning("closed descriptor %d, which the version before had not named: %s", number, shown)
-    return state
+    return state, host_toml
 
 
 def end_unnamed_children(state: DaemonState) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import isolator
 from isolator.errors import IsolatorError, UnavailableError
@@ -21,6 +22,7 @@ from isolator.layers.ledger import EVERY_LAYER
 from isolator.linux.systemd import notify
 from isolator.supervisor.reload import formats, trial
 from isolator.supervisor.reload.program import ADOPT, Program
+from isolator.supervisor.reload.settings import settings_text
 from isolator.supervisor.reload.signals import HELD
 from isolator.supervisor.rest import REPEATED
 from isolator.supervisor.supervisor import Daemon
@@ -33,12 +35,15 @@ _LOOK = 0.005
 _NOTIFIER_SECONDS = 5.0
 
 
-async def reload(daemon: Daemon, program: Program, generation: int) -> None:
-    """Hand the daemon over to the program; returns only by raising, when that was not possible."""
+async def reload(daemon: Daemon, program: Program, generation: int, settings: Path) -> None:
+    """Hand the daemon over to the program; returns only by raising, when that was not possible.
+
+    ``settings``: its host.toml. What it holds now is tried, and is what the program goes on with.
+    """
     program.check()
     async with daemon.services.exchanging:
-        began = time.monotonic()
-        number = await trial.try_out(program, daemon_state(daemon, generation, began))
+        began, host_toml = time.monotonic(), settings_text(settings)
+        number = await trial.try_out(program, daemon_state(daemon, generation, began), host_toml)
         began = time.monotonic()
         try:
             await _come_to_rest(daemon)
@@ -47,18 +52,20 @@ async def reload(daemon: Daemon, program: Program, generation: int) -> None:
                 if service.channel is not None:
                     service.channel.leave_unread()
             daemon.fences.stand_still()
-            execute(program, daemon_state(daemon, generation, began), number)
+            state = daemon_state(daemon, generation, began)
+            execute(program, state, number, host_toml)
         finally:
             _go_on(daemon)
 
 
-def execute(program: Program, state: DaemonState, number: int) -> None:
+def execute(program: Program, state: DaemonState, number: int, host_toml: str = "") -> None:
     """Replace this process's image; raises IsolatorError when that fails, and nothing has changed then.
 
-    By the main thread: it counts as the parent of every cage, which ends with it (PR_SET_PDEATHSIG).
+    By the main thread: it counts as the parent of every cage, which ends with it (PR_SET_PDEATHSIG). ``host_toml``:
+    the text of that file, as it was tried.
     """
     assert threading.current_thread() is threading.main_thread()
-    fd = formats.write(state, number)
+    fd = formats.write(state, number, host_toml)
     crossing = [fd, *descriptors(state)]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
     try:

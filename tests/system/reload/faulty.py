@@ -63,8 +63,9 @@ def _take(path: Path) -> str:
 
 
 def _at_exec(root: Path, words: str) -> None:
-    """``fail``: as if the program were gone; ``term``: SIGTERM comes; ``kill PID``; ``pause SECONDS``; ``leak``: a
-    descriptor, a child and a zombie that nobody names; ``loosen PLUGIN``: its cap on tasks is lifted."""
+    """``fail``: as if the program were gone; ``term``: SIGTERM comes; ``kill PID``; ``pause SECONDS``;
+    ``leak``: a descriptor, a child and a zombie that nobody names; ``loosen PLUGIN``: its cap on tasks is lifted;
+    ``spoil``: host.toml is half written."""
     for line in words.splitlines():
         word, _, value = line.partition(" ")
         if word == "fail":
@@ -78,6 +79,8 @@ def _at_exec(root: Path, words: str) -> None:
             for folder in recovery.subtree_folders(Paths.of(root)):
                 for cap in folder.glob(f"{value}.*/pids.max"):
                     cap.write_text("max")
+        if word == "spoil":
+            Paths.of(root).host_toml.write_text("[roles\n")
         if word == "pause":
             time.sleep(float(value))
         if word == "leak":
