@@ -87,7 +87,7 @@ def run_daemon(
             async def perform(generation: int) -> None:
                 from isolator.supervisor.reload.reloader import reload
 
-                await reload(daemon, program, generation, host_file)
+                await reload(daemon, program, generation, host_file, stopping.is_set)
 
             try:
                 daemon.reloads.perform = perform
@@ -98,7 +98,7 @@ def run_daemon(
                 loop.call_soon(spare_the_collector)
                 extending.cancel()
                 watchdog.keep("watchdog", _watchdog)
-                hang_up.allow(daemon.reloads.ask)
+                hang_up.allow(daemon.reloads.ask_for_one_more)
                 await stopping.wait()
                 watchdog.cancel()
             finally:
@@ -115,7 +115,7 @@ def _has_terminal() -> bool:
 
 
 class _HangUp:
-    """Handler of SIGHUP: a reload. One that comes before the daemon is up is done then."""
+    """Handler of SIGHUP: a reload. One that comes before the daemon is up, or during another, is done then."""
 
     def __init__(self) -> None:
         self._reload: Callable[[], object] | None = None
