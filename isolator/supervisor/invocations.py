@@ -296,10 +296,8 @@ class Invocations:
             await invocation.ended.wait()
 
     def hand_over(self) -> tuple[InvocationState, ...]:
-        """The states of the invocations that run, before an exec, when nothing is ``under_way``."""
-        return tuple(
-            invocation.hand_over() for invocation in self._invocations.values() if not invocation.ended.is_set()
-        )
+        """The states of the invocations that run, before an exec; those that are ``under_way`` are not among them."""
+        return tuple(invocation.hand_over() for invocation in self._invocations.values() if invocation.waits.now)
 
     def take_over(
         self,
