@@ -293,6 +293,9 @@ class Host:
         """Take over the plugins as another host has left them, its requests in flight, its connections."""
         self._fences.adopt(introduction.fences)
         self._alarms.supervisor = introduction.alarms
+        # Before any plugin's line is read, which may be a call of a method that one of the callers serves.
+        self._api_verbs.numbers = state.api_calls
+        await self._control.take_over(state.control, descriptors)
         self._dispatcher.take_over(state.workers, descriptors)
         for entry in introduction.plugins:
             await self._lifecycle.adopt(entry)
@@ -308,9 +311,7 @@ class Host:
         self._debts.find()
         self._lifecycle.drop_unsettled_values()
         self._logs.take_over(state.logs, descriptors)
-        self._api_verbs.numbers = state.api_calls
         await self._api.take_over(state.api, descriptors)
-        await self._control.take_over(state.control, descriptors)
         self._lifecycle.take_over(state.starts)
 
     async def _serve_callers(self, _: messages.ServeCallers) -> None:
@@ -340,6 +341,7 @@ class Host:
         departure = Departure()
         while any(one.replied for one in self._senders):  # noqa: ASYNC110 # a turn or two
             await asyncio.sleep(0)
+        self._api_verbs.hold()
         workers = self._dispatcher.pass_on(departure)
         self._close_own_work()
         await self._watches.close()

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from host.channel.calls import patient
 from host.channel.reply import PERMISSION_DENIED, QUOTA_EXCEEDED, RETRY_LATER, shown
 from host.fence.fences import Fences
 from host.host_api.connection import CONNECTIONS, RATE, Connection, Limits
@@ -137,7 +138,7 @@ class HostApi:
 
     @property
     def busy(self) -> bool:
-        """Whether a call on one of the listeners is unanswered."""
+        """Whether a call on one of the listeners is unanswered that does not wait for others."""
         return any(connection.busy for connection in self._every_connection())
 
     def pass_on(self, listeners: Mapping[str, socket.socket], departure: Departure) -> tuple[ApiListenerState, ...]:
@@ -149,7 +150,7 @@ class HostApi:
                 invocation="." in key,
                 listener=departure.add(listener.detach()),
                 connections=tuple(
-                    connection.pass_on_idle(departure)
+                    connection.pass_on_all(departure)
                     for connection in list(self._connections.get(key.partition(".")[0], ()))
                     if connection.is_open and connection.run == self._runs[key]
                 ),
@@ -201,7 +202,8 @@ class HostApi:
         fence = self._fences.of(name)
         await fence.opened()
         answer = await self._answer(name, run, method, params)
-        await fence.opened()
+        with patient():
+            await fence.opened()
         return answer
 
     async def _answer(self, name: str, run: str | None, method: str, params: Any) -> dict[str, Any]:
