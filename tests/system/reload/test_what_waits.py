@@ -153,6 +153,20 @@ def test_plugin_that_is_added_while_a_host_leaves_is_known_to_the_next(d: GatedD
     d.cli("plugin", "remove", "meanwhile", "--yes")
 
 
+def test_plugin_is_restarted_though_the_host_that_was_asked_leaves(d: GatedDaemon, shared_dir: Path) -> None:
+    """It is drained by that host and gets its environment from it, for which the host waits that is to leave."""
+    d.cli("plugin", "add", str(write_plugin(shared_dir / "anew")), "--yes")
+    d.cli("plugin", "start", "anew")
+    run = d.json("plugin", "show", "anew")["run"]
+    before = begin_exchange(d, NOTED)
+    d.cli("plugin", "restart", "anew")
+    d.go()
+    wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text())
+    shown = d.json("plugin", "show", "anew")
+    assert shown["state"] == "running" and shown["run"] != run
+    d.cli("plugin", "remove", "anew", "--yes")
+
+
 def test_no_connection_is_made_for_a_host_that_has_left(d: GatedDaemon, shared_dir: Path) -> None:
     d.cli("plugin", "add", str(write_plugin(shared_dir / "late", LATE, sandbox=STATE)), "--yes")
     emitting = d.begin("event", "emit", "deploy.completed", event(1), "--wait")
