@@ -122,6 +122,8 @@ class HostApi:
 
     def close(self) -> None:
         """Close every listener."""
+        for name in list(self._limits):
+            self._report_refused(name, self._runs.get(name))
         for name in list(self._listeners):
             self.forget(name)
 
@@ -142,7 +144,9 @@ class HostApi:
         return any(connection.busy for connection in self._every_connection())
 
     def pass_on(self, listeners: Mapping[str, socket.socket], departure: Departure) -> tuple[ApiListenerState, ...]:
-        """Hand the listeners and their connections to the successor of this process."""
+        """Hand the listeners and their connections to the successor of this process; what was counted is on record."""
+        for name in list(self._limits):
+            self._report_refused(name, self._runs.get(name))
         return tuple(
             ApiListenerState(
                 plugin=key.partition(".")[0],
@@ -200,10 +204,10 @@ class HostApi:
         Past the plugin's deadline nothing is done for it, and nothing answered, before that is moved on.
         """
         fence = self._fences.of(name)
-        await fence.opened()
-        answer = await self._answer(name, run, method, params)
         with patient():
             await fence.opened()
+        answer = await self._answer(name, run, method, params)
+        await fence.opened()
         return answer
 
     async def _answer(self, name: str, run: str | None, method: str, params: Any) -> dict[str, Any]:
@@ -254,11 +258,17 @@ class HostApi:
     def _charge(self, name: str, run: str | None) -> None:
         now, limits = time.monotonic(), self.limits(name)
         if limits.refused and now - limits.reported >= 1.0:
-            refused, limits.refused, limits.reported = limits.refused, 0, now
-            self._audit.record(ApiCalled(method="*", verdict="limited", count=refused), plugin=name, run=run)
+            limits.reported = now
+            self._report_refused(name, run)
         if not limits.calls.try_take():
             limits.refused += 1
             raise _Limited(f"more than {RATE:g} calls a second")
+
+    def _report_refused(self, name: str, run: str | None) -> None:
+        limits = self.limits(name)
+        if limits.refused:
+            refused, limits.refused = limits.refused, 0
+            self._audit.record(ApiCalled(method="*", verdict="limited", count=refused), plugin=name, run=run)
 
     async def _log_write(self, context: Context, params: Mapping[str, Any]) -> dict[str, Any]:
         level, message = params.get("level", "info"), params.get("message")

@@ -95,6 +95,25 @@ for number in (1, 2):
 """,
 )
 """Asks the platform twice, each time over a connection of its own when the file ``askN`` is there."""
+FLOODS = raw(
+    "connection.close()",
+    first="""
+import threading
+def flood():
+    host, refused = socket.socket(socket.AF_UNIX), 0
+    while host.connect_ex(os.environ["PLUGIN_HOST_SOCKET"]):
+        time.sleep(0.01)
+    lines = host.makefile("rb")
+    for _ in range(3):
+        host.sendall(b'{"jsonrpc":"2.0","method":"whoami","id":1}\\n' * 300)
+        refused += sum(b"calls a second" in lines.readline() for _ in range(300))
+    with open(os.environ["PLUGIN_STATE_DIR"] + "/refused", "w") as file:
+        file.write(str(refused))
+    time.sleep(1000)
+threading.Thread(target=flood).start()
+""",
+)
+"""Calls more often than it may for a moment, and never again."""
 PROGRAM = """\
     #!/usr/bin/python3
     import os, sys
@@ -215,6 +234,20 @@ def test_platform_is_asked_once_though_its_answer_comes_to_another_host(d: Gated
     calls = [one["data"] for one in d.records() if one["type"] == "api.called" and one["plugin"] == "asks"]
     assert [call["verdict"] for call in calls if call["method"] == "projects.get"] == ["granted"] * 2
     d.cli("plugin", "remove", "asks", "--yes")
+
+
+def test_refused_calls_that_are_not_on_record_yet_are_put_there(d: GatedDaemon, shared_dir: Path) -> None:
+    folder = write_plugin(shared_dir / "floods", FLOODS, sandbox=STATE, hooks=[])
+    d.cli("plugin", "add", str(folder), "--yes")
+    d.cli("plugin", "start", "floods")
+    refused = state_of(d, "floods") / "refused"
+    wait_for(lambda: refused.exists() and refused.read_text())
+    before = begin_exchange(d, LOADED)
+    d.go()
+    wait_for(lambda: exchanged(d, "host", before))
+    calls = [one["data"] for one in d.records() if one["type"] == "api.called" and one["plugin"] == "floods"]
+    assert sum(call["count"] for call in calls if call["verdict"] == "limited") == int(refused.read_text()) > 0
+    d.cli("plugin", "remove", "floods", "--yes")
 
 
 def state_of(d: GatedDaemon, plugin: str) -> Path:
