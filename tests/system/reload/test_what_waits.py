@@ -95,6 +95,20 @@ for number in (1, 2):
 """,
 )
 """Asks the platform twice, each time over a connection of its own when the file ``askN`` is there."""
+COUNTS = raw(
+    "connection.close()",
+    first="""
+import threading
+def count():
+    number = 0
+    while True:
+        number += 1
+        print(number, flush=True)
+        time.sleep(0.01)
+threading.Thread(target=count).start()
+""",
+)
+"""Writes one line after the other."""
 FLOODS = raw(
     "connection.close()",
     first="""
@@ -248,6 +262,26 @@ def test_refused_calls_that_are_not_on_record_yet_are_put_there(d: GatedDaemon, 
     calls = [one["data"] for one in d.records() if one["type"] == "api.called" and one["plugin"] == "floods"]
     assert sum(call["count"] for call in calls if call["verdict"] == "limited") == int(refused.read_text()) > 0
     d.cli("plugin", "remove", "floods", "--yes")
+
+
+def test_log_that_is_followed_goes_on_with_the_next_line(d: GatedDaemon, shared_dir: Path) -> None:
+    d.cli("plugin", "add", str(write_plugin(shared_dir / "counts", COUNTS, hooks=[])), "--yes")
+    d.cli("plugin", "start", "counts")
+    with d.begin("plugin", "logs", "counts", "--follow", "-n", "0", "--json") as following:
+        assert following.stdout is not None
+        numbers = [int(json.loads(following.stdout.readline())["line"])]
+        for _ in range(2):
+            before = begin_exchange(d, LOADED)
+            d.go()
+            wait_for(lambda before=before: exchanged(d, "host", before), what=d.log.read_text())
+            newest = d.json("plugin", "logs", "counts", "-n", "1")
+            while numbers[-1] < int(newest["line"]):
+                line = following.stdout.readline()
+                assert line, "it ended"
+                numbers.append(int(json.loads(line)["line"]))
+        following.terminate()
+    assert numbers == [*range(numbers[0], numbers[-1] + 1)]
+    d.cli("plugin", "remove", "counts", "--yes")
 
 
 def state_of(d: GatedDaemon, plugin: str) -> Path:
