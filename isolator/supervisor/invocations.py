@@ -181,6 +181,7 @@ class Invocation:
                     await self._end_in_time(run, ended)
                 elif not ended.done():
                     run.forced_cause = f"no end in {self._effective.delivery_timeout:g} s"
+                    run.stopping = True
                 if not ended.done():
                     await run.cage.stop(self._effective.restart.stop_grace)
                 await ended
@@ -242,7 +243,9 @@ class Invocations:
     @property
     def under_way(self) -> bool:
         """Whether something happens that is not to be broken off."""
-        return any(not invocation.waits.now for invocation in self._invocations.values())
+        runs = (one.run for one in self._invocations.values())
+        ending = any(run.ending for run in runs if run is not None)
+        return ending or any(not one.waits.now for one in self._invocations.values())
 
     def begin(
         self,
