@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 from pathlib import Path
 from typing import cast
 
 import pytest
 
 from tests.support.timeouts import seconds
-from tests.system.daemon import daemon, event, wait_for, write_plugin
+from tests.system.daemon import ECHO, daemon, event, wait_for, write_plugin
+from tests.system.reload.exchanges import MODULES, exchanged
 from tests.system.reload.gated import GatedDaemon
 
 ENDS_LATE = """\
@@ -27,6 +31,52 @@ ENDS_LATE = """\
 """Makes no socket, and ends when it was asked to, once the file ``go`` is there."""
 HOST_TOML = "[restart]\ncrashes = 1\n"
 PATIENT = '\n[restart]\nstop_grace = "60s"\n'
+
+
+STUBBORN = ECHO.replace(
+    "import json, os, socket",
+    """import json, os, signal, socket, sys, time
+    state = os.environ["PLUGIN_STATE_DIR"]
+    def asked(*_):
+        open(state + "/asked", "w").close()
+        while not os.path.exists(state + "/go"):
+            time.sleep(0.01)
+        sys.exit()
+    signal.signal(signal.SIGTERM, asked)""",
+)
+"""Ends when it was asked to, once the file ``go`` is there."""
+
+
+def test_host_is_let_finish_what_it_was_asked_to_change(shared_dir: Path) -> None:
+    """However long that takes: its caller would be told to look whether it was done."""
+    with daemon(kind=GatedDaemon) as made:
+        d = cast(GatedDaemon, made)
+        assert d.process is not None
+        state = add_patient(d, write_plugin(shared_dir / "late", STUBBORN, sandbox={"filesystem": {"state": "1M"}}))
+        d.cli("plugin", "start", "late")
+        before = d.service_pid(MODULES["host"])
+        restarting = d.begin("plugin", "restart", "late")
+        wait_for((state / "asked").exists, what=d.log.read_text())
+        d.wait_at("nowhere")
+        os.kill(d.process.pid, signal.SIGUSR1)
+        wait_for(lambda: hosts(d) == 2, what="no new host")
+        (state / "go").touch()
+        out, errors = restarting.communicate(timeout=seconds(60))
+        assert restarting.returncode == 0, (out, errors, d.log.read_text())
+        wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text())
+        (left,) = [note for note in d.notes if note.startswith("host leaves")]
+        assert "restart" not in left
+
+
+def hosts(d: GatedDaemon) -> int:
+    """The number of host processes."""
+    assert d.process is not None
+    found = 0
+    for path in Path(f"/proc/{d.process.pid}/task").glob("*/children"):
+        for pid in path.read_text().split():
+            with contextlib.suppress(OSError):
+                found += MODULES["host"].encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return found
 
 
 def add_patient(d: GatedDaemon, folder: Path) -> Path:
