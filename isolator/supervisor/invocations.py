@@ -181,6 +181,7 @@ class Invocation:
                     await self._end_in_time(run, ended)
                 elif not ended.done():
                     run.forced_cause = f"no end in {self._effective.delivery_timeout:g} s"
+                    run.stopping = True
                 if not ended.done():
                     await run.cage.stop(self._effective.restart.stop_grace)
                 await ended
@@ -242,7 +243,9 @@ class Invocations:
     @property
     def under_way(self) -> bool:
         """Whether something happens that is not to be broken off."""
-        return any(not invocation.waits.now for invocation in self._invocations.values())
+        runs = (one.run for one in self._invocations.values())
+        ending = any(run.ending for run in runs if run is not None)
+        return ending or any(not one.waits.now for one in self._invocations.values())
 
     def begin(
         self,
@@ -296,10 +299,8 @@ class Invocations:
             await invocation.ended.wait()
 
     def hand_over(self) -> tuple[InvocationState, ...]:
-        """The states of the invocations that run, before an exec, when nothing is ``under_way``."""
-        return tuple(
-            invocation.hand_over() for invocation in self._invocations.values() if not invocation.ended.is_set()
-        )
+        """The states of the invocations that run, before an exec; those that are ``under_way`` are not among them."""
+        return tuple(invocation.hand_over() for invocation in self._invocations.values() if invocation.waits.now)
 
     def take_over(
         self,

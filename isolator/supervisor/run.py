@@ -131,6 +131,11 @@ class Run:
         return self.cage.started and self.cage.processes.started > 0
 
     @property
+    def ending(self) -> bool:
+        """Whether it was asked to end, and has not ended."""
+        return self.stopping and self.cage.started and not self.cage.processes.ended.is_set()
+
+    @property
     def frozen(self) -> bool:
         """Whether its cage is frozen."""
         return self._frozen_at is not None
@@ -239,9 +244,9 @@ class Run:
                 if not waiting.done():
                     on_steady()
             elif not waiting.done():
-                await self._stop()
                 missing = NO_ANSWER if self.streams else NO_SOCKET
                 self.forced_cause = self.forced_cause or f"{missing} in {patience:g} s"
+                await self._stop()
             await waiting
         finally:
             self.context.sockets.remove(watched)
