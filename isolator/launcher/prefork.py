@@ -2,8 +2,8 @@
 
 The launcher clones the parked process with mount, ipc and uts namespaces of its own, and the sections of its layers
 apply their fixed part (``Section.enter_ahead``). On a hybrid host it then puts itself into the v1 groups of the
-cage to come, whatever their limits will be, and says ``parked``: moving a process between v1 groups waits for an RCU
-grace period (6 to 16 ms), being born in them costs nothing. Then it waits for the plan on its link. When that comes, it
+cage to come, whatever their limits will be, and says ``parked``: it is the one that can do so without a wait
+(``Leaf.open_v1``), and the cage is born in them. Then it waits for the plan on its link. When that comes, it
 clones the cage's pid 1 (into the v2 leaf, as a child of the supervisor, in all of its own namespaces and groups),
 answers with the pid and the pidfd, and ends: pid 1 keeps the link.
 
@@ -33,7 +33,7 @@ from isolator.linux.namespaces import CLONE_PARENT, clone3
 def park(order: ParkOrder, link: int, status: int, groups: list[int]) -> NoReturn:
     """Wait for the plan on ``link`` and become its cage; never returns.
 
-    ``status``: the pipe for pid 1's report. ``groups``: ``cgroup.procs`` of each v1 group to be in.
+    ``status``: the pipe for pid 1's report. ``groups``: ``tasks`` of each v1 group to be in.
     """
     init.guard()
     close_all_but({0, 1, 2, link, status, *groups})
@@ -58,7 +58,7 @@ def park(order: ParkOrder, link: int, status: int, groups: list[int]) -> NoRetur
 
 def _join(groups: list[int]) -> None:
     for group in groups:
-        os.write(group, b"0")  # the writer
+        os.write(group, b"0")  # the writing thread, of which there is only one
         os.close(group)
 
 

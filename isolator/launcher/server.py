@@ -9,7 +9,7 @@ by pidfd.
 The launcher holds the cgroup descriptor of every cage between ``keep`` and ``forget``. When the supervisor's end of the
 socket closes, for whatever reason, it kills those cgroups and ends.
 
-Packets, supervisor → launcher: ``{"park": ORDER}`` with the link, the status pipe and ``cgroup.procs`` of each v1 group
+Packets, supervisor → launcher: ``{"park": ORDER}`` with the link, the status pipe and ``tasks`` of each v1 group
 that the parked process is to put itself into, answered by ``{"pid": N}`` with the pidfd or by
 ``{"step", "errno", "detail"}``; ``{"keep": CAGE}`` with its cgroup, ``{"forget": CAGE}``: no answer;
 ``{"alive": true}``, which is sent back.

@@ -148,9 +148,14 @@ class Leaf:
         return {}
 
     def open_v1(self, owner: FdSet) -> list[int]:
-        """Descriptors of the v1 groups, for a process that puts itself into them; ``owner`` has to close them."""
+        """Descriptors of the v1 groups, for a process that puts itself into them; ``owner`` has to close them.
+
+        They are of ``tasks``, to which a single-threaded process writes 0: it is moved at once. For a write to
+        ``cgroup.procs`` the kernel first stops every fork and exit of the host, an RCU grace period of 6 to 16 ms
+        (cgroup_procs_write_start in kernel/cgroup/cgroup.c, from Linux 5.4).
+        """
         folders = dict.fromkeys(self.v1.values())
-        return [owner.add(os.open(f"{folder}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)) for folder in folders]
+        return [owner.add(os.open(f"{folder}/tasks", os.O_WRONLY | os.O_CLOEXEC)) for folder in folders]
 
     def confirm_in(self, pid: int) -> None:
         """Read back that a process is in each of the v1 groups; raises ConfinementError."""
