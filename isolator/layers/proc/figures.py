@@ -99,9 +99,9 @@ class Figures:
         self._put("proc/stat", stat(self.processors, used - system, system, uptime, self.booted))
 
     def _put(self, name: str, text: str) -> None:
-        """Write into the same file: a bind shows the inode that it was made of."""
+        """Write into the file that is there: a bind shows the inode that it was made of."""
         raw = text.encode()
-        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o444, dir_fd=self.folder)
+        fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self.folder)
         try:
             os.write(fd, raw)
             os.ftruncate(fd, len(raw))
