@@ -257,11 +257,12 @@ def test_confirm_notices_a_flushed_and_a_changed_ruleset(make: Make) -> None:
 
 
 def test_confirm_accepts_a_change_that_was_undone(make: Make) -> None:
-    cage = make(LISTED)
+    """Also in a second cage with the same rules, whose own are not read back again."""
     nft = ["nft", "add table inet other; delete table inet other"]
-    with network.watch(cage):
-        netns.in_network(cage.netns_fd, lambda: subprocess.run(nft, check=True))
-        network.confirm(cage, LISTED)
+    for cage in (make(LISTED), make(LISTED)):
+        with network.watch(cage):
+            netns.in_network(cage.netns_fd, lambda: subprocess.run(nft, check=True))  # noqa: B023  # ends before the next
+            network.confirm(cage, LISTED)
 
 
 def test_a_change_before_anybody_watched_counts(make: Make) -> None:

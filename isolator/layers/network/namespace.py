@@ -56,6 +56,8 @@ class CageNetwork:
     """The namespace's number: the descriptor may be closed, and its own number reused, by another thread."""
     ruleset: str = ""
     """The ruleset as the kernel gave it back while nobody had changed it; from ``watch`` on."""
+    loaded: str = ""
+    """The ruleset as it was loaded, in nft's language."""
     generation: int = 0
     """The kernel's number of that ruleset."""
     timings: dict[str, float] = field(default_factory=dict)
@@ -167,12 +169,27 @@ def watch(network: CageNetwork) -> socket.socket:
 
     def inside() -> socket.socket:
         watching = netlink.watch_ruleset()
-        found = _list_ruleset()
-        if network.generations.current() == network.generation:
-            network.ruleset = found
+        _read_back(network)
         return watching
 
     return netns.in_network(network.netns_fd, inside)
+
+
+_read: dict[str, str] = {}
+"""What the kernel gives back of a ruleset, by the text that was loaded: the same in every namespace."""
+_MOST_READ = 256
+
+
+def _read_back(network: CageNetwork) -> None:
+    """Note the ruleset as it is given back, unless somebody has changed it. A plugin's is read at its first start."""
+    found = _read.get(network.loaded) or _list_ruleset()
+    if network.generations.current() != network.generation:
+        return
+    network.ruleset = found
+    if network.loaded and network.loaded not in _read:
+        if len(_read) >= _MOST_READ:
+            del _read[next(iter(_read))]
+        _read[network.loaded] = found
 
 
 def hand_over(network: CageNetwork) -> Kept:
@@ -255,7 +272,7 @@ def _load(network: CageNetwork, text: str, mark: Stopwatch) -> None:
     """Load the rules, in a thread that is in the namespace: one transaction, taken whole or not at all."""
     with nftables.Nftables() as nft:
         nft.run(text)
-    network.generation = network.generations.current()
+    network.generation, network.loaded = network.generations.current(), text
     mark("ruleset")
 
 
