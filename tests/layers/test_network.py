@@ -261,7 +261,7 @@ def test_confirm_accepts_a_change_that_was_undone(make: Make) -> None:
     nft = ["nft", "add table inet other; delete table inet other"]
     for cage in (make(LISTED), make(LISTED)):
         with network.watch(cage):
-            netns.in_network(cage.netns_fd, lambda: subprocess.run(nft, check=True))  # noqa: B023  # ends before the next
+            netns.in_network(cage.netns_fd, lambda: subprocess.run(nft, check=True))
             network.confirm(cage, LISTED)
 
 

@@ -56,10 +56,10 @@ class CageNetwork:
     """The namespace's number: the descriptor may be closed, and its own number reused, by another thread."""
     ruleset: str = ""
     """The ruleset as the kernel gave it back while nobody had changed it; from ``watch`` on."""
-    loaded: str = ""
-    """The ruleset as it was loaded, in nft's language."""
     generation: int = 0
     """The kernel's number of that ruleset."""
+    loaded: str = ""
+    """The ruleset as it was loaded, in nft's language."""
     timings: dict[str, float] = field(default_factory=dict)
     """Milliseconds by step."""
 
