@@ -47,7 +47,7 @@ sections: st.SearchStrategy[Section] = st.one_of(
     st.builds(FilesystemSection, st.booleans(), st.lists(operations, max_size=6).map(tuple)),
 )
 plans = st.builds(
-    Plan, texts, st.lists(texts, max_size=3), files, texts, numbers, numbers,
+    Plan, texts, st.lists(texts, max_size=3), files, texts, numbers,
     st.lists(sections, max_size=5).map(lambda found: {one.kind: one for one in found}),
     st.dictionaries(texts, st.integers(0, 999), max_size=4), st.booleans(), st.booleans(),
 )  # fmt: skip
