@@ -60,7 +60,7 @@ class Figures:
     @classmethod
     def of(cls, folder: int, limits: ResourcePolicy, processors: tuple[int, ...], boot_offset: int) -> Figures:
         """The figures of a new cage; ``boot_offset``: seconds that its CLOCK_BOOTTIME is ahead of the host's."""
-        memory = min(limits.memory, os.sysconf("SC_PHYS_PAGES") * _PAGE)
+        memory = min(limits.memory, _memory_of_host())
         booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) - boot_offset
         return cls(folder, processors, memory, limits.swap, int(booted))
 
@@ -176,6 +176,11 @@ def _ranges(numbers: Sequence[int]) -> str:
 @functools.lru_cache(256)
 def _cpuinfo_of(processors: tuple[int, ...]) -> str:
     return cpuinfo(_cpuinfo_of_host(), processors)
+
+
+@functools.cache
+def _memory_of_host() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * _PAGE  # the C library reads a file of the kernel's for it
 
 
 @functools.cache
