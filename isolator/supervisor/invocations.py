@@ -21,7 +21,6 @@ from isolator.errors import ExecError, IsolatorError, UnavailableError, UsageErr
 from isolator.ipc.messages import InvocationEnded, InvocationStarted, Origin, StartInvocation
 from isolator.ipc.tasks import Tasks
 from isolator.layers.ledger import EVERY_LAYER
-from isolator.layers.network import namespace as network_layer
 from isolator.linux.descriptors import FdSet
 from isolator.linux.memfd import is_sealed
 from isolator.supervisor.cage_spec import host_api_folder
@@ -173,9 +172,7 @@ class Invocation:
             await asyncio.wait({ended, stopping}, timeout=min(STEADY_SECONDS, left), return_when="FIRST_COMPLETED")
             if ended.done():
                 return  # most do: what is watched below is not worth beginning for those
-            run.drift = run.drift or network_layer.watch(run.cage.network)
-            network, policy = run.cage.network, self._effective.network
-            with watched_ruleset(run.drift, network, policy, run.ruleset_changed):
+            with watched_ruleset(run.cage.network, self._effective.network, run.ruleset_changed):
                 await run.first_of({ended, stopping}, self.deadline)
                 if stopping.done():
                     await self._end_in_time(run, ended)
