@@ -192,9 +192,9 @@ class Connection(LineProtocol):
         if error is not None:
             code = _NO_METHOD if isinstance(error, _NoVerbError) else _FAILED
             body = {"code": code, "message": str(error), "data": error.to_json()}
-            self.send(line({"jsonrpc": "2.0", "id": number, "error": body}))
+            self.send_soon(line({"jsonrpc": "2.0", "id": number, "error": body}))
         else:
-            self.send(line({"jsonrpc": "2.0", "id": number, "result": result}))
+            self.send_soon(line({"jsonrpc": "2.0", "id": number, "result": result}))
 
     async def _serve(self, message: dict[str, Any]) -> None:
         caller, number, verb = self._caller, message.get("id"), message.get("method")

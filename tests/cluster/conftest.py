@@ -7,14 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from host.database import store
+from host.database import wal
 from tests.cluster.queues import Hosts, Make
+
+
+def _none(_: int) -> None:
+    raise OSError(38, "Function not implemented")
 
 
 @pytest.fixture
 async def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
     """Clusters that have not been started. Hours pass in seconds, so no sync is waited for: no power is cut here."""
-    monkeypatch.setattr(store.os, "fdatasync", lambda _: None)
+    monkeypatch.setattr(wal.os, "fdatasync", lambda _: None)
+    monkeypatch.setattr(wal, "FileSync", _none)
     made: list[Hosts] = []
 
     def build(seed: int = 0, **more: object) -> Hosts:
