@@ -349,6 +349,8 @@ class Host:
         if not await self._store.close():
             why = f"the outcomes of deliveries could not be written: {self._store.blocked}"
             raise IsolatorError(str(self._store.path), why, "free the disk or the lock")
+        while self._servers is not None and self._servers.replied:  # noqa: ASYNC110 # a turn: one has run out of time
+            await asyncio.sleep(0)
         mcp = self._servers.pass_on(departure).to_json() if self._servers is not None else None
         logs, api = self._logs.pass_on(departure), self._api.pass_on(departure)
         control = self._control.pass_on(listener, departure)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from host.channel.reply import shown
-from host.mcp.session import Reply, Session
+from host.mcp.session import Reply
 from isolator.audit.schema import ToolCalled
 from isolator.errors import UnavailableError, UsageError
 from isolator.ipc.body import Body
@@ -35,7 +35,8 @@ class Sent:
 
     plugin: str
     uid: int
-    session: Session
+    run: str | None
+    """That it was sent to; None: nobody knows any more."""
     number: str
     id: str
     tool: str
@@ -44,6 +45,8 @@ class Sent:
     reply: Reply
     given_up: bool = False
     """The caller has cancelled it."""
+    awaited: bool = False
+    """Its caller waits for the answer: not so until it has asked the host that took this one over."""
 
     def pass_on(self, key: str) -> CallState:
         """Hand the call, which its caller knows by ``key``, to another host."""
@@ -53,10 +56,10 @@ class Sent:
         )  # fmt: skip
 
     @classmethod
-    def taken_over(cls, call: CallState, session: Session, reply: Reply) -> Self:
+    def taken_over(cls, call: CallState, run: str | None, reply: Reply) -> Self:
         """Await ``reply`` to a call that another host has sent."""
         return cls(
-            call.plugin, call.uid, session, call.number, call.id, call.tool, call.arguments_sha256, call.sent_ns, reply
+            call.plugin, call.uid, run, call.number, call.id, call.tool, call.arguments_sha256, call.sent_ns, reply
         )  # fmt: skip
 
     def over(self, outcome: Any, detail: str | None) -> ToolCalled:

@@ -276,8 +276,9 @@ class Servers:
         sent = self._calls.get((uid, key))
         if sent is None:
             sent = await self._begin_call(name, tool, arguments, uid, key, progress)
-        elif sent.plugin != name or sent.tool != tool:
+        elif sent.awaited or sent.plugin != name or sent.tool != tool:
             raise under_way(key)
+        sent.awaited = True
         try:
             with self._use(name):
                 answer, _ = await sent.reply
@@ -294,7 +295,7 @@ class Servers:
                 raise cancelled(tool) from None
             raise
         finally:
-            self._calls.pop((uid, key), None)
+            del self._calls[uid, key]
         judged = protocol.judge(answer)
         self._record(sent, judged.verdict, judged.detail)
         if judged.verdict in ("input_required", "bad_reply"):
@@ -332,11 +333,12 @@ class Servers:
             with self._use(name):
                 return await self._send(name, tool, arguments, uid, key, progress)
         except asyncio.CancelledError:
-            if (uid, key) not in self._unsent:
+            if self._unsent.get((uid, key)) is not task:
                 raise cancelled(tool) from None
             raise
         finally:
-            self._unsent.pop((uid, key), None)
+            if self._unsent.get((uid, key)) is task:
+                del self._unsent[uid, key]
 
     async def _send(
         self, name: str, tool: str, arguments: Mapping[str, Any], uid: int, key: str, progress: Progress | None
@@ -361,7 +363,8 @@ class Servers:
         data = protocol.request(session.era, number, "tools/call", params, progress=progress is not None)
         if len(data) > protocol.MAX_LINE:
             raise UsageError(f"tool {tool}", f"its arguments are longer than {protocol.MAX_LINE} bytes")
-        sent = Sent(name, uid, session, number, new_event_id(time.time()), tool, digest, time.perf_counter_ns(), reply)
+        sent_ns = time.perf_counter_ns()
+        sent = Sent(name, uid, session.run, number, new_event_id(time.time()), tool, digest, sent_ns, reply)
         started = ToolStarted(tool=tool, uid=uid, arguments_sha256=digest)
         self._audit.record(started, plugin=name, run=session.run, event_id=sent.id)
         await self._audit.flushed()
@@ -411,7 +414,7 @@ class Servers:
 
     def _record(self, sent: Sent, outcome: Any, detail: str | None) -> None:
         record = sent.over(outcome, self._shown(sent.plugin, detail) if detail else None)
-        self._audit.record(record, plugin=sent.plugin, run=sent.session.run, event_id=sent.id)
+        self._audit.record(record, plugin=sent.plugin, run=sent.run, event_id=sent.id)
 
     def _shown(self, name: str, text: str) -> str:
         return shown(text, self._redactor(name))
@@ -426,12 +429,13 @@ class Servers:
 
     @property
     def replied(self) -> bool:
-        """Whether a server has answered its first request, and its session is about to be open."""
-        return any(session.opening.done() for session in self._greeted.values())
+        """Whether an answer is there, to the first request of a session or to a call, that is about to be handled."""
+        calls = any(one.awaited and one.reply.done() for one in self._calls.values())
+        return calls or any(session.opening.done() for session in self._greeted.values())
 
     def pass_on(self, departure: Departure) -> ServersState:
         """Hand every session on, with the calls that are in flight."""
-        calls = tuple(one.pass_on(key) for (_, key), one in self._calls.items() if not one.reply.done())
+        calls = tuple(one.pass_on(key) for (_, key), one in self._calls.items())
         sessions = {**self._sessions, **self._greeted}
         states = {name: session.leave(departure) for name, session in sessions.items() if session.lasts}
         return ServersState(sessions=states, calls=calls)
@@ -446,15 +450,34 @@ class Servers:
             session = Session(one.run, _era(plugin), self._reporter(name), self._fences.of(name))
             awaited = self.awaited.pop(name, {})
             for call in state.calls:
-                if call.plugin == name:
+                if call.plugin == name and call.number in one.deadlines:
                     awaited[call.number] = loop.create_future()
-                    self._calls[call.uid, call.key] = Sent.taken_over(call, session, awaited[call.number])
+                    self._take_call(call, one.run, awaited[call.number])
             with contextlib.suppress(OSError):
                 await session.go_on(one, awaited, descriptors)
                 if one.hello:
                     self._own(name, one.run, self._greet(name, session))
                 else:
                     self._sessions[name] = session
+        for call in state.calls:
+            if (call.uid, call.key) not in self._calls:  # not to be sent again, to another run
+                lost = loop.create_future()
+                lost.set_exception(LostError("its session has ended"))
+                self._take_call(call, None, lost)
+
+    def _take_call(self, call: CallState, run: str | None, reply: Reply) -> None:
+        """Keep a call of another host's for its caller, who asks again; one who has gone does not."""
+        key, sent = (call.uid, call.key), Sent.taken_over(call, run, reply)
+        self._calls[key] = sent
+
+        def drop() -> None:
+            if self._calls.get(key) is sent and not sent.awaited:
+                del self._calls[key]
+                if not reply.cancel():
+                    reply.exception()  # nobody awaits that either
+                self._record(sent, "cancelled", "the caller no longer waits")
+
+        asyncio.get_running_loop().call_later(protocol.PATIENCE, drop)
 
     def _reporter(self, name: str) -> Callable[[Session, str], None]:
         return lambda session, why: self._ended(name, session, why)
