@@ -61,18 +61,13 @@ class ApiVerbs:
         remove = self._api.register(method, permission, forward)
         belonging = Belonging(verb=ApiRegister.spec.verb, data={"method": method, "permission": permission})
 
-        def kept() -> Belonging:
-            return belonging
-
         def end() -> None:
             remove()
             self._served.pop(method, None)
-            caller.on_close.remove(end)
-            caller.belongings.remove(kept)
+            over()
 
+        over = caller.keep(end, lambda: belonging)
         self._served[method] = caller, end
-        caller.on_close.append(end)
-        caller.belongings.append(kept)
 
     async def unregister(self, request: ApiUnregister, caller: Caller) -> Nothing:
         server, end = self._served.get(request.method, (None, None))
@@ -100,7 +95,7 @@ class ApiVerbs:
             if not future.done():
                 future.set_exception(ApiError(RETRY_LATER, "the platform went away", retry_after_ms=1000))
 
-        caller.on_close.append(lost)
+        over = caller.keep(lost)
         call: ApiCall = {"call": number, "method": method, "plugin": context.plugin.name, "params": dict(params)}
         try:
             caller.notify("api.call", call)
@@ -110,7 +105,7 @@ class ApiVerbs:
             raise ApiError(RETRY_LATER, "the platform does not answer", retry_after_ms=1000) from None
         finally:
             del self._calls[number]
-            caller.on_close.remove(lost)
+            over()
         error = answer.error
         if isinstance(error, dict):
             code = error.get("code")
