@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
 from host.channel.reply import shown
 from host.mcp.session import Reply
+from host.wire import mcp as protocol
 from isolator.audit.schema import ToolCalled
 from isolator.errors import UnavailableError, UsageError
 from isolator.ipc.body import Body
@@ -72,6 +75,22 @@ class Sent:
             detail=detail,
             latency_us=(time.perf_counter_ns() - self.sent_ns) // 1000,
         )
+
+
+def keep_until_asked_for(
+    calls: dict[tuple[int, str], Sent], key: str, sent: Sent, record: Callable[[Sent, str, str], None]
+) -> None:
+    """Keep a call of another host's for its caller, who asks again; one who has gone does not, and it is given up."""
+    calls[sent.uid, key] = sent
+
+    def drop() -> None:
+        if calls.get((sent.uid, key)) is sent and not sent.awaited:
+            del calls[sent.uid, key]
+            if not sent.reply.cancel():
+                sent.reply.exception()  # nobody awaits that either
+            record(sent, "cancelled", "the caller no longer waits")
+
+    asyncio.get_running_loop().call_later(protocol.PATIENCE, drop)
 
 
 def under_way(key: str) -> UsageError:

@@ -20,7 +20,7 @@ from typing import Any
 
 from host.channel.reply import LostError, NotSentError, shown
 from host.fence.fences import Fences
-from host.mcp.calls import CALLS, CallState, Sent, cancelled, under_way
+from host.mcp.calls import CALLS, CallState, Sent, cancelled, keep_until_asked_for, under_way
 from host.mcp.pins import Pins
 from host.mcp.session import Progress, Reply, Session, SessionState
 from host.mcp.tools import INSTRUCTIONS, Compared, Item, compare, digest_of, is_unchanged, permits
@@ -110,10 +110,21 @@ class Servers:
 
     async def _open(self, name: str, run: str) -> Session:
         await self._fences.of(name).opened()
+        await self._stays()
         session = Session(run, _era(self._registry.need(name)), self._reporter(name), self._fences.of(name))
+        try:
+            await self._connect(name, session)
+        except IsolatorError:
+            await self._stays()
+            raise
+        if self._leaving:
+            session.begin_to_leave()
+        return await self._greet(name, session)
+
+    async def _connect(self, name: str, session: Session) -> None:
         self.connecting += 1
         try:
-            answer = await self._supervisor.ask_fds(ConnectRun(name=name, run=run))
+            answer = await self._supervisor.ask_fds(ConnectRun(name=name, run=session.run))
             if len(answer.fds) != 2:
                 close_all(answer.fds)
                 raise UnavailableError(f"plugin {name}", "the supervisor sent no streams", "try again")
@@ -122,9 +133,6 @@ class Servers:
             await session.connect(stdin, stdout)
         finally:
             self.connecting -= 1
-        if self._leaving:
-            session.begin_to_leave()
-        return await self._greet(name, session)
 
     async def _greet(self, name: str, session: Session) -> Session:
         """Wait until a connected session is open, whichever host has begun it."""
@@ -147,17 +155,33 @@ class Servers:
         present = self._sessions.get(name)
         if present is not None and present.open:
             return present
-        run = (await self._supervisor.ask(EnsureRun(name=name))).run
+        run = await self._ensure(name)
         if (end := self._ends.get(run)) is not None:  # its session is over before the supervisor knows
             try:
                 await asyncio.wait_for(end.wait(), protocol.PATIENCE)
             except TimeoutError:
                 raise UnavailableError(f"plugin {name}", "its last run does not end", "try again") from None
-            run = (await self._supervisor.ask(EnsureRun(name=name))).run
+            run = await self._ensure(name)
         present = self._sessions.get(name)
         if present is not None and present.run == run and present.open:
             return present
         return await asyncio.shield(self._opening.get(run) or self._begin(name, run))
+
+    async def _ensure(self, name: str) -> str:
+        await self._stays()
+        try:
+            return (await self._supervisor.ask(EnsureRun(name=name))).run
+        except IsolatorError:
+            await self._stays()
+            raise
+
+    async def _stays(self) -> None:
+        """Never return in a process that leaves: what waits for a server is begun again by the next one.
+
+        A run's streams are handed out once. Who asks for them as it leaves would have them for nobody.
+        """
+        if self._leaving:
+            await asyncio.Event().wait()
 
     def _ended(self, name: str, session: Session, why: str) -> None:
         if self._sessions.get(name) is session:
@@ -165,19 +189,18 @@ class Servers:
         self._offered.pop(session.run, None)
         if session.run in self._finished:
             return
-        self._ends[session.run] = asyncio.Event()
+        end = self._ends[session.run] = asyncio.Event()
         if why:
             detail = f"protocol: {self._shown(name, why)}"
             self._audit.record(PluginHealth(ok=False, detail=detail), plugin=name, run=session.run)
-            self._stop(name, session.run, "it broke the protocol")
+            self._stop(name, session.run, end, "it broke the protocol")
         else:
-            self._stop(name, session.run, "it has closed its output", patience=CLOSED_SECONDS)
+            self._stop(name, session.run, end, "it has closed its output", patience=CLOSED_SECONDS)
 
-    def _stop(self, name: str, run: str, reason: str, *, patience: float = 0.0) -> None:
-        """Have a run stopped that does not end by itself within ``patience`` seconds."""
+    def _stop(self, name: str, run: str, end: asyncio.Event, reason: str, *, patience: float = 0.0) -> None:
+        """Have a run stopped that does not ``end`` by itself within ``patience`` seconds."""
 
         async def stop() -> None:
-            end = self._ends.setdefault(run, asyncio.Event())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(end.wait(), patience)
             plugin = self._registry.get(name)
@@ -452,7 +475,8 @@ class Servers:
             for call in state.calls:
                 if call.plugin == name and call.number in one.deadlines:
                     awaited[call.number] = loop.create_future()
-                    self._take_call(call, one.run, awaited[call.number])
+                    sent = Sent.taken_over(call, one.run, awaited[call.number])
+                    keep_until_asked_for(self._calls, call.key, sent, self._record)
             with contextlib.suppress(OSError):
                 await session.go_on(one, awaited, descriptors)
                 if one.hello:
@@ -463,21 +487,7 @@ class Servers:
             if (call.uid, call.key) not in self._calls:  # not to be sent again, to another run
                 lost = loop.create_future()
                 lost.set_exception(LostError("its session has ended"))
-                self._take_call(call, None, lost)
-
-    def _take_call(self, call: CallState, run: str | None, reply: Reply) -> None:
-        """Keep a call of another host's for its caller, who asks again; one who has gone does not."""
-        key, sent = (call.uid, call.key), Sent.taken_over(call, run, reply)
-        self._calls[key] = sent
-
-        def drop() -> None:
-            if self._calls.get(key) is sent and not sent.awaited:
-                del self._calls[key]
-                if not reply.cancel():
-                    reply.exception()  # nobody awaits that either
-                self._record(sent, "cancelled", "the caller no longer waits")
-
-        asyncio.get_running_loop().call_later(protocol.PATIENCE, drop)
+                keep_until_asked_for(self._calls, call.key, Sent.taken_over(call, None, lost), self._record)
 
     def _reporter(self, name: str) -> Callable[[Session, str], None]:
         return lambda session, why: self._ended(name, session, why)

@@ -1,4 +1,4 @@
-"""Calls of tools that another host has sent: each is answered once, and none is sent again."""
+"""Servers of MCP, one host in the place of another: a call is answered once, and no run is connected to for nobody."""
 
 from __future__ import annotations
 
@@ -112,3 +112,52 @@ async def test_call_that_nobody_asks_for_again_is_given_up(taken_over: Taken, mo
     assert await asyncio.wait_for(audit.outcomes.get(), 60) == ("cancelled", "r1")
     assert not servers._calls
     servers.close()
+
+
+async def test_run_that_ends_as_soon_as_its_session_is_forgotten(taken_over: Taken) -> None:
+    servers, _, _, state, descriptors = taken_over
+    await servers.take_over(state, descriptors)
+    servers.close()  # as if it had closed its output
+    assert [*servers._ends] == ["r1"]
+    servers.run_ended("srv", "r1")
+    for _ in range(5):  # turns in which whoever would have stopped it begins
+        await asyncio.sleep(0)
+    assert not servers._ends
+
+
+class Supervisor:
+    """Notes what it is asked, and refuses it once it is told to."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.refuse = asyncio.Event()
+
+    async def ask(self, request: Any) -> Any:
+        self.asked.append(request.op)
+        await self.refuse.wait()
+        raise UnavailableError("the supervisor", "was broken off", "ask again")
+
+    ask_fds = ask
+
+
+@pytest.mark.parametrize("what", ["a run", "its streams"])
+@pytest.mark.parametrize("late", [False, True], ids=["asked before", "asked after"])
+async def test_host_that_leaves_asks_for_no_server_and_is_not_answered_for_the_next_one(
+    taken_over: Taken, what: str, late: bool
+) -> None:
+    """Its caller's line is made again by the next host; a run whose streams it got would be of no use to that one."""
+    servers, supervisor = taken_over[0], Supervisor()
+    servers._supervisor = cast(Any, supervisor)
+    if late:
+        servers.hold()
+    waiting = asyncio.create_task(servers.session("srv")) if what == "a run" else servers._begin("srv", "r2")
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert len(supervisor.asked) == (not late)
+    servers.hold()
+    supervisor.refuse.set()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not waiting.done() and not servers.connecting
+    waiting.cancel()
+    await asyncio.wait({waiting})
