@@ -8,10 +8,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 from host.client.client import Client
 from tests.support.timeouts import seconds
 from tests.system.daemon import EVENT, Daemon, daemon, wait_for, write_plugin
+from tests.system.reload.faulty import FaultyDaemon
 from tests.system.reload.test_reload import STATE, running
 
 BEFORE = """
@@ -118,3 +120,24 @@ def test_no_plugin_is_begun_anew_while_a_reload_starts_the_console_or_ends_it(sh
                 wait_for(lambda settings=settings: listens(d, 8090) == bool(settings), what="the console")
                 assert running(d) == before
         assert [one["type"] for one in d.records() if one["plugin"] == "echo"].count("plugin.started") == 1
+
+
+def test_host_toml_that_is_being_written_after_its_trial_ends_nothing(shared_dir: Path) -> None:
+    """It would end the daemon, and with it every plugin: what was tried is in force until the next reload."""
+    with daemon(kind=FaultyDaemon) as made:
+        d = cast(FaultyDaemon, made)
+        d.cli("plugin", "add", str(write_plugin(shared_dir / "small", sandbox=STATE)), "--yes")
+        d.cli("plugin", "start", "small")
+        before, host_toml = running(d), d.root / "etc/isolator/host.toml"
+        host_toml.parent.mkdir(parents=True, exist_ok=True)
+        host_toml.write_text("[roles]\nviewer = [65534]\n")
+        d.at_exec("spoil")
+        d.cli("reload")
+        assert running(d) == before
+        assert may_look(d, 65534)
+        assert f"{host_toml} has changed; it takes effect with 'isolator reload'" in d.log.read_text()
+        assert "host.toml" in d.cli("reload", code=1).stderr
+        host_toml.write_text("[roles]\nviewer = [65533]\n")
+        d.cli("reload")
+        assert may_look(d, 65533) and not may_look(d, 65534)
+        assert running(d) == before
