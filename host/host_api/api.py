@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from host.channel.calls import patient
 from host.channel.reply import PERMISSION_DENIED, QUOTA_EXCEEDED, RETRY_LATER, shown
 from host.fence.fences import Fences
 from host.host_api.connection import CONNECTIONS, RATE, Connection, Limits
@@ -121,6 +122,8 @@ class HostApi:
 
     def close(self) -> None:
         """Close every listener."""
+        for name in list(self._limits):
+            self._report_refused(name, self._runs.get(name))
         for name in list(self._listeners):
             self.forget(name)
 
@@ -137,11 +140,13 @@ class HostApi:
 
     @property
     def busy(self) -> bool:
-        """Whether a call on one of the listeners is unanswered."""
+        """Whether a call on one of the listeners is unanswered that does not wait for others."""
         return any(connection.busy for connection in self._every_connection())
 
     def pass_on(self, listeners: Mapping[str, socket.socket], departure: Departure) -> tuple[ApiListenerState, ...]:
-        """Hand the listeners and their connections to the successor of this process."""
+        """Hand the listeners and their connections to the successor of this process; what was counted is on record."""
+        for name in list(self._limits):
+            self._report_refused(name, self._runs.get(name))
         return tuple(
             ApiListenerState(
                 plugin=key.partition(".")[0],
@@ -149,7 +154,7 @@ class HostApi:
                 invocation="." in key,
                 listener=departure.add(listener.detach()),
                 connections=tuple(
-                    connection.pass_on_idle(departure)
+                    connection.pass_on_all(departure)
                     for connection in list(self._connections.get(key.partition(".")[0], ()))
                     if connection.is_open and connection.run == self._runs[key]
                 ),
@@ -199,7 +204,8 @@ class HostApi:
         Past the plugin's deadline nothing is done for it, and nothing answered, before that is moved on.
         """
         fence = self._fences.of(name)
-        await fence.opened()
+        with patient():
+            await fence.opened()
         answer = await self._answer(name, run, method, params)
         await fence.opened()
         return answer
@@ -252,11 +258,17 @@ class HostApi:
     def _charge(self, name: str, run: str | None) -> None:
         now, limits = time.monotonic(), self.limits(name)
         if limits.refused and now - limits.reported >= 1.0:
-            refused, limits.refused, limits.reported = limits.refused, 0, now
-            self._audit.record(ApiCalled(method="*", verdict="limited", count=refused), plugin=name, run=run)
+            limits.reported = now
+            self._report_refused(name, run)
         if not limits.calls.try_take():
             limits.refused += 1
             raise _Limited(f"more than {RATE:g} calls a second")
+
+    def _report_refused(self, name: str, run: str | None) -> None:
+        limits = self.limits(name)
+        if limits.refused:
+            refused, limits.refused = limits.refused, 0
+            self._audit.record(ApiCalled(method="*", verdict="limited", count=refused), plugin=name, run=run)
 
     async def _log_write(self, context: Context, params: Mapping[str, Any]) -> dict[str, Any]:
         level, message = params.get("level", "info"), params.get("message")

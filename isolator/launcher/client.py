@@ -19,6 +19,7 @@ from isolator.errors import ConfinementError, UnavailableError
 from isolator.ipc.packet import TruncatedPacketError, pair, receive_packet, send_packet
 from isolator.ipc.tasks import Tasks
 from isolator.layers.plan import ParkOrder
+from isolator.linux.apart import apart
 from isolator.linux.capability import last_capability
 from isolator.linux.readable import resolve
 
@@ -79,14 +80,15 @@ class Launcher:
         """The launcher's pid (to be put into its group)."""
         return self._process.pid
 
-    async def park(self, link: int, status: int, *groups: int, layers: frozenset[str], hurried: bool = False) -> Clone:
+    async def park(self, link: int, status: int, *others: int, layers: frozenset[str], hurried: bool = False) -> Clone:
         """Park a process that will become a cage with these layers (isolator.launcher.prefork).
 
-        The descriptors, its end of the link and of the status pipe and the v1 groups for it, stay the caller's. Raises
-        ConfinementError, or UnavailableError when the launcher is not running.
+        The descriptors, its end of the link and of the status pipe, the figures of a cage with the layer proc and the
+        v1 groups for it, stay the caller's. Raises ConfinementError, or UnavailableError when the launcher is not
+        running.
         """
         self._require()
-        await self._send(ParkOrder(layers, last_capability(), hurried).pack(), [link, status, *groups])
+        await self._send(ParkOrder(layers, last_capability(), hurried).pack(), [link, status, *others])
         return await self.parked()
 
     async def parked(self) -> Clone:
@@ -206,7 +208,8 @@ class Launcher:
         self._reap(parked.pid)
 
     def _reap(self, pid: int) -> None:
-        self._loop.run_in_executor(None, os.waitpid, pid, 0)
+        # Not in the loop's executor: it may have to be imported first, and a full table has no room for that.
+        self._tasks.run("the end of a parked process", apart(lambda: os.waitpid(pid, 0)))
 
     def _lost(self) -> None:
         if self.closed.is_set():

@@ -30,7 +30,9 @@ from isolator.launcher.client import Launcher
 from isolator.layers.cgroup.subtree import open_subtree
 from isolator.layers.ledger import EVERY_LAYER, ledger, missing, optional_controllers
 from isolator.layers.seccomp.notifier import SeccompNotifier
+from isolator.linux.child import Child, ended
 from isolator.linux.files import remove_tree
+from isolator.linux.priority import go_first
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig, without_trail
 from isolator.recovery import daemon as recovery
@@ -105,6 +107,7 @@ async def running_daemon(
         restored = _finish_restore(paths) if before is None else None
         cleared: list[recovery.Leftover] = []
         kept_by: Launcher | None = None
+        hanging: list[Child] = []
         optional = optional_controllers(config.may_degrade)
         if before is None:
             progress("clearing what an earlier daemon left")
@@ -117,10 +120,12 @@ async def running_daemon(
         else:
             from isolator.supervisor.reload import adopt as adoption
 
-            adoption.end_unnamed_children(before)
+            hanging = adoption.end_unnamed_children(before)
             subtree = adoption.subtree(before.subtree, optional)
             kept_by = adoption.launcher(before)
             stack.callback(kept_by.close)
+        if "cpu" not in subtree.on_v2:  # where it is, the services' groups have a greater weight: Leaf.prefer
+            go_first()
         stack.callback(journal.forget, "subtree")
         stack.callback(subtree.remove)
         runtime = CageRuntime(Launcher(), journal, subtree, keep_warm=True)
@@ -159,6 +164,8 @@ async def running_daemon(
         tasks = Tasks()
         stack.push_async_callback(tasks.close)
         runners = _runners(context, config, before)
+        for child in hanging:
+            tasks.run(f"end of process {child.pid}", ended(child))
         tasks.keep("watch over the launcher", lambda: _keep_launcher(runtime, table, runners, health))
         stack.push_async_callback(_stop, table, services, audit)
         tickets = Tickets(paths.ticket_socket, config)

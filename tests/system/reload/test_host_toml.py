@@ -5,8 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 from tests.system.daemon import Daemon, daemon, wait_for, write_plugin
+from tests.system.reload.faulty import FaultyDaemon
 from tests.system.reload.test_reload import STATE, running
 
 BEFORE = """
@@ -74,3 +76,24 @@ def test_reload_puts_host_toml_in_force_and_stops_nobody(shared_dir: Path) -> No
         assert not d.json("plugin", "show", "small")["error"]
         d.cli("plugin", "restart", "large", code=None)
         assert "over the ceiling" in d.json("plugin", "show", "large")["error"]
+
+
+def test_host_toml_that_is_being_written_after_its_trial_ends_nothing(shared_dir: Path) -> None:
+    """It would end the daemon, and with it every plugin: what was tried is in force until the next reload."""
+    with daemon(kind=FaultyDaemon) as made:
+        d = cast(FaultyDaemon, made)
+        d.cli("plugin", "add", str(write_plugin(shared_dir / "small", sandbox=STATE)), "--yes")
+        d.cli("plugin", "start", "small")
+        before, host_toml = running(d), d.root / "etc/isolator/host.toml"
+        host_toml.parent.mkdir(parents=True, exist_ok=True)
+        host_toml.write_text("[roles]\nviewer = [65534]\n")
+        d.at_exec("spoil")
+        d.cli("reload")
+        assert running(d) == before
+        assert may_look(d, 65534)
+        assert f"{host_toml} has changed; it takes effect with 'isolator reload'" in d.log.read_text()
+        assert "host.toml" in d.cli("reload", code=1).stderr
+        host_toml.write_text("[roles]\nviewer = [65533]\n")
+        d.cli("reload")
+        assert may_look(d, 65533) and not may_look(d, 65534)
+        assert running(d) == before
