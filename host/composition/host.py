@@ -216,7 +216,7 @@ class Host:
             *trail.endpoints(),
             *searches.endpoints(),
             *McpVerbs(self._load_servers, registry).endpoints(),
-            *ClusterVerbs(lambda: member.node if member is not None else None, registry).endpoints(),
+            *ClusterVerbs(lambda: member.node if member is not None else None, registry, alarms.cluster).endpoints(),
         ]
         restore = {ApiRegister.spec.verb: api_verbs.restore, PluginStage.spec.verb: registrations.restore}
         self._control = ControlServer(
