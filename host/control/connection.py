@@ -126,9 +126,9 @@ class Connection(LineProtocol):
                 self._answer(self._numbers[task], error=_BROKEN_OFF)
             else:
                 again.append(data)
-        belongings = [belonging() for belonging in caller.belongings]
+        belongings = tuple(belonging() for belonging in caller.belongings)
         line = self.pass_on(departure, again=again)
-        return ConnectionState(line=line, belongings=tuple(one for one in belongings if one is not None))
+        return ConnectionState(line=line, belongings=belongings)
 
     def restore(self, belongings: Iterable[Belonging], by_verb: Mapping[str, Callable[[Caller, Json], None]]) -> None:
         """Take over what belongs to the connection, before its first request is read."""
