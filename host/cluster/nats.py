@@ -38,7 +38,8 @@ _TOUCH = 3_000_000_000
 """Nanoseconds within which a leader has to have heard of the others; it does about every second."""
 _ATTEMPTS = 10
 _FULL = re.compile("maximum bytes|insufficient|resource|no space|storage", re.IGNORECASE)
-_REFUSED = re.compile("authorization|permission|authentication|credential|certificate", re.IGNORECASE)
+_NO_TLS: Final = "offers no TLS, and [cluster] tls or --tls asks for it"
+_REFUSED = re.compile("no TLS|authorization|permission|authentication|credential|certificate", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,15 @@ class Access:
     tls: ssl.SSLContext | None = None
     inbox: str = "_ISO"
     """The prefix of the subjects on which answers come; a host's own, so that no other can read them."""
+
+
+class _Client(Client):
+    """The servers' client, that tells no password where TLS is wanted and none offered: by itself it would."""
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        if initial_connection and self.options.get("tls") is not None and not info.get("tls_required"):
+            raise nats.errors.Error(_NO_TLS)
+        await super()._process_info(info, initial_connection)
 
 
 class NatsLog:
@@ -190,7 +200,7 @@ class NatsLog:
             return self._client
 
     async def _connect(self, url: str) -> Any:
-        access, client = self._access, Client()
+        access, client = self._access, _Client()
         self._complaint = ""
         try:
             async with asyncio.timeout(_CONNECT):

@@ -251,6 +251,26 @@ async def test_tls_is_checked_against_the_clusters_own_certificates(tmp_path: Pa
         await other_name.close()
 
 
+async def test_no_password_is_told_to_a_server_that_offers_no_tls_where_tls_is_wanted() -> None:
+    told: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def pretend(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(
+            b'INFO {"server_id":"x","version":"2.12.0","headers":true,"auth_required":true,"max_payload":1048576}\r\n'
+        )
+        told.put_nowait(await reader.read())
+        writer.close()
+
+    server = await asyncio.start_server(pretend, "127.0.0.1", 0)
+    url = addresses([f"localhost:{server.sockets[0].getsockname()[1]}"], tls=True)
+    log = NatsLog(Access(url, "h1", "secret", tls=ssl.create_default_context()))
+    with pytest.raises(LogRefusedError, match="offers no TLS"):
+        await log.facts()
+    assert await told.get() == b""
+    await log.close()
+    server.close()
+
+
 def test_old_servers_and_other_settings_of_the_stream_are_named() -> None:
     assert log_of_nats._too_old({"n1": "2.10.25", "n2": "2.10.26"}, 3) == [
         "nats-server 2.10.25 (n1) is too old: 3 replicas need 2.10.26"
