@@ -158,10 +158,10 @@ def _inits(running: Daemon, names: Iterable[str]) -> float:
     return sum(pss(entry["pid"]) for entry in entries if entry["name"] in wanted and entry["pid"])
 
 
-def pss(pid: int) -> float:
-    """Return the KiB of a process, of shared pages its share."""
+def pss(pid: int, of: str = "Pss") -> float:
+    """Return the KiB of a process, of shared pages its share; ``Pss_Anon``: without the pages of files."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
+            if line.startswith(f"{of}:"):
                 return float(line.split()[1])
     return 0.0

@@ -95,13 +95,13 @@ class StreamConnection(LineProtocol):
         return await reply
 
     def write(self, number: str, data: bytes, timeout: float, reply: Reply) -> None:
-        """Send the line of a request at once; ``reply`` gets the result or the error of ``request``."""
+        """Send the line of a request, with all others of this turn; ``reply`` gets what ``request`` returns or raises."""
         if reply.done():
             return
         if self.closed.is_set() or self.transport is None or self.transport.is_closing():
             reply.set_exception(NotSentError(self.why or "the connection is closed"))
             return
-        self.transport.write(data)
+        self.send_soon(data)
         self._await(number, self._loop.time() + timeout, reply)
 
     def _await(self, number: str, deadline: float, reply: Reply) -> None:

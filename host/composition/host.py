@@ -216,7 +216,7 @@ class Host:
             *trail.endpoints(),
             *searches.endpoints(),
             *McpVerbs(self._load_servers, registry).endpoints(),
-            *ClusterVerbs(lambda: member.node if member is not None else None, registry).endpoints(),
+            *ClusterVerbs(lambda: member.node if member is not None else None, registry, alarms.cluster).endpoints(),
         ]
         restore = {ApiRegister.spec.verb: api_verbs.restore, PluginStage.spec.verb: registrations.restore}
         self._control = ControlServer(
@@ -329,7 +329,8 @@ class Host:
         if self._store.blocked is not None:
             return messages.Left(refused=f"the database cannot be written: {self._store.blocked}")
         await self._settle(lambda: self._control.changes)
-        listener, listeners = await self._control.hold(), await self._api.hold()
+        listener = await self._control.hold()
+        await self._api.hold()
         if listener is None:
             raise IsolatorError("the host", "has no control socket yet")
         self._dispatcher.hold()
@@ -355,8 +356,10 @@ class Host:
         if not await self._store.close():
             why = f"the outcomes of deliveries could not be written: {self._store.blocked}"
             raise IsolatorError(str(self._store.path), why, "free the disk or the lock")
+        while self._servers is not None and self._servers.replied:  # noqa: ASYNC110 # a turn: one has run out of time
+            await asyncio.sleep(0)
         mcp = self._servers.pass_on(departure).to_json() if self._servers is not None else None
-        logs, api = self._logs.pass_on(departure), self._api.pass_on(listeners, departure)
+        logs, api = self._logs.pass_on(departure), self._api.pass_on(departure)
         control = self._control.pass_on(listener, departure)
         self._trail.close()
         self._searches.close()

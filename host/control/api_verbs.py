@@ -97,12 +97,10 @@ class ApiVerbs:
         def end() -> None:
             remove()
             self._served.pop(method, None)
-            caller.on_close.remove(end)
-            caller.belongings.remove(kept)
+            over()
 
+        over = caller.keep(end, kept)
         self._served[method] = caller, end
-        caller.on_close.append(end)
-        caller.belongings.append(kept)
 
     async def unregister(self, request: ApiUnregister, caller: Caller) -> Nothing:
         server, end = self._served.get(request.method, (None, None))

@@ -62,6 +62,8 @@ class HostApi:
         self._listeners: dict[str, Acceptor] = {}
         self._runs: dict[str, str] = {}
         """The run of each listener; listeners by plugin, those of invocations by ``PLUGIN.RUN``."""
+        self._released: dict[str, socket.socket] | None = None
+        """The listeners while another process takes this one's place, likewise: nobody accepts on them."""
         self._connections: dict[str, set[Connection]] = {}
         self._methods = {
             "plugin.hello": ApiMethod(None, hello),
@@ -88,23 +90,15 @@ class HostApi:
     def serve(self, name: str, run: str, listener: socket.socket) -> None:
         """Accept the calls of a plugin's run; closes an earlier listener of the same plugin."""
         self.forget(name)
-        limits = self.limits(name)
-        self._runs[name] = run
-        self._listeners[name] = Acceptor(listener, lambda: Connection(self, name, run, limits), limits.connects)
+        self._accept(name, name, run, listener)
 
     def serve_invocation(self, name: str, run: str, listener: socket.socket) -> None:
         """Accept the calls of one of a plugin's invocations, until ``end_invocation``."""
-        limits, key = self.limits(name), f"{name}.{run}"
-        self._runs[key] = run
-        self._listeners[key] = Acceptor(listener, lambda: Connection(self, name, run, limits), limits.connects)
+        self._accept(f"{name}.{run}", name, run, listener)
 
     def end_invocation(self, name: str, run: str) -> None:
         """Close the listener and the connections of an invocation."""
-        key = f"{name}.{run}"
-        listener = self._listeners.pop(key, None)
-        if listener is not None:
-            listener.close()
-            del self._runs[key]
+        self._end(f"{name}.{run}")
         for connection in [one for one in self._connections.get(name, ()) if one.run == run]:
             connection.close()
 
@@ -114,37 +108,52 @@ class HostApi:
 
     def forget(self, name: str) -> None:
         """Close a plugin's listener and connections."""
-        listener = self._listeners.pop(name, None)
-        if listener is not None:
-            listener.close()
+        self._end(name)
         for connection in list(self._connections.pop(name, ())):
             connection.close()
 
     def close(self) -> None:
-        """Close every listener."""
+        """Close every listener, and the connections."""
         for name in list(self._limits):
             self._report_refused(name, self._runs.get(name))
-        for name in list(self._listeners):
-            self.forget(name)
+        for key in [*self._listeners, *(self._released or ())]:
+            self._end(key)
+        for connection in self._every_connection():
+            connection.close()
+
+    def _accept(self, key: str, name: str, run: str, listener: socket.socket) -> None:
+        limits = self.limits(name)
+        self._runs[key] = run
+        if self._released is not None:
+            self._released[key] = listener
+        else:
+            self._listeners[key] = Acceptor(listener, lambda: Connection(self, name, run, limits), limits.connects)
+
+    def _end(self, key: str) -> None:
+        listener = self._listeners.pop(key, None) or (self._released or {}).pop(key, None)
+        if listener is not None:
+            listener.close()
+            del self._runs[key]
 
     # --- one host in the place of another --------------------------------------------------------------------------
 
-    async def hold(self) -> dict[str, socket.socket]:
-        """Accept no connection and read no call from now on; returns the listeners by plugin."""
-        released = {name: acceptor.release() for name, acceptor in self._listeners.items()}
-        for acceptor in self._listeners.values():
+    async def hold(self) -> None:
+        """Accept no connection and read no call from now on; of runs that begin and end meanwhile neither."""
+        acceptors, self._listeners = self._listeners, {}
+        self._released = {key: acceptor.release() for key, acceptor in acceptors.items()}
+        for acceptor in acceptors.values():
             await acceptor.accepted_all()
         for connection in self._every_connection():
             connection.hold("leaving")
-        return released
 
     @property
     def busy(self) -> bool:
         """Whether a call on one of the listeners is unanswered that does not wait for others."""
         return any(connection.busy for connection in self._every_connection())
 
-    def pass_on(self, listeners: Mapping[str, socket.socket], departure: Departure) -> tuple[ApiListenerState, ...]:
-        """Hand the listeners and their connections to the successor of this process; what was counted is on record."""
+    def pass_on(self, departure: Departure) -> tuple[ApiListenerState, ...]:
+        """Hand the listeners that were released, and their connections, on; what was counted is on record."""
+        assert self._released is not None
         for name in list(self._limits):
             self._report_refused(name, self._runs.get(name))
         return tuple(
@@ -159,7 +168,7 @@ class HostApi:
                     if connection.is_open and connection.run == self._runs[key]
                 ),
             )
-            for key, listener in listeners.items()
+            for key, listener in self._released.items()
         )
 
     async def take_over(self, states: Iterable[ApiListenerState], descriptors: Descriptors) -> None:

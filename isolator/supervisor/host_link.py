@@ -56,18 +56,20 @@ class HostLink:
 
     async def hello(self, channel: Channel, entries: Sequence[messages.PluginEntry]) -> None:
         """Say hello to a new host: it gets every plugin and a fresh listener on the control socket."""
+        settings = self._settings()
         with self.door.listen() as listener:
-            hello = self._hello(channel, entries, self._alarms.lines, listener=listener.fileno())
+            hello = self._hello(channel, entries, settings, self._alarms.lines, listener=listener.fileno())
             await self.process.first_answer(hello)
 
     def succeed(self, entries: Sequence[messages.PluginEntry]) -> Callable[[Channel, int], Awaitable[None]]:
         """Return what says hello to a host that takes the place of one that knows these plugins."""
+        settings = self._settings()
         alarms = self._alarms.lines
-        return lambda channel, parts: self._hello(channel, entries, alarms, parts=parts)
+        return lambda channel, parts: self._hello(channel, entries, settings, alarms, parts=parts)
 
     async def _hello(
-        self, channel: Channel, entries: Sequence[messages.PluginEntry], alarms: tuple[str, ...], *, listener: int = -1,
-        parts: int = 0,
+        self, channel: Channel, entries: Sequence[messages.PluginEntry], settings: dict[str, Any],
+        alarms: tuple[str, ...], *, listener: int = -1, parts: int = 0,
     ) -> None:  # fmt: skip
         check_host(self._paths)
         plugins: tuple[messages.PluginEntry, ...] | None = tuple(entries)
@@ -80,12 +82,13 @@ class HostLink:
                 with os.fdopen(os.dup(fds[-1]), "wb") as file:
                     file.write(encoded)
             hello = messages.HostHello(
-                root=str(self._paths.root), config=self._settings(), plugins=plugins,
+                root=str(self._paths.root), config=settings, plugins=plugins,
                 fresh=self.process.starts == 1, alarms=alarms, parts=parts, fences=self.deadlines(),
             )  # fmt: skip
             await channel.ask(hello, fds=fds)
 
     def _settings(self) -> dict[str, Any]:
+        """What a host is told of host.toml. The alarms that it is told beside that are those of afterwards."""
         config: dict[str, Any] = self._config.model_dump(mode="json")
         cluster = self._config.cluster
         if cluster is not None and cluster.credentials:
@@ -96,7 +99,7 @@ class HostLink:
                 form = "one line: USER:PASSWORD"
                 found = secrets_of(Path(cluster.credentials), "put USER:PASSWORD for the servers there", form)
                 config["cluster"]["secret"] = found[0] if found else ""
-                self._alarms.settle(alarm)
+                self._alarms.settle(alarm, 0.0)
             except IsolatorError as error:  # the host does without the cluster until it is there
                 self._alarms.raise_(alarm, str(error))
         return config

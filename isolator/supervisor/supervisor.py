@@ -205,7 +205,9 @@ async def running_daemon(
             services.audit.adopt(before.audit)
             alarms.adopt(before.alarms)
             tickets.adopt(before.tickets)
-            await services.start(table, handlers, {one.name: one for one in before.services})
+            served = {one.name: one for one in before.services}
+            await services.start(table, handlers, served)
+            # Until every plugin is as it was, nothing is awaited: what the host asks for would begin a run anew.
             registrar.adopt(before.staged)
             adopted = _adopt_plugins(table, context, before, kept_by)
             fences.go_on()
@@ -222,6 +224,7 @@ async def running_daemon(
                     config_sha256=config.digest(),
                 )
             )
+            await services.start_console(served.get("console"))
         if runners is not None:
             stack.push_async_callback(runners.close)
             if before is None or before.runners is None:
