@@ -21,7 +21,6 @@ from isolator.ipc.tasks import Tasks
 from isolator.layers.plan import ParkOrder
 from isolator.linux.apart import apart
 from isolator.linux.capability import last_capability
-from isolator.linux.readable import resolve
 
 _BOOT = "import sys; sys.path[:0] = sys.argv[2:]; from isolator.launcher.server import main; main()"
 
@@ -58,6 +57,8 @@ class Launcher:
         self._waiting: deque[asyncio.Future[Clone]] = deque()
         self._alive: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
+        self._room: asyncio.Future[None] | None = None
+        """Done when the socket has room again, or is lost; everybody who has found it full awaits it."""
         self._tasks = Tasks()
         self.closed = asyncio.Event()
         self._ready = adopted
@@ -158,13 +159,19 @@ class Launcher:
                 send_packet(self._sock, packet, fds)
                 return
             except BlockingIOError:
-                ready = self._loop.create_future()
-                self._loop.add_writer(self._sock, resolve, ready)
-                await ready
-                self._loop.remove_writer(self._sock)
+                if self._room is None:
+                    self._room = self._loop.create_future()
+                    self._loop.add_writer(self._sock, self._has_room)
+                await asyncio.shield(self._room)
             except OSError:
                 self._lost()
                 raise UnavailableError("launcher", "it has died", "the supervisor starts it again") from None
+
+    def _has_room(self) -> None:
+        self._loop.remove_writer(self._sock)
+        room, self._room = self._room, None
+        if room is not None:
+            room.set_result(None)
 
     def _readable(self) -> None:
         try:
@@ -216,7 +223,7 @@ class Launcher:
             return
         self.closed.set()
         self._loop.remove_reader(self._sock)
-        self._loop.remove_writer(self._sock)
+        self._has_room()
         self._sock.close()
         waiting: list[asyncio.Future[Any]] = [*self._waiting, *([self._alive] if self._alive is not None else [])]
         for future in waiting:

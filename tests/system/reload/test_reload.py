@@ -62,11 +62,18 @@ def memory(d: Daemon) -> int:
     """KiB of memory that the supervisor and its services have for themselves."""
     assert d.process is not None
     modules = ("audit.service", "broker.service", "host.service", "isolator.launcher.server")
-    found = 0
-    for pid in (d.process.pid, *(d.service_pid(module) for module in modules)):
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-        found += sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    found = private(d.process.pid)
+    for module in modules:  # of one that has just been exchanged, the process before may be found, and end
+        found += wait_for(lambda module=module: private(d.service_pid(module)), what=module)
     return found
+
+
+def private(pid: int) -> int:
+    """KiB of memory that a process has for itself; 0 when it has ended."""
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+        return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    return 0
 
 
 def seen(d: Daemon, plugin: str) -> Counter[str]:

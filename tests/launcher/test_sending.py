@@ -1,0 +1,74 @@
+"""Orders to a launcher that does not read at the moment: each waits, and each is sent, or fails when it has died."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+
+from isolator.errors import UnavailableError
+from isolator.ipc.packet import pair
+from isolator.launcher.client import Launcher
+
+
+class _Process:
+    """A launcher that the test plays."""
+
+    pid = os.getpid()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """It has ended."""
+
+    def kill(self) -> None:
+        """It has ended."""
+
+
+@pytest.fixture
+async def slow() -> AsyncIterator[tuple[Launcher, socket.socket, list[asyncio.Task[None]]]]:
+    """A launcher whose socket is full, its end of that, and two orders that wait for it."""
+    mine, theirs = pair()
+    theirs.setblocking(False)
+    group = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    launcher = Launcher((_Process(), mine), adopted=True)
+    waiting: list[asyncio.Task[None]] = []
+    while len(waiting) < 2:
+        order = asyncio.create_task(launcher.keep("cage", group))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        if not order.done():
+            waiting.append(order)
+    yield launcher, theirs, waiting
+    launcher.dismiss()
+    theirs.close()
+    os.close(group)
+
+
+Slow = tuple[Launcher, socket.socket, list[asyncio.Task[None]]]
+
+
+async def test_every_order_that_waits_is_sent_once_there_is_room(slow: Slow) -> None:
+    launcher, theirs, waiting = slow
+    first, second = waiting
+    first.cancel()  # of one that is given up no other hears
+    third = asyncio.create_task(launcher.keep("cage", 0))
+    await asyncio.sleep(0)
+    while True:
+        try:
+            _, fds, _, _ = socket.recv_fds(theirs, 4096, 1)
+        except BlockingIOError:
+            break
+        for fd in fds:
+            os.close(fd)
+    await asyncio.wait_for(asyncio.gather(second, third), 60)
+
+
+async def test_orders_that_wait_fail_when_the_launcher_dies(slow: Slow) -> None:
+    launcher, theirs, waiting = slow
+    theirs.close()
+    for order in waiting:
+        with pytest.raises(UnavailableError, match="died"):
+            await asyncio.wait_for(order, 60)
+    assert launcher.closed.is_set()
