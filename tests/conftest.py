@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support import commands
 from tests.support.leaks import MARKER, HostState, RunLock, is_own, wait_until_clean
@@ -28,6 +29,10 @@ from tests.support.timeouts import seconds
 
 # A hung test fails by itself, with a traceback, and its clean-up runs. Read by pytest-timeout when it is configured.
 os.environ.setdefault("PYTEST_TIMEOUT", str(seconds(300)))
+
+# No example has a deadline: how long one takes is the machine's affair, which may be emulated.
+settings.register_profile("isolator", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("isolator")
 
 _PATIENCE = seconds(15)  # that the kernel and stopping daemons get at the end of the run
 

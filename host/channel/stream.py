@@ -95,7 +95,7 @@ class StreamConnection(LineProtocol):
         return await reply
 
     def write(self, number: str, data: bytes, timeout: float, reply: Reply) -> None:
-        """Send the line of a request, with all others of this turn; ``reply`` gets what ``request`` returns or raises."""
+        """Send the line of a request, with others of this turn; ``reply`` gets what ``request`` returns or raises."""
         if reply.done():
             return
         if self.closed.is_set() or self.transport is None or self.transport.is_closing():
