@@ -23,7 +23,7 @@ class Platform:
         self.unanswered = 0
         """How often a call had no answer, or another one."""
         self._root, self._name, self._pause, self._most = root, name, 1 / rate, most
-        self._random, self._stop = random.Random(seed), threading.Event()
+        self._random, self._stop, self._calls = random.Random(seed), threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._emit)
         self._thread.start()
 
@@ -31,6 +31,10 @@ class Platform:
         """Emit no more."""
         self._stop.set()
         self._thread.join()
+
+    def silent(self) -> contextlib.AbstractContextManager[object]:
+        """A time in which it emits nothing; begins when no call is under way."""
+        return self._calls
 
     def _emit(self) -> None:
         self._number = 0
@@ -49,8 +53,9 @@ class Platform:
                     "project_id": f"k{self._random.randrange(KEYS)}", "deployment_id": f"{self._name}-{self._number}",
                     "url": "https://shop.example", "duration_ms": 1,
                 }  # fmt: skip
-                # Unanswered it counts as not accepted, whatever became of it.
-                self.accepted.append(str(client.call("event.emit", name="deploy.completed", payload=payload)["id"]))
+                with self._calls:
+                    # Unanswered it counts as not accepted, whatever became of it.
+                    self.accepted.append(str(client.call("event.emit", name="deploy.completed", payload=payload)["id"]))
 
 
 @contextlib.contextmanager
