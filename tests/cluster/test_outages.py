@@ -53,7 +53,7 @@ FIRST = (
 """The faults of every run, whatever the seed: each of these hosts has the plugin, and loses it."""
 LOSES = 22.0
 """Seconds of a fault after which a host has lost the plugin."""
-RATE = 8
+RATE = 20
 """Events a second, of each host, at most."""
 EXPECTED = 11
 """Seconds that a fault takes, with the calm after it."""
