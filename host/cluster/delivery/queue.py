@@ -97,6 +97,8 @@ class ClusterQueue(SqliteQueue):
         self.subscribers: Subscriptions = lambda _: {}
         self.is_of_one: Callable[[str], bool] = lambda _: True
         """Whether one host has the work of a plugin, or of each of its shards."""
+        self.has_ended: Callable[[str], bool] = lambda _: False
+        """Whether a plugin that this host has is the cluster's no more: no event is for it."""
         self.is_cut_off: Callable[[], bool] = lambda: False
         """Whether the log is out of reach: plugins that run on all hosts then get this host's events at once."""
         self.replies: Replies | None = None
@@ -126,6 +128,7 @@ class ClusterQueue(SqliteQueue):
         return f"ev_{hashlib.sha256(unique.encode()).hexdigest()[:28]}"
 
     def submit(self, event: NewEvent, subscribers: Sequence[Subscriber], done: Answer) -> None:
+        subscribers = [one for one in subscribers if not self.has_ended(one.plugin)]
         here = [one for one in subscribers if self.is_cut_off() and not self.is_of_one(one.plugin)]
         super().submit(event, here, done)
         assert self._accepting is not None
