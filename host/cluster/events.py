@@ -10,7 +10,8 @@ from typing import Any
 
 from host.cluster.clock import Clock
 from host.cluster.decisions import AGAIN
-from host.cluster.entries import Number, encode, subject
+from host.cluster.entries import encode, subject
+from host.cluster.fold import Member
 from host.cluster.log import Log, LogUnavailableError
 from host.cluster.outbox import Outbox
 
@@ -34,8 +35,8 @@ class Events:
         self.unsent, self.back = asyncio.Event(), asyncio.Event()
         """Something was put into the outbox; something of it was read back."""
 
-    async def run(self, known: Callable[[], Number]) -> None:
-        """Send until it is cancelled; ``known`` is the number up to which the log was read."""
+    async def run(self, known: Callable[[], Member]) -> None:
+        """Send until it is cancelled; ``known`` is this host as far as the log was read."""
         while True:
             message = self._outbox.message(await self._write(functools.partial(self._outbox.next, log=known())))
             if message is None:
@@ -49,5 +50,6 @@ class Events:
             except LogUnavailableError as error:
                 self._writes(error)
             last = message.first.number + len(message.entries) - 1
-            if known() < Number(message.first.series, last) or known().series != message.first.series:
+            read = known().events
+            if read.series != message.first.series or read.number < last:
                 await self._clock.event(self.back, AGAIN)

@@ -69,7 +69,7 @@ class Life:
         await self._begin_session()
         tasks = [
             asyncio.create_task(self.decisions.run()),
-            asyncio.create_task(parts.events.run(lambda: parts.footing.state.member(parts.host).events)),
+            asyncio.create_task(parts.events.run(lambda: parts.footing.state.member(parts.host))),
         ]
         tasks.append(asyncio.create_task(self._read()))
         if "log_lost" in parts.problems.lines:
@@ -105,7 +105,7 @@ class Life:
         def write(db: sqlite3.Connection) -> int:
             session = next_session(max(own.decisions.series, kept(db).session), parts.random(20))
             db.execute("UPDATE cluster_self SET session=?", (session,))
-            parts.outbox.fit(db, own.events)
+            parts.outbox.fit(db, own)
             return session
 
         self.decisions.begin(await parts.footing.write(write))

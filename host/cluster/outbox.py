@@ -17,7 +17,7 @@ from typing import Final, cast
 from pydantic import TypeAdapter
 
 from host.cluster.entries import MAX_ENTRIES, MAX_MESSAGE, MAX_NUMBER, Event, EventRef, Message, Number, Replay
-from host.cluster.fold import Applied
+from host.cluster.fold import Applied, Member
 from host.database.store import Store as Database
 from isolator.errors import IsolatorError
 
@@ -73,8 +73,8 @@ class Outbox:
         db.execute("UPDATE cluster_self SET emitted=?, unsent=?", (last + 1, unsent + size))
         return EventRef(self._host, generation, last + 1)
 
-    def next(self, db: sqlite3.Connection, log: Number) -> tuple[int, tuple[Event | Replay, ...]]:
-        """The first number and the entries of the next message, for a log that has this host's events up to a number.
+    def next(self, db: sqlite3.Connection, log: Member) -> tuple[int, tuple[Event | Replay, ...]]:
+        """The first number and the entries of the next message, for a log that has this host's events so far.
 
         Begins another generation if the numbers that it would need are not here.
         """
@@ -100,10 +100,16 @@ class Outbox:
         """Drop the rows that the log has: no other log is to get them."""
         db.execute("DELETE FROM cluster_outbox WHERE back IS NOT NULL")
 
-    def fit(self, db: sqlite3.Connection, log: Number) -> int:
-        """Begin another generation if the number after the log's is not here to be sent; returns the log's."""
+    def fit(self, db: sqlite3.Connection, log: Member) -> int:
+        """Begin another generation if the number after the log's is not here to be sent; returns the log's.
+
+        So it does if the log has had another one since: of two copies of a database the later one was put back last.
+        """
+        if self.generation in log.retired:
+            self.renew(db)
+            return 0
         emitted = db.execute("SELECT emitted FROM cluster_self").fetchone()[0]
-        last = log.number if log.series == self.generation else 0
+        last = log.events.number if log.events.series == self.generation else 0
         first = db.execute("SELECT MIN(number) FROM cluster_outbox WHERE number>?", (last,)).fetchone()[0]
         if last > emitted or (first is not None and first != last + 1):
             self.renew(db, last)
