@@ -254,7 +254,8 @@ class Life:
         if message.stream == "ev":
             if "outbox_full" in self._problems.lines:
                 self._problems.end("outbox_full")
-            self._parts.events.back.set()
+            if taken:  # what counts for nothing is sent again after a while, not at once
+                self._parts.events.back.set()
             return
         session = self.decisions.session
         if not taken or not session or taken[-1].ref.series < session:
