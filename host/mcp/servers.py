@@ -23,7 +23,7 @@ from host.fence.fences import Fences
 from host.mcp.calls import CALLS, CallState, Sent, cancelled, under_way
 from host.mcp.pins import Pins
 from host.mcp.session import Progress, Reply, Session, SessionState
-from host.mcp.tools import INSTRUCTIONS, Compared, Item, compare, digest_of, is_unchanged, permits
+from host.mcp.tools import INSTRUCTIONS, Compared, Item, compare, digest_of, is_unchanged, offered, permits
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import Redactor
 from host.queue.sqlite import new_event_id
@@ -234,10 +234,30 @@ class Servers:
             now = tuple((await self._offers(name, await self.session(name), again=True)).values())
         if digest_of(now) != digest:
             raise UsageError(f"tools of {name}", "have changed since they were shown", "look at them again")
-        await self.pins.approve(name, now)
-        approved = {item.name or "instructions": item.digest for item in now}
-        self._audit.record(ToolsApproved(by=by, tools=approved), plugin=name)
+        await self._approve(name, now, by)
         return now
+
+    async def approve_shown(
+        self, name: str, bodies: list[dict[str, Any]], digest: str, by: str
+    ) -> tuple[Item, ...]:  # fmt: skip
+        """Approve what was shown elsewhere; raises UsageError. A server that offers something else has that blocked."""
+        self._server(name)
+        instructions = [body["instructions"] for body in bodies if [*body] == ["instructions"]]
+        if len(instructions) > 1 or not all(isinstance(text, str) for text in instructions):
+            raise UsageError(f"tools of {name}", "have more than one text of instructions", "take what mcp tools shows")
+        try:
+            shown = offered("".join(instructions), (body for body in bodies if [*body] != ["instructions"]))
+        except ValueError as error:
+            raise UsageError(f"tools of {name}", str(error), "take what mcp tools shows") from None
+        if digest_of(shown) != digest:
+            raise UsageError(f"tools of {name}", "have another digest than was agreed to", "look at them again")
+        await self._approve(name, shown, by)
+        return shown
+
+    async def _approve(self, name: str, items: tuple[Item, ...], by: str) -> None:
+        await self.pins.approve(name, items)
+        approved = {item.name or "instructions": item.digest for item in items}
+        self._audit.record(ToolsApproved(by=by, tools=approved), plugin=name)
 
     async def shown_to(self, name: str, uid: int) -> tuple[str, list[Mapping[str, Any]], str]:
         """View of a caller: the instructions, the tools, and the server's name; raises IsolatorError."""

@@ -188,6 +188,13 @@ class Member:
             return None
         return standing.plugin(self.node, name)
 
+    def holders(self, name: str) -> Sequence[str]:
+        """The other hosts that hold a plugin of which this one holds nothing; none if this one may act on it."""
+        if self.node is None or self.follower.holds(name):
+            return ()
+        held = self._state.leases.items()
+        return sorted({lease.holder for shard, lease in held if shard[0] == name and lease.holder != self.node.host})
+
     async def _wish(self, entry: Described) -> None:
         """Have an entry written, however long the log does not answer; a later one of the plugin replaces it."""
         row = (entry.name, _DESCRIBED.dump_json(entry).decode())
