@@ -73,16 +73,20 @@ class McpCancel(Request, verb="mcp.cancel", role="caller", result=Nothing):
 
 
 class McpTools(Request, verb="mcp.tools", role="operator", result=ComparedTools):
-    """Compare what an MCP server offers with what is approved; starts it if need be."""
+    """Compare what an MCP server offers with what is approved; starts it if need be.
+
+    With ``tools``, bodies that were shown elsewhere, these are compared, and the server is not asked: on a host of a
+    cluster that does not hold the plugin it does not run. Instructions are a body with nothing else than them.
+    """
 
     name: Name
+    tools: Annotated[list[dict[str, Any]] | None, Objects()] = None
 
 
 class McpApprove(Request, verb="mcp.approve", role="operator", recorded=True, result=ApprovedTools):
     """Approve what an MCP server offers now; ``digest`` (from ``mcp.tools``) makes sure that it is what was shown.
 
-    With ``tools``, bodies that were shown elsewhere, these are approved, and the server is not asked: on a host of a
-    cluster that does not hold the plugin it does not run. Instructions are a body with nothing else than them.
+    ``tools`` are those that were given there.
     """
 
     name: Name

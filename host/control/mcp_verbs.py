@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 _RUNS_THERE = "its server runs there alone"
+_REMEDY = "see isolator mcp tools {0} --json on {{}}; isolator mcp approve {0} --from FILE approves that here"
 
 
 class McpVerbs:
@@ -61,8 +62,9 @@ class McpVerbs:
         return {}
 
     async def tools(self, request: mcp_types.McpTools, _: Caller) -> mcp_types.ComparedTools:
-        self._elsewhere.check(request.name, _RUNS_THERE)
-        found, digest = await self._servers().inspect(request.name)
+        if request.tools is None:
+            self._elsewhere.check(request.name, _RUNS_THERE, _REMEDY.format(request.name))
+        found, digest = await self._servers().inspect(request.name, request.tools)
         granted = self._servers().granted(request.name)
         return {
             "digest": digest,
@@ -76,10 +78,7 @@ class McpVerbs:
         }  # fmt: skip
 
     async def approve(self, request: mcp_types.McpApprove, caller: Caller) -> mcp_types.ApprovedTools:
-        servers = self._servers()
-        if request.tools is not None:
-            shown = await servers.approve_shown(request.name, request.tools, request.digest, caller.by)
-            return {"approved": len(shown)}
-        remedy = f"run isolator mcp tools {request.name} --json on {{}}, then here: isolator mcp approve --from FILE"
-        self._elsewhere.check(request.name, _RUNS_THERE, remedy)
-        return {"approved": len(await servers.approve(request.name, request.digest, caller.by))}
+        if request.tools is None:
+            self._elsewhere.check(request.name, _RUNS_THERE, _REMEDY.format(request.name))
+        approved = await self._servers().approve(request.name, request.digest, caller.by, request.tools)
+        return {"approved": len(approved)}

@@ -77,14 +77,14 @@ def approve(
     server does not run: --from takes what the holder's 'mcp tools --json' shows.
     """
     with Client(root) as client:
-        found = _read(name, shown) if shown is not None else client.call("mcp.tools", name=name)
+        more = {"tools": _read(name, shown)} if shown is not None else {}
+        found = client.call("mcp.tools", name=name, **more)
         if digest is not None and digest != found["digest"]:
             raise UsageError(f"tools of {name}", f"have the digest {found['digest']}", "look at them again")
         if not as_json:
             _show(found["tools"], whole=True)
         if not yes and not (sys.stdin.isatty() and click.confirm("Approve all of this?", err=True)):
             raise NeedsApprovalError(f"tools of {name}", "were not approved", "add --yes to agree")
-        more = {"tools": [item["body"] for item in found["tools"]]} if shown is not None else {}
         approved = client.call("mcp.approve", name=name, digest=found["digest"], **more)
     if as_json:
         print_json({"name": name, "digest": found["digest"], **approved})
@@ -92,22 +92,13 @@ def approve(
         click.echo(f"{approved['approved']} approved")
 
 
-def _read(name: str, file: BinaryIO) -> dict[str, Any]:
-    """What a file has of the answer to ``mcp.tools``: what was offered then, each as if it were new; UsageError."""
-    from host.mcp.tools import Item, digest_of
-
+def _read(name: str, file: BinaryIO) -> list[dict[str, Any]]:
+    """What a file, an answer to ``mcp.tools``, shows as offered; raises UsageError."""
     try:
-        found = json.loads(file.read(_LARGEST))["tools"]
-        items = [Item(str(one["name"]), dict(one["body"])) for one in found if one["state"] != "missing"]
+        return [dict(one["body"]) for one in json.loads(file.read(_LARGEST))["tools"] if one["state"] != "missing"]
     except (ValueError, TypeError, KeyError, RecursionError):
         why = "is not what 'isolator mcp tools --json' shows"
         raise UsageError(file.name, why, f"have it show {name} on its holder") from None
-    items.sort(key=lambda item: item.name != "")  # instructions come first
-    shown = [
-        {"name": one.name, "state": "new", "sha256": one.digest, "renamed": "", "granted": True, "body": dict(one.body)}
-        for one in items
-    ]
-    return {"digest": digest_of(items), "tools": shown}
 
 
 def _show(items: list[dict[str, Any]], *, whole: bool) -> None:
