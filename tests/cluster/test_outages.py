@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -72,7 +71,7 @@ def test_one_log_decides_whatever_fails(request: pytest.FixtureRequest, tmp_path
         site(tmp_path, HOST_TOML, f"{200 + events // 200}MB") as made,
         ledger(made.network, {host.machine.address: host.name for host in made.hosts}) as kept,
     ):
-        _add_plugin(made)
+        made.add(COURIER)
         share = -(-events // len(made.hosts))
         rate = min(RATE, max(0.5, share / max(90, count * EXPECTED)))
         with watch(made.roots) as watched, platforms(made.roots, rate, share, seed) as emitting:
@@ -105,14 +104,6 @@ def test_one_log_decides_whatever_fails(request: pytest.FixtureRequest, tmp_path
     ]
     assert not wrong, "\n".join(wrong[:40])
     assert len(kept.holdings) >= 2, "the plugin has never moved"
-
-
-def _add_plugin(made: Site) -> None:
-    for host in made.hosts:
-        policies = host.daemon.root / "etc/isolator/policies"
-        policies.mkdir(parents=True, exist_ok=True)
-        shutil.copy(COURIER.with_suffix(".toml"), policies)
-        host.daemon.cli("plugin", "add", str(COURIER), "--yes")
 
 
 def _have(faults: Faults, count: int, patience: float, kinds: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -79,6 +80,14 @@ class Site:
         user, _, password = self.secrets[host].partition(":")
         urls = addresses([server.listens for server in self.servers], tls=False)
         return NatsLog(Access(urls, user, password, inbox=f"_ISO.{host}"))
+
+    def add(self, plugin: Path) -> None:
+        """Have a plugin, with the policy beside its folder, on every host."""
+        for host in self.hosts:
+            policies = host.daemon.root / "etc/isolator/policies"
+            policies.mkdir(parents=True, exist_ok=True)
+            shutil.copy(plugin.with_suffix(".toml"), policies)
+            host.daemon.cli("plugin", "add", str(plugin), "--yes")
 
     def emits_nothing(self, host: Host) -> contextlib.AbstractContextManager[object]:
         """A time in which a host is given no event."""
