@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from bench import bad_neighbours_subjects as subjects
 from bench.delivery_subjects import payload
@@ -31,6 +32,7 @@ from tests.support.pretend_internet import PretendInternet, pretend_internet
 from tests.system.daemon import Daemon, daemon, wait_for, write_plugin
 
 FIGURES = ("delivery", "dns", "connect", "host API", "command")
+SERVICES = ("supervisor", "audit", "broker", "host")
 LOST = 10_000.0
 HOST_TOML = f"""
 [network]
@@ -50,13 +52,16 @@ Samples = dict[str, list[float]]
 
 
 def measure(rounds: int) -> Report:
-    """Measure each neighbour ``rounds // 33`` times, at least twice; ``ISOLATOR_NEIGHBOUR`` names one alone."""
+    """Measure each neighbour ``rounds // 33`` times, at least twice.
+
+    ``ISOLATOR_NEIGHBOUR``: words, with ``|`` between them; only neighbours with one of them in their names.
+    """
     turns, length = max(2, rounds // 33), max(3.0, rounds / 16)
-    only = os.environ.get("ISOLATOR_NEIGHBOUR", "")
+    only = os.environ.get("ISOLATOR_NEIGHBOUR", "").split("|")
     quiet: dict[str, list[Samples]] = {}
     beside: dict[str, list[Samples]] = {}
     with pretend_internet() as made, _hostile_internet(made), _platform(made) as platform:
-        neighbours = {name: act for name, act in _neighbours(platform).items() if only in name}
+        neighbours = {name: act for name, act in _neighbours(platform).items() if any(one in name for one in only)}
         for _ in range(turns):
             for name, act in neighbours.items():
                 quiet.setdefault(name, []).append(platform.during(length))
@@ -79,8 +84,17 @@ def _report(quiet: dict[str, list[Samples]], beside: dict[str, list[Samples]]) -
             without, with_it = (statistics.median(side) for side in zip(*pairs, strict=True))
             missed = "" if statistics.median(ratios) <= 2 else " (!)"
             told.append(f"{figure} {without:.1f} → {with_it:.1f} ms (× {statistics.median(ratios):.2f}){missed}")
-        notes.append(f"p99 beside one that {name}: {', '.join(told)}")
+        notes.append(f"p99 beside one that {name}: {', '.join(told)}; {_of_services(quiet[name], rounds)}")
     return Report("bad_neighbours", "A good plugin beside bad neighbours", tuple(series), notes=tuple(notes))
+
+
+def _of_services(quiet: list[Samples], beside: list[Samples]) -> str:
+    """The processor time of each service: how much of what a neighbour costs is work that it makes for others."""
+    told = []
+    for name in SERVICES:
+        without, with_it = (statistics.median(samples[name][0] for samples in side) for side in (quiet, beside))
+        told.append(f"{name} {without:.0f} → {with_it:.0f}")
+    return f"processor time in ms a second: {', '.join(told)}"
 
 
 def _p99(values: list[float]) -> float:
@@ -122,8 +136,8 @@ class Platform:
         return str(self.client.call("event.emit", name=hook, payload=payload(hook, next(self._numbers)))["id"])
 
     def during(self, length: float) -> Samples:
-        """Return the samples of so many seconds from now, in ms."""
-        size, began = self._samples.stat().st_size, time.monotonic()
+        """Return the samples of so many seconds from now, in ms; of each service its processor time in ms a second."""
+        before, size, began = self._used(), self._samples.stat().st_size, time.monotonic()
         found: Samples = {figure: [] for figure in FIGURES}
         commands = threading.Thread(target=self._commands, args=(began + length, found["command"]))
         commands.start()
@@ -131,6 +145,7 @@ class Platform:
             found["delivery"].append(self._timed(self._deliver))
             time.sleep(0.04)
         commands.join()
+        seconds = time.monotonic() - began
         with self._samples.open("rb") as file:
             file.seek(size)
             for line in file.read().decode().splitlines():
@@ -139,7 +154,13 @@ class Platform:
         for figure in FIGURES:
             if not found[figure]:
                 found[figure].append(LOST)
-        return found
+        after = self._used()
+        return found | {name: [(after[name] - before[name]) * 1e3 / seconds] for name in SERVICES}
+
+    def _used(self) -> dict[str, float]:
+        """Seconds of processor time that each service has used."""
+        pids = {entry["name"]: entry["pid"] for entry in self.client.call("status")["services"]}
+        return {name: sum(_ticks(pids[name])) / os.sysconf("SC_CLK_TCK") for name in SERVICES}
 
     def _commands(self, end: float, found: list[float]) -> None:
         while time.monotonic() < end:
@@ -160,6 +181,11 @@ class Platform:
             print(f"  lost: {str(error)[:300]}", file=sys.stderr)
             return LOST
         return (time.perf_counter() - began) * 1e3
+
+
+def _ticks(pid: int) -> tuple[int, int]:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]), int(fields[12])
 
 
 @contextlib.contextmanager

@@ -39,6 +39,8 @@ class Exchange:
         self.reply: asyncio.Future[bytes] = self._loop.create_future()
         self.sent_ns = 0
         """``time.perf_counter_ns`` when the request was sent."""
+        self.unused = False
+        """The request was given up, and nothing was written to the connection."""
         self.sock, self._request, self._timeout = sock, request, timeout
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -95,6 +97,7 @@ class Exchange:
     def give_up(self, why: str) -> None:
         """End a request that was not sent, for that reason."""
         self.sent_ns = time.perf_counter_ns()
+        self.unused = True
         self._fail(why)
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from host.channel.oneshot import Exchange, ExchangeState, exchange
 from host.channel.reply import LostError, NotSentError, oneshot_request, read_reply
 from host.delivery.outcome import Outcomes
-from host.delivery.sidecar import PAUSED, RENEWED, SidecarLink
+from host.delivery.sidecar import RENEWED, SidecarLink
 from host.events import Catalogue
 from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
@@ -88,21 +88,22 @@ class OneshotDelivery:
             self._outcomes.give_up(delivery, "payload_too_large")
             return
         sock, run = await self._connection()
-        if self._sidecar.paused:
-            self._prepared = _done((sock, run))  # it was made, so it has to be used: once the pause is over
-            raise NotSentError(PAUSED)
-        with sock:
-            foreign = self._sidecar.check_peer(sock, plugin, run)
-            if foreign is not None:
-                self._outcomes.refuse(plugin, delivery, foreign)
-                return
+        foreign = self._sidecar.check_peer(sock, plugin, run)
+        if foreign is not None:
+            sock.close()
+            self._outcomes.refuse(plugin, delivery, foreign)
+            return
+        try:
             self._sidecar.begin_request(run)
-            exchange = Exchange(sock, request, plugin.timeout)
-            self._outcomes.begin(delivery, run, request, exchange.send, exchange.give_up)
-            await self._finish(_Request(plugin, delivery, run, exchange))
+        except NotSentError:
+            self._keep(sock, run)  # until the pause is over, or whatever else it is
+            raise
+        exchange = Exchange(sock, request, plugin.timeout)
+        self._outcomes.begin(delivery, run, request, exchange.send, exchange.give_up)
+        await self._finish(_Request(plugin, delivery, run, exchange))
 
     async def _finish(self, request: _Request) -> None:
-        """Wait for the reply to a request, and conclude the attempt."""
+        """Wait for the reply to a request, and conclude the attempt; the connection is closed or kept then."""
         plugin, delivery, run, exchange = request.plugin, request.delivery, request.run, request.exchange
         self._current = request
         self._sidecar.status = "in_flight"
@@ -113,6 +114,10 @@ class OneshotDelivery:
             outcome, broken = error.outcome, error.crash
         finally:
             exchange.close()
+            if exchange.unused:
+                self._keep(exchange.sock, run)
+            else:
+                exchange.sock.close()
             self._sidecar.end_request()
             self._current = None
         latency = (time.perf_counter_ns() - exchange.sent_ns) // 1000
@@ -152,10 +157,15 @@ class OneshotDelivery:
             sock, run = await self._connect()
         finally:
             self._connecting = False
-        if self._sidecar.leaving:  # it was made, so it has to be used: by the successor of this process
-            self._prepared = _done((sock, run))
+        if self._sidecar.leaving:
+            self._keep(sock, run)  # for the successor of this process
             raise NotSentError(RENEWED)
         return sock, run
+
+    def _keep(self, sock: socket.socket, run: str) -> None:
+        """Have the next request go over a connection that was made and not used: simple plugins die of its end."""
+        self._prepared = asyncio.get_running_loop().create_future()
+        self._prepared.set_result((sock, run))
 
     async def _connect(self) -> tuple[socket.socket, str]:
         prepared, self._prepared = self._prepared, None
@@ -210,7 +220,7 @@ class OneshotDelivery:
         """Go on with what another host had; returns the request in flight, which is of ``delivery``, for ``go_on``."""
         if state.prepared >= 0:
             prepared = socket.socket(fileno=descriptors.take(state.prepared))
-            self._prepared = _done((prepared, state.prepared_run))
+            self._keep(prepared, state.prepared_run)
         if state.request is None or plugin is None or delivery is None:
             return None
         sock = socket.socket(fileno=descriptors.take(state.request.exchange.socket))
@@ -220,11 +230,4 @@ class OneshotDelivery:
     async def go_on(self, request: _Request) -> None:
         """Wait for the reply to a request of another host's, and conclude it."""
         async with self._turn:
-            with request.exchange.sock:
-                await self._finish(request)
-
-
-def _done(connection: tuple[socket.socket, str]) -> asyncio.Future[tuple[socket.socket, str]]:
-    future: asyncio.Future[tuple[socket.socket, str]] = asyncio.get_running_loop().create_future()
-    future.set_result(connection)
-    return future
+            await self._finish(request)

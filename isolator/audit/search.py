@@ -24,6 +24,7 @@ import prctl
 from isolator.audit.reader import Query, event_ids, lines
 from isolator.audit.story import collect
 from isolator.errors import IsolatorError, UsageError
+from isolator.linux.priority import go_behind
 
 NICE = 10
 CPU_SECONDS = 60
@@ -57,7 +58,7 @@ def _story(directory: Path, event_id: str) -> Iterator[bytes]:
 
 def _confine(parent: int) -> None:
     """Take a small share of the processor and of the memory, and end with the host."""
-    os.nice(NICE)
+    go_behind(NICE)
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -64,6 +64,11 @@ class TokenBucket:
         self._tokens -= amount
         return max(0.0, -self._tokens / self.rate)
 
+    def until(self, amount: float) -> float:
+        """Seconds until that many tokens are there, if nobody takes any; 0 when they are."""
+        self._refill()
+        return max(0.0, (min(amount, self.burst) - self._tokens) / self.rate)
+
     def _refill(self) -> None:
         now = self._clock()
         self._tokens = min(self.burst, self._tokens + (now - self._at) * self.rate)

@@ -72,7 +72,11 @@ async def _connect(address: Address, port: int, fence: Fence, small: bool) -> so
             keep_small(sock)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         keep_alive(sock)
-        await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
+        where = (str(address), port)
+        try:
+            sock.connect(where)
+        except BlockingIOError:  # asked again, a near one has answered by now, and no turn of the loop is waited for
+            await asyncio.get_running_loop().sock_connect(sock, where)
     except BaseException:  # cancelled too: the socket has no other owner yet
         sock.close()
         raise

@@ -36,6 +36,8 @@ from isolator.policy.destinations import Rules, normal_name
 QUERIES_PER_SECOND, QUERY_BURST = 50, 100
 READ_PER_SECOND, READ_BURST = 500, 500
 """Messages of one cage that are read at all; the others wait in its socket, where the kernel drops the excess."""
+READ_TOGETHER = 16
+"""Messages that a cage beyond that rate has to wait for: they are then read at one wakeup of the broker."""
 MAX_BUSY = 32
 """Lookups of one cage under way at once."""
 MAX_TCP, TCP_IDLE = 8, 10.0
@@ -213,9 +215,9 @@ class NameServer:
             task = self._spawn(self._datagram(message, peer))
             self._questions.add(task)
             task.add_done_callback(self._questions.discard)
-            if pause := self._reading.take():
+            if self._reading.take():
                 self._loop.remove_reader(self._udp)
-                self._resting = self._loop.call_later(pause, self._rested)
+                self._resting = self._loop.call_later(self._reading.until(READ_TOGETHER), self._rested)
                 return
 
     def _rested(self) -> None:

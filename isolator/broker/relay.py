@@ -1,7 +1,8 @@
 """Carry bytes between a cage's connection and the outside's, both directions, with half-close.
 
 Callbacks on the event loop rather than streams: one read buffer serves every flow, and a direction keeps bytes of its
-own only while its sink is full, at most one read's worth; its source then waits, and TCP makes the sender wait.
+own only while its sink is full, at most one read's worth; its source then waits, and TCP makes the sender wait. Where
+nobody looks at the bytes and there are many, the kernel moves them from one socket to the other (``splice``).
 
 A flow to a name has a ``Gate`` between client and server until everything may pass; then its bytes are not looked at.
 While looking has cost the cage too much, such a flow is not read.
@@ -14,8 +15,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import os
 import socket
 import struct
+from functools import cached_property
 
 from isolator.broker.gate.gate import Gate, GateState
 from isolator.broker.guard import Denied
@@ -25,11 +29,14 @@ from isolator.ipc.succession import to_bytes, to_text
 from isolator.policy.denial import DenialRule
 
 CHUNK = 256 * 1024
+BULK = 512 * 1024
+"""Bytes that the kernel moves at once, where nobody looks at them and reads have been full."""
 SMALL = 32 * 1024
 BUDGET = 32 * 1024 * 1024
 """Bytes that all flows together may keep waiting; beyond it they read in small pieces."""
 _LINGER_RESET = struct.pack("ii", 1, 0)
 _ROUNDS = 4
+_AT_ONCE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
 
 def reset(sock: socket.socket) -> None:
@@ -47,11 +54,24 @@ def keep_alive(sock: socket.socket) -> None:
 
 
 class Scratch:
-    """The read buffer of one event loop, and the number of bytes that its flows keep waiting."""
+    """What all flows of one event loop share: a read buffer, a pipe, and the number of bytes that they keep waiting."""
 
     def __init__(self) -> None:
         self.buffer = memoryview(bytearray(CHUNK))
         self.waiting = 0
+
+    @cached_property
+    def bulk(self) -> tuple[int, int]:
+        """A pipe, empty between two uses, through which the kernel moves bytes without a copy; raises OSError."""
+        pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):  # what all pipes of a user may hold is limited; a small one is slower
+            fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, BULK)
+        return pipe
+
+    def close(self) -> None:
+        """Close the pipe, if it was used."""
+        for fd in self.__dict__.pop("bulk", ()):
+            os.close(fd)
 
 
 class PipeState(Body):
@@ -82,6 +102,8 @@ class Pipe:
         self._answers: Pipe | None = None
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._source, self._sink, self._scratch, self._fence = source, sink, scratch, fence
+        # For the loop, which formats a socket that it does not know into an exception: two system calls each time.
+        self._in, self._out = source.fileno(), sink.fileno()
         self._loop = asyncio.get_running_loop()
         self._rest = memoryview(b"")
         self._reading = False
@@ -103,7 +125,7 @@ class Pipe:
         """Take the pipe off the loop; bytes that still wait are dropped."""
         self._read(False)
         if self._rest:
-            self._loop.remove_writer(self._sink)
+            self._loop.remove_writer(self._out)
             self._keep(memoryview(b""))
         if not self.ended.done():
             self.ended.set_result(None)
@@ -130,7 +152,7 @@ class Pipe:
             self.ended.set_result(None)
         elif state.rest:
             self._keep(memoryview(to_bytes(state.rest)))
-            self._loop.add_writer(self._sink, self._writable)
+            self._loop.add_writer(self._out, self._writable)
         elif gate is None or not gate.waiting:
             self._read(True)
 
@@ -166,7 +188,42 @@ class Pipe:
                     return None
             elif not self._send(buffer[:count]):
                 return None
+            elif count == CHUNK:
+                return self._move()
             if count < size // 2:
+                return None
+        return None
+
+    def _move(self) -> None:
+        """Have the kernel pass on what else is there, of a flow whose bytes nobody looks at."""
+        try:
+            drained, filled = self._scratch.bulk
+        except OSError:
+            return None  # no descriptor is free: they are read, as before
+        for _ in range(_ROUNDS):
+            try:
+                count = left = os.splice(self._in, filled, BULK, flags=_AT_ONCE)
+            except BlockingIOError:
+                return None
+            except OSError as error:
+                return self._fail(error)
+            if not count:
+                return self._finish()
+            failure = None
+            try:
+                while left and not self._fence.closed:
+                    left -= os.splice(drained, self._out, left, flags=_AT_ONCE)
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                failure = error
+            self.total += count - left
+            rest = _read_all(drained, left)
+            if failure is not None:
+                return self._fail(failure)
+            if rest:
+                return self._wait(rest)
+            if count < CHUNK:
                 return None
         return None
 
@@ -206,9 +263,7 @@ class Pipe:
     def _send(self, data: memoryview) -> bool:
         """Pass ``data`` on; False when the sink took only part of it, or none may be sent, and the source now waits."""
         if self._fence.until is not None and self._fence.closed:
-            self._keep(memoryview(bytes(data)))
-            self._read(False)
-            self._fence.stall(self._thawed)
+            self._wait(bytes(data))
             return False
         try:
             sent = self._sink.send(data)
@@ -220,20 +275,26 @@ class Pipe:
         self.total += sent
         if sent == len(data):
             return True
-        # A copy: the scratch buffer is the next flow's in a moment.
-        self._keep(memoryview(bytes(data[sent:])))
-        self._read(False)
-        self._loop.add_writer(self._sink, self._writable)
+        self._wait(bytes(data[sent:]))  # a copy: the scratch buffer is the next flow's in a moment
         return False
+
+    def _wait(self, rest: bytes) -> None:
+        """Keep what could not be sent, and read nothing before it is."""
+        self._keep(memoryview(rest))
+        self._read(False)
+        if self._fence.closed:
+            self._fence.stall(self._thawed)
+        else:
+            self._loop.add_writer(self._out, self._writable)
 
     def _thawed(self) -> None:
         """Send what was kept past the deadline."""
         if self._rest:
-            self._loop.add_writer(self._sink, self._writable)
+            self._loop.add_writer(self._out, self._writable)
 
     def _writable(self) -> None:
         if self._fence.closed:
-            self._loop.remove_writer(self._sink)
+            self._loop.remove_writer(self._out)
             self._fence.stall(self._thawed)
             return
         self.touched = self._loop.time()
@@ -247,7 +308,7 @@ class Pipe:
         self.total += sent
         self._keep(self._rest[sent:])
         if not self._rest:
-            self._loop.remove_writer(self._sink)
+            self._loop.remove_writer(self._out)
             self._go_on()
 
     def _keep(self, rest: memoryview) -> None:
@@ -258,9 +319,9 @@ class Pipe:
         if wanted != self._reading:
             self._reading = wanted
             if wanted:
-                self._loop.add_reader(self._source, self._readable)
+                self._loop.add_reader(self._in, self._readable)
             else:
-                self._loop.remove_reader(self._source)
+                self._loop.remove_reader(self._in)
 
     def _finish(self) -> None:
         if self._fence.closed:  # an end may mean as much as bytes; it is there to be read again
@@ -281,3 +342,12 @@ class Pipe:
     def _fail(self, error: OSError) -> None:
         self.error = error
         self.stop()
+
+
+def _read_all(pipe: int, count: int) -> bytes:
+    """The ``count`` bytes that are left in a pipe."""
+    parts = []
+    while count:
+        parts.append(os.read(pipe, count))
+        count -= len(parts[-1])
+    return b"".join(parts)

@@ -9,12 +9,12 @@ the real path), and the old ones are removed after the service runs from the new
 
 from __future__ import annotations
 
-import compileall
 import contextlib
 import os
 import re
 import shutil
 import stat
+import subprocess
 import sys
 import tempfile
 import tomllib
@@ -121,14 +121,22 @@ def _make_environment() -> None:
     try:
         fill(new)
         packages = write_program(new, new)
-        # The unprivileged processes cannot write __pycache__: without it each of their starts would compile anew.
-        compileall.compile_dir(packages, quiet=2, workers=os.cpu_count() or 1)
+        compile_all(packages)
     except BaseException:
         shutil.rmtree(new)
         raise
     link = BASE / f".current.{os.getpid()}"
     link.symlink_to(new.name)
     link.rename(CURRENT)
+
+
+def compile_all(packages: Path) -> None:
+    """Write the bytecode of every module; the unprivileged processes cannot, and would compile it at each start.
+
+    In a process of its own: since Python 3.13 the workers of ``compileall`` import the program that started them.
+    """
+    command = [sys.executable, "-I", "-m", "compileall", "-qq", "-j", "0", str(packages)]
+    subprocess.run(command, check=False, stdin=subprocess.DEVNULL)  # a file of a dependency may be no Python: its own
 
 
 _PROGRAM = """#!{place}/bin/python3 -IS

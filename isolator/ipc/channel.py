@@ -227,10 +227,11 @@ class Channel:
         self._cancel(unanswered)
 
     def _cancel(self, ops: Collection[str]) -> list[Message]:
+        """Cancel what serves requests with one of these ops; returns those, none of which was answered."""
         cancelled = []
         for task, message in list(self._tasks.items()):
-            if message.fields["op"] in ops and not task.cancelling():
-                task.cancel()
+            # One that has just answered is listed for a turn of the loop more, and cannot be cancelled.
+            if message.fields["op"] in ops and not task.cancelling() and task.cancel():
                 cancelled.append(message)
         return cancelled
 
@@ -379,7 +380,7 @@ class Channel:
         task.add_done_callback(lambda done: self._served(done, size))
 
     def _served(self, task: asyncio.Task[None], size: int) -> None:
-        del self._tasks[task]
+        self._tasks.pop(task).close()  # a task that is cancelled before its first step has closed nothing
         self._served_bytes -= size
 
     def _refuse(

@@ -19,6 +19,7 @@ from isolator.errors import ConfinementError, UnavailableError
 from isolator.ipc.packet import TruncatedPacketError, pair, receive_packet, send_packet
 from isolator.ipc.tasks import Tasks
 from isolator.layers.plan import ParkOrder
+from isolator.linux.apart import apart
 from isolator.linux.capability import last_capability
 from isolator.linux.readable import resolve
 
@@ -206,7 +207,8 @@ class Launcher:
         self._reap(parked.pid)
 
     def _reap(self, pid: int) -> None:
-        self._loop.run_in_executor(None, os.waitpid, pid, 0)
+        # Not in the loop's executor: it may have to be imported first, and a full table has no room for that.
+        self._tasks.run("the end of a parked process", apart(lambda: os.waitpid(pid, 0)))
 
     def _lost(self) -> None:
         if self.closed.is_set():

@@ -37,6 +37,7 @@ from isolator.layers.plan import ParkOrder, learn_parts
 from isolator.linux.coredump import leave_memory_out
 from isolator.linux.descriptors import close_all, open_standard_streams
 from isolator.linux.namespaces import CLONE_PARENT, NAMESPACE_FILES, clone3
+from isolator.linux.priority import take_turns
 
 
 def serve(sock: socket.socket) -> None:
@@ -122,6 +123,7 @@ def run(sock: socket.socket) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     try:
         leave_memory_out()  # every cage inherits it
+        take_turns()  # this, too
         build_template()
         learn_parts()
         os.umask(0o022)

@@ -7,7 +7,6 @@ start anything, and what it may use up is little.
 
 from __future__ import annotations
 
-import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from isolator.layers.seccomp import profiles as syscalls
 from isolator.layers.seccomp.layer import compile_rules
 from isolator.linux import seccomp
 from isolator.linux.coredump import start_no_handler
+from isolator.linux.priority import go_behind
 
 CPU_SECONDS = 3
 """Processor time of one manifest. The largest one takes a tenth."""
@@ -34,7 +34,7 @@ def harden(manifests: int) -> None:
     # Compiled first: it needs a library and memory.
     program = compile_rules(rules())
     nearest("", ())  # imports what it needs, as nothing here can do later
-    os.nice(10)
+    go_behind(10)
     start_no_handler()
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     for kind, most in (

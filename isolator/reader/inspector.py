@@ -16,6 +16,7 @@ from isolator.layers.seccomp import profiles as syscalls
 from isolator.layers.seccomp.layer import compile_rules
 from isolator.linux import seccomp
 from isolator.linux.coredump import start_no_handler
+from isolator.linux.priority import go_behind
 from isolator.linux.unprivileged import inherited
 from isolator.reader.inspection import Host, inspect
 
@@ -40,7 +41,7 @@ def rules() -> Iterator[syscalls.Rule]:
 def harden() -> None:
     """Drop every right that looking through a folder does not need. Raises OSError."""
     program = compile_rules(rules())
-    os.nice(10)
+    go_behind(10)
     start_no_handler()
     for kind, most in (
         (resource.RLIMIT_AS, _MEMORY),

@@ -31,6 +31,7 @@ from isolator.layers.cgroup.subtree import open_subtree
 from isolator.layers.ledger import EVERY_LAYER, ledger, missing, optional_controllers
 from isolator.layers.seccomp.notifier import SeccompNotifier
 from isolator.linux.files import remove_tree
+from isolator.linux.priority import go_first
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig, without_trail
 from isolator.recovery import daemon as recovery
@@ -121,6 +122,8 @@ async def running_daemon(
             subtree = adoption.subtree(before.subtree, optional)
             kept_by = adoption.launcher(before)
             stack.callback(kept_by.close)
+        if "cpu" not in subtree.on_v2:  # where it is, the services' groups have a greater weight: Leaf.prefer
+            go_first()
         stack.callback(journal.forget, "subtree")
         stack.callback(subtree.remove)
         runtime = CageRuntime(Launcher(), journal, subtree, keep_warm=True)

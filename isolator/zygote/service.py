@@ -5,8 +5,9 @@ on as ``python3 -I -m MODULE`` would, without importing that again, and on the s
 its own, for nothing of the supervisor's memory or layout may be in a service, and lasts for one start or one exchange
 of services: the next one is the program as it is installed then. It reads nothing but orders and code.
 
-A packet is ``{"module", "uid", "gid", "descriptors": [NAME...], "environment"}`` with these descriptors; it is answered
-by ``{"pid": N}``, a child of the supervisor's, or by ``{"problem": TEXT}``. The end of the socket ends the zygote.
+A packet is ``{"module", "uid", "gid", "descriptors": [NAME...], "environment", "nice"}`` with these descriptors; it is
+answered by ``{"pid": N}``, a child of the supervisor's, or by ``{"problem": TEXT}``. The end of the socket ends the
+zygote.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from isolator.base.lean import import_asyncio
 from isolator.ipc.packet import receive_packet, send_packet
 from isolator.linux.arguments import overwrite_arguments
 from isolator.linux.descriptors import close_all, open_standard_streams
+from isolator.linux.priority import go_as_far_forward_as
 from isolator.linux.sibling import fork_sibling
 from isolator.linux.unprivileged import drop_privileges, inherited, module_command
 
@@ -50,11 +52,13 @@ class Service:
         self._module: str = order["module"]
         self._uid, self._gid = int(order["uid"]), int(order["gid"])
         self._environment: dict[str, str] = order["environment"]
+        self._nice: int = order.get("nice", 0)  # a daemon of before an upgrade sends none
         self._descriptors = dict(zip(order["descriptors"], fds, strict=True))
 
     def run(self) -> None:
         """Become the service; returns when its ``main`` does. Raises OSError before anything of it is imported."""
         os.setsid()
+        go_as_far_forward_as(self._nice)
         drop_privileges(self._uid, self._gid)
         command = module_command(self._module, self._descriptors)
         overwrite_arguments("\0".join(command))

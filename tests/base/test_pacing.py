@@ -50,5 +50,8 @@ def test_credit_is_paid_back_at_the_rate() -> None:
     now = 1.0
     assert bucket.tokens == -10.0
     assert not bucket.try_take()
+    assert bucket.until(2) == 1.2
+    assert bucket.until(50) == bucket.until(5) == 1.5  # it never has more than the burst
     now = 2.5
     assert bucket.tokens == 5.0
+    assert bucket.until(5) == 0.0

@@ -10,7 +10,7 @@ import pytest
 
 from isolator.base.pacing import TokenBucket
 from isolator.broker.gate.gate import Gate
-from isolator.broker.gate.looking import HOLD, LARGEST, SMALLEST, Looking
+from isolator.broker.gate.looking import ENOUGH, HOLD, LARGEST, READ, SMALLEST, Looking
 from isolator.broker.gate.tls import _RETRY
 from isolator.broker.guard import Denied, objection
 from isolator.broker.relay import Pipe, Scratch
@@ -327,6 +327,40 @@ async def test_turns_of_a_cage_whose_budget_is_spent_come_one_by_one() -> None:
         async with asyncio.timeout(seconds(20)):
             while len(served) == number:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
+
+
+async def test_spent_budget_is_used_again_once_there_is_enough_of_it() -> None:
+    clock = [0.0]
+    work = Looking(TokenBucket(0.5, 1.0, clock=lambda: clock[0]))
+    assert not work.spent
+    work.took(1.0, 1)
+    assert work.spent
+    for clock[0] in (2 * READ + 0.1 * ENOUGH, 2 * READ + 1.9 * ENOUGH):
+        assert work.budget.tokens > 0 and work.spent
+    clock[0] = 2 * READ + 2.1 * ENOUGH
+    assert not work.spent
+    work.took(work.budget.tokens - READ, 1)
+    assert not work.spent, "what is there may be used to the last"
+
+
+async def test_what_comes_while_the_budget_is_spent_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One byte at a time costs no more wakeups than a whole head: the broker is nobody's alone."""
+    clock, read = [0.0], []
+    feed = Gate.feed
+    monkeypatch.setattr(Gate, "feed", lambda self, data: (read.append(len(data)), feed(self, data))[1])
+    budget = TokenBucket(0.5, 1.0, clock=lambda: clock[0])
+    ends = Ends(gate(80, work=(work := Looking(budget))))
+    budget.take(1.0 + 1e-9)
+    assert work.spent
+    for at in range(len(GET)):
+        await ends.says(ends.client, GET[at : at + 1])
+        clock[0] += 0.9 * 2 * ENOUGH / len(GET)  # there is something all the time, and never enough
+        await asyncio.sleep(0)
+    assert budget.tokens > 0 and not any(read)
+    clock[0] = 1.0
+    assert await ends.hears(ends.server, len(GET)) == GET
+    assert [size for size in read if size] == [len(GET)]
+    ends.close()
 
 
 async def test_relay_passes_on_what_waited_when_the_server_ends() -> None:

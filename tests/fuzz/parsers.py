@@ -78,7 +78,7 @@ PARSERS = {
     "manifest": Parser(parse_manifest_core, IsolatorError, 16384, (b"", b'{"a":', b'{"a":"'), JSON, (b"", b'"}', b"}")),
     "policy": Parser(lambda data: parse_plugin_policy(data, source="p.toml"), IsolatorError, 8192,
                      (b"", b"[grant]\n", b"[grant]\nhooks = [", b'[grant]\negress = ["'),
-                     (*(bytes((byte,)) for byte in b"\"'\\\n[]a=1,.{}# "), b'"""')),
+                     (*(bytes((byte,)) for byte in b"\"'\\\n[]a=1,.{}# "), b'"""', b"0x", b"1_")),
 }  # fmt: skip
 
 

@@ -401,6 +401,29 @@ async def test_held_requests_are_served_by_whoever_takes_the_channel_over() -> N
         end.close()
 
 
+@pytest.mark.parametrize("how", ["held", "broken off"])
+async def test_request_that_has_just_been_answered_is_neither_held_nor_answered_again(how: str) -> None:
+    """Held, it would be begun again after the exec: a connection that nobody waits for, of which a plugin may die."""
+    mine, theirs = pair()
+
+    async def ensure_at_once(request: EnsureRun) -> Running:
+        # Called after the handler has ended, and before its task is told to the channel as done.
+        end = serving.hold if how == "held" else serving.break_off
+        asyncio.get_running_loop().call_soon(end, {EnsureRun.op})
+        return await ensure(request)
+
+    serving = Channel(mine, by_op(EnsureRun.on(ensure_at_once)))
+    answer = await answer_to(theirs, {"op": EnsureRun.op, "id": 1, "name": "x"})
+    assert answer["ok"]["run"] == "run of x"
+    while serving.unsettled:  # noqa: ASYNC110 # the task that has ended is told in a turn or two
+        await asyncio.sleep(0)
+    assert not serving.hand_over().held
+    with pytest.raises(BlockingIOError):
+        theirs.recv(MAX_PACKET)
+    serving.close()
+    theirs.close()
+
+
 async def test_answer_to_a_call_of_before_is_nobody_elses() -> None:
     mine, theirs = pair()
     old = Channel(mine)

@@ -136,6 +136,10 @@ def test_every_value_knows_its_line() -> None:
         ("[filesystem]\ntmp = 4 MiB", 2, 'quote it: tmp = "4 MiB"'),
         ("[restart]\nstop_grace = 5s", 2, 'quote it: stop_grace = "5s"'),
         ("limits.memory = 64M", 1, 'quote it: limits.memory = "64M"'),
+        # Found by fuzzing: Python neither reads so many digits nor writes the number that it has read in hexadecimal.
+        pytest.param("[grant]\nhooks = [\n" + "1" * 8192, 3, "more than 64 bits", id="digits"),
+        pytest.param("[limits]\nmemory = 0x" + "f" * 6000, 2, "more than 64 bits", id="hexadecimal"),
+        pytest.param("[grant]\nhooks = [\n1,\n{ a = -9223372036854775809 }]", 4, "more than 64 bits", id="65 bits"),
     ],
 )
 def test_errors_name_file_and_line(text: str, line: int, why: str) -> None:

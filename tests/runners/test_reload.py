@@ -18,9 +18,9 @@ from tests.system.taken_over import TakenOver
 
 SCRIPT = """
 import ctypes, signal, sys
-signal.signal(signal.SIGHUP, lambda *_: None)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
 print("up", flush=True)
-signal.pause()
+signal.sigwait({signal.SIGHUP})
 libc = ctypes.CDLL(None, use_errno=True)
 print(libc.mount(b"x", b"/tmp", b"tmpfs", 0, None), ctypes.get_errno(), flush=True)
 sys.exit(9)

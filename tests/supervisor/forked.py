@@ -31,6 +31,7 @@ def found() -> dict[str, Any]:
         "flags": str(sys.flags),
         "path": sys.path,
         "limits": [resource.getrlimit(number) for number in range(16)],
+        "nice": os.getpriority(os.PRIO_PROCESS, 0),
         "dumps": Path("/proc/self/coredump_filter").read_text(),
     }
 

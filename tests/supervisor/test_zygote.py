@@ -75,6 +75,17 @@ async def test_forked_service_is_what_an_executed_one_is(monkeypatch: pytest.Mon
         assert one[name] == exec_made[name], name
 
 
+async def test_service_goes_as_far_forward_on_the_processor_as_its_daemon() -> None:
+    async with Zygotes().ready() as zygote:
+        before = os.getpriority(os.PRIO_PROCESS, 0)
+        os.setpriority(os.PRIO_PROCESS, 0, before - 3)
+        try:
+            _, shown = await forked(zygote)
+        finally:
+            os.setpriority(os.PRIO_PROCESS, 0, before)
+    assert shown["nice"] == before - 3
+
+
 async def test_nothing_of_this_process_is_in_a_service() -> None:
     secret = os.urandom(16).hex()
     os.environ["SECRET"] = secret

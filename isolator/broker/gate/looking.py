@@ -14,6 +14,9 @@ LARGEST, SMALLEST, HOLD = 16 * 1024, 256, 0.001
 """Bytes of a client's in one piece, and seconds for which one may hold up the others."""
 LONGEST_REST = 0.05
 """Seconds after which a spent budget is looked at again."""
+ENOUGH = HOLD
+"""Seconds of CPU time that there have to be again before a spent budget is used: what a client sends meanwhile, one
+byte at a time perhaps, is then read in one piece, and not at one wakeup of the broker for each byte."""
 READ = 20e-6
 """Seconds that a piece costs beside being looked at: one byte at a time is no cheaper way to keep a broker busy."""
 
@@ -22,7 +25,8 @@ class Looking:
     """The share of one cage, all its connections together, in reading what clients send in the clear.
 
     It has a budget of CPU time, and ``HOLD`` seconds of it in one turn of the event loop: so long the other cages
-    wait. Whoever finds the turn ``over`` tries again in the next one; when the budget is spent, in its ``turn``.
+    wait. Whoever finds the turn ``over`` tries again in the next one; when the budget is spent, in its ``turn``, which
+    comes once there is ``ENOUGH`` again.
     """
 
     def __init__(self, budget: TokenBucket | None = None) -> None:
@@ -33,13 +37,15 @@ class Looking:
         self.over = False
         """Whether this turn's part is used up."""
         self._used = 0.0
+        self._resting = False
         self._waiting: deque[Callable[[], None]] = deque()
         self._timer: asyncio.Handle | None = None
 
     @property
     def spent(self) -> bool:
-        """Whether the budget is spent."""
-        return self.budget.tokens < 0
+        """Whether the budget is spent, and has been ever since less than ``ENOUGH`` was there."""
+        self._resting = self.budget.tokens < (min(ENOUGH, self.budget.burst) if self._resting else 0.0)
+        return self._resting
 
     def took(self, seconds: float, size: int) -> None:
         """Count the CPU time of reading so many bytes."""
@@ -63,8 +69,8 @@ class Looking:
 
     def _plan(self) -> None:
         if self._timer is None and self._waiting:
-            pause = min(LONGEST_REST, -self.budget.tokens / self.budget.rate)
-            self._timer = asyncio.get_running_loop().call_later(max(0.0, pause), self._next)
+            pause = min(LONGEST_REST, self.budget.until(ENOUGH)) if self.spent else 0.0
+            self._timer = asyncio.get_running_loop().call_later(pause, self._next)
 
     def _next(self) -> None:
         self._timer = None

@@ -95,7 +95,10 @@ class Leaf:
         return _write_all(self.cpu_values(limits))
 
     def prefer(self) -> None:
-        """Give the leaf of a service a greater share of a contended processor; in v1 services are in no group here."""
+        """Give the leaf of a service a greater share of a contended processor.
+
+        In v1 services are in no group here; their nice value is what counts (``linux/priority.py``).
+        """
         if "cpu" in self.on_v2:
             _write(f"{self.unified}/cpu.weight", str(SERVICE_WEIGHT))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Iterator
 from typing import Any
 
 Path = tuple[str | int, ...]
@@ -20,16 +21,40 @@ _BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
 _STRING = re.compile(
     r'"""(?:[^\\]|\\.)*?"{3,5}(?!")|' + r"'''.*?'{3,5}(?!')|" + r'"(?:[^"\\\n]|\\.)*"|' + r"'[^'\n]*'", re.DOTALL
 )
+_MANY_DIGITS = re.compile(r"[0-9][0-9_]{4299,}")
 _SCALAR = re.compile(r"[^,\]}#\r\n]+")
 
 
 def parse_toml(text: str) -> tuple[dict[str, Any], dict[Path, int]]:
     """The document and, by path, the line of each key, table header and array element (first line is 1).
 
-    Raises tomllib.TOMLDecodeError, whose message ends in ``(at line N, column M)``.
+    Raises tomllib.TOMLDecodeError, whose message ends in ``(at line N, column M)``. Integers have 64 bits at most (TOML
+    1.0): from some size on Python neither reads nor writes larger ones.
     """
-    data = tomllib.loads(text)
-    return data, _Scanner(text).scan()
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError:  # int() of thousands of digits
+        found = _MANY_DIGITS.search(text)
+        raise _too_large(text.count("\n", 0, found.start() if found else 0) + 1) from None
+    lines = _Scanner(text).scan()
+    for path, value in _integers(data, ()):
+        if not -(1 << 63) <= value < 1 << 63:
+            raise _too_large(next(lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in lines))
+    return data, lines
+
+
+def _too_large(line: int) -> tomllib.TOMLDecodeError:
+    return tomllib.TOMLDecodeError(f"a number of more than 64 bits (at line {line}, column 1)")
+
+
+def _integers(value: Any, path: Path) -> Iterator[tuple[Path, int]]:
+    if isinstance(value, int):
+        yield path, value
+    elif isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _integers(inner, (*path, key))
 
 
 class _Scanner:

@@ -1,0 +1,48 @@
+"""Precedence on a contended processor by nice values, where control groups do not decide it (sched(7), setpriority(2)).
+
+Nice values and scheduling policies are inherited over fork and execve. So whoever has precedence keeps it from what it
+starts, and a cage begins without any, whatever the daemon was started with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+FIRST = -5
+"""Nice value of whoever goes first: three times the share of what has none, where both want the whole processor."""
+_ORDINARY = (os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE)
+
+
+def go_first() -> None:
+    """Take precedence for the calling thread; whoever it starts, threads included, does not get it.
+
+    A nice value that somebody has set stays. Without the privilege for it (CAP_SYS_NICE) nothing changes.
+    """
+    if os.getpriority(os.PRIO_PROCESS, 0) > 0:
+        return
+    with contextlib.suppress(PermissionError):
+        policy = os.sched_getscheduler(0)
+        os.sched_setscheduler(0, policy | os.SCHED_RESET_ON_FORK, os.sched_getparam(0))
+        if os.getpriority(os.PRIO_PROCESS, 0) == 0:
+            os.setpriority(os.PRIO_PROCESS, 0, FIRST)
+
+
+def go_as_far_forward_as(nice: int) -> None:
+    """Take over another's precedence, if it has one and the privilege for it is there; children inherit it."""
+    if nice < os.getpriority(os.PRIO_PROCESS, 0):
+        with contextlib.suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, nice)
+
+
+def go_behind(steps: int) -> None:
+    """Let others go first by so many nice values, counted from 0 for one that had precedence; children inherit it."""
+    own = max(0, os.getpriority(os.PRIO_PROCESS, 0))
+    os.setpriority(os.PRIO_PROCESS, 0, min(19, own + steps))
+
+
+def take_turns() -> None:
+    """Give up every precedence, a real-time policy included; a nice value above 0 stays."""
+    if os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK not in _ORDINARY:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    go_behind(0)

@@ -1,0 +1,97 @@
+"""Precedence on a contended processor: who has it, and that nobody inherits it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+import pytest
+
+from isolator.linux.priority import FIRST, go_as_far_forward_as, go_behind, go_first, take_turns
+
+
+def nice() -> int:
+    return os.getpriority(os.PRIO_PROCESS, 0)
+
+
+def in_a_child(work: Callable[[], object]) -> str:
+    """Do ``work`` in a process that has a nice value of its own; returns what it returns, as text."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with suppress(BaseException):
+            os.write(writing, str(work()).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as said:
+        text = said.read()
+    os.waitpid(pid, 0)
+    return text
+
+
+def begun_with(value: int, work: Callable[[], object]) -> str:
+    def begin() -> object:
+        os.setpriority(os.PRIO_PROCESS, 0, value)
+        return work()
+
+    return in_a_child(begin)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, FIRST), (7, 7), (-9, -9)])
+def test_precedence_is_taken_unless_somebody_has_set_a_nice_value(before: int, after: int) -> None:
+    assert begun_with(before, lambda: (go_first(), go_first(), nice())[2]) == str(after)
+
+
+@pytest.mark.parametrize("before", [0, -9])
+def test_neither_child_nor_thread_inherits_precedence(before: int) -> None:
+    def work() -> list[object]:
+        go_first()
+        found: list[object] = [in_a_child(nice)]
+        thread = threading.Thread(target=lambda: found.append(nice()))
+        thread.start()
+        thread.join()
+        return found
+
+    assert begun_with(before, work) == "['0', 0]"
+
+
+def test_without_the_privilege_nothing_changes() -> None:
+    def work() -> list[int]:
+        os.setresuid(65534, 65534, 65534)
+        go_first()
+        go_as_far_forward_as(FIRST)
+        return [nice()]
+
+    assert in_a_child(work) == "[0]"
+
+
+@pytest.mark.parametrize(("before", "other", "after"), [(0, -3, -3), (0, 3, 0), (5, -3, -3), (-9, -3, -9)])
+def test_precedence_of_another_is_taken_over(before: int, other: int, after: int) -> None:
+    assert begun_with(before, lambda: (go_as_far_forward_as(other), nice())[1]) == str(after)
+
+
+@pytest.mark.parametrize(("before", "after"), [(-9, 10), (0, 10), (3, 13), (15, 19)])
+def test_step_behind_is_counted_from_no_precedence(before: int, after: int) -> None:
+    assert begun_with(before, lambda: (go_behind(10), nice())[1]) == str(after)
+
+
+@pytest.mark.parametrize(("before", "after"), [(-9, 0), (0, 0), (4, 4)])
+def test_precedence_is_given_up_and_a_value_behind_others_stays(before: int, after: int) -> None:
+    assert begun_with(before, lambda: (take_turns(), nice())[1]) == str(after)
+
+
+def test_real_time_policy_is_given_up() -> None:
+    def work() -> object:
+        try:
+            os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+        except PermissionError:
+            return "none here"
+        take_turns()
+        return os.sched_getscheduler(0)
+
+    found = in_a_child(work)
+    if found == "none here":
+        pytest.skip("this container allows no real-time policy")
+    assert found == str(os.SCHED_OTHER)

@@ -1,0 +1,64 @@
+"""The services go before the plugins on a contended processor, and no cage goes before anybody."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import pytest
+
+from isolator.layers.cgroup.subtree import find_hierarchies
+from isolator.linux.priority import FIRST
+from tests.support.cage_fixture import leaves
+from tests.system.daemon import Daemon, alive, daemon, wait_for, write_plugin
+
+SERVICES = ("audit", "broker", "host")
+
+
+class Urgent(Daemon):
+    """A daemon that its operator starts with a nice value of -10."""
+
+    def command(self) -> list[str]:
+        return ["nice", "-n", "-10", *super().command()]
+
+
+def nice(pid: int) -> int:
+    return os.getpriority(os.PRIO_PROCESS, pid)
+
+
+def of_services(d: Daemon) -> list[int]:
+    assert d.process is not None
+    return [nice(d.process.pid), *(nice(d.service_pid(f"{name}.service")) for name in SERVICES)]
+
+
+def of_cages(d: Daemon, plugin: str) -> set[int]:
+    """The nice values of a plugin's processes, of the launcher, and of what a plugin could become."""
+    pid = d.json("plugin", "show", plugin)["pid"]
+    found = {nice(pid), nice(d.service_pid("isolator.launcher.server"))}
+    found |= {nice(int(child)) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+    for spare in (spare for group in leaves(d.root) for spare in group.glob("_spare.*")):
+        with contextlib.suppress(OSError):  # it is somebody's cage by now
+            found |= {nice(int(one)) for one in (spare / "cgroup.procs").read_text().split()}
+    return found
+
+
+@pytest.mark.parametrize("kind", [Daemon, Urgent])
+def test_services_go_before_plugins_and_still_do_after_a_reload(shared_dir: Path, kind: type[Daemon]) -> None:
+    by_groups = "cpu" in find_hierarchies().v2  # there the services' groups have a greater weight
+    first = {Daemon: 0 if by_groups else FIRST, Urgent: -10}[kind]
+    services = [first, *[0 if by_groups and kind is Daemon else first] * 3]
+    with daemon(kind=kind) as d:
+        for name in ("one", "two"):
+            plugin = write_plugin(shared_dir / name, sandbox={"filesystem": {"state": "4M"}})
+            d.cli("plugin", "add", str(plugin), "--yes")
+        d.cli("plugin", "start", "one")
+        assert of_services(d) == services
+        assert of_cages(d, "one") == {0}
+        before = [d.service_pid(f"{name}.service") for name in SERVICES]
+        d.cli("reload")
+        wait_for(lambda: not any(map(alive, before)), what="a service was not exchanged")
+        wait_for(lambda: all(one["up"] for one in d.json("status")["services"]))
+        d.cli("plugin", "start", "two")
+        assert of_services(d) == services
+        assert of_cages(d, "one") == of_cages(d, "two") == {0}
