@@ -176,6 +176,14 @@ class ClusterQueue(SqliteQueue):
         elsewhere = fates.elsewhere(super().show(row.id).deliveries, self.subscribers(standing[0]))
         return replace(row, deliveries=tuple(await self.replies.complete(row.deliveries, elsewhere)))
 
+    def has_missed(self, db: sqlite3.Connection, plugin: str, seq: int) -> bool:
+        """See ``SqliteQueue``; what one host has, another has delivered or will: only events from before are missed."""
+        known = self.places.state.plugins.get(plugin) if self.is_of_one(plugin) else None
+        if known is None:
+            return not self.has_ended(plugin)
+        found = db.execute("SELECT place FROM cluster_events WHERE seq=? AND plugin IS NULL", (seq,)).fetchone()
+        return found is None or (found[0] is not None and found[0] <= known.began)
+
     # Lanes
 
     def _new_consumer(self) -> ClusterConsumer:
