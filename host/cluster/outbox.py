@@ -73,15 +73,16 @@ class Outbox:
         db.execute("UPDATE cluster_self SET emitted=?, unsent=?", (last + 1, unsent + size))
         return EventRef(self._host, generation, last + 1)
 
-    def next(self, db: sqlite3.Connection, log: Member) -> tuple[int, tuple[Event | Replay, ...]]:
+    def next(
+        self, db: sqlite3.Connection, log: Member, end: int = MAX_NUMBER
+    ) -> tuple[int, tuple[Event | Replay, ...]]:  # fmt: skip
         """The first number and the entries of the next message, for a log that has this host's events so far.
 
-        Begins another generation if the numbers that it would need are not here.
+        Nothing after ``end``. Begins another generation if the numbers that it would need are not here.
         """
         last = self.fit(db, log)
-        rows = db.execute(
-            "SELECT entry FROM cluster_outbox WHERE number>? ORDER BY number LIMIT ?", (last, MAX_ENTRIES)
-        )
+        where = "number>? AND number<=? ORDER BY number LIMIT ?"
+        rows = db.execute(f"SELECT entry FROM cluster_outbox WHERE {where}", (last, end, MAX_ENTRIES))
         entries: list[Event | Replay] = []
         size = 0
         for (text,) in rows:
@@ -105,16 +106,26 @@ class Outbox:
 
         So it does if the log has had another one since: of two copies of a database the later one was put back last.
         """
+        if self.is_fit(db, log):
+            return self._last(log)
+        self.renew(db, MAX_NUMBER if self.generation in log.retired else self._last(log))
+        return 0
+
+    def is_fit(self, db: sqlite3.Connection, log: Member) -> bool:
+        """Whether this generation can go on behind what the log has."""
         if self.generation in log.retired:
-            self.renew(db)
-            return 0
-        emitted = db.execute("SELECT emitted FROM cluster_self").fetchone()[0]
-        last = log.events.number if log.events.series == self.generation else 0
+            return False
+        last = self._last(log)
         first = db.execute("SELECT MIN(number) FROM cluster_outbox WHERE number>?", (last,)).fetchone()[0]
-        if last > emitted or (first is not None and first != last + 1):
-            self.renew(db, last)
-            return 0
-        return last
+        return last <= self.emitted(db) and first in (None, last + 1)
+
+    @staticmethod
+    def emitted(db: sqlite3.Connection) -> int:
+        """The newest number of this generation."""
+        return int(db.execute("SELECT emitted FROM cluster_self").fetchone()[0])
+
+    def _last(self, log: Member) -> int:
+        return log.events.number if log.events.series == self.generation else 0
 
     def renew(self, db: sqlite3.Connection, log: int = MAX_NUMBER) -> None:
         """Begin another generation, with the rows that were not read back or that the log, up to ``log``, has lost."""
