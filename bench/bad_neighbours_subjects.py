@@ -187,6 +187,24 @@ _HOLD = f"""\
             time.sleep(0.5)
         time.sleep(0.02)
 """
+_POURED = f"""\
+    address = socket.gethostbyname("{GRANTED}")
+    def flood():
+        with socket.create_connection((address, {POUR_PORT}), 10) as link:
+            while link.recv(65536):
+                pass
+    together(48, flood)
+"""
+_BYTES = f"""\
+    address = socket.gethostbyname("{GRANTED}")
+    def flood():
+        with socket.create_connection((address, {ECHO_PORT}), 10) as link:
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            drain(link)
+            while True:
+                link.send(b"x")
+    together(16, flood)
+"""
 _REFUSED_NET = """\
     def flood():
         socket.create_connection(("1.2.3.4", 7), 1)
@@ -239,6 +257,8 @@ BAD = (
     BadPlugin("asks a name server whose answers have 64 KiB", _dns(_HOSTILE_NAME, "time.sleep(0.001)")),
     BadPlugin("sends whole hellos in TLS records of one byte", HEAD + ANSWERED + _HELLO + _TLS),
     BadPlugin("sends hellos a record of one byte at a time", HEAD + ANSWERED + _HELLO + _DRIBBLE),
+    BadPlugin("reads from 48 connections what pours in", HEAD + ANSWERED + _POURED),
+    BadPlugin("sends a byte at a time on 16 connections", HEAD + ANSWERED + _BYTES),
     BadPlugin("holds connections that it does not read", HEAD + ANSWERED + _HOLD),
     BadPlugin("tries connections that are not granted", HEAD + ANSWERED + _REFUSED_NET),
     BadPlugin("makes system calls that are refused", HEAD + ANSWERED + _CALLS),

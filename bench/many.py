@@ -5,6 +5,8 @@ C program that makes its socket and waits, so that Isolator's work is timed and 
 Timed is from the first request on the control socket to the last answer that a plugin runs. Beside it stands
 bubblewrap, 200 of it at once, which builds less and keeps nothing running.
 
+Descriptors are those that the supervisor has open for each plugin that runs.
+
 Memory is the proportional share (PSS) of the daemon's own processes: with the plugins registered and none started
 yet, and with all of them running and idle. Pid 1 of a cage is ours as well, but counted against the plugin's cap; it
 has a figure of its own.
@@ -13,6 +15,7 @@ has a figure of its own.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -64,15 +67,18 @@ def measure(rounds: int) -> Report:
         except (OSError, RuntimeError) as error:
             peer, skipped = None, [Skipped("bubblewrap + seccomp", str(error))]
         registered = _memory(running)  # before the first start: what has grown once is not given back
+        files = _open_files(running)
         first = _for_all(running, names, "plugin.start")  # makes the images, which happens once in a plugin's life
         _for_all(running, names, "plugin.stop")
         ours: list[float] = []
         theirs: list[float] = []
         idle: dict[str, float] = {}
         inits = 0.0
+        held = 0
         for _ in range(rounds):
             ours.append(_for_all(running, names, "plugin.start"))
             idle, inits = _memory(running), _inits(running, names)
+            held = _open_files(running) - files
             _for_all(running, names, "plugin.stop")
             if peer is not None:
                 theirs.append(_at_once(peer))
@@ -89,6 +95,7 @@ def measure(rounds: int) -> Report:
         baselines=(f"bubblewrap + seccomp, {COUNT}",),
         notes=(
             f"memory of the daemon per idle plugin: {sum(grown.values()):.0f} KiB ({each}); goal: 1024",
+            f"descriptors of the supervisor per running plugin: {held / COUNT:.2f}; goal: 6",
             f"pid 1 of a cage, counted against the plugin's own cap: {inits / COUNT:.0f} KiB",
             f"the daemon before the first of them was started: {sum(registered.values()) / 1024:.0f} MiB",
             f"the very first start of all of them, which makes their state images: {first:.0f} ms",
@@ -138,6 +145,12 @@ def _memory(running: Daemon) -> dict[str, float]:
     return {name: pss(pid) for name, pid in pids.items()}
 
 
+def _open_files(running: Daemon) -> int:
+    """Return how many descriptors the supervisor has open."""
+    assert running.process is not None
+    return len(os.listdir(f"/proc/{running.process.pid}/fd"))
+
+
 def _inits(running: Daemon, names: Iterable[str]) -> float:
     with Client(running.root) as client:
         entries = client.call("plugin.list")["plugins"]
@@ -145,10 +158,10 @@ def _inits(running: Daemon, names: Iterable[str]) -> float:
     return sum(pss(entry["pid"]) for entry in entries if entry["name"] in wanted and entry["pid"])
 
 
-def pss(pid: int) -> float:
-    """Return the KiB of a process, of shared pages its share."""
+def pss(pid: int, of: str = "Pss") -> float:
+    """Return the KiB of a process, of shared pages its share; ``Pss_Anon``: without the pages of files."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
+            if line.startswith(f"{of}:"):
                 return float(line.split()[1])
     return 0.0

@@ -117,7 +117,7 @@ def _trail(work: Path) -> Iterator[Row]:
 
 def _daemon() -> Iterator[Row]:
     python = [sys.executable, "-I", "-c", ""]
-    walls, used, memory = [], [], []
+    walls, used, memory, anonymous = [], [], [], []
     with daemon(host_toml=HOST_TOML, start=False) as running:
         for number in range(STARTS):
             if number:
@@ -129,12 +129,15 @@ def _daemon() -> Iterator[Row]:
             used.append((_used(running), bare))
             time.sleep(REST_SECONDS)
             memory.append(sum(map(pss, _processes(running))) / 1024)
+            anonymous.append(sum(pss(pid, "Pss_Anon") for pid in _processes(running)) / 1024)
         yield Row("daemon: start to ready", statistics.median(walls), "ms")
         ratio = statistics.median(mine / other for mine, other in used)
         yield Row(
             "daemon: processor time to ready", statistics.median(mine for mine, _ in used), "ms", ratio, "plain Python"
         )
+        # Pages of the interpreter and the libraries are shared with every other Python process of this machine.
         yield Row("daemon: memory (PSS), no plugin", statistics.median(memory), "MiB")
+        yield Row("daemon: of it no file's pages", statistics.median(anonymous), "MiB")
         before = _used(running)
         time.sleep(IDLE_SECONDS)
         yield Row("daemon: processor time at rest", (_used(running) - before) / IDLE_SECONDS / 10, "% of one")

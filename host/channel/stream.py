@@ -16,7 +16,8 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from host.channel.reply import RETRY_LATER, STREAM_MESSAGE, UNSUPPORTED_PROTOCOL, LostError, NotSentError, shown
+from host.channel.calls import OpenCalls
+from host.channel.reply import STREAM_MESSAGE, UNSUPPORTED_PROTOCOL, LostError, NotSentError, shown
 from host.wire.lines import LineProtocol, LineState
 from host.wire.strict_json import WireError, line, parse_object
 from isolator import __version__
@@ -75,8 +76,8 @@ class StreamConnection(LineProtocol):
         self._pending: dict[str, Reply] = {}
         self._deadlines: dict[str, float] = {}
         """Loop time by which each request that is awaited has to be answered."""
-        self._tasks: dict[asyncio.Task[None], Any] = {}
-        """Calls of the plugin's that are not answered, each with its id."""
+        self._calls = OpenCalls(self._answered)
+        """Those of the plugin's."""
 
     @property
     def in_flight(self) -> int:
@@ -94,13 +95,13 @@ class StreamConnection(LineProtocol):
         return await reply
 
     def write(self, number: str, data: bytes, timeout: float, reply: Reply) -> None:
-        """Send the line of a request at once; ``reply`` gets the result or the error of ``request``."""
+        """Send the line of a request, with all others of this turn; ``reply`` gets what ``request`` returns or raises."""
         if reply.done():
             return
         if self.closed.is_set() or self.transport is None or self.transport.is_closing():
             reply.set_exception(NotSentError(self.why or "the connection is closed"))
             return
-        self.transport.write(data)
+        self.send_soon(data)
         self._await(number, self._loop.time() + timeout, reply)
 
     def _await(self, number: str, deadline: float, reply: Reply) -> None:
@@ -206,7 +207,7 @@ class StreamConnection(LineProtocol):
             self.abort(str(error), error.code)
             return
         if "method" in message:
-            self._request_received(message)
+            self._request_received(message, data)
         elif "result" in message or "error" in message:
             self._reply_received(message, data)
         else:
@@ -228,16 +229,13 @@ class StreamConnection(LineProtocol):
         elif not future.done():
             future.set_result((message, data))
 
-    def _request_received(self, message: dict[str, Any]) -> None:
-        if len(self._tasks) >= CALLS_IN_FLIGHT:
+    def _request_received(self, message: dict[str, Any], data: bytes) -> None:
+        if len(self._calls) >= CALLS_IN_FLIGHT:
             self.hold("calls in flight")
-        task = asyncio.get_running_loop().create_task(self._serve(message))
-        self._tasks[task] = message.get("id")
-        task.add_done_callback(self._served)
+        self._calls.begin(data, self._serve(message))
 
-    def _served(self, task: asyncio.Task[None]) -> None:
-        del self._tasks[task]
-        if len(self._tasks) < CALLS_IN_FLIGHT:
+    def _answered(self) -> None:
+        if len(self._calls) < CALLS_IN_FLIGHT:
             self.unhold("calls in flight")
 
     async def _serve(self, message: dict[str, Any]) -> None:
@@ -249,15 +247,13 @@ class StreamConnection(LineProtocol):
 
     @property
     def busy(self) -> bool:
-        """Whether a call of the plugin's is unanswered."""
-        return bool(self._tasks)
+        """Whether a call of the plugin's is unanswered that does not wait for others."""
+        return self._calls.busy
 
     def pass_on_all(self, departure: Departure) -> StreamState:
-        """Hand the connection on; a call of the plugin's that is still unanswered is to be made again."""
-        for number in cancel_calls(self._tasks):
-            self.send(line({"jsonrpc": "2.0", "id": number, **BROKEN_OFF}))
+        """Hand the connection on; a call of the plugin's that is still unanswered is read again."""
         deadlines = {number: self._deadlines.get(number, 0.0) for number in self._pending}
-        return StreamState(line=self.pass_on(departure), deadlines=deadlines)
+        return StreamState(line=self.pass_on(departure, again=self._calls.break_off()), deadlines=deadlines)
 
     async def take_over_all(
         self, state: StreamState, awaited: Mapping[str, Reply], descriptors: Descriptors
@@ -280,20 +276,7 @@ class StreamConnection(LineProtocol):
         for future in pending.values():
             if not future.done():
                 future.set_exception(LostError(self.why or "connection lost", crash=True))
-        for task in self._tasks:
-            task.cancel()
-
-
-BROKEN_OFF = {"error": {"code": RETRY_LATER, "message": "the host is renewed", "data": {"retry_after_ms": 100}}}
-"""The answer to a call that the successor of this process would have to make once more."""
-
-
-def cancel_calls(calls: Mapping[asyncio.Task[None], Any]) -> list[Any]:
-    """Break off the calls that are not answered; returns the ids of those that wait for an answer."""
-    open_calls = {task: number for task, number in calls.items() if not task.done()}
-    for task in open_calls:
-        task.cancel()
-    return [number for number in open_calls.values() if number is not None]
+        self._calls.cancel()
 
 
 def _request(method: str, params: Mapping[str, Any], number: str) -> bytes:

@@ -101,7 +101,10 @@ def list_events(
     since: str | None,
     as_json: bool,
 ) -> None:
-    """List the newest events."""
+    """List the newest events.
+
+    In a cluster, of their deliveries those of this host; 'event show' knows the others.
+    """
     request: dict[str, Any] = {"limit": limit, "event": name, "plugin": plugin, "state": state, "brief": not as_json}
     if (begin := moment(since)) is not None:
         request["since"] = datetime.fromisoformat(begin).timestamp()
@@ -114,7 +117,7 @@ def list_events(
     for row in events:
         of = [d for d in row["deliveries"] if plugin in (None, d["plugin"]) and state in (None, d["state"])]
         states = [f"{d['plugin']} {d['state']}" for d in of]
-        rows.append([row["id"], row["name"], row["subject"], ago(row["accepted"]), ", ".join(states) or "nobody"])
+        rows.append([row["id"], row["name"], row["subject"], ago(row["accepted"]), ", ".join(states) or "nobody here"])
     if rows:
         table(["id", "event", "subject", "ago", "deliveries"], rows)
     else:

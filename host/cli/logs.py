@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from host.cli.options import SINCE, here
 from host.cli.output import SETTINGS, newest, safe
 from host.client.client import Client
 from isolator.cli.audit import moment
+from isolator.errors import NotFoundError, UnavailableError
 
 _USUAL, _MOST = 100, 10_000
 """Lines that are shown unless somebody says otherwise, and that the daemon gives of one log at once."""
@@ -42,8 +44,9 @@ def logs(
         shown = _Shown(wanted, as_json=as_json)
         found: list[dict[str, Any]] = []
         for name in wanted:
-            answer = client.call("plugin.logs", name=name, lines=_MOST if begin else most, follow=follow)
+            answer = client.call("plugin.logs", name=name, lines=_MOST if begin else max(most, 1), follow=follow)
             found += [line for line in answer["lines"] if begin is None or line["time"] >= begin]
+            shown.begin(name, answer["lines"])
         found.sort(key=lambda line: str(line["time"]))
         for line in found[-most:] if most else []:
             shown.show(line)
@@ -52,11 +55,29 @@ def logs(
                 when = f" since {since}" if begin else " so far"
                 click.echo(f"{', '.join(wanted) or 'no plugin'} has written nothing{when}", err=True)
             return
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             for line in client.notifications():
                 shown.show(line)
-        except KeyboardInterrupt:
-            return
+            while _go_on(root, wanted, shown):
+                pass
+
+
+def _go_on(root: str | None, names: Sequence[str], shown: _Shown) -> bool:
+    """Follow the daemon's next host process, from where the one before has left; False when there is no daemon."""
+    try:
+        client = Client(root)
+    except UnavailableError:
+        return False
+    with client:
+        missed: list[Mapping[str, Any]] = []
+        for name in names:
+            with contextlib.suppress(NotFoundError):  # it was removed
+                missed += shown.missed(name, client.call("plugin.logs", name=name, lines=_MOST, follow=True)["lines"])
+        for line in sorted(missed, key=lambda line: str(line["time"])):
+            shown.show(line)
+        for line in client.notifications():
+            shown.show(line)
+    return True
 
 
 class _Shown:
@@ -66,8 +87,24 @@ class _Shown:
         self._width = max(map(len, names)) if len(names) > 1 else 0
         self._as_json = as_json
         self._runs: dict[str, str] = {}
+        self._newest: dict[str, Mapping[str, Any]] = {}
+        """Of each plugin the newest line, shown or from before what is shown."""
+
+    def begin(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Take note of the lines that a plugin had written before it is followed."""
+        if lines:
+            self._newest[name] = lines[-1]
+
+    def missed(self, name: str, lines: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Those of a plugin's lines that are not shown yet."""
+        newest = self._newest.get(name)
+        if newest is None:
+            return lines
+        at = next((at for at in range(len(lines), 0, -1) if lines[at - 1] == newest), None)
+        return lines[at:] if at is not None else [line for line in lines if line["time"] > newest["time"]]
 
     def show(self, line: Mapping[str, Any]) -> None:
+        self._newest[line["plugin"]] = line
         if self._as_json:
             click.echo(json.dumps(line))
             return

@@ -31,15 +31,29 @@ def reload(root: str | None, timeout: float, no_wait: bool, as_json: bool) -> No
     If that cannot take over, the daemon goes on as it is, and the reason is printed.
     """
     end = time.monotonic() + timeout
-    with Client(root, timeout=timeout) as client:
-        before = client.call("status")["pid"]
-        wanted = client.call("daemon.reload")["generation"]
     with Progress("reloading", _STEPS, quiet=as_json) as progress:
+        wanted, before = _ask(root, end)
         found = _wait(root, wanted, end, None if no_wait else before, progress)
     if as_json:
         print_json({"generation": found["generation"], "version": found["version"]})
     else:
         click.echo(f"reloaded: version {found['version']}, generation {found['generation']}")
+
+
+def _ask(root: str | None, end: float) -> tuple[int, int]:
+    """Ask for a reload, once another that is under way is over: that one may have begun too early.
+
+    Returns the generation that comes of it, and the pid of the host process before it.
+    """
+    while True:
+        with Client(root, timeout=max(1.0, end - time.monotonic())) as client:
+            before = client.call("status")["pid"]
+            try:
+                return client.call("daemon.reload")["generation"], before
+            except UnavailableError as error:  # of the supervisor's: not now
+                if error.what != "reload" or time.monotonic() > end:
+                    raise
+        time.sleep(_LOOK)
 
 
 def _wait(root: str | None, wanted: int, end: float, host: int | None, progress: Progress) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -75,7 +75,10 @@ def init(
         try:
             secret = credentials.read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise IsolatorError(str(credentials), f"cannot be read: {error}", "it holds USER:PASSWORD") from None
+            why = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise IsolatorError(
+                str(credentials), f"cannot be read: {why}", "it is admin.secret of 'isolator cluster users'"
+            ) from None
     access = access_of(urls, secret, tls=tls, ca=ca)
     from host.cluster.nats import NatsLog, make_stream
 
@@ -90,18 +93,17 @@ def init(
     try:
         made, facts = asyncio.run(make())
     except LogUnavailableError as error:
-        raise UnavailableError(
-            "the cluster's log", f"was not made: {error}", "docs/cluster.md shows the servers' set-up"
-        ) from None
+        raise UnavailableError("the cluster's log", f"was not made: {error}", _remedy(error)) from None
     if facts.wrong:
         raise IsolatorError("the cluster's log", "; ".join(facts.wrong), "see docs/cluster.md")
     if as_json:
         print_json({"made": made, "created": facts.created, "replicas": facts.replicas, "servers": list(facts.servers)})
     else:
         what = "made" if made else "is there already, since"
-        click.echo(
-            f"log {what} {safe(facts.created)}: {facts.replicas} copies on nats-server {', '.join(facts.servers)}"
-        )
+        servers_ = safe(", ".join(facts.servers))
+        click.echo(f"log {what} {safe(facts.created)}: {_counted(facts.replicas, 'copies')} on nats-server {servers_}")
+        if (facts.replicas, facts.max_bytes) != (int(replicas), max_bytes):
+            click.echo(f"it keeps what it was made with: --replicas {facts.replicas} --max-bytes {facts.max_bytes}")
         click.echo("next: [cluster] in host.toml of each host, then isolator reload")
 
 
@@ -134,9 +136,8 @@ def users(_: str | None, names: tuple[str, ...], folder: Path, as_json: bool) ->
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name in files:
             if (folder / name).exists():
-                raise UsageError(
-                    str(folder / name), "is there already", "take another --dir; passwords are not changed"
-                )
+                remedy = "for one host more take another --dir, and put its entry into the users.conf that is in use"
+                raise UsageError(str(folder / name), "is there already, and no password is changed", remedy)
         for name, text in files.items():
             with os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(text)
@@ -215,7 +216,10 @@ def leave(root: str | None, force: bool, as_json: bool) -> None:
         return
     click.echo("left; remove [cluster] from host.toml, then run isolator reload")
     if found["left_behind"]:
-        click.echo(f"{found['left_behind']} events were accepted here and are not in the log: they stay in the outbox")
+        events = _counted(found["left_behind"], "events")
+        click.echo(
+            f"accepted here and not in the log: {events}, which stay in the outbox until it joins a cluster again"
+        )
 
 
 def _show(found: Mapping[str, Any]) -> None:
@@ -226,32 +230,71 @@ def _show(found: Mapping[str, Any]) -> None:
     log = found["log"]
     if log is not None:
         size = f"{log['bytes'] >> 20} of {log['max_bytes'] >> 20} MiB"
-        servers = f"{log['replicas']} copies on nats-server {safe(', '.join(log['servers']))}"
+        servers = f"{_counted(log['replicas'], 'copies')} on nats-server {safe(', '.join(log['servers']))}"
         last = max(log["last"], found["place"])  # it is looked at now and then, and read all the time
         click.echo(f"log:     read up to {found['place']} of {last}; {size}; {servers}")
     outbox = found["outbox"]
-    click.echo(f"outbox:  {outbox['events']} events wait ({outbox['bytes'] >> 10} of {outbox['max_bytes'] >> 10} KiB)")
+    size = f"{outbox['bytes'] >> 10} of {outbox['max_bytes'] >> 10} KiB"
+    click.echo(f"outbox:  {_counted(outbox['events'], 'events')} to send ({size})")
     click.echo()
     table(
         ["HOST", "STATE", "VERSION", "HOLDS", "BEHIND", "CLOCK", "LABELS"],
         [_row(host, found) for host in found["hosts"]],
     )
+    ready = {
+        plugin["name"]: [one["name"] for one in found["hosts"] if one["alive"] and plugin["name"] in one["ready"]]
+        for plugin in found["plugins"]
+    }
     shards = [
-        [plugin["name"], plugin["placement"], shard["shard"], shard["host"] or "nobody", shard["epoch"] or ""]
+        [
+            plugin["name"],
+            plugin["placement"],
+            shard["shard"],
+            shard["host"] or "nobody",
+            shard["epoch"] or "",
+            ", ".join(one for one in ready[plugin["name"]] if one != shard["host"]) or "no other host",
+        ]
         for plugin in found["plugins"]
         for shard in plugin["shards"] or [{"shard": "", "host": "every host", "epoch": None}]
     ]
     if shards:
         click.echo()
-        table(["PLUGIN", "PLACEMENT", "SHARD", "HELD BY", "EPOCH"], shards)
+        table(["PLUGIN", "PLACEMENT", "SHARD", "HELD BY", "EPOCH", "ALSO READY"], shards)
 
 
 def _row(host: Mapping[str, Any], found: Mapping[str, Any]) -> list[Any]:
     name = f"{host['name']}{' (this)' if host['here'] else ''}"
-    clock = "" if host["clock_ahead"] is None else f"{host['clock_ahead']:+.1f} s"
+    clock = "" if host["clock_ahead"] is None else f"{round(host['clock_ahead'], 1) + 0.0:+.1f} s"  # never -0.0
     behind = max(0, found["place"] - host["place"])
     state = "alive" if host["alive"] else "SILENT"
     return [name, state, host["version"], len(host["holds"]), behind, clock, ", ".join(host["labels"])]
+
+
+_ONE: Final = {"events": "event", "copies": "copy"}
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {_ONE[what] if number == 1 else what}"
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about a log that could not be made."""
+    from host.cluster.log import LogFullError, LogRefusedError
+
+    text = str(error)
+    if isinstance(error, LogFullError):
+        return "--max-bytes fits into max_file_store of each server, and --replicas is at most the number of servers"
+    if isinstance(error, LogRefusedError) and "certificate" in text:
+        return "--ca names the authority's certificate, and --server a name that is in the server's own"
+    if isinstance(error, LogRefusedError):
+        return "--credentials names admin.secret, of the same 'isolator cluster users' as users.conf on the servers"
+    if "non-clustered" in text:
+        return "a server of its own has --replicas 1; for more, each needs cluster { ... }, as in docs/cluster.md"
+    if "temporarily unavailable" in text:
+        return "as many servers as --replicas have to see each other: their logs say what is wrong with a route"
+    if "no server answers for the stream" in text:
+        return "every server's configuration needs jetstream { ... }, as in docs/cluster.md"
+    return "see that the servers run, and listen there for clients: docs/cluster.md has their configuration"
 
 
 def _parsed(parse: Any, text: str, option: str) -> str:

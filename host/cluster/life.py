@@ -269,7 +269,7 @@ class Life:
     def _twin(self, what: str) -> str:
         return (
             f"{what} stands in the log under the name {self._host} that this host did not write: another daemon has "
-            "this name, or a copy of this disk runs; give one of them another [cluster] name, then restart this daemon"
+            "this name, or a copy of this disk runs; give one of them another [cluster] name, then isolator reload here"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
@@ -245,10 +246,10 @@ class NatsLog:
         self._woken.set()
 
     async def _failed(self, error: Exception) -> None:
-        self._complaint = str(error) or type(error).__name__
+        self._complaint = _said(error)
 
     def _error(self, error: Exception, url: str = "") -> LogUnavailableError:
-        complaint = "" if isinstance(error, nats.errors.NoServersError) else str(error)
+        complaint = "" if isinstance(error, nats.errors.NoServersError) else _said(error)
         text = self._complaint or complaint or f"no answer within {_CONNECT if url else _ANSWER:.0f} s"
         return _error_of(f"{_plain(url)}: {text}" if url else text)
 
@@ -346,6 +347,19 @@ def _error_of(text: str) -> LogUnavailableError:
     if _FULL.search(text):
         return LogFullError(text)
     return LogRefusedError(text) if _REFUSED.search(text) else LogUnavailableError(text)
+
+
+def _said(error: Exception) -> str:
+    """What an error says, in words for who runs the servers; empty: that there was no answer."""
+    if isinstance(error, TimeoutError):
+        return ""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not accepted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS: {(error.reason or str(error)).lower().replace('_', ' ')}"
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)  # below 0: of a name's resolution
+    return str(error) or type(error).__name__
 
 
 def _plain(url: str) -> str:

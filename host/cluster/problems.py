@@ -23,6 +23,13 @@ FINAL: frozenset[Kind] = frozenset({"twin", "diverged", "newer_version", "left",
 _EACH: frozenset[Kind] = frozenset({"unheld", "events_lost"})
 
 
+def _refusal(error: LogRefusedError) -> str:
+    return (
+        f"the log refuses this host: {error}; [cluster] name, credentials and ca in host.toml have to fit users.conf "
+        "and the certificates of the servers"
+    )
+
+
 class StoppedError(Exception):
     """The end of this host's part in the cluster, or of one life of it, for a reason that has its line."""
 
@@ -65,7 +72,7 @@ class LogTroubles:
     def reads(self, error: LogUnavailableError | None) -> None:
         """Note how it answers those who read; None: it does."""
         if isinstance(error, LogRefusedError):
-            self._problems.begin("refused", f"the log refuses this host: {error}")
+            self._problems.begin("refused", _refusal(error))
         else:
             self._lasting("unreachable", error, "the log does not answer")
 
@@ -74,7 +81,7 @@ class LogTroubles:
         if isinstance(error, LogFullError):
             self._problems.begin("full", f"the log takes nothing: {error}")
         elif isinstance(error, LogRefusedError):
-            self._problems.begin("refused", f"the log refuses this host: {error}")
+            self._problems.begin("refused", _refusal(error))
         else:
             if error is None:
                 self._problems.end("full", "refused")

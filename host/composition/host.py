@@ -68,6 +68,8 @@ from isolator.ipc.succession import Departure, Descriptors, Succession
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 
+ASKED_AGAIN = frozenset({messages.GetEnvironment.op, messages.DrainRun.op, messages.GetStderrTail.op})
+"""Requests of the supervisor's, which repeats them if they are broken off."""
 SETTLE, SETTLE_BEAT = 2.0, 0.005
 """Seconds for which a host that leaves waits for what it cannot hand on, and between two looks at that."""
 
@@ -217,7 +219,7 @@ class Host:
             *trail.endpoints(),
             *searches.endpoints(),
             *McpVerbs(self._load_servers, registry, elsewhere).endpoints(),
-            *ClusterVerbs(lambda: member.node if member is not None else None, registry).endpoints(),
+            *ClusterVerbs(lambda: member.node if member is not None else None, registry, alarms.cluster).endpoints(),
         ]
         restore = {ApiRegister.spec.verb: api_verbs.restore, PluginStage.spec.verb: registrations.restore}
         self._control = ControlServer(
@@ -296,6 +298,9 @@ class Host:
         """Take over the plugins as another host has left them, its requests in flight, its connections."""
         self._fences.adopt(introduction.fences)
         self._alarms.supervisor = introduction.alarms
+        # Before any plugin's line is read, which may be a call of a method that one of the callers serves.
+        self._api_verbs.numbers = state.api_calls
+        await self._control.take_over(state.control, descriptors)
         self._dispatcher.take_over(state.workers, descriptors)
         for entry in introduction.plugins:
             await self._lifecycle.adopt(entry)
@@ -311,9 +316,7 @@ class Host:
         self._debts.find()
         self._lifecycle.drop_unsettled_values()
         self._logs.take_over(state.logs, descriptors)
-        self._api_verbs.numbers = state.api_calls
         await self._api.take_over(state.api, descriptors)
-        await self._control.take_over(state.control, descriptors)
         self._lifecycle.take_over(state.starts)
 
     async def _serve_callers(self, _: messages.ServeCallers) -> None:
@@ -329,7 +332,8 @@ class Host:
         if self._store.blocked is not None:
             return messages.Left(refused=f"the database cannot be written: {self._store.blocked}")
         await self._settle(lambda: self._control.changes)
-        listener, listeners = await self._control.hold(), await self._api.hold()
+        listener = await self._control.hold()
+        await self._api.hold()
         if listener is None:
             raise IsolatorError("the host", "has no control socket yet")
         self._dispatcher.hold()
@@ -343,6 +347,10 @@ class Host:
         departure = Departure()
         while any(one.replied for one in self._senders):  # noqa: ASYNC110 # a turn or two
             await asyncio.sleep(0)
+        # What the supervisor asks from now on, and what is not answered yet, it asks of the successor.
+        self._channel.hold()
+        self._channel.break_off(ASKED_AGAIN)
+        self._api_verbs.hold()
         workers = self._dispatcher.pass_on(departure)
         self._close_own_work()
         await self._watches.close()
@@ -351,8 +359,10 @@ class Host:
         if not await self._store.close():
             why = f"the outcomes of deliveries could not be written: {self._store.blocked}"
             raise IsolatorError(str(self._store.path), why, "free the disk or the lock")
+        while self._servers is not None and self._servers.replied:  # noqa: ASYNC110 # a turn: one has run out of time
+            await asyncio.sleep(0)
         mcp = self._servers.pass_on(departure).to_json() if self._servers is not None else None
-        logs, api = self._logs.pass_on(departure), self._api.pass_on(listeners, departure)
+        logs, api = self._logs.pass_on(departure), self._api.pass_on(departure)
         control = self._control.pass_on(listener, departure)
         self._trail.close()
         self._searches.close()
@@ -367,7 +377,7 @@ class Host:
     @property
     def _unsettled(self) -> bool:
         """Whether something is under way that cannot be handed on and is likely to end soon."""
-        others = self._channel.serving > 1  # one is the request to leave
+        others = self._channel.serves_beside({messages.Leave.op, *ASKED_AGAIN})
         return others or self._dispatcher.unsettled or self._api.busy or self._lifecycle.unsettled
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Literal, cast
 
 from host.control.cluster_types import (
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 
 
 class ClusterVerbs:
-    """The cluster. ``node``: this host's, where there is one."""
+    """The cluster. ``node``: this host's, where there is one; ``problems``: why there is none although it is wanted."""
 
-    def __init__(self, node: Callable[[], Node | None], registry: Registry) -> None:
-        self._node, self._registry = node, registry
+    def __init__(
+        self, node: Callable[[], Node | None], registry: Registry, problems: Callable[[], Iterable[str]] = tuple
+    ) -> None:
+        self._node, self._registry, self._problems = node, registry, problems
 
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""
@@ -37,6 +39,8 @@ class ClusterVerbs:
 
     def _here(self) -> Node:
         node = self._node()
+        if node is None and (problem := next(iter(self._problems()), None)) is not None:
+            raise UnavailableError("cluster", problem)
         if node is None:
             raise UsageError(
                 "cluster", "this host has no [cluster] in host.toml", "docs/cluster.md says how to set it up"

@@ -126,9 +126,9 @@ class Connection(LineProtocol):
                 self._answer(self._numbers[task], error=_BROKEN_OFF)
             else:
                 again.append(data)
-        belongings = [belonging() for belonging in caller.belongings]
+        belongings = tuple(belonging() for belonging in caller.belongings)
         line = self.pass_on(departure, again=again)
-        return ConnectionState(line=line, belongings=tuple(one for one in belongings if one is not None))
+        return ConnectionState(line=line, belongings=belongings)
 
     def restore(self, belongings: Iterable[Belonging], by_verb: Mapping[str, Callable[[Caller, Json], None]]) -> None:
         """Take over what belongs to the connection, before its first request is read."""
@@ -192,9 +192,9 @@ class Connection(LineProtocol):
         if error is not None:
             code = _NO_METHOD if isinstance(error, _NoVerbError) else _FAILED
             body = {"code": code, "message": str(error), "data": error.to_json()}
-            self.send(line({"jsonrpc": "2.0", "id": number, "error": body}))
+            self.send_soon(line({"jsonrpc": "2.0", "id": number, "error": body}))
         else:
-            self.send(line({"jsonrpc": "2.0", "id": number, "result": result}))
+            self.send_soon(line({"jsonrpc": "2.0", "id": number, "result": result}))
 
     async def _serve(self, message: dict[str, Any]) -> None:
         caller, number, verb = self._caller, message.get("id"), message.get("method")

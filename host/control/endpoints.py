@@ -40,13 +40,29 @@ class Caller:
     """Ends the connection at once; messages that wait for the caller to read them are dropped."""
     drained: asyncio.Event = field(default_factory=asyncio.Event)
     on_close: list[Callable[[], None]] = field(default_factory=list)
-    belongings: list[Callable[[], Belonging | None]] = field(default_factory=list)
-    """Things that verbs keep for this connection, for a host that takes the place of this one; None: no longer."""
+    belongings: list[Callable[[], Belonging]] = field(default_factory=list)
+    """Things that verbs keep for this connection, for a host that takes the place of this one."""
     follows: bool = False
     """The caller follows what happens. Such a connection is not handed on: its caller connects again."""
 
     is_console: bool = False
     """The console's own connection: the name of whom it asks for goes into the trail."""
+
+    def keep(self, end: Callable[[], None], belonging: Callable[[], Belonging] | None = None) -> Callable[[], None]:
+        """Have ``end`` called when the connection closes; the returned function takes that back, once it is over.
+
+        ``belonging``: one of ``belongings`` for as long.
+        """
+        self.on_close.append(end)
+        if belonging is not None:
+            self.belongings.append(belonging)
+
+        def over() -> None:
+            self.on_close.remove(end)
+            if belonging is not None:
+                self.belongings.remove(belonging)
+
+        return over
 
     @property
     def by(self) -> str:

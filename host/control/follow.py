@@ -53,12 +53,13 @@ class TrailStreams:
         if len(self._streams) >= FOLLOWERS:
             raise UnavailableError("audit.follow", f"{FOLLOWERS} callers follow the trail already", "end one of them")
         stream = self._streams[caller] = _Stream(self._directory, self._audit, self._threads, caller)
-        caller.on_close.append(lambda: self._end(caller))
+        over = caller.keep(lambda: self._end(caller))
         try:
             followed = await stream.begin(request)
             caller.follows = True
             return followed
         except BaseException:
+            over()
             self._end(caller)
             raise
 

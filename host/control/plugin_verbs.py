@@ -16,7 +16,7 @@ from host.control.terms import Nothing
 from host.delivery.dispatch import Dispatcher
 from host.delivery.health import Pinged, Watches
 from host.lifecycle.supervisor_link import SupervisorLink
-from host.plugins.logs import STDERR_TAIL, UNREAD_LOG, Logs, bounded
+from host.plugins.logs import STDERR_TAIL, UNREAD_LOG, Logs, PluginLog, bounded
 from host.plugins.registry import Registry
 from host.plugins.secrets import ConfigStore
 from host.queue.sqlite import SqliteQueue
@@ -45,6 +45,7 @@ class PluginVerbs:
         self._link, self._registry, self._config, self._queue = link, registry, config, queue
         self._dispatcher, self._watches, self._logs, self._alarms = dispatcher, watches, logs, alarms
         self._in_cluster, self._elsewhere = in_cluster, elsewhere or Elsewhere()
+        self._following: set[tuple[Caller, PluginLog]] = set()
 
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""
@@ -108,10 +109,24 @@ class PluginVerbs:
         log = self._logs.of(self._registry.need(request.name).name)
         lines = log.read(request.lines)
         if request.follow:
-            caller.follows = True
-            caller.narrow(UNREAD_LOG)
-            caller.on_close.append(log.follow(bounded(log.name, caller.drained, caller.notify)))
+            self._follow(log, caller)
         return {"lines": [{**json.loads(entry), "plugin": log.name} for entry in lines], "dropped": log.dropped}
+
+    def _follow(self, log: PluginLog, caller: Caller) -> None:
+        """Send a caller the lines to come, each once, however often it asks for them."""
+        key = caller, log
+        if key in self._following:
+            return
+        caller.follows = True
+        caller.narrow(UNREAD_LOG)
+        unfollow = log.follow(bounded(log.name, caller.drained, caller.notify))
+
+        def end() -> None:
+            self._following.discard(key)
+            unfollow()
+
+        self._following.add(key)
+        caller.keep(end)
 
     async def start(self, request: plugin_types.PluginStart, _: Caller) -> plugin_types.StartedRun:
         run = await self._link.ensure_run(self._startable(request.name), "operator")

@@ -58,6 +58,8 @@ class RegistrationVerbs:
         self._link, self._catalogue, self._registry = link, catalogue, registry
         self._config, self._lifecycle, self._audit = config, lifecycle, audit
         self._staged: dict[str, _Staged] = {}
+        self._kept: dict[str, Callable[[], None]] = {}
+        """By token, what has a connection keep no longer what was staged."""
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         """Locks by name: the plugin that is registered and its config change together."""
 
@@ -117,14 +119,11 @@ class RegistrationVerbs:
         """Keep what was staged as long as the caller's connection."""
         self._staged[token] = staged
 
-        def belonging() -> Belonging | None:
-            if token not in self._staged:
-                return None
+        def belonging() -> Belonging:
             data = {"token": token, "digest": staged.digest, "text": to_text(staged.text), "name": staged.name}
             return Belonging(verb=plugin_types.PluginStage.spec.verb, data=data)
 
-        caller.on_close.append(lambda: self._abandon(token))
-        caller.belongings.append(belonging)
+        self._kept[token] = caller.keep(lambda: self._abandon(token), belonging)
 
     def restore(self, caller: Caller, data: Json) -> None:
         """Take over what a caller has staged from the host whose place this one takes."""
@@ -213,7 +212,7 @@ class RegistrationVerbs:
         caller: Caller,
     ) -> plugin_types.RegisteredPlugin:
         name = manifest.core.name
-        self._staged.pop(request.token, None)
+        self._take(request.token)
         if request.config:
             keys, waits = sorted(request.config), isinstance(answer, messages.UpdatedPlugin) and answer.pending
             self._audit.record(ConfigChanged(names=keys, by=caller.by, waits=waits), plugin=name)
@@ -288,8 +287,14 @@ class RegistrationVerbs:
             return {"plugin": _shown(plugin)}
 
     def _abandon(self, token: str) -> None:
-        if self._staged.pop(token, None) is not None:
+        if self._take(token) is not None:
             self._link.discard(token)
+
+    def _take(self, token: str) -> _Staged | None:
+        """What was staged under a token, which nobody keeps any more."""
+        if (over := self._kept.pop(token, None)) is not None:
+            over()
+        return self._staged.pop(token, None)
 
 
 def _resolved(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,19 @@ class Searches:
             raise UnavailableError("audit.search", f"{WAITING} searches are under way", "try again")
         caller.follows = True  # a search goes on nowhere else: a host that leaves closes its connection
         caller.narrow(BLOCK)
-        caller.on_close.append(lambda: self._end(caller))
+        over = caller.keep(lambda: self._end(caller))
         task = self._running[caller] = self._tasks.run("a search of the trail", self._run(request, caller))
-        task.add_done_callback(lambda _: self._running.pop(caller, None))
+        task.add_done_callback(lambda _: self._ended(caller, over))
         return {}
 
     def close(self) -> None:
         """End every search."""
         for caller in list(self._running):
             self._end(caller)
+
+    def _ended(self, caller: Caller, over: Callable[[], None]) -> None:
+        self._running.pop(caller, None)
+        over()
 
     def _end(self, caller: Caller) -> None:
         if (task := self._running.get(caller)) is not None:

@@ -1,8 +1,8 @@
-"""Database of the host: transactions on the event loop, durability in a thread.
+"""Database of the host: transactions on the event loop, durability beside it.
 
 SQLite in WAL mode. All operations of one turn of the event loop are written in one transaction, which costs some twenty
-microseconds because nothing is synced there; one helper thread then calls ``fdatasync`` on the write-ahead log and
-reports to the loop up to which transaction the log is on disk. While a sync runs the next transactions gather behind
+microseconds because nothing is synced there; then a sync of the write-ahead log is begun (``host.database.wal``), whose
+end tells the loop up to which transaction the log is on disk. While a sync runs the next transactions gather behind
 it, so many of them share the next sync: group commit. An operation that must be safe before its caller goes on (an
 accepted event, a config value) waits for that mark; one that may be repeated (the outcome of a delivery: at-least-once)
 only rides along.
@@ -13,9 +13,8 @@ a writer thread that holds the connection would fight the loop for the interpret
 
 After a failed sync the kernel may have dropped the pages it could not write, so nothing written since can be
 called safe: the process logs that and exits; its supervisor starts a new one, which recovers, moves the log into
-the database with a full checkpoint, and goes on. Checkpoints are made by the helper thread on a connection of its
-own, so that they never hold up the loop: after so many commits, whether anything of them has to be durable or not, and
-when the log takes too large a part of the disk.
+the database with a full checkpoint, and goes on. A checkpoint is made after so many commits, whether anything of them
+has to be durable or not, and when the log takes too large a part of the disk; it never holds up the loop.
 
 Before a sync counts, the files have to be those that the next start will find: when somebody removed, replaced, cut or
 overwrote one, all that the connection knows is written to a new file in the database's place, and the process ends as
@@ -32,9 +31,7 @@ import contextlib
 import logging
 import math
 import os
-import queue
 import sqlite3
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +39,8 @@ from typing import Any, TypeVar
 
 from host.database import files
 from host.database.schema import MIGRATIONS, SCHEMA, SCHEMA_VERSION
+from host.database.wal import Sync, WriteAheadLog
 from isolator.errors import IsolatorError, UnavailableError
-from isolator.ipc.tasks import end_process
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -52,11 +49,6 @@ CHECKPOINT_COMMITS = 250
 CHECKPOINT_ROWS = 4000
 CHECKPOINT_LEAST = 8
 """Commits between two checkpoints at least, however large the log is: a reader may keep it from shrinking."""
-WAL_HIGH = 32 << 20
-"""Bytes of log beyond which commits wait for one checkpoint: a log that is appended to all the time never restarts."""
-WAL_SHARE = 4
-"""On a small disk the log is large already when it takes this part of what is free for it."""
-WAL_LOW = 256 << 10
 RESCUE_EVERY = 1.0
 """Seconds between two checkpoints of a full disk."""
 LAZY = 0.002
@@ -78,18 +70,6 @@ class _Op:
     durable: bool
     deadline: float
     result: Any = None
-
-
-@dataclass
-class _Sync:
-    """Job for the thread: sync the log, report these operations, and perhaps make a checkpoint."""
-
-    ops: list[_Op]
-    checkpoint: bool = False
-    hold: bool = False
-    """Commits wait for the checkpoint, which can then cover the whole log."""
-    rescue: bool = False
-    """The disk is full: the reserve is given up for the checkpoint."""
 
 
 class Store:
@@ -119,15 +99,9 @@ class Store:
         self._reserve = files.Reserve(f"{path}-reserve")
         self._reserve.release()
         self._connection = self._open()
-        self._wal = os.open(f"{path}-wal", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        self._wal_size = 0
-        """Bytes of the log at the newest sync: it shrinks by a checkpoint of ours alone."""
-        self._files = {name: files.identity(name) for name in (str(path), f"{path}-wal", f"{path}-shm")}
         self._reserve.hold()
-        self._wal_high = self._high()
-        self._work: queue.SimpleQueue[_Sync | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._sync_loop, name="store-sync", daemon=True)
-        self._thread.start()
+        self._wal = WriteAheadLog[_Op](path, self._reserve, self._synced, self._release)
+        self._wal_high = self._wal.high()
 
     def _open(self) -> sqlite3.Connection:
         files.check_file(self.path)
@@ -330,21 +304,15 @@ class Store:
         return (
             self.commits - commits >= CHECKPOINT_COMMITS
             or self._connection.total_changes - rows >= CHECKPOINT_ROWS
-            or (self.commits - commits >= CHECKPOINT_LEAST and os.fstat(self._wal).st_size > self._wal_high)
+            or (self.commits - commits >= CHECKPOINT_LEAST and self._wal.size > self._wal_high)
         )
-
-    def _high(self) -> int:
-        """Bytes of log beyond which commits wait for a checkpoint, as the disk is now."""
-        disk = os.fstatvfs(self._wal)
-        room = disk.f_bavail * disk.f_frsize + os.fstat(self._wal).st_size
-        return min(WAL_HIGH, max(WAL_LOW, room // WAL_SHARE))
 
     def _rescue(self) -> None:
         """Give the space of the log back to a full disk, if that was not done just now."""
         if not self._syncing and self._loop.time() - self._rescued > RESCUE_EVERY:
             self._rescued = self._loop.time()
             self._syncing = self._held = True
-            self._work.put(_Sync([], checkpoint=True, hold=True, rescue=True))
+            self._wal.begin(Sync([], checkpoint=True, hold=True, rescue=True))
 
     def _apply(self, ops: list[_Op], isolated: bool) -> list[_Op]:
         failed = []
@@ -395,57 +363,23 @@ class Store:
         if self._syncing or not (self._gathering or self._checkpoint_due):
             return
         self._syncing = True
-        job, self._gathering = _Sync(self._gathering), []
+        job, self._gathering = Sync(self._gathering), []
         self._in_sync = job.ops
         if self._checkpoint_due:
             self._checkpointed = (self.commits, self._connection.total_changes)
             job.checkpoint = True
-            self._wal_high = self._high()
-            self._held = job.hold = os.fstat(self._wal).st_size > self._wal_high
-        self._work.put(job)
-
-    def _sync_loop(self) -> None:
-        try:
-            self._sync()
-        except Exception as error:  # whatever it was: nobody would ever be answered again
-            end_process("sync of the database", error)
-
-    def _sync(self) -> None:
-        connection = files.connect(self.path)
-        connection.execute("PRAGMA wal_autocheckpoint=0")
-        while (job := self._work.get()) is not None:
-            error: OSError | None = None
-            harm = None
-            try:
-                os.fdatasync(self._wal)
-                harm = self._harm()
-            except OSError as problem:
-                error = problem
-            if harm is not None:
-                self._report(self._move, job.ops, harm)
-                break
-            self._report(self._synced, job.ops, error)
-            if job.rescue:
-                self._reserve.release()
-            if job.checkpoint and error is None:
-                with contextlib.suppress(sqlite3.Error):  # busy or full: the next round tries again
-                    connection.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if job.hold else 'PASSIVE'})").fetchone()
-            if job.checkpoint and not self._reserve.held:
-                self._reserve.hold()
-            if job.hold:
-                self._wal_size = os.fstat(self._wal).st_size
-                self._report(self._release)
-        connection.close()
-
-    def _report(self, function: Callable[..., None], *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
-            self._loop.call_soon_threadsafe(function, *arguments)
+            self._wal_high = self._wal.high()
+            self._held = job.hold = self._wal.size > self._wal_high
+        self._wal.begin(job)
 
     def _release(self) -> None:
         self._held = False
         self._commit()
 
-    def _synced(self, ops: list[_Op], error: OSError | None) -> None:
+    def _synced(self, ops: list[_Op], error: OSError | None, harm: str | None) -> None:
+        if harm is not None:
+            self._move(ops, harm)
+            return
         self._syncing = False
         self.syncs += 1
         if error is not None:
@@ -462,27 +396,11 @@ class Store:
             if op.done is not None:
                 op.done(None, UnavailableError(str(self.path), why, "see the disk"))
 
-    def _harm(self) -> str | None:
-        """Name the file that somebody removed, replaced, cut or overwrote while it was in use; None: all is well.
-
-        The log's size alone would not do: a commit after a cut writes at its old place and leaves a hole before it.
-        """
-        for name, opened in self._files.items():
-            now = files.identity(name)
-            if now != opened:
-                return f"{name} was {'removed' if now is None else 'replaced'} while in use"
-        before, self._wal_size = self._wal_size, os.fstat(self._wal).st_size
-        if self._wal_size < before:
-            return f"{self.path}-wal was cut while in use"
-        if self._wal_size and not files.has_wal_header(self._wal):
-            return f"{self.path}-wal was overwritten while in use"
-        return None
-
     def _move(self, ops: list[_Op], harm: str) -> None:
         """Save all that the connection knows in a new file in the database's place, and end: see the module."""
         self._closed = True
         try:
-            became = files.save_elsewhere(self._connection, self.path, self._wal, self._files[str(self.path)])
+            became = files.save_elsewhere(self._connection, self.path, self._wal.fd, self._wal.identity)
         except (OSError, sqlite3.Error) as error:
             became = f"its content could not be saved ({error}), and accepted events may be lost"
         self._fail(ops, harm)
@@ -504,10 +422,7 @@ class Store:
         self._commit()
         self._closed = True
         written = not self._ops
-        self._work.put(_Sync([]))
-        self._work.put(None)
-        await asyncio.to_thread(self._thread.join, 10)
-        os.close(self._wal)
+        await self._wal.close()
         self._connection.close()
         return written
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from host.channel.calls import patient
 from host.channel.reply import PERMISSION_DENIED, QUOTA_EXCEEDED, RETRY_LATER, shown
 from host.fence.fences import Fences
 from host.host_api.connection import CONNECTIONS, RATE, Connection, Limits
@@ -61,6 +62,8 @@ class HostApi:
         self._listeners: dict[str, Acceptor] = {}
         self._runs: dict[str, str] = {}
         """The run of each listener; listeners by plugin, those of invocations by ``PLUGIN.RUN``."""
+        self._released: dict[str, socket.socket] | None = None
+        """The listeners while another process takes this one's place, likewise: nobody accepts on them."""
         self._connections: dict[str, set[Connection]] = {}
         self._methods = {
             "plugin.hello": ApiMethod(None, hello),
@@ -87,23 +90,15 @@ class HostApi:
     def serve(self, name: str, run: str, listener: socket.socket) -> None:
         """Accept the calls of a plugin's run; closes an earlier listener of the same plugin."""
         self.forget(name)
-        limits = self.limits(name)
-        self._runs[name] = run
-        self._listeners[name] = Acceptor(listener, lambda: Connection(self, name, run, limits), limits.connects)
+        self._accept(name, name, run, listener)
 
     def serve_invocation(self, name: str, run: str, listener: socket.socket) -> None:
         """Accept the calls of one of a plugin's invocations, until ``end_invocation``."""
-        limits, key = self.limits(name), f"{name}.{run}"
-        self._runs[key] = run
-        self._listeners[key] = Acceptor(listener, lambda: Connection(self, name, run, limits), limits.connects)
+        self._accept(f"{name}.{run}", name, run, listener)
 
     def end_invocation(self, name: str, run: str) -> None:
         """Close the listener and the connections of an invocation."""
-        key = f"{name}.{run}"
-        listener = self._listeners.pop(key, None)
-        if listener is not None:
-            listener.close()
-            del self._runs[key]
+        self._end(f"{name}.{run}")
         for connection in [one for one in self._connections.get(name, ()) if one.run == run]:
             connection.close()
 
@@ -113,35 +108,54 @@ class HostApi:
 
     def forget(self, name: str) -> None:
         """Close a plugin's listener and connections."""
-        listener = self._listeners.pop(name, None)
-        if listener is not None:
-            listener.close()
+        self._end(name)
         for connection in list(self._connections.pop(name, ())):
             connection.close()
 
     def close(self) -> None:
-        """Close every listener."""
-        for name in list(self._listeners):
-            self.forget(name)
+        """Close every listener, and the connections."""
+        for name in list(self._limits):
+            self._report_refused(name, self._runs.get(name))
+        for key in [*self._listeners, *(self._released or ())]:
+            self._end(key)
+        for connection in self._every_connection():
+            connection.close()
+
+    def _accept(self, key: str, name: str, run: str, listener: socket.socket) -> None:
+        limits = self.limits(name)
+        self._runs[key] = run
+        if self._released is not None:
+            self._released[key] = listener
+        else:
+            self._listeners[key] = Acceptor(listener, lambda: Connection(self, name, run, limits), limits.connects)
+
+    def _end(self, key: str) -> None:
+        listener = self._listeners.pop(key, None) or (self._released or {}).pop(key, None)
+        if listener is not None:
+            listener.close()
+            del self._runs[key]
 
     # --- one host in the place of another --------------------------------------------------------------------------
 
-    async def hold(self) -> dict[str, socket.socket]:
-        """Accept no connection and read no call from now on; returns the listeners by plugin."""
-        released = {name: acceptor.release() for name, acceptor in self._listeners.items()}
-        for acceptor in self._listeners.values():
+    async def hold(self) -> None:
+        """Accept no connection and read no call from now on; of runs that begin and end meanwhile neither."""
+        acceptors, self._listeners = self._listeners, {}
+        self._released = {key: acceptor.release() for key, acceptor in acceptors.items()}
+        for acceptor in acceptors.values():
             await acceptor.accepted_all()
         for connection in self._every_connection():
             connection.hold("leaving")
-        return released
 
     @property
     def busy(self) -> bool:
-        """Whether a call on one of the listeners is unanswered."""
+        """Whether a call on one of the listeners is unanswered that does not wait for others."""
         return any(connection.busy for connection in self._every_connection())
 
-    def pass_on(self, listeners: Mapping[str, socket.socket], departure: Departure) -> tuple[ApiListenerState, ...]:
-        """Hand the listeners and their connections to the successor of this process."""
+    def pass_on(self, departure: Departure) -> tuple[ApiListenerState, ...]:
+        """Hand the listeners that were released, and their connections, on; what was counted is on record."""
+        assert self._released is not None
+        for name in list(self._limits):
+            self._report_refused(name, self._runs.get(name))
         return tuple(
             ApiListenerState(
                 plugin=key.partition(".")[0],
@@ -149,12 +163,12 @@ class HostApi:
                 invocation="." in key,
                 listener=departure.add(listener.detach()),
                 connections=tuple(
-                    connection.pass_on_idle(departure)
+                    connection.pass_on_all(departure)
                     for connection in list(self._connections.get(key.partition(".")[0], ()))
                     if connection.is_open and connection.run == self._runs[key]
                 ),
             )
-            for key, listener in listeners.items()
+            for key, listener in self._released.items()
         )
 
     async def take_over(self, states: Iterable[ApiListenerState], descriptors: Descriptors) -> None:
@@ -199,7 +213,8 @@ class HostApi:
         Past the plugin's deadline nothing is done for it, and nothing answered, before that is moved on.
         """
         fence = self._fences.of(name)
-        await fence.opened()
+        with patient():
+            await fence.opened()
         answer = await self._answer(name, run, method, params)
         await fence.opened()
         return answer
@@ -252,11 +267,17 @@ class HostApi:
     def _charge(self, name: str, run: str | None) -> None:
         now, limits = time.monotonic(), self.limits(name)
         if limits.refused and now - limits.reported >= 1.0:
-            refused, limits.refused, limits.reported = limits.refused, 0, now
-            self._audit.record(ApiCalled(method="*", verdict="limited", count=refused), plugin=name, run=run)
+            limits.reported = now
+            self._report_refused(name, run)
         if not limits.calls.try_take():
             limits.refused += 1
             raise _Limited(f"more than {RATE:g} calls a second")
+
+    def _report_refused(self, name: str, run: str | None) -> None:
+        limits = self.limits(name)
+        if limits.refused:
+            refused, limits.refused = limits.refused, 0
+            self._audit.record(ApiCalled(method="*", verdict="limited", count=refused), plugin=name, run=run)
 
     async def _log_write(self, context: Context, params: Mapping[str, Any]) -> dict[str, Any]:
         level, message = params.get("level", "info"), params.get("message")

@@ -6,8 +6,8 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from host.channel.calls import OpenCalls
 from host.channel.reply import PERMISSION_DENIED
-from host.channel.stream import BROKEN_OFF, cancel_calls
 from host.wire.lines import CPU_A_SECOND, CPU_AT_ONCE, LineProtocol, LineState
 from host.wire.strict_json import WireError, line, parse_object
 from isolator.base.pacing import TokenBucket
@@ -49,8 +49,7 @@ class Connection(LineProtocol):
         self.name, self.run = name, run
         self.budget, self.cpu = limits.bytes, limits.cpu
         self._api = api
-        self._tasks: dict[asyncio.Task[None], Any] = {}
-        """Calls that are not answered, each with its id."""
+        self._calls = OpenCalls(self._answered)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -62,8 +61,7 @@ class Connection(LineProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._api.dropped(self)
-        for task in self._tasks:
-            task.cancel()
+        self._calls.cancel()
 
     def line_received(self, data: bytes) -> None:
         try:
@@ -73,22 +71,18 @@ class Connection(LineProtocol):
         except WireError as error:
             self._break(str(error), error.code)
             return
-        task = asyncio.get_running_loop().create_task(self._serve(message))
-        self._tasks[task] = message.get("id")
-        task.add_done_callback(self._served)
-        if len(self._tasks) >= IN_FLIGHT:
+        self._calls.begin(data, self._serve(message))
+        if len(self._calls) >= IN_FLIGHT:
             self.hold("in flight")
 
     @property
     def busy(self) -> bool:
-        """Whether a call is unanswered."""
-        return bool(self._tasks)
+        """Whether a call is unanswered that does not wait for others."""
+        return self._calls.busy
 
-    def pass_on_idle(self, departure: Departure) -> LineState:
-        """Hand the connection on; a call that is still unanswered is to be made again."""
-        for number in cancel_calls(self._tasks):
-            self.send(line({"jsonrpc": "2.0", "id": number, **BROKEN_OFF}))
-        return self.pass_on(departure)
+    def pass_on_all(self, departure: Departure) -> LineState:
+        """Hand the connection on; a call that is still unanswered is read again."""
+        return self.pass_on(departure, again=self._calls.break_off())
 
     def too_long(self) -> None:
         self._break(f"a message is longer than {self.limit} bytes", -31003)
@@ -98,9 +92,8 @@ class Connection(LineProtocol):
         self._api.breach(self.name, self.run, why)
         self.close()
 
-    def _served(self, task: asyncio.Task[None]) -> None:
-        del self._tasks[task]
-        if len(self._tasks) < IN_FLIGHT:
+    def _answered(self) -> None:
+        if len(self._calls) < IN_FLIGHT:
             self.unhold("in flight")
 
     async def _serve(self, message: dict[str, Any]) -> None:

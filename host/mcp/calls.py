@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
 from host.channel.reply import shown
-from host.mcp.session import Reply, Session
+from host.mcp.session import Reply
+from host.wire import mcp as protocol
 from isolator.audit.schema import ToolCalled
 from isolator.errors import UnavailableError, UsageError
 from isolator.ipc.body import Body
@@ -35,7 +38,8 @@ class Sent:
 
     plugin: str
     uid: int
-    session: Session
+    run: str | None
+    """That it was sent to; None: nobody knows any more."""
     number: str
     id: str
     tool: str
@@ -44,6 +48,8 @@ class Sent:
     reply: Reply
     given_up: bool = False
     """The caller has cancelled it."""
+    awaited: bool = False
+    """Its caller waits for the answer: not so until it has asked the host that took this one over."""
 
     def pass_on(self, key: str) -> CallState:
         """Hand the call, which its caller knows by ``key``, to another host."""
@@ -53,10 +59,10 @@ class Sent:
         )  # fmt: skip
 
     @classmethod
-    def taken_over(cls, call: CallState, session: Session, reply: Reply) -> Self:
+    def taken_over(cls, call: CallState, run: str | None, reply: Reply) -> Self:
         """Await ``reply`` to a call that another host has sent."""
         return cls(
-            call.plugin, call.uid, session, call.number, call.id, call.tool, call.arguments_sha256, call.sent_ns, reply
+            call.plugin, call.uid, run, call.number, call.id, call.tool, call.arguments_sha256, call.sent_ns, reply
         )  # fmt: skip
 
     def over(self, outcome: Any, detail: str | None) -> ToolCalled:
@@ -69,6 +75,22 @@ class Sent:
             detail=detail,
             latency_us=(time.perf_counter_ns() - self.sent_ns) // 1000,
         )
+
+
+def keep_until_asked_for(
+    calls: dict[tuple[int, str], Sent], key: str, sent: Sent, record: Callable[[Sent, str, str], None]
+) -> None:
+    """Keep a call of another host's for its caller, who asks again; one who has gone does not, and it is given up."""
+    calls[sent.uid, key] = sent
+
+    def drop() -> None:
+        if calls.get((sent.uid, key)) is sent and not sent.awaited:
+            del calls[sent.uid, key]
+            if not sent.reply.cancel():
+                sent.reply.exception()  # nobody awaits that either
+            record(sent, "cancelled", "the caller no longer waits")
+
+    asyncio.get_running_loop().call_later(protocol.PATIENCE, drop)
 
 
 def under_way(key: str) -> UsageError:

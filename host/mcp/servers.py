@@ -20,7 +20,7 @@ from typing import Any
 
 from host.channel.reply import LostError, NotSentError, shown
 from host.fence.fences import Fences
-from host.mcp.calls import CALLS, CallState, Sent, cancelled, under_way
+from host.mcp.calls import CALLS, CallState, Sent, cancelled, keep_until_asked_for, under_way
 from host.mcp.pins import Pins
 from host.mcp.session import Progress, Reply, Session, SessionState
 from host.mcp.tools import INSTRUCTIONS, Compared, Item, compare, digest_of, is_unchanged, offered, permits
@@ -110,10 +110,21 @@ class Servers:
 
     async def _open(self, name: str, run: str) -> Session:
         await self._fences.of(name).opened()
+        await self._stays()
         session = Session(run, _era(self._registry.need(name)), self._reporter(name), self._fences.of(name))
+        try:
+            await self._connect(name, session)
+        except IsolatorError:
+            await self._stays()
+            raise
+        if self._leaving:
+            session.begin_to_leave()
+        return await self._greet(name, session)
+
+    async def _connect(self, name: str, session: Session) -> None:
         self.connecting += 1
         try:
-            answer = await self._supervisor.ask_fds(ConnectRun(name=name, run=run))
+            answer = await self._supervisor.ask_fds(ConnectRun(name=name, run=session.run))
             if len(answer.fds) != 2:
                 close_all(answer.fds)
                 raise UnavailableError(f"plugin {name}", "the supervisor sent no streams", "try again")
@@ -122,9 +133,6 @@ class Servers:
             await session.connect(stdin, stdout)
         finally:
             self.connecting -= 1
-        if self._leaving:
-            session.begin_to_leave()
-        return await self._greet(name, session)
 
     async def _greet(self, name: str, session: Session) -> Session:
         """Wait until a connected session is open, whichever host has begun it."""
@@ -147,17 +155,33 @@ class Servers:
         present = self._sessions.get(name)
         if present is not None and present.open:
             return present
-        run = (await self._supervisor.ask(EnsureRun(name=name))).run
+        run = await self._ensure(name)
         if (end := self._ends.get(run)) is not None:  # its session is over before the supervisor knows
             try:
                 await asyncio.wait_for(end.wait(), protocol.PATIENCE)
             except TimeoutError:
                 raise UnavailableError(f"plugin {name}", "its last run does not end", "try again") from None
-            run = (await self._supervisor.ask(EnsureRun(name=name))).run
+            run = await self._ensure(name)
         present = self._sessions.get(name)
         if present is not None and present.run == run and present.open:
             return present
         return await asyncio.shield(self._opening.get(run) or self._begin(name, run))
+
+    async def _ensure(self, name: str) -> str:
+        await self._stays()
+        try:
+            return (await self._supervisor.ask(EnsureRun(name=name))).run
+        except IsolatorError:
+            await self._stays()
+            raise
+
+    async def _stays(self) -> None:
+        """Never return in a process that leaves: what waits for a server is begun again by the next one.
+
+        A run's streams are handed out once. Who asks for them as it leaves would have them for nobody.
+        """
+        if self._leaving:
+            await asyncio.Event().wait()
 
     def _ended(self, name: str, session: Session, why: str) -> None:
         if self._sessions.get(name) is session:
@@ -165,19 +189,18 @@ class Servers:
         self._offered.pop(session.run, None)
         if session.run in self._finished:
             return
-        self._ends[session.run] = asyncio.Event()
+        end = self._ends[session.run] = asyncio.Event()
         if why:
             detail = f"protocol: {self._shown(name, why)}"
             self._audit.record(PluginHealth(ok=False, detail=detail), plugin=name, run=session.run)
-            self._stop(name, session.run, "it broke the protocol")
+            self._stop(name, session.run, end, "it broke the protocol")
         else:
-            self._stop(name, session.run, "it has closed its output", patience=CLOSED_SECONDS)
+            self._stop(name, session.run, end, "it has closed its output", patience=CLOSED_SECONDS)
 
-    def _stop(self, name: str, run: str, reason: str, *, patience: float = 0.0) -> None:
-        """Have a run stopped that does not end by itself within ``patience`` seconds."""
+    def _stop(self, name: str, run: str, end: asyncio.Event, reason: str, *, patience: float = 0.0) -> None:
+        """Have a run stopped that does not ``end`` by itself within ``patience`` seconds."""
 
         async def stop() -> None:
-            end = self._ends.setdefault(run, asyncio.Event())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(end.wait(), patience)
             plugin = self._registry.get(name)
@@ -286,8 +309,9 @@ class Servers:
         sent = self._calls.get((uid, key))
         if sent is None:
             sent = await self._begin_call(name, tool, arguments, uid, key, progress)
-        elif sent.plugin != name or sent.tool != tool:
+        elif sent.awaited or sent.plugin != name or sent.tool != tool:
             raise under_way(key)
+        sent.awaited = True
         try:
             with self._use(name):
                 answer, _ = await sent.reply
@@ -304,7 +328,7 @@ class Servers:
                 raise cancelled(tool) from None
             raise
         finally:
-            self._calls.pop((uid, key), None)
+            del self._calls[uid, key]
         judged = protocol.judge(answer)
         self._record(sent, judged.verdict, judged.detail)
         if judged.verdict in ("input_required", "bad_reply"):
@@ -342,11 +366,12 @@ class Servers:
             with self._use(name):
                 return await self._send(name, tool, arguments, uid, key, progress)
         except asyncio.CancelledError:
-            if (uid, key) not in self._unsent:
+            if self._unsent.get((uid, key)) is not task:
                 raise cancelled(tool) from None
             raise
         finally:
-            self._unsent.pop((uid, key), None)
+            if self._unsent.get((uid, key)) is task:
+                del self._unsent[uid, key]
 
     async def _send(
         self, name: str, tool: str, arguments: Mapping[str, Any], uid: int, key: str, progress: Progress | None
@@ -371,7 +396,8 @@ class Servers:
         data = protocol.request(session.era, number, "tools/call", params, progress=progress is not None)
         if len(data) > protocol.MAX_LINE:
             raise UsageError(f"tool {tool}", f"its arguments are longer than {protocol.MAX_LINE} bytes")
-        sent = Sent(name, uid, session, number, new_event_id(time.time()), tool, digest, time.perf_counter_ns(), reply)
+        sent_ns = time.perf_counter_ns()
+        sent = Sent(name, uid, session.run, number, new_event_id(time.time()), tool, digest, sent_ns, reply)
         started = ToolStarted(tool=tool, uid=uid, arguments_sha256=digest)
         self._audit.record(started, plugin=name, run=session.run, event_id=sent.id)
         await self._audit.flushed()
@@ -421,7 +447,7 @@ class Servers:
 
     def _record(self, sent: Sent, outcome: Any, detail: str | None) -> None:
         record = sent.over(outcome, self._shown(sent.plugin, detail) if detail else None)
-        self._audit.record(record, plugin=sent.plugin, run=sent.session.run, event_id=sent.id)
+        self._audit.record(record, plugin=sent.plugin, run=sent.run, event_id=sent.id)
 
     def _shown(self, name: str, text: str) -> str:
         return shown(text, self._redactor(name))
@@ -436,12 +462,13 @@ class Servers:
 
     @property
     def replied(self) -> bool:
-        """Whether a server has answered its first request, and its session is about to be open."""
-        return any(session.opening.done() for session in self._greeted.values())
+        """Whether an answer is there, to the first request of a session or to a call, that is about to be handled."""
+        calls = any(one.awaited and one.reply.done() for one in self._calls.values())
+        return calls or any(session.opening.done() for session in self._greeted.values())
 
     def pass_on(self, departure: Departure) -> ServersState:
         """Hand every session on, with the calls that are in flight."""
-        calls = tuple(one.pass_on(key) for (_, key), one in self._calls.items() if not one.reply.done())
+        calls = tuple(one.pass_on(key) for (_, key), one in self._calls.items())
         sessions = {**self._sessions, **self._greeted}
         states = {name: session.leave(departure) for name, session in sessions.items() if session.lasts}
         return ServersState(sessions=states, calls=calls)
@@ -456,15 +483,21 @@ class Servers:
             session = Session(one.run, _era(plugin), self._reporter(name), self._fences.of(name))
             awaited = self.awaited.pop(name, {})
             for call in state.calls:
-                if call.plugin == name:
+                if call.plugin == name and call.number in one.deadlines:
                     awaited[call.number] = loop.create_future()
-                    self._calls[call.uid, call.key] = Sent.taken_over(call, session, awaited[call.number])
+                    sent = Sent.taken_over(call, one.run, awaited[call.number])
+                    keep_until_asked_for(self._calls, call.key, sent, self._record)
             with contextlib.suppress(OSError):
                 await session.go_on(one, awaited, descriptors)
                 if one.hello:
                     self._own(name, one.run, self._greet(name, session))
                 else:
                     self._sessions[name] = session
+        for call in state.calls:
+            if (call.uid, call.key) not in self._calls:  # not to be sent again, to another run
+                lost = loop.create_future()
+                lost.set_exception(LostError("its session has ended"))
+                keep_until_asked_for(self._calls, call.key, Sent.taken_over(call, None, lost), self._record)
 
     def _reporter(self, name: str) -> Callable[[Session, str], None]:
         return lambda session, why: self._ended(name, session, why)

@@ -146,20 +146,7 @@ class SqliteQueue(Listing):
             subject=event.subject,
             trace=event.trace,
         )
-        admitted, overflowed = [], []
-        counted: set[str] = set()
-        for subscriber in subscribers:
-            consumer = self._consumer(subscriber.plugin)
-            if consumer.depth + consumer.reserved < self.limit:
-                consumer.reserved += 1
-                admitted.append((subscriber, consumer))
-                # While the event is being synced the way to an idle plugin can be prepared. Not when it may turn out
-                # to be a duplicate: a connection that is made has to be used.
-                if event.dedupe_key is None and consumer.announce():
-                    counted.add(subscriber.plugin)
-            else:
-                overflowed.append(subscriber)
-        entry = Accepting(event, stored, admitted, counted, overflowed, done)
+        entry = Accepting(event, stored, [], set(), [], done)
         if self._accepting is None:
             batch = self._accepting = [entry]
             self.store.submit(
@@ -167,6 +154,18 @@ class SqliteQueue(Listing):
             )
         else:
             self._accepting.append(entry)
+        # Before the transaction, which is for the loop's next turn; what is prepared here begins behind it.
+        for subscriber in subscribers:
+            consumer = self._consumer(subscriber.plugin)
+            if consumer.depth + consumer.reserved < self.limit:
+                consumer.reserved += 1
+                entry.admitted.append((subscriber, consumer))
+                # While the event is being synced the way to an idle plugin can be prepared. Not when it may turn out
+                # to be a duplicate: a connection that is made has to be used.
+                if event.dedupe_key is None and consumer.announce():
+                    entry.counted.add(subscriber.plugin)
+            else:
+                entry.overflowed.append(subscriber)
 
     def _insert(self, db: sqlite3.Connection, batch: list[Accepting]) -> None:
         # May run again when the transaction fails: it must depend on the batch alone.

@@ -66,6 +66,8 @@ class LineProtocol(asyncio.Protocol):
         self._scheduled = False
         self._unsent = b""
         """Bytes to write first: those of the process whose connection this was."""
+        self._gathered: list[bytes] = []
+        """Messages of this turn, to be written in the next one."""
 
     def line_received(self, data: bytes) -> None:
         """Handle a complete line, without its newline."""
@@ -103,6 +105,7 @@ class LineProtocol(asyncio.Protocol):
         """
         transport = self.transport
         assert transport is not None
+        self._write_gathered()
         unread = b"".join(line + b"\n" for line in again) + self._buffer
         number = departure.copy(transport.get_extra_info("socket").fileno())
         state = LineState(socket=number, unread=to_text(unread), unsent=to_text(_unsent(transport)))
@@ -170,11 +173,28 @@ class LineProtocol(asyncio.Protocol):
 
     def send(self, data: bytes) -> None:
         """Write bytes if the connection is open."""
+        if self._gathered:
+            self._write_gathered()
         if self.transport is not None and not self.transport.is_closing():
             self.transport.write(data)
 
+    def send_soon(self, data: bytes) -> None:
+        """As ``send``, in the loop's next turn and together with all else that comes in this one.
+
+        Of many short messages the kernel and the peer have one then: each costs more to hand over than to make.
+        """
+        if not self._gathered:
+            self._loop.call_soon(self._write_gathered)
+        self._gathered.append(data)
+
+    def _write_gathered(self) -> None:
+        gathered, self._gathered = self._gathered, []
+        if gathered and self.transport is not None and not self.transport.is_closing():
+            self.transport.write(gathered[0] if len(gathered) == 1 else b"".join(gathered))
+
     def close(self) -> None:
         """Close once all that was written has been sent, or after ``LINGER`` seconds."""
+        self._write_gathered()
         if self.transport is not None:
             if self.transport.get_write_buffer_size():
                 self._loop.call_later(LINGER, self.transport.abort)

@@ -191,7 +191,7 @@ class Metrics:
     def observe(self, record: Incoming, *, summed: bool = False) -> None:
         """Count one record, whatever its ``data`` holds; ``summed``: it is in a summary, not in the trail itself."""
         kind, data, plugin = record.type, record.data, record.plugin or ""
-        self._of(self._summed if summed else self._records, kind).inc()
+        self._of(self._summed if summed else self._records, kind).value += 1.0
         area, _, what = kind.partition(".")
         if area == "event":
             self._event(what, data, plugin)

@@ -38,6 +38,7 @@ _DENIALS: dict[str, tuple[str, str]] = {
     schema.FsDenied.TYPE: ("file", "path"),
     schema.ApiCalled.TYPE: ("host API", "method"),
 }
+_NOTED = frozenset({*_EVENTS, *_DENIALS, schema.NetConnect.TYPE})
 _REFUSED = frozenset({"denied", "withheld", "limited", "unknown"})
 
 
@@ -52,7 +53,7 @@ class Notable:
 
     def note(self, record: Incoming) -> None:
         """Write the line of a record, if it has one."""
-        if record.plugin is None:
+        if record.plugin is None or record.type not in _NOTED:
             return
         if (found := _EVENTS.get(record.type)) is not None:
             level, text = found

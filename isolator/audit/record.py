@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from isolator.audit.schema import MAX_ID, may_write
+from isolator.audit.schema import IDENTIFIERS, MAX_ID, may_write
 from isolator.base import core
 
 T = TypeVar("T")
@@ -42,9 +42,9 @@ PREV_TAIL = HASH_TAIL + 74
 GAUGES = b'{"gauges":'
 """Beginning of a line that is no record but present values for the metrics."""
 
-_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
+_is_time = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z").fullmatch
 _TYPE = re.compile(r"[a-z][a-z0-9_]{0,31}(?:\.[a-z][a-z0-9_]{0,31}){0,3}")
-_NUMBER = re.compile(r"([0-9a-f]{8}):([0-9]{1,15})")
+_number = re.compile(r"([0-9a-f]{8}):([0-9]{1,15})").fullmatch
 _PLAIN = re.compile(r"[A-Za-z0-9_.:@/+-]{1,256}")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _ODD = re.compile(rb"\x7f|NaN|Infinity")
@@ -85,37 +85,40 @@ def parse_incoming(source: str, line: bytes) -> Incoming:
         value = _parse_leniently(line)
     if not isinstance(value, dict):
         raise RejectedError("not a JSON object")
-    type_, time, data = value.get("type"), value.get("time"), value.get("data")
+    get = value.get
+    type_, time, data = get("type"), get("time"), get("data")
     if not isinstance(type_, str):
         raise RejectedError("no valid type")
     if not may_write(source, type_):
         raise RejectedError(f"the {source} may not send {type_}" if _TYPE.fullmatch(type_) else "no valid type")
-    if not isinstance(time, str) or not _TIME.fullmatch(time):
+    if not isinstance(time, str) or not _is_time(time):
         raise RejectedError("no valid time")
     if data is None:
         data = {}
     if not isinstance(data, dict):
         raise RejectedError("data is not an object")
     cuts: dict[str, dict[str, Any]] = {}
+    origin, session, count, number = source, "", 0, get("n")
+    if isinstance(number, str) and (match := _number(number)):
+        session, count, origin = match[1], int(match[2]), f"{source}:{number}"
+    happened, began = get("mono"), get("since")
+    plugin, run, event, delivery = [
+        None if (text := get(key)) is None else _identifier(text, key, cuts) for key in IDENTIFIERS
+    ]
     incoming = Incoming(
         time,
         type_,
-        _identifier(value, "plugin", cuts),
-        _identifier(value, "run", cuts),
-        _identifier(value, "event_id", cuts),
-        _identifier(value, "delivery_id", cuts),
+        plugin,
+        run,
+        event,
+        delivery,
         data,
-        source,
+        origin,
+        session,
+        count,
+        happened if isinstance(happened, int) else None,
+        began if isinstance(began, int) else None,
     )
-    number = value.get("n")
-    if isinstance(number, str) and (match := _NUMBER.fullmatch(number)):
-        incoming.session, incoming.number = match[1], int(match[2])
-        incoming.origin = f"{source}:{number}"
-    happened, began = value.get("mono"), value.get("since")
-    if isinstance(happened, int):
-        incoming.happened = happened
-    if isinstance(began, int):
-        incoming.began = began
     # A string over the cap or a deep nest only fits into a long or a bracketed line: most lines need no walk.
     if len(line) > MAX_TEXT or line.count(b"{") + line.count(b"[") > MAX_DEPTH:
         incoming.data = cap(data, cuts)
@@ -141,11 +144,8 @@ def _mended(value: Any) -> Any:
     return value
 
 
-def _identifier(value: dict[str, Any], key: str, cuts: dict[str, dict[str, Any]]) -> str | None:
+def _identifier(text: Any, key: str, cuts: dict[str, dict[str, Any]]) -> str:
     """An identifier, cut like any string: a caller may name a plugin as it likes, and is on record all the same."""
-    text = value.get(key)
-    if text is None:
-        return None
     if not isinstance(text, str):
         raise RejectedError(f"{key} is not a string")
     if len(text) <= MAX_ID:
@@ -221,8 +221,10 @@ def spell(seq: int, record: Incoming, prev: str) -> tuple[bytes, str]:
     except (ValueError, TypeError, RecursionError):
         raise RejectedError("data has a value that JSON cannot hold") from None
     cut = f',"cut":{_ascii(record.cut)}' if record.cut else ""
+    # With a number it is as plain as its pattern, and there is no other like it to be remembered.
+    origin = f'"{record.origin}"' if record.number else quoted(record.origin)
     body = (
-        f'{{"seq":{seq},"time":"{record.time}","type":"{record.type}","origin":{quoted(record.origin)}'
+        f'{{"seq":{seq},"time":"{record.time}","type":"{record.type}","origin":{origin}'
         f',"plugin":{quoted(record.plugin)},"run":{quoted(record.run)},"event_id":{quoted(record.event_id)}'
         f',"delivery_id":{quoted(record.delivery_id)},"data":{data}{cut},"prev":"{prev}"'
     ).encode("ascii")

@@ -186,13 +186,17 @@ def _advance(end: ChainEnd, line: bytes) -> None:
     follow_run(end.runs, record.type, record.plugin, record.run)
 
 
+_BEGINS = frozenset({schema.PluginStarted.TYPE, schema.ExecStarted.TYPE, schema.RunStarted.TYPE})
+_ENDS = frozenset({schema.PluginStopped.TYPE, schema.PluginCrashed.TYPE, schema.ExecEnded.TYPE, schema.RunEnded.TYPE})
+
+
 def follow_run(runs: dict[str, str], kind: str, plugin: str | None, run: str | None) -> None:
     """Update ``runs``, those without an end, with one more record of the trail."""
     if run is None:
         return
-    if kind in (schema.PluginStarted.TYPE, schema.ExecStarted.TYPE, schema.RunStarted.TYPE) and plugin is not None:
+    if kind in _BEGINS and plugin is not None:
         runs[run] = plugin
-    elif kind in (schema.PluginStopped.TYPE, schema.PluginCrashed.TYPE, schema.ExecEnded.TYPE, schema.RunEnded.TYPE):
+    elif kind in _ENDS:
         runs.pop(run, None)
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from isolator.audit.budget import WINDOW, Budgets
-from isolator.audit.cause import Causes, CauseState
+from isolator.audit.cause import TAGGED, Causes, CauseState
 from isolator.audit.client import utc_now
 from isolator.audit.log import Chain, Limits, Outlook, Trail
 from isolator.audit.metrics import Metrics, MetricState
@@ -242,22 +242,25 @@ class Writer:
 
     def _handle(self, source: Source, packet: bytes) -> None:
         assert self._chain is not None
-        now = time.monotonic_ns()
+        now, name = time.monotonic_ns(), source.name
+        is_host = name == HOST
         refused: dict[str, list[bytes]] = {}
-        for line in packet.split(b"\n"):
-            source.received += 1
-            if line.startswith(GAUGES) and source.name == HOST:
+        lines = packet.split(b"\n")
+        source.received += len(lines)
+        for line in lines:
+            if is_host and line.startswith(GAUGES):
                 self._take_gauges(line)
                 continue
             try:
-                record = parse_incoming(source.name, line)
-                if record.number and not self._is_new(record, source.name, now):
+                record = parse_incoming(name, line)
+                if record.number and not self._is_new(record, name, now):
                     continue
-                if source.name == HOST:
+                if is_host:
                     self._causes.observe(record, now)
-                self._causes.tag(record, now)
+                if record.type in TAGGED:
+                    self._causes.tag(record, now)
                 self._notable.note(record)
-                if not self._budgets.admit(record, source.name):
+                if not self._budgets.admit(record, name):
                     self._chain.count(record)
                     self.metrics.observe(record, summed=True)
                     if self._summary_timer is None:
@@ -273,7 +276,7 @@ class Writer:
                 AuditGap(
                     count=len(lines),
                     why=f"refused: {why}",
-                    source=source.name,
+                    source=name,
                     sha256=hashlib.sha256(lines[0]).hexdigest(),
                     text=lines[0][:512].decode("ascii", "replace"),
                 )
@@ -286,7 +289,10 @@ class Writer:
     def _is_new(self, record: Incoming, source: str, now: int) -> bool:
         """Whether a numbered record is not in the trail yet; records how many were lost before it."""
         assert self._chain is not None
-        session, _, last = self._chain.origins.get(source, "").partition(":")
+        before = self._chain.origins.get(source, "")
+        if before == f"{record.session}:{record.number - 1}":  # as nearly every one is: the next
+            return True
+        session, _, last = before.partition(":")
         if session != record.session:
             if source == HOST and session:
                 self._causes.host_restarted(now)

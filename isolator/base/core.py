@@ -6,6 +6,7 @@ Whoever imports the package later gets the whole of it.
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 from importlib import import_module
@@ -13,14 +14,10 @@ from importlib.util import find_spec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pydantic_core import (
-        PydanticSerializationError,
-        SchemaError,
-        SchemaValidator,
-        ValidationError,
-        from_json,
-        to_json,
-    )
+    from collections.abc import Callable
+    from typing import Any
+
+    from pydantic_core import PydanticSerializationError, SchemaError, SchemaValidator, ValidationError, to_json
 
 _PACKAGE = "pydantic_core"
 __all__ = ["PydanticSerializationError", "SchemaError", "SchemaValidator", "ValidationError", "from_json", "to_json"]
@@ -41,5 +38,18 @@ def _load() -> types.ModuleType:
     return import_module(_PACKAGE)
 
 
+def _without_cache(read: Callable[..., Any]) -> Callable[..., Any]:
+    """``from_json`` without its cache of short strings, where that can be left out (pydantic 2.7).
+
+    Records and requests are nearly all new strings, which cost a third of their reading to look up there.
+    """
+    try:
+        read(b"0", cache_strings=False)
+    except TypeError:
+        return read
+    return functools.partial(read, cache_strings=False)
+
+
 _core = _load()
 globals().update({name: getattr(_core, name) for name in __all__})
+from_json = _without_cache(_core.from_json)

@@ -91,6 +91,12 @@ def give_asyncio_tls() -> None:
 
     for module in (asyncio.base_events, asyncio.selector_events):
         vars(module)["ssl"] = ssl
+    __import__("logging").getLogger("asyncio").addFilter(_is_news)
+
+
+def _is_news(record: Any) -> bool:
+    """Whether a record of asyncio's tells anything: of its own streams it warns at the end of each TLS connection."""
+    return not str(record.msg).startswith("returning true from eof_received() has no effect")
 
 
 def _is_coroutine_function(function: Callable[..., Any]) -> bool:

@@ -80,7 +80,7 @@ class Broker:
         """Hand every cage on to another broker: its sockets, its connections, and those that are not decided yet."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SETTLE):
-                while self._supervisor.serving > 1:  # noqa: ASYNC110 # this request is one
+                while self._supervisor.serves_beside({messages.Leave.op}):  # noqa: ASYNC110 # each is answered soon
                     await asyncio.sleep(SETTLE_BEAT)
         self._ticker.cancel()
         departure = Departure()

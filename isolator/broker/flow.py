@@ -20,6 +20,7 @@ from typing import Any, Literal, NotRequired, Self, TypedDict
 from isolator.audit.schema import NetClosed, NetConnect, NetDenied
 from isolator.broker.gate.gate import Gate, GateState
 from isolator.broker.relay import Pipe, PipeState, Scratch, reset
+from isolator.broker.turns import Turns
 from isolator.broker.virtual import Entry
 from isolator.ipc.body import Body
 from isolator.ipc.fence import Fence
@@ -178,19 +179,19 @@ class Flow:
             first=to_bytes(state.first), before=state.pipes,
         )  # fmt: skip
 
-    def join_again(self, scratch: Scratch, fence: Fence, gate: Callable[[GateState], Gate]) -> None:
+    def join_again(self, scratch: Scratch, fence: Fence, turns: Turns, gate: Callable[[GateState], Gate]) -> None:
         """Make the two pipes go on that another broker had; ``gate`` makes a gate of its state."""
         (forth, back), self.before = self.before, ()
         gates = [gate(one.gate) if one.gate is not None else None for one in (forth, back)]
-        up, down = self.join(scratch, fence)
+        up, down = self.join(scratch, fence, turns)
         up.take_over(forth, down, gates[0])
         down.take_over(back, up, gates[1])
 
-    def join(self, scratch: Scratch, fence: Fence) -> tuple[Pipe, Pipe]:
+    def join(self, scratch: Scratch, fence: Fence, turns: Turns) -> tuple[Pipe, Pipe]:
         """Make the two pipes, client to server first; neither is started."""
         assert self.server is not None
         forth, back = (self.client, self.server), (self.server, self.client)
-        self.pipes = [Pipe(*forth, scratch, fence), Pipe(*back, scratch, fence)]
+        self.pipes = [Pipe(*forth, scratch, fence, turns), Pipe(*back, scratch, fence, turns)]
         return self.pipes[0], self.pipes[1]
 
     async def relay(self) -> bool:

@@ -23,6 +23,7 @@ from isolator.broker.flow import Flow, FlowState, FlowTable
 from isolator.broker.gate.gate import Gate, GateState
 from isolator.broker.relay import Scratch, keep_alive, reset
 from isolator.broker.repeats import Write
+from isolator.broker.turns import Turns
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.accept_loop import AcceptLoop
 from isolator.ipc.body import Body
@@ -65,13 +66,14 @@ class Inbound:
         fence: Fence,
         scratch: Scratch,
         buffers: Buffers,
+        turns: Turns,
         *,
         limit: int,
         refusal: Callable[[], DenialRule | None],
     ) -> None:
         self.flows = FlowTable(limit)
         self._fetch, self._write, self._scratch, self._refusal = fetch, write, scratch, refusal
-        self._buffers, self._fence = buffers, fence
+        self._buffers, self._fence, self._turns = buffers, fence, turns
         self._loop = asyncio.get_running_loop()
         self._stock: deque[socket.socket] = deque()
         self._tasks = Tasks()
@@ -123,7 +125,7 @@ class Inbound:
         orderly = False
         try:
             if flow.before:
-                flow.join_again(self._scratch, self._fence, _no_gate)
+                flow.join_again(self._scratch, self._fence, self._turns, _no_gate)
             else:
                 await self._fence.opened()
                 flow.server = await self._connect(flow)
@@ -132,7 +134,7 @@ class Inbound:
                 for sock in (flow.client, flow.server):
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     keep_alive(sock)
-                for pipe in flow.join(self._scratch, self._fence):
+                for pipe in flow.join(self._scratch, self._fence, self._turns):
                     pipe.start()
             orderly = await flow.relay()
         except OSError as error:

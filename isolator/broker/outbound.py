@@ -42,6 +42,7 @@ from isolator.broker.nat64 import Nat64
 from isolator.broker.relay import Scratch, keep_alive, reset
 from isolator.broker.repeats import Repeatable, RepeatCounter
 from isolator.broker.resolver import HostResolvers, ResolveError, Resolver
+from isolator.broker.turns import Turns
 from isolator.broker.virtual import EntryState, VirtualPool
 from isolator.ipc.accept_loop import AcceptLoop
 from isolator.ipc.body import Body, Json
@@ -122,7 +123,7 @@ class Outbound:
         self._loop = asyncio.get_running_loop()
         self._flows = FlowTable(policy.connects_open)
         self._buffers = Buffers()
-        self._looking = Looking()
+        self._looking, self._turns = Looking(), Turns()
         self._pool = VirtualPool(rules, self._loop.time)
         self._resolver = Resolver(policy.resolvers, shared.resolvers, fence)
         self._proxy: Proxy | None = None
@@ -143,7 +144,7 @@ class Outbound:
         self._loop.add_reader(log, self._read_refusals)
         self._inbound = Inbound(
             zip(inbound, policy.listen, strict=True), fetch, self._write_inbound, fence, shared.scratch, self._buffers,
-            limit=policy.connects_open, refusal=shared.unrecordable,
+            self._turns, limit=policy.connects_open, refusal=shared.unrecordable,
         )  # fmt: skip
 
     async def pass_on(self, departure: Departure) -> CageState:
@@ -247,7 +248,7 @@ class Outbound:
         orderly = False
         try:
             if flow.before:
-                flow.join_again(self._shared.scratch, self._fence, partial(self._gate_again, flow))
+                flow.join_again(self._shared.scratch, self._fence, self._turns, partial(self._gate_again, flow))
             else:
                 await self._connect(flow)
             orderly = await flow.relay()
@@ -297,7 +298,7 @@ class Outbound:
     def _join(self, flow: Flow, gate: Gate | None = None, first: bytes = b"") -> None:
         flow.recorded, flow.first = True, b""
         self._write(flow.opened(), happened_ns=flow.began)
-        up, down = flow.join(self._shared.scratch, self._fence)
+        up, down = flow.join(self._shared.scratch, self._fence, self._turns)
         if gate is not None:
             up.guard(gate, down)
         down.start()

@@ -2,7 +2,8 @@
 
 Callbacks on the event loop rather than streams: one read buffer serves every flow, and a direction keeps bytes of its
 own only while its sink is full, at most one read's worth; its source then waits, and TCP makes the sender wait. Where
-nobody looks at the bytes and there are many, the kernel moves them from one socket to the other (``splice``).
+nobody looks at the bytes and there are many, the kernel moves them from one socket to the other (``splice``). However
+many flows a cage has, they hold up those of other cages no longer than one would (``Turns``).
 
 A flow to a name has a ``Gate`` between client and server until everything may pass; then its bytes are not looked at.
 While looking has cost the cage too much, such a flow is not read.
@@ -20,9 +21,11 @@ import os
 import socket
 import struct
 from functools import cached_property
+from time import thread_time
 
 from isolator.broker.gate.gate import Gate, GateState
 from isolator.broker.guard import Denied
+from isolator.broker.turns import Turns
 from isolator.ipc.body import Body
 from isolator.ipc.fence import Fence
 from isolator.ipc.succession import to_bytes, to_text
@@ -93,7 +96,9 @@ class Pipe:
     ``denied``: the refusal of something that the client sent. ``gate`` holds back what has to be looked at.
     """
 
-    def __init__(self, source: socket.socket, sink: socket.socket, scratch: Scratch, fence: Fence) -> None:
+    def __init__(
+        self, source: socket.socket, sink: socket.socket, scratch: Scratch, fence: Fence, turns: Turns
+    ) -> None:
         self.total = 0
         self.touched = 0.0
         self.error: OSError | None = None
@@ -101,7 +106,7 @@ class Pipe:
         self.gate: Gate | None = None
         self._answers: Pipe | None = None
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._source, self._sink, self._scratch, self._fence = source, sink, scratch, fence
+        self._source, self._sink, self._scratch, self._fence, self._turns = source, sink, scratch, fence, turns
         # For the loop, which formats a socket that it does not know into an exception: two system calls each time.
         self._in, self._out = source.fileno(), sink.fileno()
         self._loop = asyncio.get_running_loop()
@@ -163,9 +168,29 @@ class Pipe:
             self._incomplete()
 
     def _readable(self) -> None:
+        if self._turns.over:
+            self._read(False)
+            self._turns.wait(self._in_turn)
+        else:
+            self._take_turn()
+
+    def _in_turn(self) -> None:
+        """Go on, unless it has by now, or waits for something else."""
+        waits = self.gate is not None and self.gate.waiting
+        if not (self._reading or self._rest or self.ended.done() or waits):
+            self._read(True)
+            self._take_turn()
+
+    def _take_turn(self) -> None:
+        began, self.touched = thread_time(), self._loop.time()
+        try:
+            self._read_some()
+        finally:
+            self._turns.took(thread_time() - began)
+
+    def _read_some(self) -> None:
         buffer = self._scratch.buffer
         size = CHUNK if self._scratch.waiting < BUDGET else SMALL
-        self.touched = self._loop.time()
         for _ in range(_ROUNDS if self.gate is None else 1):
             work = self.gate.work if self.gate is not None else None
             if work is not None:
@@ -297,7 +322,7 @@ class Pipe:
             self._loop.remove_writer(self._out)
             self._fence.stall(self._thawed)
             return
-        self.touched = self._loop.time()
+        began, self.touched = thread_time(), self._loop.time()
         try:
             sent = self._sink.send(self._rest)
         except BlockingIOError:
@@ -305,6 +330,7 @@ class Pipe:
         except OSError as error:
             self._fail(error)
             return
+        self._turns.took(thread_time() - began)
         self.total += sent
         self._keep(self._rest[sent:])
         if not self._rest:

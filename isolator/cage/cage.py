@@ -4,9 +4,10 @@
         await cage.start()
         end = await cage.wait()
 
-Start, in order: a spare is taken (isolator.cage.warm_pool: a parked process, its groups, a network without rules);
-every layer prepares; the parked process is sent the plan and clones the cage; the child applies the layers to itself
-and reports, while the network's rules are loaded; every layer is confirmed from the kernel; only then may it exec.
+Start, in order: a spare is taken (isolator.cage.warm_pool: a parked process, its groups, a network without rules); the
+parked process clones the cage; every layer prepares, while the child makes its /proc; the child is sent the plan,
+applies the layers to itself and reports, while the network's rules are loaded and what is in force is read back; every
+layer is confirmed from the kernel; only then may it exec.
 Whatever fails on the way destroys all of it and raises ConfinementError with the step and the kernel's reason. Leaving
 the context kills what is left, and releases the layers in reverse order.
 """
@@ -29,7 +30,7 @@ from isolator.cage.processes import CageExit, CageProcesses
 from isolator.cage.runtime import CageRuntime
 from isolator.cage.warm_pool import Spare
 from isolator.errors import ConfinementError, ExecError
-from isolator.ipc.packet import receive_packet, send_message, send_packet
+from isolator.ipc.packet import receive_what_is_left, send_message, send_packet
 from isolator.launcher.client import Clone, Launcher, clone_remedy
 from isolator.layers.base import CageSpec, Kept, Layer, Process
 from isolator.layers.capabilities import Capabilities
@@ -40,7 +41,7 @@ from isolator.layers.landlock import Landlock
 from isolator.layers.namespaces import Namespaces
 from isolator.layers.network.layer import Network
 from isolator.layers.no_new_privs import NoNewPrivs
-from isolator.layers.plan import Plan
+from isolator.layers.plan import Birth, Plan
 from isolator.layers.proc.layer import Proc
 from isolator.layers.rlimits import Rlimits
 from isolator.layers.seccomp.layer import Seccomp
@@ -160,24 +161,15 @@ class Cage:
             leaf = Leaf.under(runtime.subtree, spec.leaf, spec.policy.resources)
             runtime.journal.record(Entry(spec.leaf, "leaf", tuple(map(str, leaf.folders()))))
             mark("journal")
-            plan = Plan(cage=spec.leaf, argv=spec.argv, env=spec.env, cwd=spec.cwd)
-            plan.to_group, plan.terminal = spec.to_group, spec.terminal
-            plan.fds = {"stdin": self._stdio.stdin, "stdout": self._stdio.stdout, "stderr": self._stdio.stderr}
+            birth = Birth()
             try:
                 for layer in self._layers:
-                    layer.prepare(spec, plan)
-                    mark(f"prepare {layer.name}")
-                    self._proc.leaf = self._cgroup.leaf
-                if spare.groups is not None:
-                    spare.hand_over_groups()
-                packet, fds = plan.pack()
-                with contextlib.suppress(BrokenPipeError):  # it has died, as the end of its link shows below
-                    send_message(spare.link, packet, fds)
-                if "cgroup" in plan.fds:
-                    self._kept_by = runtime.launcher
-                    await runtime.launcher.keep(spec.leaf, plan.fds["cgroup"])
+                    layer.prepare_birth(spec, birth)
+                _send_to(spare, *birth.pack())
+                mark("birth")
+                await self._prepare(spare, birth, mark)
             finally:
-                plan.close_owned()
+                birth.close()
             if self._network in self._layers:
                 self._loading = asyncio.create_task(self._load_network())
             mark("send")
@@ -185,6 +177,26 @@ class Cage:
         finally:
             if runtime.keep_warm:
                 runtime.pool.refill(layers)
+
+    async def _prepare(self, spare: Spare, birth: Birth, mark: Stopwatch) -> None:
+        """Make the plan and send it; meanwhile the cage is born."""
+        spec, launcher = self.spec, self._runtime.launcher
+        plan = Plan(cage=spec.leaf, argv=spec.argv, env=spec.env, cwd=spec.cwd)
+        plan.to_group, plan.terminal = spec.to_group, spec.terminal
+        plan.fds = {"stdin": self._stdio.stdin, "stdout": self._stdio.stdout, "stderr": self._stdio.stderr}
+        try:
+            for layer in self._layers:
+                layer.prepare(spec, plan)
+                mark(f"prepare {layer.name}")
+                self._proc.leaf = self._cgroup.leaf
+            if spare.groups is not None:
+                spare.hand_over_groups()
+            _send_to(spare, *plan.pack())
+            if birth.cgroup >= 0:
+                self._kept_by = launcher
+                await launcher.keep(spec.leaf, birth.cgroup)
+        finally:
+            plan.close_owned()
 
     async def _load_network(self) -> None:
         await apart(lambda: self._network.load(self.spec))
@@ -201,9 +213,7 @@ class Cage:
         if self._loading is not None:
             await asyncio.shield(self._loading)  # a cancelled start waits for it in ``release``
         mark("network")
-        for layer in self._layers:
-            if not layer.from_birth:
-                layer.confirm(self._process)
+        self._confirm("end")
         if self._cgroup in self._layers:
             self._cgroup.cap_processor()
             if self._cgroup.caps_disks:
@@ -223,16 +233,21 @@ class Cage:
         self.processes.started = time.monotonic()
 
     async def _wait_caged(self, spare: Spare, mark: Stopwatch) -> None:
-        """Wait for two messages in either order: the clone's pid from the parked process, "caged" from the cage."""
-        caged = False
-        while self._processes is None or not caged:
+        """Wait for three messages: the clone's pid from the parked process, "viewed" and "caged" from the cage.
+
+        The first may come after either of the others.
+        """
+        viewed = confirmed = caged = False
+        while not (caged and confirmed):
             answer, fds = await self._receive(spare)
             if "pid" in answer:
                 self._born(answer, fds, spare)
                 mark("clone")
-                self._confirm_birth(spare)
+                self._confirm_early("birth", spare)
                 self.processes.watch_memory()
                 mark("confirm groups")
+            elif answer.get("step") == "viewed":
+                viewed = True
             elif answer.get("step") == "caged":
                 caged = True
                 self.listener = fds[0] if fds else -1
@@ -241,21 +256,30 @@ class Cage:
                     self.steps.update({f"enter {step}": float(ms) for step, ms in took.items()})
             else:
                 raise self._failure(answer)
+            if viewed and not confirmed and self._processes is not None:
+                mark("view")
+                self._confirm_early("view", spare)
+                confirmed = True
+                mark("confirm view")
         mark("enter")
 
-    def _confirm_birth(self, spare: Spare) -> None:
+    def _confirm(self, moment: str) -> None:
+        for layer in self._layers:
+            if layer.in_force_from == moment:
+                layer.confirm(self._process)
+
+    def _confirm_early(self, moment: str, spare: Spare) -> None:
         try:
-            for layer in self._layers:
-                if layer.from_birth:
-                    layer.confirm(self._process)
-        except ConfinementError:
+            self._confirm(moment)
+        except (ConfinementError, OSError):
             # A process that has failed and ended is in no group any more; its report came before that.
             with contextlib.suppress(BlockingIOError):
-                packet, fds = receive_packet(spare.link)
-                close_all(fds)
-                answer = json.loads(packet) if packet else {}
-                if answer.get("step") != "caged":
-                    raise self._failure(answer) from None
+                while True:
+                    packet, fds = receive_what_is_left(spare.link)
+                    close_all(fds)
+                    answer = json.loads(packet) if packet else {}
+                    if answer.get("step") not in ("viewed", "caged"):
+                        raise self._failure(answer) from None
             raise
 
     def _born(self, answer: dict[str, object], fds: list[int], spare: Spare) -> None:
@@ -270,7 +294,7 @@ class Cage:
         await spare.ended()
         with contextlib.suppress(OSError):
             while True:
-                packet, fds = receive_packet(spare.link)
+                packet, fds = receive_what_is_left(spare.link)
                 answer = json.loads(packet) if packet else {}
                 if "pid" in answer:
                     self._born(answer, fds, spare)
@@ -283,7 +307,7 @@ class Cage:
         """Receive the next message of the link; empty after exec (or death, which ``wait`` tells apart)."""
         while True:
             try:
-                packet, fds = receive_packet(spare.link)
+                packet, fds = receive_what_is_left(spare.link)
             except BlockingIOError:
                 await readable(spare.link.fileno())
                 continue
@@ -450,6 +474,11 @@ class Cage:
                 await _empty(self._cgroup.leaf)
             layer.release()
         self._runtime.journal.forget(self.spec.leaf)
+
+
+def _send_to(spare: Spare, packet: bytes, fds: list[int]) -> None:
+    with contextlib.suppress(BrokenPipeError):  # it has died, as the end of its link will show
+        send_message(spare.link, packet, fds)
 
 
 async def _empty(leaf: Leaf) -> None:

@@ -13,6 +13,7 @@ from isolator.ipc.packet import pair
 from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.cgroup.subtree import Subtree
 from isolator.layers.plan import ParkOrder
+from isolator.layers.proc.layer import new_figures
 from isolator.linux.capability import last_capability
 from isolator.linux.descriptors import FdSet
 from isolator.recovery.journal import Entry, Journal
@@ -23,7 +24,7 @@ PREFIX = "_spare."
 
 @struct_class()
 class Parking:
-    """The two ends of a parked process's link and status pipe, and the v1 groups that it puts itself into."""
+    """What one parked process has in common with its maker: link, status pipe, figures, and v1 groups."""
 
     name: str
     layers: frozenset[str]
@@ -35,8 +36,10 @@ class Parking:
     """The pipe's end on which pid 1 of the cage reports; non-blocking."""
     groups: Leaf | None
     """The v1 groups, where there are any."""
+    figures: int
+    """A file system for the figures of the cage's /proc; -1: its cage has none."""
     its: FdSet
-    """What is for the parked process: its ends, and each of the groups."""
+    """What is for the parked process: its ends, the figures, and each of the groups."""
     asked: bool = False
     """Whether the launcher has the order."""
 
@@ -49,6 +52,8 @@ class Parking:
         self.its.close()
         self.link.close()
         os.close(self.status)
+        if self.figures >= 0:
+            os.close(self.figures)
         if self.groups is not None:
             self.groups.remove()
             self.journal.forget(self.name)
@@ -62,10 +67,13 @@ def new_parking(journal: Journal, subtree: Subtree, layers: frozenset[str]) -> P
     name = PREFIX + os.urandom(6).hex()
     link, its_link = pair()
     status, its_status = os.pipe2(os.O_CLOEXEC)
-    parking = Parking(name, layers, journal, link, status, None, FdSet([its_link.detach(), its_status]))
+    parking = Parking(name, layers, journal, link, status, None, -1, FdSet([its_link.detach(), its_status]))
     link.setblocking(False)
     os.set_blocking(status, False)
     try:
+        if "proc" in layers:
+            parking.figures = new_figures()
+            parking.its.add(os.dup(parking.figures))
         if "cgroup" in layers and subtree.v1:
             groups = Leaf.under(subtree, name)
             journal.record(Entry(name, "spare", tuple(map(str, dict.fromkeys(groups.v1.values())))))

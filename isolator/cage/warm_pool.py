@@ -25,7 +25,6 @@ from isolator.errors import ConfinementError, IsolatorError
 from isolator.ipc.packet import receive_packet
 from isolator.ipc.tasks import Tasks
 from isolator.layers.cgroup.leaf import kill_first
-from isolator.layers.proc.layer import new_figures
 from isolator.linux.apart import apart
 from isolator.linux.readable import readable
 
@@ -228,9 +227,6 @@ async def _make_spare(launcher: Launcher, parking: Parking, *, hurried: bool) ->
             undo.push_async_callback(_release_network, making)
         parked = await asyncio.shield(asking)
         spare = _spare(launcher, parking, parked)
-        if "proc" in parking.layers:
-            spare.figures = new_figures()
-            undo.callback(os.close, spare.figures)
         if "cgroup" in parking.layers:
             await _take_in(spare)
         if making is not None:
@@ -267,7 +263,7 @@ async def _take_in(spare: Spare) -> None:
 def _spare(launcher: Launcher, parking: Parking, parked: Clone) -> Spare:
     return Spare(
         parking.name, parking.layers, launcher, parking.journal, parking.link, parking.status, parked.pid,
-        parked.pidfd, groups=parking.groups,
+        parked.pidfd, parking.figures, groups=parking.groups,
     )  # fmt: skip
 
 

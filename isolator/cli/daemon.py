@@ -45,7 +45,7 @@ def run_daemon(
     zygotes = Zygotes()
     if adopt is None and check_handover is None:
         zygotes.begin()  # it imports what it needs while this process does
-    from isolator.policy.parse.load import load_host_config
+    from isolator.supervisor.reload import settings
     from isolator.supervisor.reload.program import Program
     from isolator.supervisor.reload.signals import HELD
     from isolator.supervisor.services import CERTIFYING_HOST, HOST_MODULE
@@ -57,12 +57,13 @@ def run_daemon(
         print(check(paths, config, check_handover))
         return
     before: DaemonState | None = None
+    host_file, host_toml = Path(config) if config else paths.host_toml, None
     if adopt is not None:
         from isolator.supervisor.reload.adopt import take_over
 
-        before = take_over(adopt)
+        before, host_toml = take_over(adopt)
     program = Program.of_this_process()
-    host_config = load_host_config(Path(config) if config else paths.host_toml)
+    host_config = settings.settings_of(host_toml, host_file)
     host_module = CERTIFYING_HOST if certifying else HOST_MODULE
 
     async def main() -> None:
@@ -86,17 +87,18 @@ def run_daemon(
             async def perform(generation: int) -> None:
                 from isolator.supervisor.reload.reloader import reload
 
-                await reload(daemon, program, generation)
+                await reload(daemon, program, generation, host_file, stopping.is_set)
 
             try:
                 daemon.reloads.perform = perform
+                settings.note_change(host_toml, host_file)
                 if before is None:
                     print("isolator: ready", flush=True)
                 notify("READY=1\nSTATUS=")
                 loop.call_soon(spare_the_collector)
                 extending.cancel()
                 watchdog.keep("watchdog", _watchdog)
-                hang_up.allow(daemon.reloads.ask)
+                hang_up.allow(daemon.reloads.ask_for_one_more)
                 await stopping.wait()
                 watchdog.cancel()
             finally:
@@ -113,7 +115,7 @@ def _has_terminal() -> bool:
 
 
 class _HangUp:
-    """Handler of SIGHUP: a reload. One that comes before the daemon is up is done then."""
+    """Handler of SIGHUP: a reload. One that comes before the daemon is up, or during another, is done then."""
 
     def __init__(self) -> None:
         self._reload: Callable[[], object] | None = None

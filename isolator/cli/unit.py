@@ -49,7 +49,9 @@ _UNIT = """\
 # /etc/systemd/system/isolator.service.d/local.conf ('systemctl edit isolator').
 [Unit]
 Description=Isolator: runs untrusted plugins in cages
-After=local-fs.target network.target nss-user-lookup.target
+After=local-fs.target network.target nss-user-lookup.target modprobe@loop.service
+# DeviceAllow=block-loop means the number that the module has when the unit starts: none if it is not loaded.
+Wants=modprobe@loop.service
 # A daemon that cannot start for a while (a full disk) must come back when it can.
 StartLimitIntervalSec=0
 

@@ -184,10 +184,9 @@ class Channel:
         if not self.closed.is_set():
             self._send({"op": op, **fields}, fds)
 
-    @property
-    def serving(self) -> int:
-        """Number of the peer's requests that are not answered."""
-        return len(self._tasks)
+    def serves_beside(self, ops: Collection[str]) -> bool:
+        """Whether one of the peer's requests is not answered that has none of these ops."""
+        return any(message.fields["op"] not in ops for message in self._tasks.values())
 
     def close(self) -> None:
         """Close this end; pending calls fail, handlers that still run are cancelled."""

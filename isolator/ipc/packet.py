@@ -79,6 +79,14 @@ def receive_packet(sock: socket.socket, *, peek: bool = False) -> tuple[bytes, l
     return payload, list(fds)
 
 
+def receive_what_is_left(sock: socket.socket) -> tuple[bytes, list[int]]:
+    """As ``receive_packet``, from a peer that may have ended with messages unread: that is told first (ECONNRESET)."""
+    try:
+        return receive_packet(sock)
+    except ConnectionResetError:
+        return receive_packet(sock)
+
+
 def drop_packet(sock: socket.socket) -> None:
     """Take the packet that was looked at. Descriptors of it that were received stay open."""
     sock.recv(1)

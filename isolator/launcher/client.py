@@ -80,14 +80,15 @@ class Launcher:
         """The launcher's pid (to be put into its group)."""
         return self._process.pid
 
-    async def park(self, link: int, status: int, *groups: int, layers: frozenset[str], hurried: bool = False) -> Clone:
+    async def park(self, link: int, status: int, *others: int, layers: frozenset[str], hurried: bool = False) -> Clone:
         """Park a process that will become a cage with these layers (isolator.launcher.prefork).
 
-        The descriptors, its end of the link and of the status pipe and the v1 groups for it, stay the caller's. Raises
-        ConfinementError, or UnavailableError when the launcher is not running.
+        The descriptors, its end of the link and of the status pipe, the figures of a cage with the layer proc and the
+        v1 groups for it, stay the caller's. Raises ConfinementError, or UnavailableError when the launcher is not
+        running.
         """
         self._require()
-        await self._send(ParkOrder(layers, last_capability(), hurried).pack(), [link, status, *groups])
+        await self._send(ParkOrder(layers, last_capability(), hurried).pack(), [link, status, *others])
         return await self.parked()
 
     async def parked(self) -> Clone:

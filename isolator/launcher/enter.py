@@ -3,8 +3,9 @@
 The child is born in its cgroups, has mount, ipc, uts and pid namespaces of its own, and inherits the work that layers
 did ahead in the parked process (isolator.launcher.prefork). Order matters, and each place has its reason:
 
+ 0. proc         /proc and its covers, which need the pid namespace alone; meanwhile the supervisor makes the plan
  1. filesystem   fill the view, whose places were made ahead; meanwhile the supervisor loads the cage's network rules
-    proc         /proc and its covers, in that view
+    proc         the groups, in that view; report ``viewed``: the supervisor reads the mounts back meanwhile
  2. rlimits      once the mounts' descriptors are closed, which may be more than the limit; most are set ahead
  3. namespaces   cgroup namespace, own session, host name
  4. network      enter the network namespace
@@ -29,7 +30,7 @@ import socket
 import stat
 from typing import Any, NoReturn
 
-from isolator.ipc.packet import send_packet
+from isolator.ipc.packet import receive_message, send_packet
 from isolator.launcher import init
 from isolator.layers.capabilities import CapabilitiesSection
 from isolator.layers.filesystem import FilesystemSection
@@ -37,7 +38,7 @@ from isolator.layers.landlock import LandlockSection
 from isolator.layers.namespaces import NamespacesSection
 from isolator.layers.network.layer import NetworkSection
 from isolator.layers.no_new_privs import NoNewPrivsSection
-from isolator.layers.plan import Plan, Section
+from isolator.layers.plan import ParkOrder, Plan, Section
 from isolator.layers.proc.layer import ProcSection
 from isolator.layers.rlimits import RlimitsSection
 from isolator.layers.seccomp.layer import LISTENER, SeccompSection
@@ -50,12 +51,40 @@ STEPS: tuple[type[Section], ...] = (
     NoNewPrivsSection, LandlockSection,
 )  # fmt: skip
 """The sections that a process enters, in the order of the module's text; seccomp follows after the other steps."""
+_LAST_OF_VIEW = ProcSection
 
 
-def enter_cage(plan: Plan, link: socket.socket, status: int) -> NoReturn:
-    """Turn the calling process, a fresh clone, into the cage that ``plan`` describes; never returns."""
+def be_born(order: ParkOrder, link: socket.socket, status: int) -> NoReturn:
+    """Begin as the cage that a process was parked for, and enter it once its plan is there; never returns."""
     step = "start"
     took: dict[str, float] = {}
+    try:
+        mark = Stopwatch(took)
+        for kind in STEPS:
+            step = kind.kind
+            if step in order.layers:
+                kind.enter_born(order)
+        mark("born")
+        step = "plan"
+        packet, fds = receive_message(link)
+        if not packet:
+            os._exit(125)  # the supervisor gave up on this cage
+        mark("wait")
+        plan = Plan.unpack(packet, fds)
+        mark("plan")
+    except BaseException as error:  # nothing may escape into the launcher's loop, which this process is a copy of
+        _send(link, failure(step, error), [])
+        os._exit(125)
+    enter_cage(plan, link, status, took)
+
+
+def enter_cage(plan: Plan, link: socket.socket, status: int, took: dict[str, float] | None = None) -> NoReturn:
+    """Turn the calling process, a fresh clone, into the cage that ``plan`` describes; never returns.
+
+    ``took``: milliseconds by step so far.
+    """
+    step = "start"
+    took = {} if took is None else took
     try:
         mark = Stopwatch(took)
         for kind in STEPS:
@@ -63,6 +92,8 @@ def enter_cage(plan: Plan, link: socket.socket, status: int) -> NoReturn:
             if section := plan.section(kind):
                 section.enter(plan.fds)
                 mark(step)
+            if kind is _LAST_OF_VIEW:
+                send_packet(link, b'{"step": "viewed"}')
         os.umask(plan.umask)
         step = "working directory"
         os.chdir(plan.cwd)

@@ -2,10 +2,11 @@
 
 The launcher clones the parked process with mount, ipc and uts namespaces of its own, and the sections of its layers
 apply their fixed part (``Section.enter_ahead``). On a hybrid host it then puts itself into the v1 groups of the
-cage to come, whatever their limits will be, and says ``parked``: moving a process between v1 groups waits for an RCU
-grace period (6 to 16 ms), being born in them costs nothing. Then it waits for the plan on its link. When that comes, it
+cage to come, whatever their limits will be, and says ``parked``: it is the one that can do so without a wait
+(``Leaf.open_v1``), and the cage is born in them. Then it waits for the order to do so on its link. When that comes, it
 clones the cage's pid 1 (into the v2 leaf, as a child of the supervisor, in all of its own namespaces and groups),
-answers with the pid and the pidfd, and ends: pid 1 keeps the link.
+answers with the pid and the pidfd, and ends. Pid 1 has the link from then on, and does what no plan changes but needs
+its pid namespace (``Section.enter_born``) while the supervisor makes the plan, the next message there.
 
 When the supervisor goes away, so does the link, and the parked process ends; nothing of a plugin ever ran in it.
 Standard library and ``isolator.linux`` only.
@@ -19,25 +20,29 @@ import os
 import socket
 from typing import NoReturn
 
-from isolator.ipc.packet import receive_message, send_packet
+from isolator.base.structs import replace
+from isolator.ipc.packet import receive_packet, send_packet
 from isolator.launcher import enter, init
 from isolator.layers.filesystem import AttachMount, FilesystemSection, FillFolder, ResizeTmpfs
-from isolator.layers.namespaces import NamespacesSection
-from isolator.layers.plan import ParkOrder, Plan
+from isolator.layers.namespaces import AT_BIRTH
+from isolator.layers.plan import Birth, ParkOrder, Plan
 from isolator.layers.seccomp.layer import SeccompSection
 from isolator.layers.user import UserSection
 from isolator.linux.files import close_all_but
-from isolator.linux.namespaces import CLONE_PARENT, clone3
+from isolator.linux.namespaces import CLONE_PARENT, NAMESPACE_FILES, clone3
 
 
-def park(order: ParkOrder, link: int, status: int, groups: list[int]) -> NoReturn:
-    """Wait for the plan on ``link`` and become its cage; never returns.
+def park(order: ParkOrder, link: int, status: int, others: list[int]) -> NoReturn:
+    """Wait for the order on ``link`` and clone a cage; never returns.
 
-    ``status``: the pipe for pid 1's report. ``groups``: ``cgroup.procs`` of each v1 group to be in.
+    ``status``: the pipe for pid 1's report. ``others``: the figures, if the cage has the layer proc, and ``tasks`` of
+    each v1 group to be in.
     """
     init.guard()
-    close_all_but({0, 1, 2, link, status, *groups})
+    close_all_but({0, 1, 2, link, status, *others})
     sock = socket.socket(fileno=link)
+    figures, groups = (others[0], others[1:]) if "proc" in order.layers and others else (-1, others)
+    order = replace(order, figures=figures)
     try:
         for section in enter.STEPS:
             if section.kind in order.layers:
@@ -47,9 +52,9 @@ def park(order: ParkOrder, link: int, status: int, groups: list[int]) -> NoRetur
         if groups:
             _join(groups)
             send_packet(sock, b'{"step": "parked"}')
-        packet, fds = receive_message(sock)
+        packet, fds = receive_packet(sock)
         if packet:
-            _clone(Plan.unpack(packet, fds), sock, status)
+            _clone(order, Birth.unpack(packet, fds), sock, status)
     except Exception as error:
         _fail(sock, "parked", error)
     finally:
@@ -58,7 +63,7 @@ def park(order: ParkOrder, link: int, status: int, groups: list[int]) -> NoRetur
 
 def _join(groups: list[int]) -> None:
     for group in groups:
-        os.write(group, b"0")  # the writer
+        os.write(group, b"0")  # the writing thread, of which there is only one
         os.close(group)
 
 
@@ -73,16 +78,22 @@ def _rehearse() -> None:
     Plan.unpack(plan.pack()[0], [])
 
 
-def _clone(plan: Plan, sock: socket.socket, status: int) -> None:
-    if namespaces := plan.section(NamespacesSection):
-        namespaces.set_clocks(plan.fds)
+def _clone(order: ParkOrder, birth: Birth, sock: socket.socket, status: int) -> None:
+    if birth.clocks >= 0:
+        with contextlib.suppress(OSError):  # the layer's ``confirm`` finds the host's clocks
+            os.write(birth.clocks, birth.offsets.encode())
+    flags = CLONE_PARENT
+    if "namespaces" in order.layers:
+        for kind in AT_BIRTH:
+            flags |= NAMESPACE_FILES[kind]
     try:
-        pid, pidfd = clone3(plan.clone_flags | CLONE_PARENT, cgroup_fd=plan.fds.pop("cgroup", -1))
+        pid, pidfd = clone3(flags, cgroup_fd=birth.cgroup)
     except OSError as error:
         _fail(sock, "clone3", error)
         return
     if pid == 0:
-        enter.enter_cage(plan, sock, status)
+        birth.close()
+        enter.be_born(order, sock, status)
     send_packet(sock, json.dumps({"pid": pid}).encode(), [pidfd])
 
 

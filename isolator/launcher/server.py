@@ -9,9 +9,9 @@ by pidfd.
 The launcher holds the cgroup descriptor of every cage between ``keep`` and ``forget``. When the supervisor's end of the
 socket closes, for whatever reason, it kills those cgroups and ends.
 
-Packets, supervisor → launcher: ``{"park": ORDER}`` with the link, the status pipe and ``cgroup.procs`` of each v1 group
-that the parked process is to put itself into, answered by ``{"pid": N}`` with the pidfd or by
-``{"step", "errno", "detail"}``; ``{"keep": CAGE}`` with its cgroup, ``{"forget": CAGE}``: no answer;
+Packets, supervisor → launcher: ``{"park": ORDER}`` with the link, the status pipe, the figures of a cage with the layer
+proc, and ``tasks`` of each v1 group that the parked process is to put itself into, answered by ``{"pid": N}`` with the
+pidfd or by ``{"step", "errno", "detail"}``; ``{"keep": CAGE}`` with its cgroup, ``{"forget": CAGE}``: no answer;
 ``{"alive": true}``, which is sent back.
 
 A table that is full of descriptors refuses a park, and ends nothing.
@@ -78,7 +78,7 @@ def _forget(cgroups: dict[str, int], cage: str) -> None:
 
 
 def _park(sock: socket.socket, order: ParkOrder, fds: list[int]) -> None:
-    link, status, *groups = fds
+    link, status, *others = fds
     flags = 0
     if "namespaces" in order.layers:
         for kind in BEFORE_THE_PLAN:
@@ -90,7 +90,7 @@ def _park(sock: socket.socket, order: ParkOrder, fds: list[int]) -> None:
         send_packet(sock, json.dumps(answer).encode())
     else:
         if pid == 0:
-            park(order, link, status, groups)
+            park(order, link, status, others)
         send_packet(sock, json.dumps({"pid": pid}).encode(), [pidfd])
         os.close(pidfd)
     finally:

@@ -5,6 +5,9 @@ and is applied by the child. In the order of a cage's life:
 
     enter_ahead   section   in a process that is parked to become a cage, before there is a plan: apply the part that is
                             the same for every cage
+    prepare_birth layer     make what must be there before the child is cloned
+    enter_born    section   in the child, while the plan is made: apply the part that is the same for every cage, but
+                            needs its pid namespace
     prepare       layer     make the parts outside the child, and add the section to the plan
     enter         section   in the child, before exec: apply the layer to the calling process
     adopt         layer     in place of ``prepare``, for a cage that runs and was prepared before this process's exec;
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from isolator.errors import ConfinementError
-    from isolator.layers.plan import Plan
+    from isolator.layers.plan import Birth, Plan
     from isolator.paths import Paths
     from isolator.policy.model import EffectivePolicy
 
@@ -133,8 +136,9 @@ class Layer(ABC):
 
     name: ClassVar[str]
     mandatory: ClassVar[bool] = True
-    from_birth: ClassVar[bool] = False
-    """The process is born under it: ``confirm`` need not wait until the child has entered its layers."""
+    in_force_from: ClassVar[Literal["birth", "view", "end"]] = "end"
+    """The moment from which ``confirm`` holds: the process is born under it, has its view of files, or has entered
+    every layer. What is in force early is read back while the child goes on."""
     may_degrade: ClassVar[tuple[str, ...]] = ()
     """The keys of its controls without which ``host.toml`` may let plugins run; everything above the layer copes."""
 
@@ -147,6 +151,9 @@ class Layer(ABC):
     @abstractmethod
     def describe(cls, policy: EffectivePolicy) -> str:
         """The promise in one plain sentence, as ``explain`` shows it. tests/escape/test_sentences.py tests it."""
+
+    def prepare_birth(self, spec: CageSpec, birth: Birth) -> None:  # noqa: B027  # on purpose: most begin with prepare
+        """Make what must be there before the child is cloned, which is done while ``prepare`` makes the rest."""
 
     @abstractmethod
     def prepare(self, spec: CageSpec, plan: Plan) -> None:

@@ -246,6 +246,7 @@ class Filesystem(Layer):
     """Nothing of the host but /usr and what the policy names, read-only; a few capped places to write."""
 
     name = "filesystem"
+    in_force_from = "view"
 
     @classmethod
     def check(cls) -> list[Control]:
@@ -403,7 +404,8 @@ def _take_over_template(places: int) -> int:
         os.makedirs(os.path.dirname(name) or ".", 0o755, exist_ok=True)
         os.symlink(target, name)
     for name, is_folder, fd in trees:
-        mount.set_attributes(fd, mount.RDONLY | mount.NOSUID, recursive=False)
+        if name != "proc":  # the cage's own, with its covers
+            mount.set_attributes(fd, mount.RDONLY | mount.NOSUID, recursive=False)
         _place(name, is_folder=is_folder)
         mount.attach(fd, name)
         os.close(fd)

@@ -18,7 +18,7 @@ import time
 from typing import TYPE_CHECKING
 
 from isolator.layers.base import CageSpec, Control, ControlState, Kept, Layer, Process, mismatch
-from isolator.layers.plan import ParkOrder, Plan, Section
+from isolator.layers.plan import Birth, ParkOrder, Plan, Section
 from isolator.linux import namespaces as ns
 from isolator.linux.capability import has_capability
 
@@ -27,30 +27,23 @@ if TYPE_CHECKING:
 
 _CAP_SYS_TIME = 25
 _CLOCKS = {"monotonic": time.CLOCK_MONOTONIC, "boottime": time.CLOCK_BOOTTIME}
-_OFFSETS = "timens_offsets"
 
 BEFORE_THE_PLAN = ("mnt", "ipc", "uts")
 """The namespaces of a process that is parked to become a cage."""
+AT_BIRTH = ("pid",)
+"""The namespaces that come with the clone of pid 1, besides the time namespace."""
 
 
 class NamespacesSection(Section, kind="namespaces"):
-    """The cage's host name, and its clocks' offsets as timens_offsets takes them."""
+    """The cage's host name."""
 
     hostname: str
-    offsets: str = ""
 
     @staticmethod
     def enter_ahead(order: ParkOrder) -> None:
         ns.setdomainname("(none)")  # the host's would be inherited
         with contextlib.suppress(OSError):  # its control in the ledger says why
             ns.unshare(ns.CLONE_NEWTIME)  # of the children: their offsets can still be written
-
-    def set_clocks(self, fds: dict[str, int]) -> None:
-        """Set the clocks of the calling process's children: it is the parked one, and about to clone the cage."""
-        if _OFFSETS in fds:
-            with contextlib.suppress(OSError):  # ``confirm`` finds the host's clocks
-                os.write(fds[_OFFSETS], self.offsets.encode())
-            os.close(fds.pop(_OFFSETS))
 
     def enter(self, fds: dict[str, int]) -> None:
         ns.unshare(ns.CLONE_NEWCGROUP)
@@ -87,16 +80,17 @@ class Namespaces(Layer):
         own = "processes, mounts, host name, uptime, IPC objects, control groups and network interfaces"
         return f"Sees only its own {own}."
 
-    def prepare(self, spec: CageSpec, plan: Plan) -> None:
-        plan.clone_flags |= ns.CLONE_NEWPID
-        offsets = ""
+    def prepare_birth(self, spec: CageSpec, birth: Birth) -> None:
         if _check_time().state == "enforced":
             self._offsets = {name: -int(time.clock_gettime(clock)) for name, clock in _CLOCKS.items()}
-            offsets = "".join(f"{name} {seconds} 0\n" for name, seconds in self._offsets.items())
-            # Opened here: the template has no /proc, and the one that counts is the opener's CAP_SYS_TIME.
+            birth.offsets = "".join(f"{name} {seconds} 0\n" for name, seconds in self._offsets.items())
+            # Opened here: the template has no /proc, and the one that counts is the opener's CAP_SYS_TIME. The parked
+            # process writes it, once its children have a time namespace.
             with contextlib.suppress(FileNotFoundError):  # it has died, as the end of its link will show
-                plan.own(_OFFSETS, os.open(f"/proc/{self.parked}/timens_offsets", os.O_WRONLY | os.O_CLOEXEC))
-        plan.add(NamespacesSection(spec.hostname, offsets))
+                birth.clocks = os.open(f"/proc/{self.parked}/timens_offsets", os.O_WRONLY | os.O_CLOEXEC)
+
+    def prepare(self, spec: CageSpec, plan: Plan) -> None:
+        plan.add(NamespacesSection(spec.hostname))
 
     @property
     def boot_offset(self) -> int:

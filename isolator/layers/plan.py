@@ -10,6 +10,7 @@ from __future__ import annotations
 import binascii
 import functools
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
@@ -72,6 +73,10 @@ class Section(Part, ABC):
     def enter_ahead(order: ParkOrder) -> None:
         """Apply to a parked process what no plan changes, for the cage to inherit."""
 
+    @staticmethod  # on purpose, too
+    def enter_born(order: ParkOrder) -> None:
+        """Apply to a cage's pid 1 what needs its pid namespace and no plan: the plan is made meanwhile."""
+
     @abstractmethod
     def enter(self, fds: dict[str, int]) -> None:
         """Apply the layer to the calling process; ``fds`` are the plan's. Any exception aborts the start."""
@@ -89,15 +94,49 @@ class ParkOrder:
     last_capability: int
     hurried: bool = False
     """Its plan follows at once: what is done ahead to spare the wait for it would be waited for."""
+    figures: int = -1
+    """In the parked process: a descriptor of the file system for the figures of the cage's /proc."""
 
     def pack(self) -> bytes:
         """The packet to a launcher."""
-        return json.dumps({"park": {**self.__dict__, "layers": sorted(self.layers)}}).encode()
+        wanted = {"layers": sorted(self.layers), "last_capability": self.last_capability, "hurried": self.hurried}
+        return json.dumps({"park": wanted}).encode()
 
     @classmethod
     def of(cls, wanted: dict[str, Any]) -> ParkOrder:
         """The order in a packet's ``park``."""
         return cls(frozenset(wanted["layers"]), wanted["last_capability"], wanted["hurried"])
+
+
+@struct_class()
+class Birth:
+    """The order to clone pid 1 of a cage, sent before its plan is made; its descriptors are its own until ``close``."""
+
+    cgroup: int = -1
+    """A descriptor of the v2 group to be born in."""
+    clocks: int = -1
+    """A descriptor of timens_offsets of the parked process."""
+    offsets: str = ""
+    """The text to write to it."""
+
+    def pack(self) -> tuple[bytes, list[int]]:
+        """The packet to a parked process, and the descriptors that go with it."""
+        places = {"cgroup": self.cgroup, "clocks": self.clocks}
+        names = [name for name, fd in places.items() if fd >= 0]
+        return json.dumps({"offsets": self.offsets, "fds": names}).encode(), [places[name] for name in names]
+
+    @classmethod
+    def unpack(cls, packet: bytes, fds: list[int]) -> Birth:
+        """The order with the receiver's descriptors."""
+        wanted = json.loads(packet)
+        return cls(offsets=wanted["offsets"], **dict(zip(wanted["fds"], fds, strict=True)))
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        for fd in (self.cgroup, self.clocks):
+            if fd >= 0:
+                os.close(fd)
+        self.cgroup = self.clocks = -1
 
 
 @struct_class()
@@ -119,7 +158,6 @@ class Plan:
     env: dict[str, str]
     cwd: str = "/"
     umask: int = 0o022
-    clone_flags: int = 0
     sections: dict[str, Section] = field(default_factory=dict)
     fds: dict[str, int] = field(default_factory=dict)
     to_group: bool = False
@@ -150,7 +188,7 @@ class Plan:
     def pack(self) -> tuple[bytes, list[int]]:
         """The packet, and the descriptors that go with it."""
         body = [
-            self.cage, self.argv, self.env, self.cwd, self.umask, self.clone_flags, list(self.sections.values()),
+            self.cage, self.argv, self.env, self.cwd, self.umask, list(self.sections.values()),
             list(self.fds), self.to_group, self.terminal,
         ]  # fmt: skip
         return _ENCODER.encode(body).encode(), list(self.fds.values())
@@ -163,17 +201,17 @@ class Plan:
         body = json.loads(packet)
         if type(body) is not list or tuple(map(type, body)) != _WIRE_TYPES:
             raise ValueError("the packet is no plan")
-        cage, argv, env, cwd, umask, clone_flags, sections, names, to_group, terminal = body
+        cage, argv, env, cwd, umask, sections, names, to_group, terminal = body
         if {*map(type, argv), *map(type, names)} - {str}:
             raise ValueError("an argument or a descriptor's name of the plan is no text")
         if len(names) != len(fds):
             raise ValueError(f"the plan names {len(names)} descriptors, {len(fds)} came along")
         found = {section.kind: section for section in _read_parts(Section, sections)}  # type: ignore[type-abstract]
         named = dict(zip(names, fds, strict=True))
-        return cls(cage, argv, _read_texts(env), cwd, umask, clone_flags, found, named, to_group, terminal)
+        return cls(cage, argv, _read_texts(env), cwd, umask, found, named, to_group, terminal)
 
 
-_WIRE_TYPES = (str, list, dict, str, int, int, list, list, bool, bool)
+_WIRE_TYPES = (str, list, dict, str, int, list, list, bool, bool)
 
 
 def _wire(value: object) -> Any:

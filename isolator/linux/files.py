@@ -79,6 +79,15 @@ def read_plain(path: str | os.PathLike[str], *, most: int) -> bytes:
         os.close(fd)
 
 
+def write_file(path: str, text: str) -> None:
+    """Write to a file that is there, in one call, as the kernel's own want it; raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
+
+
 def close_all_but(keep: set[int]) -> None:
     """Close every descriptor that is not in ``keep`` (close_range(2))."""
     low = 0

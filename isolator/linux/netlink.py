@@ -6,6 +6,9 @@ Message layouts: rtnetlink(7), linux/rtnetlink.h, linux/netfilter/nfnetlink_log.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import os
 import socket
 import struct
@@ -43,6 +46,7 @@ _NFT_MSG_GETGEN = 16
 _NFTA_GEN_ID = 1
 _NFNLGRP_NFTABLES = 7
 _SO_RCVBUFFORCE = 33
+_SIOCGSKNS = 0x894C
 
 OWN_ADDRESSES = ("192.0.0.8", "100::1")
 """Addresses of every cage besides its loopback's: the IPv4 dummy address (RFC 7600), and one of the discard prefix (RFC
@@ -171,43 +175,71 @@ def parse_nflog(packet: bytes) -> list[tuple[str, bytes]]:
 
 
 class Generations:
-    """Asks for the number of a namespace's current nftables generation: each committed change makes a new one.
+    """Asks for the number of a namespace's current nftables generation, and hears of changes.
 
-    Its socket belongs to the namespace that the calling thread is in when it is made, and can be used from any.
+    Each committed change makes a new generation. Its socket belongs to the namespace that the calling thread is in when
+    it is made, and can be used from any; it never blocks.
     """
 
     def __init__(self, sock: socket.socket | None = None) -> None:
         """Open a socket, or take over the ``sock`` of an earlier object."""
         self._sock = sock or _open(NETLINK_NETFILTER)
+        self._sock.setblocking(False)
+        self._port = self._sock.getsockname()[0]
+        self._turn = 0
 
     def fileno(self) -> int:
-        """The socket's descriptor."""
+        """The socket's descriptor: readable when there is a change to hear of, once ``watch`` was called."""
         return self._sock.fileno()
+
+    def watch(self) -> None:
+        """Hear of changes from now on."""
+        self._sock.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, _NFNLGRP_NFTABLES)
+
+    def drain(self) -> None:
+        """Forget what was heard; whether anything has changed, ``current`` tells."""
+        with contextlib.suppress(BlockingIOError):
+            while self._receive():
+                pass
+
+    def namespace(self) -> int:
+        """A descriptor of the namespace, the caller's; raises OSError, EBADF after ``close``."""
+        if self._sock.fileno() < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return fcntl.ioctl(self._sock, _SIOCGSKNS)
 
     def current(self) -> int:
         """The number now; raises OSError."""
+        self.drain()
+        self._turn += 1
+        kind = (_NFNL_SUBSYS_NFTABLES << 8) | _NFT_MSG_GETGEN
         body = struct.pack("!BBH", socket.AF_UNSPEC, 0, 0)
-        reply = _ask(self._sock, (_NFNL_SUBSYS_NFTABLES << 8) | _NFT_MSG_GETGEN, 0, body)
-        number = dict(attributes(reply[4:])).get(_NFTA_GEN_ID)
-        if number is None:
-            raise OSError(0, "the kernel did not tell its nftables generation")
-        return int(struct.unpack("!I", number)[0])
+        self._sock.send(struct.pack("=IHHII", 16 + len(body), kind, _NLM_F_REQUEST | _NLM_F_ACK, self._turn, 0) + body)
+        number: bytes | None = None
+        while True:  # the kernel has answered before ``send`` returns; a change that came first is told first
+            packet = self._receive()
+            for kind, turn, port, content in _addressed_messages(packet):
+                if (turn, port) != (self._turn, self._port):
+                    continue
+                if kind != _NLMSG_ERROR:
+                    number = dict(attributes(content[4:])).get(_NFTA_GEN_ID)
+                    continue
+                error = -struct.unpack_from("=i", content)[0]
+                if error or number is None:
+                    raise OSError(error, f"the kernel did not tell its nftables generation: {os.strerror(error)}")
+                return int(struct.unpack("!I", number)[0])
+
+    def _receive(self) -> bytes:
+        while True:
+            try:
+                return self._sock.recv(65536)
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:  # more changes than it has room for
+                    raise
 
     def close(self) -> None:
         """Close the socket; harmless when repeated."""
         self._sock.close()
-
-
-def watch_ruleset() -> socket.socket:
-    """A non-blocking socket that becomes readable when anybody changes the namespace's nftables rules."""
-    sock = _open(NETLINK_NETFILTER)
-    try:
-        sock.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, _NFNLGRP_NFTABLES)
-        sock.setblocking(False)
-    except OSError:
-        sock.close()
-        raise
-    return sock
 
 
 def _open(family: int) -> socket.socket:
@@ -267,10 +299,21 @@ def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _flagged_messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    for kind, flags, _, _, content in _whole_messages(data):
+        yield kind, flags, content
+
+
+def _addressed_messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """Kind, number of the request and port of who sent it, and content of each message."""
+    for kind, _, turn, port, content in _whole_messages(data):
+        yield kind, turn, port, content
+
+
+def _whole_messages(data: bytes) -> Iterator[tuple[int, int, int, int, bytes]]:
     offset = 0
     while offset + 16 <= len(data):
-        length, kind, flags = struct.unpack_from("=IHH", data, offset)
+        length, kind, flags, turn, port = struct.unpack_from("=IHHII", data, offset)
         if length < 16 or offset + length > len(data):
             return
-        yield kind, flags, data[offset + 16 : offset + length]
+        yield kind, flags, turn, port, data[offset + 16 : offset + length]
         offset += (length + 3) & ~3

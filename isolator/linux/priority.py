@@ -2,6 +2,9 @@
 
 Nice values and scheduling policies are inherited over fork and execve. So whoever has precedence keeps it from what it
 starts, and a cage begins without any, whatever the daemon was started with.
+
+Between processes of different sessions the kernel goes by the nice values of their autogroups (sched(7)), if it has any
+and the root of the cpu hierarchy is where they are; a process's own counts within its session. A leader sets both.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import os
 
 FIRST = -5
 """Nice value of whoever goes first: three times the share of what has none, where both want the whole processor."""
+_AUTOGROUP = "/proc/self/autogroup"
 _ORDINARY = (os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE)
 
 
@@ -25,14 +29,14 @@ def go_first() -> None:
         policy = os.sched_getscheduler(0)
         os.sched_setscheduler(0, policy | os.SCHED_RESET_ON_FORK, os.sched_getparam(0))
         if os.getpriority(os.PRIO_PROCESS, 0) == 0:
-            os.setpriority(os.PRIO_PROCESS, 0, FIRST)
+            _set(FIRST)
 
 
 def go_as_far_forward_as(nice: int) -> None:
     """Take over another's precedence, if it has one and the privilege for it is there; children inherit it."""
-    if nice < os.getpriority(os.PRIO_PROCESS, 0):
+    if nice < 0 and nice <= os.getpriority(os.PRIO_PROCESS, 0):  # an inherited one is not the session's yet
         with contextlib.suppress(PermissionError):
-            os.setpriority(os.PRIO_PROCESS, 0, nice)
+            _set(nice)
 
 
 def go_behind(steps: int) -> None:
@@ -46,3 +50,15 @@ def take_turns() -> None:
     if os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK not in _ORDINARY:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     go_behind(0)
+
+
+def _set(nice: int) -> None:
+    os.setpriority(os.PRIO_PROCESS, 0, nice)
+    if os.getsid(0) != os.getpid():
+        return  # the session is somebody else's
+    with contextlib.suppress(OSError):  # there are none, or not for this process
+        fd = os.open(_AUTOGROUP, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, str(nice).encode())
+        finally:
+            os.close(fd)

@@ -1,7 +1,6 @@
 """Beginning of a command that has one cage to build: what takes long and needs neither asyncio nor the policy.
 
-On a hybrid host a parked process waits 6 to 16 ms for the kernel; asyncio and the policy's modules are imported
-meanwhile.
+The launcher builds the cages' view and parks a process; asyncio and the policy's modules are imported meanwhile.
 """
 
 from __future__ import annotations

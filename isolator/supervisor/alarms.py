@@ -61,9 +61,21 @@ class Alarms:
         self.on_change(self.lines)
 
     def settle(self, key: str, after: float = STANDS) -> None:
-        """Let an alarm whose cause is over end ``after`` some seconds; nothing if there is none."""
-        if key in self._lines and key not in self._ends:
-            self._ends[key] = asyncio.get_running_loop().call_later(after, self._drop, key)
+        """Let an alarm whose cause is over end ``after`` some seconds, at once for 0; nothing if there is none.
+
+        One that is about to end does so at the earlier of both times.
+        """
+        if key not in self._lines:
+            return
+        loop = asyncio.get_running_loop()
+        known = self._ends.get(key)
+        if known is not None and known.when() <= loop.time() + after:
+            return
+        self._keep_until_settled(key)
+        if after > 0:
+            self._ends[key] = loop.call_later(after, self._drop, key)
+        else:
+            self._drop(key)
 
     def close(self) -> None:
         """Forget every alarm."""
@@ -72,7 +84,8 @@ class Alarms:
         self._lines.clear()
 
     def _drop(self, key: str) -> None:
-        del self._lines[key], self._ends[key]
+        del self._lines[key]
+        self._ends.pop(key, None)
         self.on_change(self.lines)
 
     def _keep_until_settled(self, key: str) -> None:

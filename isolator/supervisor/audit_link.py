@@ -111,5 +111,5 @@ class AuditLink:
     def _renew(self, sender: ChildProcess) -> None:
         assert sender.channel is not None
         fd = self.source_end(sender.spec.name)
-        sender.channel.tell(NewAuditSocket(), fds=[fd])
+        sender.tell(NewAuditSocket(), fds=[fd])  # while another takes its place, to that one
         os.close(fd)

@@ -70,9 +70,12 @@ class BrokerLink:
             except IsolatorError as error:
                 if channel.closed.is_set():
                     raise
-                # A port was taken while the broker was away, or the cage is just ending: the others go on.
-                logger.error("plugin %s: %s", attached.plugin, error)
-                attached.terminate(str(error))
+                if self._attached.get(run) is attached:
+                    # A port was taken while the broker was away, or the cage is just ending: the others go on.
+                    logger.error("plugin %s: %s", attached.plugin, error)
+                    attached.terminate(str(error))
+            if self._attached.get(run) is not attached:
+                channel.tell(DetachCage(run=run))  # it has ended meanwhile, and the broker may have heard that first
 
     async def attach(
         self, run: str, plugin: str, network: network_layer.CageNetwork, policy: NetworkPolicy,

@@ -95,11 +95,13 @@ class ConsoleLink:
     def _secrets(self) -> dict[str, tuple[str, ...]]:
         found = {}
         for name, ingress in self._settings.ingress.items():
+            alarm = f"ingress {name}"
             try:
                 found[name] = secrets_of(
                     Path(ingress.secret_file), "put the ingress's secret there", "one secret a line, whsec_ and base64"
                 )
+                self._health.alarms.settle(alarm, 0.0)
             except IsolatorError as error:
                 found[name] = ()  # nothing gets in there; the others go on
-                self._health.alarms.raise_(f"ingress {name}", str(error))
+                self._health.alarms.raise_(alarm, str(error))
         return found

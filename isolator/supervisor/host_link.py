@@ -5,7 +5,6 @@ A host that is away misses nothing: the next one gets every plugin with ``hello`
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -15,9 +14,9 @@ from typing import Any
 
 from isolator.audit.client import AuditClient
 from isolator.cage.processes import CageExit
-from isolator.errors import IsolatorError
+from isolator.errors import IsolatorError, UnavailableError
 from isolator.ipc import messages
-from isolator.ipc.body import Handler, Request, by_op
+from isolator.ipc.body import Handler, R, Request, WithFds, by_op
 from isolator.ipc.channel import MAX_PACKET, Channel
 from isolator.linux.descriptors import FdSet
 from isolator.linux.memfd import read_sealed
@@ -34,6 +33,7 @@ DRAIN_SECONDS = 3.0
 """Time in which the host drains a run that is to stop; the host itself allows less."""
 _MAX_FILES = 8 << 20
 """Bytes of the files of one plugin's config, as JSON."""
+_ENVIRONMENT_SECONDS = 10.0
 _STDERR_TAIL_SECONDS = 1.0
 """The end of a run is recorded without its stderr rather than later."""
 
@@ -56,18 +56,20 @@ class HostLink:
 
     async def hello(self, channel: Channel, entries: Sequence[messages.PluginEntry]) -> None:
         """Say hello to a new host: it gets every plugin and a fresh listener on the control socket."""
+        settings = self._settings()
         with self.door.listen() as listener:
-            hello = self._hello(channel, entries, self._alarms.lines, listener=listener.fileno())
+            hello = self._hello(channel, entries, settings, self._alarms.lines, listener=listener.fileno())
             await self.process.first_answer(hello)
 
     def succeed(self, entries: Sequence[messages.PluginEntry]) -> Callable[[Channel, int], Awaitable[None]]:
         """Return what says hello to a host that takes the place of one that knows these plugins."""
+        settings = self._settings()
         alarms = self._alarms.lines
-        return lambda channel, parts: self._hello(channel, entries, alarms, parts=parts)
+        return lambda channel, parts: self._hello(channel, entries, settings, alarms, parts=parts)
 
     async def _hello(
-        self, channel: Channel, entries: Sequence[messages.PluginEntry], alarms: tuple[str, ...], *, listener: int = -1,
-        parts: int = 0,
+        self, channel: Channel, entries: Sequence[messages.PluginEntry], settings: dict[str, Any],
+        alarms: tuple[str, ...], *, listener: int = -1, parts: int = 0,
     ) -> None:  # fmt: skip
         check_host(self._paths)
         plugins: tuple[messages.PluginEntry, ...] | None = tuple(entries)
@@ -80,12 +82,13 @@ class HostLink:
                 with os.fdopen(os.dup(fds[-1]), "wb") as file:
                     file.write(encoded)
             hello = messages.HostHello(
-                root=str(self._paths.root), config=self._settings(), plugins=plugins,
+                root=str(self._paths.root), config=settings, plugins=plugins,
                 fresh=self.process.starts == 1, alarms=alarms, parts=parts, fences=self.deadlines(),
             )  # fmt: skip
             await channel.ask(hello, fds=fds)
 
     def _settings(self) -> dict[str, Any]:
+        """What a host is told of host.toml. The alarms that it is told beside that are those of afterwards."""
         config: dict[str, Any] = self._config.model_dump(mode="json")
         cluster = self._config.cluster
         if cluster is not None and cluster.credentials:
@@ -96,7 +99,7 @@ class HostLink:
                 form = "one line: USER:PASSWORD"
                 found = secrets_of(Path(cluster.credentials), "put USER:PASSWORD for the servers there", form)
                 config["cluster"]["secret"] = found[0] if found else ""
-                self._alarms.settle(alarm)
+                self._alarms.settle(alarm, 0.0)
             except IsolatorError as error:  # the host does without the cluster until it is there
                 self._alarms.raise_(alarm, str(error))
         return config
@@ -115,8 +118,7 @@ class HostLink:
 
     async def environment(self, name: str) -> messages.Environment:
         """Return a plugin's config, once the host is up; raises IsolatorError."""
-        channel = await self.process.wait_up()
-        answer = await channel.ask_fds(messages.GetEnvironment(name=name), timeout=10)
+        answer = await self._ask(messages.GetEnvironment(name=name), _ENVIRONMENT_SECONDS)
         with FdSet(answer.fds):
             if not answer.body.apart:
                 return answer.body
@@ -137,13 +139,11 @@ class HostLink:
     async def drain(self, name: str, run: str, reason: str) -> None:
         """Let the host drain a run before a stop: it sends nothing new, waits for replies, sends ``shutdown``.
 
-        Returns within ``DRAIN_SECONDS``, whatever becomes of the host.
+        Returns within ``DRAIN_SECONDS``, whatever becomes of the host; an exchange of its process does not count.
         """
-        with contextlib.suppress(IsolatorError, TimeoutError):
-            async with asyncio.timeout(DRAIN_SECONDS):
-                channel = await self.process.present()
-                if channel is not None:
-                    await channel.ask(messages.DrainRun(name=name, run=run, reason=reason))
+        if self.process.running:
+            with contextlib.suppress(IsolatorError):
+                await self._ask(messages.DrainRun(name=name, run=run, reason=reason), DRAIN_SECONDS)
 
     def run_ended(
         self, name: str, run: str, end: CageExit, *, origin: messages.Origin, state: messages.PluginState,
@@ -165,15 +165,28 @@ class HostLink:
         self._tell(ended)
 
     async def stderr_tail(self, name: str, run: str) -> tuple[str, ...]:
-        """Return the last lines of an ended run's stderr, redacted; none when the host is away."""
-        try:
-            async with asyncio.timeout(_STDERR_TAIL_SECONDS):
-                channel = await self.process.present()
-                if channel is None or not self.process.up.is_set():
-                    return ()
-                return (await channel.ask(messages.GetStderrTail(name=name, run=run))).stderr
-        except (IsolatorError, TimeoutError):
+        """Return the last lines of an ended run's stderr, redacted; none when the host is away, but by an exchange."""
+        if not self.process.running:
             return ()
+        try:
+            return (await self._ask(messages.GetStderrTail(name=name, run=run), _STDERR_TAIL_SECONDS)).body.stderr
+        except IsolatorError:
+            return ()
+
+    async def _ask(self, request: Request[R], seconds: float) -> WithFds[R]:
+        """Ask the process that serves, which has that long to answer; if it leaves, the one that takes its place.
+
+        One that is about to leave waits for what callers have asked for, and that may wait for this answer: so it is
+        asked for as long as it answers. Raises as ``Channel.ask``.
+        """
+        while True:
+            channel = self.process.channel if self.process.running else await self.process.wait_up()
+            assert channel is not None
+            try:
+                return await channel.ask_fds(request, timeout=seconds)
+            except UnavailableError:
+                if await self.process.present() is channel:
+                    raise
 
     async def _raise_alarm(self, request: messages.RaiseAlarm) -> None:
         self._alarms.raise_("host's own", request.line)

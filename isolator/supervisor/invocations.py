@@ -21,7 +21,6 @@ from isolator.errors import ExecError, IsolatorError, UnavailableError, UsageErr
 from isolator.ipc.messages import InvocationEnded, InvocationStarted, Origin, StartInvocation
 from isolator.ipc.tasks import Tasks
 from isolator.layers.ledger import EVERY_LAYER
-from isolator.layers.network import namespace as network_layer
 from isolator.linux.descriptors import FdSet
 from isolator.linux.memfd import is_sealed
 from isolator.supervisor.cage_spec import host_api_folder
@@ -173,14 +172,13 @@ class Invocation:
             await asyncio.wait({ended, stopping}, timeout=min(STEADY_SECONDS, left), return_when="FIRST_COMPLETED")
             if ended.done():
                 return  # most do: what is watched below is not worth beginning for those
-            run.drift = run.drift or network_layer.watch(run.cage.network)
-            network, policy = run.cage.network, self._effective.network
-            with watched_ruleset(run.drift, network, policy, run.ruleset_changed):
+            with watched_ruleset(run.cage.network, self._effective.network, run.ruleset_changed):
                 await run.first_of({ended, stopping}, self.deadline)
                 if stopping.done():
                     await self._end_in_time(run, ended)
                 elif not ended.done():
                     run.forced_cause = f"no end in {self._effective.delivery_timeout:g} s"
+                    run.stopping = True
                 if not ended.done():
                     await run.cage.stop(self._effective.restart.stop_grace)
                 await ended
@@ -242,7 +240,9 @@ class Invocations:
     @property
     def under_way(self) -> bool:
         """Whether something happens that is not to be broken off."""
-        return any(not invocation.waits.now for invocation in self._invocations.values())
+        runs = (one.run for one in self._invocations.values())
+        ending = any(run.ending for run in runs if run is not None)
+        return ending or any(not one.waits.now for one in self._invocations.values())
 
     def begin(
         self,
@@ -296,10 +296,8 @@ class Invocations:
             await invocation.ended.wait()
 
     def hand_over(self) -> tuple[InvocationState, ...]:
-        """The states of the invocations that run, before an exec, when nothing is ``under_way``."""
-        return tuple(
-            invocation.hand_over() for invocation in self._invocations.values() if not invocation.ended.is_set()
-        )
+        """The states of the invocations that run, before an exec; those that are ``under_way`` are not among them."""
+        return tuple(invocation.hand_over() for invocation in self._invocations.values() if invocation.waits.now)
 
     def take_over(
         self,

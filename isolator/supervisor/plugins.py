@@ -42,6 +42,8 @@ class PluginTable:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._given_up: set[asyncio.Task[Any]] = set()
         self._closing = False
+        self._stopping: set[str] = set()
+        """Plugins that are being stopped, and that nobody starts again for it."""
         self._pending: dict[str, tuple[str, str, PendingVersion | None]] = {}
 
     def load(self) -> None:
@@ -190,7 +192,8 @@ class PluginTable:
                 return await plugin.wait_running()
             except UnavailableError:
                 # Who stops it for another policy or version holds the lock until it has that.
-                if plugin.state != PluginState.STOPPED or not self.lock(name).locked():
+                exchanged = self.lock(name).locked() and name not in self._stopping
+                if plugin.state != PluginState.STOPPED or not exchanged:
                     raise
 
     async def begin_invocation(self, request: StartInvocation, stdin: int) -> Invocation:
@@ -206,10 +209,15 @@ class PluginTable:
         await asyncio.gather(*(plugin.invocations.end(cause) for plugin in self.plugins.values()))
 
     async def stop(self, name: str, reason: str) -> None:
-        """Stop a plugin's run."""
+        """Stop a plugin's run; a start that somebody waits for comes to nothing."""
         self.find(name)
         async with self.lock(name):
-            await self.find(name).stop(reason)
+            plugin = self.find(name)
+            self._stopping.add(name)
+            try:
+                await plugin.stop(reason)
+            finally:
+                self._stopping.discard(name)
 
     async def restart(self, name: str, reason: str) -> Run:
         """Stop and start a plugin, and wait until it runs."""

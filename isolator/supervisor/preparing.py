@@ -73,8 +73,7 @@ def adopt_run(
         _usage=before.usage, port=before.port,
     )  # fmt: skip
     if before.drift >= 0:
-        run.drift = socket.socket(fileno=before.drift)
-        run.drift.setblocking(False)
+        os.close(before.drift)  # of an earlier version: what it was told since, the confirmation below finds
     if before.ready:
         run.socket_there.set()
     context.broker.adopt(run.id, name, cage.network, effective.network, run.terminate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -23,6 +24,8 @@ class Reloads:
         self.refused = ""
         """Why the last one was refused; empty while it is under way, and when it was not."""
         self.perform: Callable[[int], Awaitable[None]] | None = None
+        self.again = False
+        """Another one is to follow that which is under way."""
         self._tasks = Tasks()
         self._task: asyncio.Task[None] | None = None
 
@@ -30,11 +33,25 @@ class Reloads:
         """Begin one; returns the generation that comes of it. Raises UnavailableError while another is under way."""
         if self.perform is None:
             raise UnavailableError("reload", "the daemon is starting or stopping", "ask again")
-        if self._task is not None and not self._task.done():
+        if self._under_way:
             raise UnavailableError("reload", "another one is under way", "wait for it")
-        self.refused = ""
+        self.refused, self.again = "", False
         self._task = self._tasks.run("reload", self._run(self.perform))
         return self.generation + 1
+
+    def ask_for_one_more(self) -> None:
+        """Begin one; while another is under way, when that is over: it may have read what has changed since.
+
+        Raises UnavailableError as ``ask`` does otherwise.
+        """
+        if self._under_way:
+            self.again = True
+        else:
+            self.ask()
+
+    @property
+    def _under_way(self) -> bool:
+        return self._task is not None and not self._task.done()
 
     async def close(self) -> None:
         """Begin none any more, and give up the one that is under way."""
@@ -50,3 +67,9 @@ class Reloads:
         except Exception as error:  # whatever it was, the daemon goes on as it is, and whoever waits has to know
             self.refused = f"a fault of the daemon: {type(error).__name__}: {error}"
         logger.error("not reloaded, and nothing has changed: %s", self.refused)
+        if self.again and self.perform is not None:
+            asyncio.get_running_loop().call_soon(self._follow)
+
+    def _follow(self) -> None:
+        with contextlib.suppress(UnavailableError):  # somebody else was quicker, or it stops
+            self.ask()

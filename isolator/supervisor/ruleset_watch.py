@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import Callable, Iterator
 
 from isolator.errors import ConfinementError
@@ -14,25 +13,21 @@ from isolator.policy.model import NetworkPolicy
 
 @contextlib.contextmanager
 def watched_ruleset(
-    drift: socket.socket, network: network_layer.CageNetwork, policy: NetworkPolicy, changed: Callable[[str], None]
+    network: network_layer.CageNetwork, policy: NetworkPolicy, changed: Callable[[str], None]
 ) -> Iterator[None]:
-    """Call ``changed`` with the difference when a ruleset is not the one that was loaded any more.
-
-    ``drift`` (``network_layer.watch``) stays the caller's.
-    """
+    """Call ``changed`` with the difference when a ruleset is not the one that was loaded any more."""
     loop = asyncio.get_running_loop()
 
     def compare() -> None:
-        with contextlib.suppress(BlockingIOError):
-            while drift.recv(65536):
-                pass
         try:
             network_layer.confirm(network, policy)
         except ConfinementError as error:
             changed(error.why)
 
-    loop.add_reader(drift, compare)
+    descriptor = network_layer.watch(network)
+    network_layer.settle(network)
+    loop.add_reader(descriptor, compare)
     try:
         yield
     finally:
-        loop.remove_reader(drift)
+        loop.remove_reader(descriptor)

@@ -24,7 +24,6 @@ from isolator.cage.cage import Cage
 from isolator.cage.processes import CageExit
 from isolator.errors import DeniedError, UnavailableError
 from isolator.ipc.messages import Origin
-from isolator.layers.network import namespace as network_layer
 from isolator.linux.descriptors import FdSet
 from isolator.linux.files import openat2
 from isolator.policy.denial import DenialRule
@@ -115,8 +114,6 @@ class Run:
     """Where on its own loopback it listens, in place of its socket."""
     denials: object = None
     """The notifier's token of its seccomp listener."""
-    drift: socket.socket | None = None
-    """Readable when its network's rules change, while it is watched."""
     stopping: bool = False
     """It is to end by itself, and is killed if it does not."""
     _frozen_at: float | None = None
@@ -129,6 +126,11 @@ class Run:
     def executes(self) -> bool:
         """Whether its program has begun."""
         return self.cage.started and self.cage.processes.started > 0
+
+    @property
+    def ending(self) -> bool:
+        """Whether it was asked to end, and has not ended."""
+        return self.stopping and self.cage.started and not self.cage.processes.ended.is_set()
 
     @property
     def frozen(self) -> bool:
@@ -222,11 +224,8 @@ class Run:
         watched = self.context.sockets.add(self.directory, self._check_socket)
         self._check_socket()
         polling = asyncio.create_task(self._poll_port(self.port)) if self.port is not None else None
-        self.drift = self.drift or network_layer.watch(self.cage.network)
         watching = contextlib.ExitStack()
-        watching.enter_context(
-            watched_ruleset(self.drift, self.cage.network, self.effective.network, self.ruleset_changed)
-        )
+        watching.enter_context(watched_ruleset(self.cage.network, self.effective.network, self.ruleset_changed))
         waiting = asyncio.create_task(self.cage.processes.ended.wait())
         there = asyncio.create_task(self.socket_there.wait())
         stopping = asyncio.create_task(self._stop_when(stop, drain))
@@ -239,9 +238,9 @@ class Run:
                 if not waiting.done():
                     on_steady()
             elif not waiting.done():
-                await self._stop()
                 missing = NO_ANSWER if self.streams else NO_SOCKET
                 self.forced_cause = self.forced_cause or f"{missing} in {patience:g} s"
+                await self._stop()
             await waiting
         finally:
             self.context.sockets.remove(watched)
@@ -362,8 +361,6 @@ class Run:
         await self.cage.release()
         with contextlib.suppress(UnavailableError):
             await self.context.broker.detach(self.id)
-        if self.drift is not None:
-            self.drift.close()
         self.kept.close()
 
     def answer_denied(self, listener: int) -> None:
@@ -392,7 +389,7 @@ class Run:
             stderr=self.pipes[1],
             listener=self.context.notifier.listener_of(self.denials),
             streams=dict(zip(("stdin", "stdout"), self.streams, strict=False)),
-            drift=self.drift.fileno() if self.drift is not None else -1,
+            drift=-1,
             started_at=self.started_at,
             began=self.began + self.frozen_seconds,
             forced_cause=self.forced_cause,

@@ -223,6 +223,12 @@ class ChildProcess:
         assert self.channel is not None
         return self.channel
 
+    @property
+    def running(self) -> bool:
+        """Whether a process serves, or leaves and may still answer."""
+        there = self.channel is not None and not self.channel.closed.is_set()
+        return there and (self.up.is_set() or self._waiting is not None)
+
     async def present(self) -> Channel | None:
         """The channel, once no process is being exchanged for another: closed between two, None before the first."""
         async with self.changing:

@@ -103,7 +103,8 @@ class Services:
     ) -> None:
         """Start the services; returns when the host accepts commands, which ``handlers`` serve.
 
-        With the states ``before`` this process's exec, by name, those that run go on.
+        With the states ``before`` this process's exec, by name, those that run go on, the console aside
+        (``start_console``), and nothing is awaited: the host is served from the next turn of the loop on.
         """
         audit, broker, host = self.audit, self.broker, self.host
 
@@ -145,7 +146,6 @@ class Services:
             broker.process.adopt(before["broker"], of_broker)
             host.process.adopt(before["host"], of_host)
             host.door.open()  # nobody knows how long it was to be shut
-            await self._start_console(before.get("console"))
             return
         async with self._zygotes.ready():  # one for all
             for process, ways in ((audit.process, of_audit), (broker.process, of_broker), (host.process, of_host)):
@@ -156,9 +156,10 @@ class Services:
             await broker.process.introduce()
             await host.process.introduce()
             kept.note(self._paths.database_begun)
-            await self._start_console()
+            await self.start_console()
 
-    async def _start_console(self, before: ServiceState | None = None) -> None:
+    async def start_console(self, before: ServiceState | None = None) -> None:
+        """Start the console if there is to be one, or go on with that of ``before`` this process's exec, or end it."""
         if before is not None and self.console is not None:
             self.console.adopt(before)
         elif before is not None:  # host.toml has none any more

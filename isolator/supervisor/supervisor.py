@@ -30,6 +30,7 @@ from isolator.launcher.client import Launcher
 from isolator.layers.cgroup.subtree import open_subtree
 from isolator.layers.ledger import EVERY_LAYER, ledger, missing, optional_controllers
 from isolator.layers.seccomp.notifier import SeccompNotifier
+from isolator.linux.child import Child, ended
 from isolator.linux.files import remove_tree
 from isolator.linux.priority import go_first
 from isolator.paths import Paths
@@ -106,6 +107,7 @@ async def running_daemon(
         restored = _finish_restore(paths) if before is None else None
         cleared: list[recovery.Leftover] = []
         kept_by: Launcher | None = None
+        hanging: list[Child] = []
         optional = optional_controllers(config.may_degrade)
         if before is None:
             progress("clearing what an earlier daemon left")
@@ -118,7 +120,7 @@ async def running_daemon(
         else:
             from isolator.supervisor.reload import adopt as adoption
 
-            adoption.end_unnamed_children(before)
+            hanging = adoption.end_unnamed_children(before)
             subtree = adoption.subtree(before.subtree, optional)
             kept_by = adoption.launcher(before)
             stack.callback(kept_by.close)
@@ -162,6 +164,8 @@ async def running_daemon(
         tasks = Tasks()
         stack.push_async_callback(tasks.close)
         runners = _runners(context, config, before)
+        for child in hanging:
+            tasks.run(f"end of process {child.pid}", ended(child))
         tasks.keep("watch over the launcher", lambda: _keep_launcher(runtime, table, runners, health))
         stack.push_async_callback(_stop, table, services, audit)
         tickets = Tickets(paths.ticket_socket, config)
@@ -201,7 +205,9 @@ async def running_daemon(
             services.audit.adopt(before.audit)
             alarms.adopt(before.alarms)
             tickets.adopt(before.tickets)
-            await services.start(table, handlers, {one.name: one for one in before.services})
+            served = {one.name: one for one in before.services}
+            await services.start(table, handlers, served)
+            # Until every plugin is as it was, nothing is awaited: what the host asks for would begin a run anew.
             registrar.adopt(before.staged)
             adopted = _adopt_plugins(table, context, before, kept_by)
             fences.go_on()
@@ -218,6 +224,7 @@ async def running_daemon(
                     config_sha256=config.digest(),
                 )
             )
+            await services.start_console(served.get("console"))
         if runners is not None:
             stack.push_async_callback(runners.close)
             if before is None or before.runners is None:

@@ -167,6 +167,8 @@ def leaf() -> Iterator[Leaf]:
     leaf = Leaf.under(subtree, "snapshot")
     limits = ResourcePolicy(memory=64 << 20, cpu=50)
     leaf.create(limits)
+    leaf.create_v1()
+    leaf.limit_v1(limits)
     leaf.cap_processor(limits)
     try:
         yield leaf

@@ -15,6 +15,7 @@ from isolator.broker.gate.tls import _RETRY
 from isolator.broker.guard import Denied, objection
 from isolator.broker.relay import Pipe, Scratch
 from isolator.broker.sniff import Hello
+from isolator.broker.turns import Turns
 from isolator.ipc.fence import Fence
 from tests.broker.test_sniff import REAL, hello
 from tests.support.timeouts import seconds
@@ -205,8 +206,8 @@ class Ends:
         self.sockets: Sequence[socket.socket] = (self.client, inner, outer, self.server)
         for sock in self.sockets:
             sock.setblocking(False)
-        scratch = Scratch()
-        self.up, self.down = Pipe(inner, outer, scratch, Fence()), Pipe(outer, inner, scratch, Fence())
+        share = Scratch(), Fence(), Turns()
+        self.up, self.down = Pipe(inner, outer, *share), Pipe(outer, inner, *share)
         self.up.guard(made, self.down)
         self.down.start()
         self.up.start()

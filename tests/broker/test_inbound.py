@@ -10,6 +10,7 @@ import pytest
 from isolator.broker.buffers import Buffers
 from isolator.broker.inbound import Inbound
 from isolator.broker.relay import Scratch
+from isolator.broker.turns import Turns
 from isolator.errors import UnavailableError
 from isolator.ipc.fence import Fence
 from isolator.layers.network import namespace as network
@@ -164,7 +165,9 @@ async def test_refill_ahead_of_need_that_fails_is_reported_unless_the_supervisor
             raise answer
         return answer
 
-    inbound = Inbound([], fetch, lambda *_, **__: None, Fence(), Scratch(), Buffers(), limit=1, refusal=lambda: None)
+    inbound = Inbound(
+        [], fetch, lambda *_, **__: None, Fence(), Scratch(), Buffers(), Turns(), limit=1, refusal=lambda: None
+    )
     for _ in range(3):
         await asyncio.wait([inbound._fill()])
     (await inbound._take()).close()

@@ -12,6 +12,7 @@ import pytest
 
 from isolator.broker import relay
 from isolator.broker.relay import Pipe, Scratch
+from isolator.broker.turns import Turns
 from isolator.ipc.fence import LOST, Fence
 from isolator.linux.boottime import boottime
 from tests.support.timeouts import seconds
@@ -31,7 +32,7 @@ class Flow:
             # Room for more than one read at a time, so that reads are full.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * relay.CHUNK)
         self.fence = Fence()
-        self.pipe = Pipe(inner, outer, scratch, self.fence)
+        self.pipe = Pipe(inner, outer, scratch, self.fence, Turns())
         self.pipe.start()
 
     async def write(self, data: bytes) -> None:

@@ -129,7 +129,8 @@ async def test_status_shows_hosts_plugins_problems_and_its_answer_has_the_keys_o
     assert "PROBLEM twin: another \\x1b[31mdaemon" in shown
     for words in (f"host:    {holder.name}, a member", "log:     read up to", "outbox:  0 events", "(this)", "alive"):
         assert words in shown, words
-    assert re.search(rf"^p +one +0 +{holder.name} +\d+$", shown, re.M)
+    ready = [one["name"] for one in found["hosts"] if "p" in one["ready"] and one["name"] != holder.name]
+    assert ready and re.search(rf"^p +one +0 +{holder.name} +\d+ +{', '.join(ready)}$", shown, re.M)
     assert json.loads(json.dumps(found)) == found
     await cluster.stop()
 

@@ -7,7 +7,6 @@ import contextlib
 import json
 import signal
 import ssl
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -234,18 +233,6 @@ async def test_full_disk_of_the_servers_is_named(tmp_path: Path) -> None:
                 await log.append("iso.ev.h1", b"x" * 250_000)
         assert await log.after(0) is not None
         await log.close()
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[Path, Path]:
-    """A key and a certificate for ``localhost``."""
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return key, certificate
 
 
 async def test_tls_is_checked_against_the_clusters_own_certificates(tmp_path: Path, pair: tuple[Path, Path]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from host.cluster.entries import Event
-from host.database import store
+from host.database import wal
 from host.database.store import Store
 from isolator.errors import UnavailableError
 from tests.cluster.hosts import Cluster
@@ -32,12 +32,22 @@ class Disk:
                 raise self.error
             sync(fd)
 
-        monkeypatch.setattr(store.os, "fdatasync", slow)
+        monkeypatch.setattr(os, "fdatasync", slow)
+
+    @staticmethod
+    def by_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+        """Have stores that are opened from now on sync in their thread, which ``Disk`` holds up."""
+
+        def none(_: int) -> None:
+            raise OSError("not in this test")
+
+        monkeypatch.setattr(wal, "FileSync", none)
 
 
 async def test_what_is_committed_is_waited_for_with_the_sync_that_is_under_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    Disk.by_thread(monkeypatch)
     database, disk = Store(tmp_path / "db"), Disk(monkeypatch)
     await database.durable()  # there is nothing to wait for
     assert disk.count == 0
@@ -58,6 +68,7 @@ async def test_what_is_committed_is_waited_for_with_the_sync_that_is_under_way(
 
 async def test_sync_that_fails_is_an_error_for_those_who_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fatal: list[str] = []
+    Disk.by_thread(monkeypatch)
     database, disk = Store(tmp_path / "db", fatal=fatal.append), Disk(monkeypatch)
     disk.error = OSError(5, "Input/output error")
     written = asyncio.create_task(database.run(lambda _: None))
@@ -76,6 +87,7 @@ async def test_sync_that_fails_is_an_error_for_those_who_wait(tmp_path: Path, mo
 async def test_no_event_is_sent_before_it_is_on_disk_and_its_sync_is_the_only_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    Disk.by_thread(monkeypatch)
     cluster = Cluster(tmp_path, hosts=1)
     await cluster.start()
     await cluster.passes(5)

@@ -22,7 +22,7 @@ NOT_RUN = {
     "bench/README.md": 1,
     "clients/pytest/README.md": 1,
     "clients/python/README.md": 1,
-    "docs/cluster.md": 3,
+    "docs/cluster.md": 2,
     "docs/compatibility.md": 1,
     "docs/console.md": 1,
     "docs/embedding.md": 1,

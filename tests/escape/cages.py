@@ -118,6 +118,10 @@ HOST_CLOCK = """
 from isolator.linux import namespaces
 namespaces.CLONE_NEWTIME = 0
 """
+HOST_PIDS = """
+import isolator.launcher.prefork
+isolator.launcher.prefork.AT_BIRTH = ()
+"""
 MANY_TERMINALS = """
 from isolator.layers import filesystem
 filesystem._TERMINAL_OPTIONS = "newinstance,ptmxmode=0666,mode=0600"
@@ -146,10 +150,6 @@ def battery_of_the_host(plan: Plan, _: WeakenedCage) -> None:
     """Without a view of its own the cage finds the battery where it lies on the host."""
     folder = Path(battery.__file__).parents[1]
     plan.argv[3] = f"import sys; sys.path.insert(0, {str(folder)!r}); from attacks.battery import main; main()"
-
-
-def host_pids(plan: Plan, _: WeakenedCage) -> None:
-    plan.clone_flags &= ~0x20000000
 
 
 def host_name(plan: Plan, _: WeakenedCage) -> None:

@@ -98,15 +98,15 @@ ABLATIONS = {
         "read-shadow list-root-home write-kernel-settings kernel-memory kernel-log write-cgroup",
     ),
     "the host's pids and root, no Landlock": Ablation(
-        _weak("landlock", root=True, edits=(cages.host_pids,)), "root-through-process"
+        _weak("landlock", root=True, template=cages.HOST_PIDS), "root-through-process"
     ),
     "the host's pids and root, no Landlock, no filter": Ablation(
-        _weak("seccomp", "landlock", root=True, edits=(cages.host_pids,)), "join-namespace"
+        _weak("seccomp", "landlock", root=True, template=cages.HOST_PIDS), "join-namespace"
     ),
     "a writable folder, no Landlock": Ablation(_weak("landlock", edits=(cages.writable_plugin,)), "write-read-only"),
     "folders without caps": Ablation(_weak(uncapped=True), "fill-state fill-socket-folder"),
-    "the host's pids": Ablation(_weak(edits=(cages.host_pids,)), "other-processes kill-init"),
-    "the host's pids and root": Ablation(_weak(root=True, edits=(cages.host_pids,)), "other-processes-in-proc"),
+    "the host's pids": Ablation(_weak(template=cages.HOST_PIDS), "other-processes kill-init"),
+    "the host's pids and root": Ablation(_weak(root=True, template=cages.HOST_PIDS), "other-processes-in-proc"),
     "the host's name": Ablation(_weak(edits=(cages.host_name,)), "learn-host-name"),
     "the host's control groups": Ablation(_weak(edits=(cages.no_cgroup_namespace,)), "learn-cgroup"),
     "the host's network": Ablation(

@@ -919,7 +919,7 @@ WEAKNESSES = {
         (own_user, no_other_group, no_other_user),
     ),
     "no control groups": Noticed(EVERYTHING, Weakness(frozenset({"cgroup"})), (memory, swap, processor, tasks, disk)),
-    "the host's processes": Noticed("plain", Weakness(edits=(cages.host_pids,)), (own_processes,)),
+    "the host's processes": Noticed("plain", Weakness(template=cages.HOST_PIDS), (own_processes,)),
     "the host's name": Noticed("plain", Weakness(edits=(cages.host_name,)), (own_host_name,)),
     "an uncovered /proc": Noticed(
         "plain", Weakness(template=cages.UNCOVERED), (own_memory, own_load, no_host_entry)

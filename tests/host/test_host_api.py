@@ -15,7 +15,10 @@ import pytest
 from pydantic import BaseModel
 
 from host import PluginHost
+from host.host_api.api import HostApi
+from host.host_api.methods import KeyValue
 from isolator.errors import IsolatorError, UnavailableError
+from isolator.ipc.succession import Departure, Descriptors
 from tests.host.fake_supervisor import PLUGIN_UID, Daemon
 from tests.support import sidecars
 
@@ -323,3 +326,33 @@ async def test_library_without_a_daemon_reports_that_it_is_not_running(tmp_path:
     with pytest.raises(UnavailableError, match="the daemon is not running"):
         async with PluginHost.connect(tmp_path):
             pass
+
+
+def _listener() -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind("\0" + os.urandom(8).hex())
+    listener.listen()
+    return listener
+
+
+async def test_listeners_that_come_and_go_while_the_host_leaves_are_handed_on_as_they_are() -> None:
+    """An invocation begins or ends between the hold and the hand-over, when the supervisor's answer comes late."""
+    nobody: Any = None
+    api = HostApi(nobody, nobody, KeyValue(nobody), nobody, nobody, nobody)
+    api.serve("lasting", "r1", _listener())
+    api.serve_invocation("exec", "r2", _listener())
+    await api.hold()
+    api.end_invocation("exec", "r2")
+    new = _listener()
+    name = new.getsockname()
+    api.serve_invocation("exec", "r3", new)
+    departure = Departure()
+    states = api.pass_on(departure)
+    api.close()
+    assert {(one.plugin, one.run, one.invocation) for one in states} == {("lasting", "r1", False), ("exec", "r3", True)}
+    with socket.socket(socket.AF_UNIX) as plugin:
+        plugin.connect(name)  # it waits in the backlog for the successor
+        (listener,) = (one.listener for one in states if one.run == "r3")
+        with Descriptors(departure._fds.release_all()) as handed, socket.socket(fileno=handed.take(listener)) as kept:
+            kept.setblocking(False)
+            kept.accept()[0].close()

@@ -9,17 +9,20 @@ import os
 import shutil
 import sqlite3
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from host.database import wal
 from host.database.schema import SCHEMA_VERSION
-from host.database.store import WAL_HIGH, Store
+from host.database.store import Store
 from host.queue import rows
 from host.queue.interface import RETRY_BACKOFF, Delivery, Event, EventRow, NewEvent, Result, Subscriber
 from host.queue.sqlite import SqliteQueue
 from isolator.errors import IsolatorError, UnavailableError
+from isolator.linux.aio import FileSync
 
 
 def _event(name: str = "e", **more: object) -> NewEvent:
@@ -126,29 +129,103 @@ async def test_wait_does_not_wait_for_a_plugin_that_is_removed(store: Store) -> 
     assert [(one.plugin, one.state) for one in (await waiting).deliveries] == [("p", "ok")]
 
 
-async def test_acceptance_waits_for_the_sync(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    released = __import__("threading").Event()
-    real = os.fdatasync
-    monkeypatch.setattr(os, "fdatasync", lambda fd: (released.wait(10), real(fd)))
+class _Syncs:
+    """The syncs of a store that is made from now on: by the kernel, or by the helper thread where that has none."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+
+    def hold(self) -> Callable[[], None]:
+        raise NotImplementedError
+
+    def fail(self) -> None:
+        raise NotImplementedError
+
+
+class _ByKernel(_Syncs):
+    def hold(self) -> Callable[[], None]:
+        held: list[FileSync] = []
+        real = FileSync.begin
+
+        def begin(sync: FileSync) -> None:
+            held.append(sync)
+
+        def release() -> None:
+            for one in held:
+                real(one)
+
+        self._monkeypatch.setattr(FileSync, "begin", begin)
+        return release
+
+    def fail(self) -> None:
+        real = FileSync.end
+        self._monkeypatch.setattr(FileSync, "end", lambda one: (real(one), OSError(5, "Input/output error"))[1])
+
+
+class _ByThread(_Syncs):
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(monkeypatch)
+
+        def none(_: FileSync, __: int) -> None:
+            raise OSError(38, "Function not implemented")
+
+        monkeypatch.setattr(FileSync, "__init__", none)
+
+    def hold(self) -> Callable[[], None]:
+        released, real = threading.Event(), os.fdatasync
+        self._monkeypatch.setattr(os, "fdatasync", lambda fd: (released.wait(10), real(fd))[1])
+        return released.set
+
+    def fail(self) -> None:
+        def fail(_: int) -> None:
+            raise OSError(5, "Input/output error")
+
+        self._monkeypatch.setattr(os, "fdatasync", fail)
+
+
+@pytest.fixture(params=[_ByKernel, _ByThread])
+def syncs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> _Syncs:
+    made: _Syncs = request.param(monkeypatch)
+    return made
+
+
+async def test_acceptance_waits_for_the_sync(syncs: _Syncs, tmp_path: Path) -> None:
+    store = Store(tmp_path / "host.db")
+    release = syncs.hold()
     queue = SqliteQueue(store)
     accept = asyncio.create_task(queue.accept(_event(), [Subscriber("p", "k")]))
     take = asyncio.create_task(queue.consumer("p").take())
     await asyncio.sleep(0.1)
     assert not accept.done()
     assert not take.done(), "nothing is dispatched before it is safe"
-    released.set()
+    release()
     accepted = await accept
     assert (await take).event == accepted.event
+    await store.close()
 
 
-async def test_a_failed_sync_is_fatal_and_fails_the_acceptance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_store_that_closes_reports_the_sync_that_is_under_way(syncs: _Syncs, tmp_path: Path) -> None:
+    store = Store(tmp_path / "host.db")
+    accept = asyncio.create_task(SqliteQueue(store).accept(_event(), []))
+    await asyncio.sleep(0)
+    await store.close()
+    assert (await accept).plugins == ()
+
+
+async def test_a_log_is_as_large_from_the_start_as_it_gets_between_two_checkpoints(store: Store) -> None:
+    before = store.path.with_name("host.db-wal").stat().st_size
+    queue = SqliteQueue(store)
+    for number in range(50):
+        await queue.accept(_event(str(number)), [Subscriber("p", "k")])
+    assert store.path.with_name("host.db-wal").stat().st_size == before == wal.BEGIN
+
+
+async def test_a_failed_sync_is_fatal_and_fails_the_acceptance(
+    syncs: _Syncs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fatal: list[str] = []
     store = Store(tmp_path / "host.db", fatal=fatal.append)
-
-    def fail(_: int) -> None:
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(os, "fdatasync", fail)
+    syncs.fail()
     with pytest.raises(UnavailableError, match="cannot be synced"):
         await SqliteQueue(store).accept(_event(), [Subscriber("p", "k")])
     assert "sync failed" in fatal[0]
@@ -419,7 +496,7 @@ async def _outcomes_alone(queue: SqliteQueue, count: int) -> None:
 async def test_log_is_bounded_also_while_nothing_is_accepted(store: Store) -> None:
     with _largest_log(store) as largest:
         await _outcomes_alone(SqliteQueue(store), 3000)
-    assert 0 < largest[0] < WAL_HIGH + (2 << 20)
+    assert 0 < largest[0] < wal.HIGH + (2 << 20)
 
 
 async def test_log_does_not_fill_a_small_disk(small_disk: Path) -> None:

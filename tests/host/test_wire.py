@@ -111,3 +111,43 @@ async def test_long_line_beyond_the_time_of_its_peer_waits(
     assert len(protocol.lines) == 2
     await protocol.until(3)
     assert protocol.lines[2] == b"after"
+
+
+class _Written(asyncio.Transport):
+    """A transport that keeps what is written to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[bytes] = []
+        self.closed = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.writes.append(bytes(data))
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        pass
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+
+async def test_messages_of_one_turn_are_one_write_and_stay_in_order() -> None:
+    protocol, transport = LineProtocol(), _Written()
+    protocol.connection_made(transport)
+    for message in (b"1\n", b"2\n", b"3\n"):
+        protocol.send_soon(message)
+    assert transport.writes == []
+    await asyncio.sleep(0)
+    assert transport.writes == [b"1\n2\n3\n"]
+    protocol.send_soon(b"4\n")
+    protocol.send(b"5\n")
+    protocol.send_soon(b"6\n")
+    protocol.close()
+    await asyncio.sleep(0)
+    assert transport.writes[1:] == [b"4\n", b"5\n", b"6\n"]

@@ -47,7 +47,7 @@ sections: st.SearchStrategy[Section] = st.one_of(
     st.builds(FilesystemSection, st.booleans(), st.lists(operations, max_size=6).map(tuple)),
 )
 plans = st.builds(
-    Plan, texts, st.lists(texts, max_size=3), files, texts, numbers, numbers,
+    Plan, texts, st.lists(texts, max_size=3), files, texts, numbers,
     st.lists(sections, max_size=5).map(lambda found: {one.kind: one for one in found}),
     st.dictionaries(texts, st.integers(0, 999), max_size=4), st.booleans(), st.booleans(),
 )  # fmt: skip
@@ -84,7 +84,7 @@ def test_two_parts_cannot_have_one_name() -> None:
 
 def _packet(**changes: Any) -> bytes:
     body = {
-        "cage": "c", "argv": ["true"], "env": {"A": "b"}, "cwd": "/", "umask": 18, "clone_flags": 0,
+        "cage": "c", "argv": ["true"], "env": {"A": "b"}, "cwd": "/", "umask": 18,
         "sections": [["user", {"uid": 1, "gid": 2}]], "fds": ["stdin"], "to_group": False, "terminal": False,
     }  # fmt: skip
     return json.dumps([*(body | changes).values()]).encode()
@@ -101,7 +101,7 @@ def test_the_packet_of_these_tests_is_a_plan() -> None:
     [
         b"", b"{}", b"[]", b"null", b"[[[", b"\xff",
         _packet(cage=1), _packet(argv="true"), _packet(argv=["true", 1]), _packet(env={"A": 1}), _packet(umask=True),
-        _packet(clone_flags="0"), _packet(fds=[]), _packet(fds=["stdin", "stdout"]), _packet(fds=[0]),
+        _packet(fds=[]), _packet(fds=["stdin", "stdout"]), _packet(fds=[0]),
         _packet(to_group=0),
         _packet(sections={}), _packet(sections=[{}]), _packet(sections=[[]]), _packet(sections=[["user"]]),
         _packet(sections=[["nobody", {}]]), _packet(sections=[[["user"], {}]]), _packet(sections=[["user", []]]),

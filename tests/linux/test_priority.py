@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +81,18 @@ def test_step_behind_is_counted_from_no_precedence(before: int, after: int) -> N
 @pytest.mark.parametrize(("before", "after"), [(-9, 0), (0, 0), (4, 4)])
 def test_precedence_is_given_up_and_a_value_behind_others_stays(before: int, after: int) -> None:
     assert begun_with(before, lambda: (take_turns(), nice())[1]) == str(after)
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel groups no sessions")
+@pytest.mark.parametrize(("leads", "after"), [(True, f"nice {FIRST}"), (False, "nice 0")])
+def test_session_that_is_its_own_gets_the_precedence_too(leads: bool, after: str) -> None:
+    """Else it would count for nothing beside other sessions."""
+
+    def work() -> str:
+        os.setsid()
+        return in_a_child(lambda: (leads and os.setsid(), go_first(), Path("/proc/self/autogroup").read_text())[-1])
+
+    assert in_a_child(work).strip().endswith(after)
 
 
 def test_real_time_policy_is_given_up() -> None:

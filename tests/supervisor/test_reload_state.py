@@ -66,7 +66,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
 def test_state_comes_back_as_it_was_written(state: DaemonState) -> None:
     fd = formats.write(state)
     try:
-        assert formats.read(fd) == _plain(state)
+        assert formats.read(fd) == (_plain(state), "")
     finally:
         os.close(fd)
 
@@ -119,7 +119,7 @@ def test_daemon_with_runs_of_users_is_not_handed_to_a_version_that_would_end_the
         formats.write(dataclasses.replace(STATE, runners=with_runs), 1)
     fd = formats.write(dataclasses.replace(STATE, runners=dataclasses.replace(with_runs, runs=())), 1)
     try:
-        assert formats.read(fd) == STATE
+        assert formats.read(fd) == (STATE, "")
     finally:
         os.close(fd)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from isolator.linux import netlink, netns
+from tests.support.timeouts import seconds
 from tests.system.daemon import ECHO, Daemon, daemon, event, kill_9, wait_for, write_plugin
 
 SERVER = ECHO.replace(
@@ -88,6 +89,19 @@ def test_a_taken_port_stops_the_start_with_one_clear_line(tmp_path: Path, networ
         # An operator's start ends the pause, and is not answered with the outcome of an earlier attempt.
         d.cli("plugin", "start", "web")
         wait_for(lambda: talk(network) == b"you said hello")
+
+
+def test_stop_ends_a_start_that_somebody_waits_for(tmp_path: Path, network: int) -> None:
+    taken = netns.in_network(network, lambda: socket.create_server(("127.0.0.1", 8080)))
+    patient = '[inbound]\nports = [8080]\n[restart]\ncrashes = 100\nbackoff_min = "1m"\n'
+    with taken, daemon(host_toml=patient, network=network) as d:
+        registered(d, write_plugin(tmp_path / "web", SERVER))
+        starting = d.begin("plugin", "start", "web")
+        wait_for(lambda: d.json("plugin", "show", "web")["state"] == "backoff")
+        d.cli("plugin", "stop", "web")
+        _, told = starting.communicate(timeout=seconds(60))
+        assert starting.returncode == 1 and told.startswith("isolator: plugin web: "), told
+        assert d.json("plugin", "show", "web")["state"] == "stopped"
 
 
 def test_a_port_over_the_ceiling_is_refused(tmp_path: Path, network: int) -> None:

@@ -27,6 +27,14 @@ def nice(pid: int) -> int:
     return os.getpriority(os.PRIO_PROCESS, pid)
 
 
+def of_session(pid: int) -> int:
+    """The nice value of a process's autogroup, which is what counts beside other sessions; its own without any."""
+    try:
+        return int(Path(f"/proc/{pid}/autogroup").read_text().split()[-1])
+    except FileNotFoundError:
+        return nice(pid)
+
+
 def of_services(d: Daemon) -> list[int]:
     assert d.process is not None
     return [nice(d.process.pid), *(nice(d.service_pid(f"{name}.service")) for name in SERVICES)]
@@ -54,6 +62,7 @@ def test_services_go_before_plugins_and_still_do_after_a_reload(shared_dir: Path
             d.cli("plugin", "add", str(plugin), "--yes")
         d.cli("plugin", "start", "one")
         assert of_services(d) == services
+        assert [of_session(d.service_pid(f"{name}.service")) for name in SERVICES] == services[1:]
         assert of_cages(d, "one") == {0}
         before = [d.service_pid(f"{name}.service") for name in SERVICES]
         d.cli("reload")

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from isolator.base.pacing import TokenBucket
 
-PER_SECOND, AT_ONCE = 0.1, 0.02
-"""Seconds of CPU time for looking at what one cage sends in the clear."""
+PER_SECOND, AT_ONCE = 0.05, 0.02
+"""Seconds of CPU time for looking at what one cage sends in the clear: some hundred hellos or requests each second."""
 LARGEST, SMALLEST, HOLD = 16 * 1024, 256, 0.001
 """Bytes of a client's in one piece, and seconds for which one may hold up the others."""
 LONGEST_REST = 0.05

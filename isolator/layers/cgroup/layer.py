@@ -23,7 +23,7 @@ from isolator.layers.cgroup.subtree import LIMITING, Subtree, find_hierarchies
 from isolator.layers.phrases import count, listing
 
 if TYPE_CHECKING:
-    from isolator.layers.plan import Plan
+    from isolator.layers.plan import Birth, Plan
     from isolator.policy.model import EffectivePolicy
 
 
@@ -33,7 +33,7 @@ class Cgroup(Layer):
     name = "cgroup"
     may_degrade = tuple(f"cgroup.{controller}" for controller in (*LIMITING, "io"))
 
-    from_birth = True
+    in_force_from = "birth"
 
     def __init__(self, subtree: Subtree) -> None:
         self._subtree = subtree
@@ -86,17 +86,22 @@ class Cgroup(Layer):
             f"{count(limits.tasks, 'task')}; beyond its memory every process of the plugin is ended.{disks}"
         )
 
-    def prepare(self, spec: CageSpec, plan: Plan) -> None:
+    def prepare_birth(self, spec: CageSpec, birth: Birth) -> None:
         self._limits = spec.policy.resources
         self.leaf = Leaf.under(self._subtree, spec.leaf, self._limits)
+        self.leaf.create(self._limits)
+        birth.cgroup = self.leaf.open_folder()
+
+    def prepare(self, spec: CageSpec, plan: Plan) -> None:
+        assert self.leaf is not None
         if self.caps_disks:
             disks = disk.devices([*(bind.fd for bind in spec.binds if bind.tree is None), "/usr"])
             disks += disk.disks_of(bind.tree.device for bind in spec.binds if bind.tree is not None)
             self._disks = list(dict.fromkeys(disks))
         if self.ahead is not None:
             self.ahead.rename_v1(self.leaf)
-        self._caps = self.leaf.create(self._limits, v1=self.ahead is None)
-        plan.own("cgroup", self.leaf.open_folder())
+        self.leaf.limit_v1(self._limits)
+        self._caps = self.leaf.values(self._limits)
 
     def hand_over(self) -> Kept:
         return Kept({"disks": self._disks})

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from isolator.base.structs import field, struct_class
 from isolator.errors import ConfinementError
 from isolator.layers.base import mismatch
+from isolator.linux.files import write_file
 from isolator.policy.units import NO_CAP
 
 if TYPE_CHECKING:
@@ -77,22 +78,24 @@ class Leaf:
         shown = {**self.v1, **({"cpuset": self.cpuset} if self.cpuset is not None else {})}
         return [(place, str(path)) for place, path in shown.items()]
 
-    def create(self, limits: ResourcePolicy | None, *, v1: bool = True) -> dict[str, str]:
-        """Make the groups and write the limits but the processor's, before a process of the cage is in them.
-
-        Returns the value of each file. ``v1``: False where those in the v1 hierarchies are there already.
-        """
-        if v1:
-            self.create_v1()
+    def create(self, limits: ResourcePolicy | None) -> None:
+        """Make the v2 group, with its limits but the processor's, before a process of the cage is in it."""
         with contextlib.suppress(FileExistsError):
-            os.mkdir(self.unified)  # this and the next few are a quarter of a start's preparation
+            os.mkdir(self.unified)
+        if limits is not None:
+            _write_all(self._values_v2(limits))
+
+    def limit_v1(self, limits: ResourcePolicy) -> None:
+        """Write the limits but the processor's of the v1 groups, which are there already."""
         if self.blkio is not None:
             self.blkio.mkdir(exist_ok=True)
-        return _write_all(self.values(limits)) if limits is not None else {}
+        _write_all(self._values_v1(limits))
 
     def cap_processor(self, limits: ResourcePolicy) -> dict[str, str]:
         """Write the limits of the processor; returns the value of each file."""
-        return _write_all(self.cpu_values(limits))
+        values = self.cpu_values(limits)
+        _write_all(values)
+        return values
 
     def prefer(self) -> None:
         """Give the leaf of a service a greater share of a contended processor.
@@ -100,7 +103,7 @@ class Leaf:
         In v1 services are in no group here; their nice value is what counts (``linux/priority.py``).
         """
         if "cpu" in self.on_v2:
-            _write(f"{self.unified}/cpu.weight", str(SERVICE_WEIGHT))
+            write_file(f"{self.unified}/cpu.weight", str(SERVICE_WEIGHT))
 
     def create_v1(self) -> None:
         """Make the groups in the v1 hierarchies alone; those that are there stay."""
@@ -118,7 +121,9 @@ class Leaf:
 
         The processor's cap is apart, in ``cpu_values``.
         """
-        tasks = str(limits.tasks + 1)  # pid 1 of the cage is ours
+        return self._values_v2(limits) | self._values_v1(limits)
+
+    def _values_v2(self, limits: ResourcePolicy) -> dict[str, str]:
         values: dict[str, str] = {}
         if "memory" in self.on_v2:
             values[f"{self.unified}/memory.max"] = str(limits.memory)
@@ -128,16 +133,21 @@ class Leaf:
             values[f"{self.unified}/memory.swap.max"] = str(limits.swap)
             values[f"{self.unified}/memory.zswap.max"] = "0"
             values[f"{self.unified}/memory.oom.group"] = "1"
-        elif "memory" in self.v1:
+        if "pids" in self.on_v2:
+            values[f"{self.unified}/pids.max"] = _tasks(limits)
+        return values
+
+    def _values_v1(self, limits: ResourcePolicy) -> dict[str, str]:
+        values: dict[str, str] = {}
+        if "memory" in self.v1:
             memory = self.v1["memory"]
             values[f"{memory}/memory.limit_in_bytes"] = str(limits.memory)
             values[f"{memory}/memory.memsw.limit_in_bytes"] = str(limits.memory + limits.swap)
             values[f"{memory}/memory.swappiness"] = "0" if limits.swap == 0 else "60"
             # Socket buffers are counted apart in v1: without this, as much again slips past the cap.
             values[f"{memory}/memory.kmem.tcp.limit_in_bytes"] = str(limits.memory // 8)
-        pids = self._pids()
-        if pids is not None:
-            values[f"{pids}/pids.max"] = tasks
+        if "pids" in self.v1:
+            values[f"{self.v1['pids']}/pids.max"] = _tasks(limits)
         return values
 
     def cpu_values(self, limits: ResourcePolicy) -> dict[str, str]:
@@ -151,9 +161,14 @@ class Leaf:
         return {}
 
     def open_v1(self, owner: FdSet) -> list[int]:
-        """Descriptors of the v1 groups, for a process that puts itself into them; ``owner`` has to close them."""
+        """Descriptors of the v1 groups, for a process that puts itself into them; ``owner`` has to close them.
+
+        They are of ``tasks``, to which a single-threaded process writes 0: it is moved at once. For a write to
+        ``cgroup.procs`` the kernel first stops every fork and exit of the host, an RCU grace period of 6 to 16 ms
+        (cgroup_procs_write_start in kernel/cgroup/cgroup.c, from Linux 5.4).
+        """
         folders = dict.fromkeys(self.v1.values())
-        return [owner.add(os.open(f"{folder}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)) for folder in folders]
+        return [owner.add(os.open(f"{folder}/tasks", os.O_WRONLY | os.O_CLOEXEC)) for folder in folders]
 
     def confirm_in(self, pid: int) -> None:
         """Read back that a process is in each of the v1 groups; raises ConfinementError."""
@@ -180,14 +195,14 @@ class Leaf:
     def freeze(self) -> None:
         """Stop every process of the leaf where it is, until ``thaw``; the kernel lets nothing but a kill through."""
         os.setxattr(self.unified, _FROZEN, b"1")
-        _write(f"{self.unified}/cgroup.freeze", "1")
+        write_file(f"{self.unified}/cgroup.freeze", "1")
 
     def thaw(self) -> None:
         """Let them go on; no error when it is not frozen, or removed."""
         with contextlib.suppress(OSError):
             os.removexattr(self.unified, _FROZEN)
         with contextlib.suppress(FileNotFoundError):
-            _write(f"{self.unified}/cgroup.freeze", "0")
+            write_file(f"{self.unified}/cgroup.freeze", "0")
 
     def populated(self) -> bool:
         """Whether any process, a zombie included, is left in the leaf."""
@@ -268,6 +283,10 @@ OPTIONAL = frozenset(
 """Absent on kernels without swap accounting, without swap, or without that controller file; reported by ``check``."""
 
 
+def _tasks(limits: ResourcePolicy) -> str:
+    return str(limits.tasks + 1)  # pid 1 of the cage is ours
+
+
 def cpu_quota(permille: int) -> tuple[int, int]:
     """(quota, period) in µs for thousandths of a core; a tiny share gets a longer period, not a refusal."""
     period = PERIOD_US
@@ -282,7 +301,7 @@ def kill_first(pid: int) -> None:
     Its child inherits that instead of the daemon's own protection (OOMScoreAdjust= of the unit). Without
     CAP_SYS_RESOURCE a cage cannot set this back.
     """
-    _write(f"/proc/{pid}/oom_score_adj", OOM_SCORE_ADJ)
+    write_file(f"/proc/{pid}/oom_score_adj", OOM_SCORE_ADJ)
 
 
 def _counter(path: str, key: str) -> int:
@@ -299,23 +318,14 @@ def has_disk_caps(limits: ResourcePolicy | None) -> bool:
     return limits is not None and min(limits.io_read, limits.io_write) < NO_CAP
 
 
-def _write_all(values: dict[str, str]) -> dict[str, str]:
+def _write_all(values: dict[str, str]) -> None:
     for path, value in values.items():
         try:
-            _write(path, value)
+            write_file(path, value)
         except OSError as error:
             if os.path.basename(path) in OPTIONAL:
                 continue
             raise ConfinementError(f"control group {path}", f"{value}: {error.strerror}") from None
-    return values
-
-
-def _write(path: str, value: str) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, value.encode())
-    finally:
-        os.close(fd)
 
 
 def read_file(path: str) -> str:

@@ -18,7 +18,9 @@ import errno
 import functools
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from isolator.base.structs import field, struct_class
 from isolator.errors import ConfinementError, UnavailableError
@@ -28,6 +30,8 @@ from isolator.layers.stopwatch import Stopwatch
 from isolator.linux import netlink, netns, nftables
 from isolator.policy.destinations import Rules
 from isolator.policy.model import ListenRule, NetworkPolicy
+
+T = TypeVar("T")
 
 RESOLVER = "127.0.0.53"
 """The name server of a cage's ``/etc/resolv.conf``."""
@@ -48,16 +52,20 @@ class CageNetwork:
     """A prepared network namespace. Its holder owns its descriptors; ``release`` closes them."""
 
     netns_fd: int
+    """The namespace, until ``settle``; then -1."""
     sockets: list[int]
     """TCP v4, TCP v6, DNS UDP, DNS TCP, NFLOG: for the broker, in every mode."""
     generations: netlink.Generations
-    """Asks for the generation of the namespace's ruleset, from whichever namespace the caller is in."""
+    """Asks for the generation of the namespace's ruleset, and hears of changes, from whichever namespace the caller is
+    in. Its socket leads to the namespace, too."""
     inode: int
-    """The namespace's number: the descriptor may be closed, and its own number reused, by another thread."""
+    """The namespace's number."""
     ruleset: str = ""
     """The ruleset as the kernel gave it back while nobody had changed it; from ``watch`` on."""
     generation: int = 0
     """The kernel's number of that ruleset."""
+    loaded: str = ""
+    """The ruleset as it was loaded, in nft's language."""
     timings: dict[str, float] = field(default_factory=dict)
     """Milliseconds by step."""
 
@@ -82,7 +90,7 @@ def load(network: CageNetwork, policy: NetworkPolicy, *, prefix: str) -> None:
     text = _ruleset(policy, prefix)
     mark("render")
     try:
-        netns.in_network(network.netns_fd, lambda: _load(network, text, mark))
+        _inside(network, lambda: _load(network, text, mark))
     except OSError as error:
         raise ConfinementError("network", str(error), _remedy(error)) from error
 
@@ -104,7 +112,7 @@ def reopen(network: CageNetwork, policy: NetworkPolicy) -> list[int]:
     The old broker's must be closed: the addresses are the same.
     """
     try:
-        return netns.in_network(network.netns_fd, lambda: _detach(_open_sockets()))
+        return _inside(network, lambda: _detach(_open_sockets()))
     except OSError as error:
         raise ConfinementError("network", f"fresh listeners: {error}", "is the old broker still running?") from error
 
@@ -131,20 +139,13 @@ def connectors(network: CageNetwork, count: int, *, version: int = 4) -> list[in
     Connecting one reaches the cage's own loopback, whoever does it, and nothing else that the ruleset does not allow:
     it is how the broker, outside, gets a connection to a port of the cage. Loopback traffic needs no rule of its own.
     """
-    ended = UnavailableError("the cage's network", "has ended", "nothing is to be done")
+    family = socket.AF_INET if version == 4 else socket.AF_INET6
     try:
-        fd = os.dup(network.netns_fd)
-    except OSError:
-        raise ended from None
-    try:
-        if os.fstat(fd).st_ino != network.inode:
-            raise ended
-        family = socket.AF_INET if version == 4 else socket.AF_INET6
-        return netns.in_network(fd, lambda: _detach([socket.socket(family) for _ in range(count)]))
+        return _inside(network, lambda: _detach([socket.socket(family) for _ in range(count)]))
     except OSError as error:
+        if error.errno == errno.EBADF:
+            raise UnavailableError("the cage's network", "has ended", "nothing is to be done") from None
         raise UnavailableError("sockets in the cage's network", error.strerror or str(error), "try again") from None
-    finally:
-        os.close(fd)
 
 
 def confirm(network: CageNetwork, policy: NetworkPolicy) -> None:
@@ -153,7 +154,7 @@ def confirm(network: CageNetwork, policy: NetworkPolicy) -> None:
         generation = network.generations.current()
         if generation == network.generation:
             return
-        found = netns.in_network(network.netns_fd, _list_ruleset)
+        found = _inside(network, _list_ruleset)
     except OSError as error:
         raise ConfinementError("network", f"the ruleset cannot be read back: {error}", _remedy(error)) from error
     if not network.ruleset or found != network.ruleset:
@@ -162,21 +163,48 @@ def confirm(network: CageNetwork, policy: NetworkPolicy) -> None:
     network.generation = generation
 
 
-def watch(network: CageNetwork) -> socket.socket:
-    """A non-blocking socket that becomes readable when the cage's ruleset changes; then drain it and ``confirm``."""
+def watch(network: CageNetwork) -> int:
+    """A descriptor that becomes readable when the cage's ruleset changes: then ``confirm``, which reads it empty.
 
-    def inside() -> socket.socket:
-        watching = netlink.watch_ruleset()
-        found = _list_ruleset()
-        if network.generations.current() == network.generation:
-            network.ruleset = found
-        return watching
+    It stays the network's.
+    """
+    network.generations.watch()
+    if not network.ruleset:
+        _read_back(network)
+    return network.generations.fileno()
 
-    return netns.in_network(network.netns_fd, inside)
+
+_read: dict[str, str] = {}
+"""What the kernel gives back of a ruleset, by the text that was loaded: the same in every namespace."""
+_MOST_READ = 256
+
+
+def _read_back(network: CageNetwork) -> None:
+    """Note the ruleset as it is given back, unless somebody has changed it. A plugin's is read at its first start."""
+    found = _read.get(network.loaded) or _inside(network, _list_ruleset)
+    if network.generations.current() != network.generation:
+        return
+    network.ruleset = found
+    if network.loaded and network.loaded not in _read:
+        if len(_read) >= _MOST_READ:
+            del _read[next(iter(_read))]
+        _read[network.loaded] = found
+
+
+def settle(network: CageNetwork) -> None:
+    """Close the descriptor of the namespace: what is still asked for later finds it by the socket."""
+    if network.netns_fd >= 0:
+        fd, network.netns_fd = network.netns_fd, -1
+        os.close(fd)
 
 
 def hand_over(network: CageNetwork) -> Kept:
-    """State for ``adopt`` after this process's exec; the broker has the sockets."""
+    """State for ``adopt`` after this process's exec; the broker has the sockets.
+
+    An earlier version of this program needs the namespace's own descriptor.
+    """
+    if network.netns_fd < 0:
+        network.netns_fd = network.generations.namespace()
     values = {"inode": network.inode, "ruleset": network.ruleset, "generation": network.generation}
     return Kept(values, {"netns": network.netns_fd, "generations": network.generations.fileno()})
 
@@ -193,9 +221,23 @@ def release(network: CageNetwork) -> None:
     """Close every descriptor that is still held; idempotent. The namespace goes when its last process and socket do."""
     close_sockets(network)
     network.generations.close()
-    if network.netns_fd >= 0:
-        fd, network.netns_fd = network.netns_fd, -1
-        with contextlib.suppress(OSError):
+    settle(network)
+
+
+def _inside(network: CageNetwork, work: Callable[[], T]) -> T:
+    """Do ``work`` in the namespace; raises OSError, EBADF once it was released, perhaps by another thread just now."""
+    opened = [network.generations.namespace()]
+
+    def entered() -> T:
+        os.close(opened.pop())  # before the work, which may leave this thread with a table of its own (nftables)
+        return work()
+
+    try:
+        if os.fstat(opened[0]).st_ino != network.inode:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return netns.in_network(opened[0], entered)
+    finally:
+        for fd in opened:
             os.close(fd)
 
 
@@ -255,7 +297,7 @@ def _load(network: CageNetwork, text: str, mark: Stopwatch) -> None:
     """Load the rules, in a thread that is in the namespace: one transaction, taken whole or not at all."""
     with nftables.Nftables() as nft:
         nft.run(text)
-    network.generation = network.generations.current()
+    network.generation, network.loaded = network.generations.current(), text
     mark("ruleset")
 
 

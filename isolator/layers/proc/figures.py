@@ -60,7 +60,7 @@ class Figures:
     @classmethod
     def of(cls, folder: int, limits: ResourcePolicy, processors: tuple[int, ...], boot_offset: int) -> Figures:
         """The figures of a new cage; ``boot_offset``: seconds that its CLOCK_BOOTTIME is ahead of the host's."""
-        memory = min(limits.memory, os.sysconf("SC_PHYS_PAGES") * _PAGE)
+        memory = min(limits.memory, _memory_of_host())
         booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) - boot_offset
         return cls(folder, processors, memory, limits.swap, int(booted))
 
@@ -99,9 +99,9 @@ class Figures:
         self._put("proc/stat", stat(self.processors, used - system, system, uptime, self.booted))
 
     def _put(self, name: str, text: str) -> None:
-        """Write into the same file: a bind shows the inode that it was made of."""
+        """Write into the file that is there: a bind shows the inode that it was made of."""
         raw = text.encode()
-        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o444, dir_fd=self.folder)
+        fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self.folder)
         try:
             os.write(fd, raw)
             os.ftruncate(fd, len(raw))
@@ -176,6 +176,11 @@ def _ranges(numbers: Sequence[int]) -> str:
 @functools.lru_cache(256)
 def _cpuinfo_of(processors: tuple[int, ...]) -> str:
     return cpuinfo(_cpuinfo_of_host(), processors)
+
+
+@functools.cache
+def _memory_of_host() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * _PAGE  # the C library reads a file of the kernel's for it
 
 
 @functools.cache

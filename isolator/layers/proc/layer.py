@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from isolator.layers.base import CageSpec, Control, Kept, Layer, Process, mismatch
 from isolator.layers.phrases import count
-from isolator.layers.plan import Part, Plan, Section
-from isolator.layers.proc.template import CAGE, FILE, FOLDER, VIEW
+from isolator.layers.plan import ParkOrder, Part, Plan, Section
+from isolator.layers.proc.template import CAGE, FILE, FILES, FOLDER, VIEW
 from isolator.linux import mount
 
 if TYPE_CHECKING:
@@ -55,24 +55,32 @@ class ProcSection(Section, kind="proc"):
     groups: tuple[GroupFolder, ...]
     processors: str
 
-    def enter(self, fds: dict[str, int]) -> None:
-        # Here, where only the cage waits if the kernel has to move it to another processor.
-        os.sched_setaffinity(0, list(map(int, self.processors.split(","))))
-        os.chdir("/proc")  # the template's, and from the next mount on the folder below it
-        mount.attach(fds[_FIGURES], CAGE)
-        os.close(fds[_FIGURES])  # there may be more descriptors than the cage may have open files
+    @staticmethod
+    def enter_ahead(order: ParkOrder) -> None:
+        os.chdir("/proc")  # the template's
+        mount.attach(order.figures, CAGE)
+        os.close(order.figures)
         mount.bind(CAGE, VIEW)
         view = mount.open_mount(VIEW)
         mount.set_attributes(view, _READ_ONLY, recursive=False)
         os.close(view)
         mount.unmount(CAGE, lazy=True)  # what can be written there is written through the descriptor alone
+        mount.bind(f"{VIEW}/cpu", _CPU)
+        os.chdir("/")
+
+    @staticmethod
+    def enter_born(order: ParkOrder) -> None:
+        os.chdir("/proc")  # the template's, and from the next mount on the folder below it
         mount.mount("proc", "/proc", _MS_PROC, _OPTIONS)
         _cover()
-        mount.bind(f"{VIEW}/cpu", _CPU)
+        os.chdir("/")
+
+    def enter(self, fds: dict[str, int]) -> None:
+        # Here, where only the cage waits if the kernel has to move it to another processor.
+        os.sched_setaffinity(0, list(map(int, self.processors.split(","))))
         for group in self.groups:
             mount.attach(fds[group.fd], f"/sys/fs/cgroup/{group.place}")
-            os.close(fds[group.fd])
-        os.chdir("/")
+            os.close(fds[group.fd])  # there may be more descriptors than the cage may have open files
 
 
 def _cover() -> None:
@@ -105,11 +113,13 @@ class Proc(Layer):
     """Its own limits, and nothing of the host's, in /proc and /sys."""
 
     name = "proc"
+    in_force_from = "view"
 
     def __init__(self, namespaces: Namespaces) -> None:
         self._namespaces = namespaces
         self.folder = -1
-        """A file system in memory for the cage's figures (``new_figures``); the caller's."""
+        """A file system in memory for the cage's figures (``new_figures``), which its parked process has mounted; the
+        caller's."""
         self.leaf: Leaf | None = None
         """The cage's groups, once they are made."""
         self._figures: Figures | None = None
@@ -142,7 +152,6 @@ class Proc(Layer):
         limits = spec.policy.resources
         self._figures = Figures.of(self.folder, limits, self._processors, self._namespaces.boot_offset)
         self._figures.write()
-        plan.fds[_FIGURES] = self.folder
         groups = []
         for place, path in self.leaf.by_controller() if self.leaf is not None else ():
             tree = mount.clone_tree(path, recursive=False)
@@ -209,11 +218,13 @@ def _proc_of(process: Process) -> Iterator[int]:
 
 
 def new_figures() -> int:
-    """A descriptor of a detached file system in memory for the figures of one cage, with their folders."""
+    """A descriptor of a detached file system in memory for the figures of one cage, whose files are empty yet."""
     attributes = mount.NOSUID | mount.NODEV | mount.NOEXEC
     folder = mount.new_filesystem("tmpfs", {"size": "4m", "nr_inodes": "32", "mode": "0755"}, attributes=attributes)
     for name in ("proc", "cpu"):
         os.mkdir(name, 0o755, dir_fd=folder)
     for name in ("possible", "present"):
         os.symlink("online", f"cpu/{name}", dir_fd=folder)
+    for name in FILES:
+        os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444, dir_fd=folder))
     return folder

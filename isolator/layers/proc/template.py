@@ -14,6 +14,9 @@ FILE, FOLDER = ".file", ".folder"
 CAGE, VIEW = ".cage", ".view"
 """Mount points in the template's /proc for the figures of one cage: first both, then ``VIEW`` alone, read-only."""
 
+FILES = ("cpu/online", "proc/cpuinfo", "proc/loadavg", "proc/meminfo", "proc/stat")
+"""The files of one cage's figures, by their place in its file system for them."""
+
 _SETTINGS = (
     "crypto/fips_enabled", "fs/file-max", "fs/inotify/max_queued_events", "fs/inotify/max_user_instances",
     "fs/inotify/max_user_watches", "fs/nr_open", "fs/pipe-max-size", "kernel/cap_last_cap", "kernel/ngroups_max",

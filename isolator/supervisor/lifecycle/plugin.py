@@ -260,7 +260,8 @@ class Plugin:
         """Change under way that is not to be broken off, in words; empty when there is none."""
         if self.invocations.under_way:
             return f"an invocation of plugin {self.name}"
-        if self._life.over or (self._life.waits.now and not self._life.stopping.is_set()):
+        stops = self._life.stopping.is_set() or (self.run is not None and self.run.ending)
+        if self._life.over or (self._life.waits.now and not stops):
             return ""
         return f"plugin {self.name} ({self.state})"
 

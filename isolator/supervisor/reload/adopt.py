@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import socket
+import subprocess
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from isolator.ipc.handover import DaemonState, SubtreeState, descriptors
@@ -17,10 +19,15 @@ from isolator.supervisor.reload import formats
 
 logger = logging.getLogger(__name__)
 
+_END_SECONDS = 0.5
 
-def take_over(fd: int) -> DaemonState:
-    """Read the state, own its descriptors and close every other one. Raises IsolatorError."""
-    state = formats.read(fd)
+
+def take_over(fd: int) -> tuple[DaemonState, str | None]:
+    """Read the state, own its descriptors and close every other one; returns it as ``formats.read``.
+
+    Raises IsolatorError.
+    """
+    state, host_toml = formats.read(fd)
     named = {*range(3), *descriptors(state)}
     for name in os.listdir("/proc/self/fd"):
         number = int(name)
@@ -32,21 +39,36 @@ def take_over(fd: int) -> DaemonState:
             os.close(number)
             if number != fd:
                 logger.warning("closed descriptor %d, which the version before had not named: %s", number, shown)
-    return state
+    return state, host_toml
 
 
-def end_unnamed_children(state: DaemonState) -> None:
-    """Kill and reap every child that the state does not name, as one that ended meanwhile."""
+def end_unnamed_children(state: DaemonState) -> list[Child]:
+    """Kill and reap every child that the state does not name, as one that ended meanwhile; returns as ``end``."""
     named = {state.launcher_pid, *(service.pid for service in state.services)}
     named |= {plugin.run.cage.pid for plugin in state.plugins if plugin.run is not None}
     named |= {invocation.run.cage.pid for plugin in state.plugins for invocation in plugin.invocations}
     named |= {run.cage.pid for run in state.runners.runs} if state.runners is not None else set()
-    for path in Path("/proc/self/task").glob("*/children"):
-        for pid in {int(word) for word in path.read_text().split()} - named:
-            with contextlib.suppress(ProcessLookupError, ChildProcessError):
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                logger.warning("ended process %d, which the version before had not named", pid)
+    found = [int(word) for path in Path("/proc/self/task").glob("*/children") for word in path.read_text().split()]
+    return end(pid for pid in found if pid not in named)
+
+
+def end(pids: Iterable[int]) -> list[Child]:
+    """Kill children, and reap them; returns those that have not ended soon: what waits in a file system may not.
+
+    Nobody waits for such a one: the daemon would be away for as long as a stranger likes.
+    """
+    killed = [Child(pid) for pid in pids]
+    for child in killed:
+        child.kill()
+    left, until = [], time.monotonic() + _END_SECONDS
+    for child in killed:
+        try:
+            child.wait(max(0.0, until - time.monotonic()))
+            logger.warning("ended process %d, which the version before had not named", child.pid)
+        except subprocess.TimeoutExpired:
+            left.append(child)
+            logger.warning("process %d, which the version before had not named, was killed and hangs", child.pid)
+    return left
 
 
 def launcher(before: DaemonState) -> Launcher:

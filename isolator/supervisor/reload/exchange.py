@@ -1,7 +1,7 @@
 """Exchange of a service's process for a new one that goes on with its state: nobody notices.
 
 1. The new process is started and loads; when it waits for its hello it answers which formats of a state it reads. Until
-   here a failure changes nothing.
+   here a failure changes nothing. What callers have asked the old process to change is let come to its end.
 2. What the supervisor notifies the service of waits for the new process; requests to it wait, too.
 3. The old process gets ``leave``. It finishes what it can, and sends its state, in a format that the new one reads. The
    parts are passed on unread.
@@ -14,6 +14,8 @@ killed, and another is introduced as after a crash.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import time
 
@@ -23,6 +25,9 @@ from isolator.ipc.succession import Passage
 from isolator.supervisor.rest import LATER, REPEATED
 from isolator.supervisor.service import ChildProcess, Generation
 
+CHANGES = 30.0
+"""Seconds for which the old process is let finish what callers have asked it to change."""
+_LOOK = 0.005
 ANSWER = 10.0
 """Seconds in which the old process has to have handed over everything."""
 
@@ -48,6 +53,7 @@ async def exchange(service: ChildProcess) -> None:
         except BaseException:
             await service.discard(new)
             raise
+        await _until_settled(old)
         service.hold()
         left = time.monotonic()
         try:
@@ -67,6 +73,14 @@ async def exchange(service: ChildProcess) -> None:
     now = time.monotonic()
     logger.info("%s was exchanged in %.0f ms, and away for %.0f", name, (now - began) * 1000, (now - left) * 1000)
     await service.retire(old)
+
+
+async def _until_settled(old: Generation) -> None:
+    """Wait until nothing is under way that the old process has asked for and the new one could not ask for again."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(CHANGES):
+            while old.channel.serves_beside(REPEATED | LATER):  # noqa: ASYNC110 # the old one serves meanwhile
+                await asyncio.sleep(_LOOK)
 
 
 async def _hand_over(service: ChildProcess, old: Generation, new: Generation, readable: ReadableFormats) -> None:

@@ -11,8 +11,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import isolator
 from isolator.errors import IsolatorError, UnavailableError
@@ -21,6 +22,7 @@ from isolator.layers.ledger import EVERY_LAYER
 from isolator.linux.systemd import notify
 from isolator.supervisor.reload import formats, trial
 from isolator.supervisor.reload.program import ADOPT, Program
+from isolator.supervisor.reload.settings import settings_text
 from isolator.supervisor.reload.signals import HELD
 from isolator.supervisor.rest import REPEATED
 from isolator.supervisor.supervisor import Daemon
@@ -30,38 +32,54 @@ logger = logging.getLogger(__name__)
 REST_SECONDS = 30.0
 """Work that is under way has this long to end."""
 _LOOK = 0.005
+_TURNS = 4
+"""Of the event loop, from a signal that was received to its handler: its byte is seen, read, and the call made."""
 _NOTIFIER_SECONDS = 5.0
 
 
-async def reload(daemon: Daemon, program: Program, generation: int) -> None:
-    """Hand the daemon over to the program; returns only by raising, when that was not possible."""
+async def reload(
+    daemon: Daemon, program: Program, generation: int, settings: Path, stopping: Callable[[], bool] = lambda: False
+) -> None:
+    """Hand the daemon over to the program; returns only by raising, when that was not possible.
+
+    ``settings``: its host.toml. What it holds now is tried, and is what the program goes on with. ``stopping``: whether
+    the daemon was told to end, by a signal that is not to be lost.
+    """
     program.check()
     async with daemon.services.exchanging:
+        began, host_toml = time.monotonic(), settings_text(settings)
+        number = await trial.try_out(program, daemon_state(daemon, generation, began), host_toml)
         began = time.monotonic()
-        number = await trial.try_out(program, daemon_state(daemon, generation, began))
-        began = time.monotonic()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
             await _come_to_rest(daemon)
             # From here to the exec nothing is awaited.
+            if stopping():
+                raise UnavailableError("reload", "the daemon stops", "start it again")
             for service in daemon.services.every:
                 if service.channel is not None:
                     service.channel.leave_unread()
             daemon.fences.stand_still()
-            execute(program, daemon_state(daemon, generation, began), number)
+            state = daemon_state(daemon, generation, began)
+            execute(program, state, number, host_toml, again=daemon.reloads.again)
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             _go_on(daemon)
 
 
-def execute(program: Program, state: DaemonState, number: int) -> None:
+def execute(program: Program, state: DaemonState, number: int, host_toml: str = "", *, again: bool = False) -> None:
     """Replace this process's image; raises IsolatorError when that fails, and nothing has changed then.
 
-    By the main thread: it counts as the parent of every cage, which ends with it (PR_SET_PDEATHSIG).
+    By the main thread: it counts as the parent of every cage, which ends with it (PR_SET_PDEATHSIG). ``host_toml``:
+    the text of that file, as it was tried. ``again``: the new image is to find a SIGHUP that came to this one.
     """
     assert threading.current_thread() is threading.main_thread()
-    fd = formats.write(state, number)
+    fd = formats.write(state, number, host_toml)
     crossing = [fd, *descriptors(state)]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
     try:
+        if again:
+            os.kill(os.getpid(), signal.SIGHUP)  # it waits, over the exec
         _set_inheritable(crossing, inheritable=True)
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         os.execve(program.path, program.with_state(ADOPT, fd), os.environ)
@@ -80,7 +98,7 @@ def _set_inheritable(fds: Iterable[int], *, inheritable: bool) -> None:
 
 
 async def _come_to_rest(daemon: Daemon) -> None:
-    """Return when nothing is under way; raises UnavailableError when that takes too long."""
+    """Return when nothing is under way, with signals held; raises UnavailableError when that takes too long."""
     busy: list[str] = []
     try:
         async with asyncio.timeout(REST_SECONDS):
@@ -96,28 +114,49 @@ async def _come_to_rest(daemon: Daemon) -> None:
             # Without a reference the executor of before ends its threads.
             asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor())
             await _until_idle(daemon, busy, threads=True)
+            while not await _signals_held(daemon):
+                await _until_idle(daemon, busy, threads=True)
     except TimeoutError:
         why = f"not at rest after {REST_SECONDS:g} s: {', '.join(busy)}"
         raise UnavailableError("reload", why, "ask again when that has ended") from None
 
 
+async def _signals_held(daemon: Daemon) -> bool:
+    """Let signals wait, once those that came before have been seen to; False: something is under way again, and not.
+
+    An exec would lose one that this process has received and whose handler the event loop has not called yet.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+    for _ in range(_TURNS):
+        await asyncio.sleep(0)
+    if not _under_way(daemon, threads=True):
+        return True
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return False
+
+
 async def _until_idle(daemon: Daemon, busy: list[str], *, threads: bool = False) -> None:
     """Wait until nothing is under way; ``busy`` names meanwhile what is."""
     while True:
-        for service in daemon.services.every:
-            if service.channel is not None:
-                service.channel.hold(REPEATED)
-        launcher = daemon.runtime.launcher
-        busy[:] = [
-            *daemon.table.under_way,
-            *(daemon.runners.under_way if daemon.runners is not None else []),
-            *(service.unsettled for service in daemon.services.every if service.unsettled),
-            *(["the launcher"] if launcher.closed.is_set() or launcher.unsettled else []),
-            *(_threads() if threads else ()),
-        ]
+        busy[:] = _under_way(daemon, threads=threads)
         if not busy:
             return
         await asyncio.sleep(_LOOK)
+
+
+def _under_way(daemon: Daemon, *, threads: bool) -> list[str]:
+    """Have no request begun any more; returns what is under way."""
+    for service in daemon.services.every:
+        if service.channel is not None:
+            service.channel.hold(REPEATED)
+    launcher = daemon.runtime.launcher
+    return [
+        *daemon.table.under_way,
+        *(daemon.runners.under_way if daemon.runners is not None else []),
+        *(service.unsettled for service in daemon.services.every if service.unsettled),
+        *(["the launcher"] if launcher.closed.is_set() or launcher.unsettled else []),
+        *(_threads() if threads else ()),
+    ]
 
 
 def _threads() -> list[str]:

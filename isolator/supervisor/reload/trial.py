@@ -18,22 +18,27 @@ import isolator
 from isolator.errors import IsolatorError, UnavailableError, UsageError
 from isolator.ipc.handover import DaemonState
 from isolator.paths import Paths
+from isolator.policy.host import HostConfig
 from isolator.policy.model import EffectivePolicy
-from isolator.policy.parse.load import load_host_config
 from isolator.registration.registrar import Registrar
 from isolator.supervisor import alive
 from isolator.supervisor.reload import formats
 from isolator.supervisor.reload.program import CHECK, Program
+from isolator.supervisor.reload.settings import settings_of
 
 _MOST = 1 << 20
 """Bytes of an answer."""
 
 
-async def try_out(program: Program, state: DaemonState) -> int:
-    """Have the program read the state; returns the format to hand it over in. Raises IsolatorError if it would not."""
-    answer = await _answer(program, formats.write(state))
+async def try_out(program: Program, state: DaemonState, host_toml: str = "") -> int:
+    """Have the program read the state and the text of host.toml; returns the format to hand it over in.
+
+    Raises IsolatorError if it would not.
+    """
+    answer = await _answer(program, formats.write(state, host_toml=host_toml))
     if "error" in answer and formats.FORMATS.present not in _formats(answer):
-        answer = await _answer(program, formats.write(state, formats.newest_common(_formats(answer))))
+        number = formats.newest_common(_formats(answer))
+        answer = await _answer(program, formats.write(state, number, host_toml))
     if "error" in answer:
         raise IsolatorError.from_json(answer["error"])
     return formats.newest_common(_formats(answer))
@@ -78,7 +83,8 @@ def check_handover(paths: Paths, config: str | None, fd: int) -> str:
     """The answer of the program that is tried."""
     answer: dict[str, Any] = {"version": isolator.__version__, "formats": formats.FORMATS.read}
     try:
-        _check(paths, config, formats.read(fd))
+        state, host_toml = formats.read(fd)
+        _check(paths, settings_of(host_toml, Path(config) if config else paths.host_toml), state)
     except IsolatorError as error:
         answer["error"] = error.to_json()
     except OSError as error:
@@ -86,10 +92,9 @@ def check_handover(paths: Paths, config: str | None, fd: int) -> str:
     return json.dumps(answer)
 
 
-def _check(paths: Paths, config: str | None, state: DaemonState) -> None:
+def _check(paths: Paths, host_config: HostConfig, state: DaemonState) -> None:
     from isolator.supervisor.supervisor import check_host
 
-    host_config = load_host_config(Path(config) if config else paths.host_toml)
     check_host(paths, host_config)
     registrar = Registrar(paths, host_config)
     registrar.read_ahead()

@@ -278,7 +278,7 @@ class RunnerRun:
         talking = asyncio.create_task(self._talk(cage))
         try:
             network, policy = cage.network, cage.spec.policy.network
-            with network_layer.watch(network) as drift, watched_ruleset(drift, network, policy, self._ruleset_changed):
+            with watched_ruleset(network, policy, self._ruleset_changed):
                 if self._cause:  # ended while it was being started
                     cage.kill()
                 self._watched = True

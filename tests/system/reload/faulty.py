@@ -47,6 +47,10 @@ class FaultyDaemon(Daemon):
         """The next exec does these first."""
         (self.root / "at-exec").write_text("\n".join(words))
 
+    def at_rest(self, *words: str) -> None:
+        """The next reload does these in the moment in which nothing is under way any more."""
+        (self.root / "at-rest").write_text("\n".join(words))
+
     def keep_service(self, name: str) -> None:
         """The next exchange of this service fails before anything is done."""
         (self.root / "keep-service").write_text(name)
@@ -63,14 +67,15 @@ def _take(path: Path) -> str:
 
 
 def _at_exec(root: Path, words: str) -> None:
-    """``fail``: as if the program were gone; ``term``: SIGTERM comes; ``kill PID``; ``pause SECONDS``; ``leak``: a
-    descriptor, a child and a zombie that nobody names; ``loosen PLUGIN``: its cap on tasks is lifted."""
+    """``fail``: as if the program were gone; ``term``, ``hup``: a signal comes; ``kill PID``; ``pause SECONDS``;
+    ``leak``: a descriptor, a child and a zombie that nobody names; ``loosen PLUGIN``: its cap on tasks is lifted;
+    ``spoil``: host.toml is half written."""
     for line in words.splitlines():
         word, _, value = line.partition(" ")
         if word == "fail":
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        if word == "term":
-            os.kill(os.getpid(), signal.SIGTERM)
+        if word in ("term", "hup"):
+            os.kill(os.getpid(), {"term": signal.SIGTERM, "hup": signal.SIGHUP}[word])
         if word == "kill":
             os.kill(int(value), signal.SIGKILL)
             os.waitid(os.P_PID, int(value), os.WEXITED | os.WNOWAIT)
@@ -78,6 +83,8 @@ def _at_exec(root: Path, words: str) -> None:
             for folder in recovery.subtree_folders(Paths.of(root)):
                 for cap in folder.glob(f"{value}.*/pids.max"):
                     cap.write_text("max")
+        if word == "spoil":
+            Paths.of(root).host_toml.write_text("[roles\n")
         if word == "pause":
             time.sleep(float(value))
         if word == "leak":
@@ -143,6 +150,14 @@ def main() -> None:
         await exchange(process)
 
     services.exchange = exchange_unless_kept  # type: ignore[assignment]
+    until_idle = reloader._until_idle
+
+    async def idle(*arguments: Any, threads: bool = False) -> None:
+        await until_idle(*arguments, threads=threads)
+        if threads:
+            _at_exec(root, _take(root / "at-rest"))
+
+    reloader._until_idle = idle  # type: ignore[assignment]
     execve = os.execve
 
     def execute(*arguments: Any) -> None:

@@ -98,6 +98,8 @@ def main() -> None:
         come(self)
 
     async def hand_over(process: ChildProcess, *arguments: Any) -> None:
+        served = sorted(str(one.fields["op"]) for one in present["old"].channel._tasks.values())
+        note(f"{process.spec.name} leaves and serves {', '.join(served)}")
         if process.spec.name == "host" and waits_at(LOADED):
             await until(go.exists)
             go.unlink()

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
-from tests.system.daemon import Daemon, daemon, wait_for, write_plugin
+from host.client.client import Client
+from tests.support.timeouts import seconds
+from tests.system.daemon import EVENT, Daemon, daemon, wait_for, write_plugin
+from tests.system.reload.faulty import FaultyDaemon
 from tests.system.reload.test_reload import STATE, running
 
 BEFORE = """
@@ -74,3 +81,63 @@ def test_reload_puts_host_toml_in_force_and_stops_nobody(shared_dir: Path) -> No
         assert not d.json("plugin", "show", "small")["error"]
         d.cli("plugin", "restart", "large", code=None)
         assert "over the ceiling" in d.json("plugin", "show", "large")["error"]
+
+
+@contextlib.contextmanager
+def emitting(d: Daemon) -> Iterator[None]:
+    """One event after the other, without a pause that anybody would notice."""
+    stop, faults = threading.Event(), list[Exception]()
+
+    def emit() -> None:
+        try:
+            with Client(d.root, timeout=seconds(60)) as client:
+                while not stop.wait(0.002):
+                    client.call("event.emit", name="deploy.completed", payload=EVENT)
+        except Exception as error:  # for the test
+            faults.append(error)
+
+    thread = threading.Thread(target=emit)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    assert not faults
+
+
+def test_no_plugin_is_begun_anew_while_a_reload_starts_the_console_or_ends_it(shared_dir: Path) -> None:
+    """The host is served meanwhile, and asks for connections to plugins that run."""
+    with daemon() as d:
+        d.cli("plugin", "add", str(write_plugin(shared_dir / "echo", sandbox=STATE)), "--yes")
+        d.cli("plugin", "start", "echo")
+        before = running(d)
+        (d.root / "etc/isolator").mkdir(exist_ok=True)
+        with emitting(d):
+            for settings in ("[console]\nport = 8090\n", ""):
+                (d.root / "etc/isolator/host.toml").write_text(settings)
+                d.cli("reload")
+                wait_for(lambda settings=settings: listens(d, 8090) == bool(settings), what="the console")
+                assert running(d) == before
+        assert [one["type"] for one in d.records() if one["plugin"] == "echo"].count("plugin.started") == 1
+
+
+def test_host_toml_that_is_being_written_after_its_trial_ends_nothing(shared_dir: Path) -> None:
+    """It would end the daemon, and with it every plugin: what was tried is in force until the next reload."""
+    with daemon(kind=FaultyDaemon) as made:
+        d = cast(FaultyDaemon, made)
+        d.cli("plugin", "add", str(write_plugin(shared_dir / "small", sandbox=STATE)), "--yes")
+        d.cli("plugin", "start", "small")
+        before, host_toml = running(d), d.root / "etc/isolator/host.toml"
+        host_toml.parent.mkdir(parents=True, exist_ok=True)
+        host_toml.write_text("[roles]\nviewer = [65534]\n")
+        d.at_exec("spoil")
+        d.cli("reload")
+        assert running(d) == before
+        assert may_look(d, 65534)
+        assert f"{host_toml} has changed; it takes effect with 'isolator reload'" in d.log.read_text()
+        assert "host.toml" in d.cli("reload", code=1).stderr
+        host_toml.write_text("[roles]\nviewer = [65533]\n")
+        d.cli("reload")
+        assert may_look(d, 65533) and not may_look(d, 65534)
+        assert running(d) == before

@@ -58,6 +58,17 @@ def held(d: Daemon) -> tuple[int, int]:
     return len(os.listdir(place / "fd")), len(os.listdir(place / "task"))
 
 
+def memory(d: Daemon) -> int:
+    """KiB of memory that the supervisor and its services have for themselves."""
+    assert d.process is not None
+    modules = ("audit.service", "broker.service", "host.service", "isolator.launcher.server")
+    found = 0
+    for pid in (d.process.pid, *(d.service_pid(module) for module in modules)):
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+        found += sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    return found
+
+
 def seen(d: Daemon, plugin: str) -> Counter[str]:
     """How often each event reached a plugin."""
     path = d.root / f"var/lib/isolator/state/{plugin}/mnt/state/seen"
@@ -186,8 +197,15 @@ def test_sidecars_and_their_events_go_on_over_reloads(shared_dir: Path) -> None:
 @pytest.mark.wide
 @pytest.mark.timeout(seconds(1800))
 def test_nothing_grows_over_many_reloads(shared_dir: Path) -> None:
+    sizes: list[int] = []
+
+    def reload_and_measure(d: Daemon, number: int) -> None:
+        reload_once(d, number)
+        sizes.append(memory(d))
+
     with loaded_daemon(shared_dir) as d:
-        reload_under_events(d, 100, 1.0)
+        reload_under_events(d, 100, 1.0, reload_and_measure)
+    assert max(sizes[-20:]) <= 1.1 * max(sizes[:20]), sizes
 
 
 def test_killed_supervisor_takes_its_adopted_cages_along(shared_dir: Path) -> None:

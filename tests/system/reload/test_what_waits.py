@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 from host.client.client import Client
 from tests.standalone.test_terminal import terminal
 from tests.support.mcp_servers import server
-from tests.support.sidecars import stream
+from tests.support.sidecars import raw, stream
 from tests.support.timeouts import seconds
 from tests.system.daemon import EVENT, daemon, event, wait_for, write_plugin
 from tests.system.reload.exchanges import MODULES, exchanged
@@ -71,6 +72,62 @@ class Lines:
 sys.stdin = Lines()
 """
 )
+ASKS = raw(
+    "connection.close()",
+    first="""
+import threading
+state = os.environ["PLUGIN_STATE_DIR"]
+def ask(number):
+    host = socket.socket(socket.AF_UNIX)
+    while host.connect_ex(os.environ["PLUGIN_HOST_SOCKET"]):
+        time.sleep(0.01)
+    while not os.path.exists(f"{state}/ask{number}"):
+        time.sleep(0.01)
+    call = {"jsonrpc": "2.0", "id": number, "method": "projects.get", "params": {"number": number}}
+    host.sendall(json.dumps(call).encode() + b"\\n")
+    open(f"{state}/asked{number}", "w").close()
+    answer = host.makefile("rb").readline()
+    with open(f"{state}/answer{number}.new", "wb") as file:
+        file.write(answer)
+    os.rename(f"{state}/answer{number}.new", f"{state}/answer{number}")
+for number in (1, 2):
+    threading.Thread(target=ask, args=(number,)).start()
+""",
+)
+"""Asks the platform twice, each time over a connection of its own when the file ``askN`` is there."""
+COUNTS = raw(
+    "connection.close()",
+    first="""
+import threading
+def count():
+    number = 0
+    while True:
+        number += 1
+        print(number, flush=True)
+        time.sleep(0.01)
+threading.Thread(target=count).start()
+""",
+)
+"""Writes one line after the other."""
+FLOODS = raw(
+    "connection.close()",
+    first="""
+import threading
+def flood():
+    host, refused = socket.socket(socket.AF_UNIX), 0
+    while host.connect_ex(os.environ["PLUGIN_HOST_SOCKET"]):
+        time.sleep(0.01)
+    lines = host.makefile("rb")
+    for _ in range(3):
+        host.sendall(b'{"jsonrpc":"2.0","method":"whoami","id":1}\\n' * 300)
+        refused += sum(b"calls a second" in lines.readline() for _ in range(300))
+    with open(os.environ["PLUGIN_STATE_DIR"] + "/refused", "w") as file:
+        file.write(str(refused))
+    time.sleep(1000)
+threading.Thread(target=flood).start()
+""",
+)
+"""Calls more often than it may for a moment, and never again."""
 PROGRAM = """\
     #!/usr/bin/python3
     import os, sys
@@ -129,6 +186,20 @@ def test_plugin_that_is_added_while_a_host_leaves_is_known_to_the_next(d: GatedD
     d.cli("plugin", "remove", "meanwhile", "--yes")
 
 
+def test_plugin_is_restarted_though_the_host_that_was_asked_leaves(d: GatedDaemon, shared_dir: Path) -> None:
+    """It is drained by that host and gets its environment from it, for which the host waits that is to leave."""
+    d.cli("plugin", "add", str(write_plugin(shared_dir / "anew")), "--yes")
+    d.cli("plugin", "start", "anew")
+    run = d.json("plugin", "show", "anew")["run"]
+    before = begin_exchange(d, NOTED)
+    d.cli("plugin", "restart", "anew")
+    d.go()
+    wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text())
+    shown = d.json("plugin", "show", "anew")
+    assert shown["state"] == "running" and shown["run"] != run
+    d.cli("plugin", "remove", "anew", "--yes")
+
+
 def test_no_connection_is_made_for_a_host_that_has_left(d: GatedDaemon, shared_dir: Path) -> None:
     d.cli("plugin", "add", str(write_plugin(shared_dir / "late", LATE, sandbox=STATE)), "--yes")
     emitting = d.begin("event", "emit", "deploy.completed", event(1), "--wait")
@@ -142,6 +213,75 @@ def test_no_connection_is_made_for_a_host_that_has_left(d: GatedDaemon, shared_d
     lengths = [int(line) for line in (state / "requests").read_text().split()]
     assert len(lengths) == 1 and lengths[0], "a connection without a request, of which simple plugins die"
     wait_for(lambda: exchanged(d, "host", before))
+
+
+def test_platform_is_asked_once_though_its_answer_comes_to_another_host(d: GatedDaemon, shared_dir: Path) -> None:
+    """It has done what it was asked for: a plugin that was told to ask again would have it done twice."""
+    folder = write_plugin(shared_dir / "asks", ASKS, sandbox=STATE, permissions=["read:projects"], hooks=[])
+    d.cli("plugin", "add", str(folder), "--yes")
+    d.cli("plugin", "start", "asks")
+    state = state_of(d, "asks")
+    with contextlib.ExitStack() as callers:
+        others = [callers.enter_context(Client(d.root)) for _ in range(20)]
+        platform = callers.enter_context(Client(d.root, timeout=seconds(60)))
+        platform.call("api.register", method="projects.get", permission="read:projects")
+        notifications = platform.notifications()
+        (state / "ask1").touch()
+        first = next(notifications)
+        before = begin_exchange(d, PARTING)
+        (state / "ask2").touch()
+        wait_for((state / "asked2").exists)
+        d.go()
+        wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text())
+        second = next(notifications)
+        assert [call["params"]["number"] for call in (first, second)] == [1, 2]
+        before = begin_exchange(d, LOADED)
+        d.go()
+        wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text())
+        for call in (first, second):
+            platform.call("api.answer", call=call["call"], result={"number": call["params"]["number"]})
+        for number in (1, 2):
+            wait_for((state / f"answer{number}").exists)
+            answer = json.loads((state / f"answer{number}").read_text())
+            assert answer == {"jsonrpc": "2.0", "id": number, "result": {"number": number}}
+        assert all(one.call("status") for one in others)
+    calls = [one["data"] for one in d.records() if one["type"] == "api.called" and one["plugin"] == "asks"]
+    assert [call["verdict"] for call in calls if call["method"] == "projects.get"] == ["granted"] * 2
+    d.cli("plugin", "remove", "asks", "--yes")
+
+
+def test_refused_calls_that_are_not_on_record_yet_are_put_there(d: GatedDaemon, shared_dir: Path) -> None:
+    folder = write_plugin(shared_dir / "floods", FLOODS, sandbox=STATE, hooks=[])
+    d.cli("plugin", "add", str(folder), "--yes")
+    d.cli("plugin", "start", "floods")
+    refused = state_of(d, "floods") / "refused"
+    wait_for(lambda: refused.exists() and refused.read_text())
+    before = begin_exchange(d, LOADED)
+    d.go()
+    wait_for(lambda: exchanged(d, "host", before))
+    calls = [one["data"] for one in d.records() if one["type"] == "api.called" and one["plugin"] == "floods"]
+    assert sum(call["count"] for call in calls if call["verdict"] == "limited") == int(refused.read_text()) > 0
+    d.cli("plugin", "remove", "floods", "--yes")
+
+
+def test_log_that_is_followed_goes_on_with_the_next_line(d: GatedDaemon, shared_dir: Path) -> None:
+    d.cli("plugin", "add", str(write_plugin(shared_dir / "counts", COUNTS, hooks=[])), "--yes")
+    d.cli("plugin", "start", "counts")
+    with d.begin("plugin", "logs", "counts", "--follow", "-n", "0", "--json") as following:
+        assert following.stdout is not None
+        numbers = [int(json.loads(following.stdout.readline())["line"])]
+        for _ in range(2):
+            before = begin_exchange(d, LOADED)
+            d.go()
+            wait_for(lambda before=before: exchanged(d, "host", before), what=d.log.read_text())
+            newest = d.json("plugin", "logs", "counts", "-n", "1")
+            while numbers[-1] < int(newest["line"]):
+                line = following.stdout.readline()
+                assert line, "it ended"
+                numbers.append(int(json.loads(line)["line"]))
+        following.terminate()
+    assert numbers == [*range(numbers[0], numbers[-1] + 1)]
+    d.cli("plugin", "remove", "counts", "--yes")
 
 
 def state_of(d: GatedDaemon, plugin: str) -> Path:

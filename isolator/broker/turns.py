@@ -1,0 +1,67 @@
+"""The turns of one cage's connections in the event loop of the broker, which all cages share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from isolator.base.pacing import TokenBucket
+
+HOLD = 0.001
+"""Seconds for which the connections of one cage, all together, may hold up those of the others."""
+PER_SECOND, AT_ONCE = 0.25, 0.25
+"""Seconds of CPU time for carrying the bytes of one cage: a gigabyte or so for each second."""
+
+
+class Turns:
+    """Shares one cage's part of each turn of the event loop between its connections: ``HOLD`` seconds.
+
+    Whoever finds the part ``over`` waits; in the next turn those who wait come first, one after the other. So what
+    another cage waits for grows with the number of cages that are busy, and not with their connections.
+
+    The cage also has a budget of the broker's CPU time, which no cap of its own counts. While that is spent, all wait.
+    """
+
+    def __init__(self, budget: TokenBucket | None = None) -> None:
+        """``budget`` in seconds of CPU time."""
+        self.budget = TokenBucket(PER_SECOND, AT_ONCE) if budget is None else budget
+        self._used = 0.0
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._planned = False
+
+    @property
+    def over(self) -> bool:
+        """Whether this turn's part is used up, or others wait already, or the budget is spent."""
+        return self._used >= HOLD or bool(self._waiting) or self.budget.tokens < 0
+
+    def took(self, seconds: float) -> None:
+        """Count the CPU time of some work for the cage."""
+        self._used += seconds
+        self.budget.take(seconds)
+        self._plan()
+
+    def wait(self, go_on: Callable[[], None]) -> None:
+        """Call ``go_on`` in one of the next turns, after those that wait already."""
+        self._waiting.append(go_on)
+        self._plan()
+
+    def _plan(self) -> None:
+        if not self._planned:
+            self._planned = True
+            loop = asyncio.get_running_loop()
+            if self.budget.tokens < 0:
+                loop.call_later(self.budget.until(HOLD), self._next)
+            else:
+                loop.call_soon(self._next)
+
+    def _next(self) -> None:
+        self._planned, self._used = False, 0.0
+        try:
+            for _ in range(len(self._waiting)):
+                if self._used >= HOLD or self.budget.tokens < 0:
+                    break
+                self._waiting.popleft()()
+        finally:
+            if self._waiting:
+                self._plan()

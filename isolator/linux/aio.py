@@ -1,0 +1,94 @@
+"""Sync of a file without a thread: Linux's native asynchronous I/O (io_submit(2), ``IOCB_CMD_FDSYNC``, kernel 4.18).
+
+The kernel syncs in a worker of its own and reports to an eventfd, so that an event loop goes on meanwhile and learns of
+the end as of any other descriptor. A thread that calls ``fdatasync`` would have to take the interpreter's lock from the
+loop before it could say that it is done.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+from isolator.linux._libc import MACHINE, call, failed, libc
+
+_NUMBERS = {
+    "x86_64": {"setup": 206, "destroy": 207, "getevents": 208, "submit": 209},
+    "aarch64": {"setup": 0, "destroy": 1, "submit": 2, "getevents": 4},
+}
+_FDSYNC, _RESFD = 3, 1
+
+
+class _Iocb(ctypes.Structure):
+    """``struct iocb`` of linux/aio_abi.h; two fields that are always 0 here stand in the other order on big-endian."""
+
+    _fields_ = (
+        ("data", ctypes.c_uint64),
+        ("key", ctypes.c_uint32),
+        ("rw_flags", ctypes.c_uint32),
+        ("opcode", ctypes.c_uint16),
+        ("reqprio", ctypes.c_int16),
+        ("fildes", ctypes.c_uint32),
+        ("buf", ctypes.c_uint64),
+        ("nbytes", ctypes.c_uint64),
+        ("offset", ctypes.c_int64),
+        ("reserved2", ctypes.c_uint64),
+        ("flags", ctypes.c_uint32),
+        ("resfd", ctypes.c_uint32),
+    )
+
+
+class _Event(ctypes.Structure):
+    """``struct io_event``."""
+
+    _fields_ = (
+        ("data", ctypes.c_uint64),
+        ("obj", ctypes.c_uint64),
+        ("res", ctypes.c_int64),
+        ("res2", ctypes.c_int64),
+    )
+
+
+class FileSync:
+    """Syncs of one open file, one at a time. Raises OSError where the kernel or the host does not offer this.
+
+    ``fileno`` is readable once the sync that was begun has ended.
+    """
+
+    def __init__(self, fd: int) -> None:
+        numbers = _NUMBERS.get(MACHINE)
+        if numbers is None:
+            raise OSError(38, os.strerror(38), "io_setup")
+        self._submit, self._getevents, self._destroy = (
+            ctypes.c_long(numbers[name]) for name in ("submit", "getevents", "destroy")
+        )
+        self._context = ctypes.c_ulong(0)
+        call(libc.syscall, "io_setup", ctypes.c_long(numbers["setup"]), ctypes.c_long(1), ctypes.byref(self._context))
+        self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._block = _Iocb(opcode=_FDSYNC, fildes=fd, flags=_RESFD, resfd=self._eventfd)
+        self._blocks = (ctypes.POINTER(_Iocb) * 1)(ctypes.pointer(self._block))
+        self._event = _Event()
+        self._one = ctypes.c_long(1)
+
+    def fileno(self) -> int:
+        """The eventfd that tells of the end of a sync."""
+        return self._eventfd
+
+    def begin(self) -> None:
+        """Have the data of the file synced that is written by now; raises OSError when that cannot be begun."""
+        if libc.syscall(self._submit, self._context, self._one, self._blocks) != 1:
+            raise failed("io_submit")
+
+    def end(self) -> OSError | None:
+        """The outcome of the sync that has ended: None if all is on disk; to be called when ``fileno`` is readable."""
+        os.eventfd_read(self._eventfd)
+        found = libc.syscall(self._getevents, self._context, self._one, self._one, ctypes.byref(self._event), None)
+        if found != 1:
+            return failed("io_getevents")
+        result = self._event.res
+        return OSError(-result, os.strerror(-result), "fdatasync") if result < 0 else None
+
+    def close(self) -> None:
+        """Wait for a sync that is under way, and let go of everything."""
+        libc.syscall(self._destroy, self._context)
+        os.close(self._eventfd)

@@ -1,0 +1,168 @@
+"""What one cage's connections do in the event loop, and how long those of another wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections import Counter
+
+import pytest
+
+from isolator.base.pacing import TokenBucket
+from isolator.broker import relay
+from isolator.broker.relay import Pipe, Scratch
+from isolator.broker.turns import HOLD, Turns
+from isolator.ipc.fence import Fence
+from tests.support.timeouts import seconds
+
+PIECE = bytes(1000)
+
+
+def rich() -> Turns:
+    """Turns with a budget that is never spent."""
+    return Turns(TokenBucket(1000.0, 1000.0))
+
+
+async def test_part_of_a_turn_is_used_up_and_there_again_in_the_next() -> None:
+    turns = Turns()
+    assert not turns.over
+    turns.took(HOLD / 2)
+    assert not turns.over
+    turns.took(HOLD / 2)
+    assert turns.over
+    await asyncio.sleep(0)
+    assert not turns.over
+
+
+async def test_those_who_wait_come_in_their_order_before_others_and_as_many_as_fit() -> None:
+    turns, served = Turns(), []
+
+    def go_on(name: str) -> None:
+        served.append(name)
+        turns.took(HOLD / 2)
+
+    turns.took(HOLD)
+    for name in "abc":
+        turns.wait(lambda name=name: go_on(name))  # type: ignore[misc]
+    for expected, over in (("ab", True), ("abc", False), ("abc", False)):
+        await asyncio.sleep(0)
+        assert ("".join(served), turns.over) == (expected, over)
+
+
+async def test_all_wait_while_the_budget_is_spent() -> None:
+    now, served = [0.0], []
+    turns = Turns(TokenBucket(0.5, 1.0, clock=lambda: now[0]))
+    turns.took(1.0 + 2 * HOLD)
+    for name in "ab":
+        turns.wait(lambda name=name: (served.append(name), turns.took(HOLD)))  # type: ignore[misc]
+    await asyncio.sleep(0)
+    assert turns.over and not served
+    now[0] = 4 * HOLD / 0.5  # two thousandths of a second are there: for both, one a turn
+    async with asyncio.timeout(seconds(10)):
+        while served != ["a", "b"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    assert turns.budget.tokens == pytest.approx(0.0)
+
+
+async def test_one_that_fails_keeps_nobody_from_going_on() -> None:
+    turns, served, failed = Turns(), [], []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failed.append(context["exception"]))
+    turns.wait(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    turns.wait(lambda: served.append("b"))
+    for _ in range(2):
+        await asyncio.sleep(0)
+    assert served == ["b"] and isinstance(failed[0], ZeroDivisionError)
+
+
+class Flow:
+    """A connection through a pipe; ``near`` is the end of who sends."""
+
+    def __init__(self, scratch: Scratch, turns: Turns) -> None:
+        self.near, source = socket.socketpair()
+        sink, self.far = socket.socketpair()
+        self.sockets = (self.near, source, sink, self.far)
+        for sock in self.sockets:
+            sock.setblocking(False)
+        self.pipe = Pipe(source, sink, scratch, Fence(), turns)
+        self.pipe.start()
+
+    def close(self) -> None:
+        self.pipe.stop()
+        for sock in self.sockets:
+            sock.close()
+
+
+async def test_other_cage_waits_for_one_turn_of_a_busy_one_and_not_for_each_of_its_connections(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scratch, sends, now = Scratch(), [], [0.0]
+    monkeypatch.setattr(relay, "thread_time", lambda: now[0])
+    read = Pipe._read_some
+
+    def timed(self: Pipe) -> None:
+        read(self)
+        now[0] += HOLD / 2  # that it takes to read
+        sends.append(self)
+
+    monkeypatch.setattr(Pipe, "_read_some", timed)
+    turns = rich()
+    busy = [Flow(scratch, turns) for _ in range(20)]
+    other = Flow(scratch, rich())
+    try:
+        for _ in range(5):
+            for flow in busy:
+                flow.near.send(PIECE)
+            other.near.send(PIECE)
+            before = len(sends)
+            while other.pipe not in sends[before:]:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            waited = sends[before:].index(other.pipe)
+            assert waited <= 4, "it waits for the busy cage's part of this turn and of the next"
+        while any(len(PIECE) * 5 != flow.pipe.total for flow in busy):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    finally:
+        for flow in [*busy, other]:
+            flow.close()
+
+
+async def test_connections_of_a_busy_cage_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever always has something to send comes no oftener than the others."""
+    scratch, turns = Scratch(), rich()
+    now, reads = [0.0], Counter[Pipe]()
+    monkeypatch.setattr(relay, "thread_time", lambda: now[0])
+    read = Pipe._read_some
+
+    def timed(self: Pipe) -> None:
+        read(self)
+        now[0] += HOLD
+        reads[self] += 1
+
+    monkeypatch.setattr(Pipe, "_read_some", timed)
+    flows = [Flow(scratch, turns) for _ in range(8)]
+    try:
+        for _ in range(400):
+            for flow in flows:
+                with contextlib.suppress(BlockingIOError):
+                    flow.near.send(PIECE)
+                with contextlib.suppress(BlockingIOError):
+                    flow.far.recv(1 << 20)
+            await asyncio.sleep(0)
+        counts = sorted(reads[flow.pipe] for flow in flows)
+        assert counts[0] > 10 and counts[-1] <= counts[0] + 2, counts
+    finally:
+        for flow in flows:
+            flow.close()
+
+
+async def test_pipe_that_ends_while_it_waits_for_its_turn_is_left_alone() -> None:
+    turns = Turns()
+    flow = Flow(Scratch(), turns)
+    turns.took(HOLD)
+    flow.near.send(PIECE)
+    flow.pipe._readable()
+    assert turns.over and not flow.pipe._reading
+    flow.close()
+    while turns.over:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    assert flow.pipe.total == 0

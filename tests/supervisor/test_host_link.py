@@ -1,0 +1,83 @@
+"""The supervisor's questions to the host while one process takes another's place."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import pytest
+
+from isolator.errors import UnavailableError
+from isolator.ipc.body import WithFds
+from isolator.ipc.messages import DrainRun, Environment, GetEnvironment, GetStderrTail, StderrTail
+from isolator.supervisor import host_link
+from isolator.supervisor.host_link import HostLink
+
+ANSWERS = {
+    DrainRun: None,
+    GetEnvironment: Environment(env={}, files={}, apart=False),
+    GetStderrTail: StderrTail(stderr=("last words",)),
+}
+
+
+class End:
+    """A channel to a process, which answers or refuses."""
+
+    def __init__(self, *, answers: bool) -> None:
+        self.answers, self.closed = answers, asyncio.Event()
+
+    async def ask_fds(self, request: Any, *, timeout: float) -> Any:
+        if not self.answers:
+            raise UnavailableError("host", "was broken off", "ask again")
+        return WithFds(ANSWERS[type(request)], [])
+
+
+class Exchanged:
+    """A host process that leaves, and another that takes its place when ``done`` is set."""
+
+    def __init__(self, *, answers: bool) -> None:
+        self.channel, self.running, self.done = End(answers=answers), True, asyncio.Event()
+
+    async def present(self) -> End:
+        await self.done.wait()
+        self.channel = End(answers=True)
+        return self.channel
+
+
+def asked(process: Exchanged, question: str) -> asyncio.Future[Any]:
+    link = HostLink.__new__(HostLink)
+    link.process = cast(Any, process)
+    asking: Any = {
+        "drain": lambda: link.drain("echo", "run", "stopped"),
+        "stderr": lambda: link.stderr_tail("echo", "run"),
+        "environment": lambda: link.environment("echo"),
+    }[question]()
+    return asyncio.ensure_future(asking)
+
+
+QUESTIONS = pytest.mark.parametrize("question", ["drain", "stderr", "environment"])
+
+
+@QUESTIONS
+async def test_process_that_leaves_is_asked_as_long_as_it_answers(question: str) -> None:
+    """It waits for commands of callers, which may wait for this: to wait for its end would be in vain."""
+    process = Exchanged(answers=True)
+    await asyncio.wait_for(asked(process, question), 60)
+    assert not process.done.is_set()
+
+
+@QUESTIONS
+async def test_successor_is_asked_again_and_the_exchange_counts_for_no_patience(
+    monkeypatch: pytest.MonkeyPatch, question: str
+) -> None:
+    """Else a crash then would be on record without its last words, and a run stopped without being drained."""
+    for name in ("_STDERR_TAIL_SECONDS", "DRAIN_SECONDS", "_ENVIRONMENT_SECONDS"):
+        monkeypatch.setattr(host_link, name, 0.01)
+    process = Exchanged(answers=False)
+    asking = asked(process, question)
+    await asyncio.wait({asking}, timeout=0.2)
+    assert not asking.done(), "it was given up"
+    process.done.set()
+    found = await asking
+    if question == "stderr":
+        assert found == ("last words",)
