@@ -31,6 +31,9 @@ _GENERATION_BITS = 52
 _ENTRY: TypeAdapter[Event | Replay] = TypeAdapter(Event | Replay)
 
 
+Renumbered = Callable[[sqlite3.Connection, Sequence[tuple[EventRef, EventRef]]], None]
+
+
 class OutboxFullError(IsolatorError):
     """The outbox holds as much as it may: the log has taken nothing for long."""
 
@@ -41,6 +44,8 @@ class Outbox:
     def __init__(self, database: Database, host: str, limit: int, random: Callable[[int], int]) -> None:
         self._database, self._host, self._limit, self._random = database, host, limit, random
         self.generation = 0
+        self.renumbered: Renumbered = lambda _, __: None
+        """Told in its transaction of events that were accepted and get other numbers."""
 
     def new_generation(self) -> int:
         """A random number for a generation."""
@@ -129,13 +134,18 @@ class Outbox:
 
     def renew(self, db: sqlite3.Connection, log: int = MAX_NUMBER) -> None:
         """Begin another generation, with the rows that were not read back or that the log, up to ``log``, has lost."""
-        self.generation = self.new_generation()
+        before, self.generation = self.generation, self.new_generation()
         rows = "FROM cluster_outbox WHERE back IS NULL OR number>?"
         unsent = db.execute(f"SELECT COALESCE(SUM(LENGTH(CAST(entry AS BLOB))), 0) {rows}", (log,)).fetchone()[0]
-        waiting = db.execute(f"SELECT entry {rows} ORDER BY number", (log,)).fetchall()
+        waiting = db.execute(f"SELECT number, entry {rows} ORDER BY number", (log,)).fetchall()
         db.execute("DELETE FROM cluster_outbox")
-        db.executemany("INSERT INTO cluster_outbox VALUES (?,?,NULL)", enumerate((row[0] for row in waiting), 1))
+        db.executemany("INSERT INTO cluster_outbox VALUES (?,?,NULL)", enumerate((row[1] for row in waiting), 1))
         db.execute("UPDATE cluster_self SET generation=?, emitted=?, unsent=?", (self.generation, len(waiting), unsent))
+        numbers = [(number, at) for at, (number, _) in enumerate(waiting, 1)]
+        name = self._host
+        self.renumbered(
+            db, [(EventRef(name, before, old), EventRef(name, self.generation, new)) for old, new in numbers]
+        )
 
     def is_own(self, entries: Sequence[Applied]) -> bool:
         """Whether these entries, which stand in the log under this host's name, may be what this outbox has sent."""

@@ -220,6 +220,33 @@ def _has_missed(host: SimHost, event: str) -> bool:
     return host.store.read(query)
 
 
+async def test_holder_whose_database_is_put_back_delivers_what_it_accepts_before_it_knows(make: Make) -> None:
+    hosts = make(hosts=1)
+    await hosts.start(ONE)
+    host = await _holder(hosts)
+    await hosts.emit(host, "k")
+    await hosts.until(lambda: hosts.all_handled("p"))
+    await hosts.passes(3.0)
+    await host.end()
+    copy = host.path.with_suffix(".copy")
+    copy.write_bytes(host.path.read_bytes())
+    await host.start()
+    for _ in range(3):
+        await hosts.emit(host, "k")
+    await hosts.until(lambda: hosts.all_handled("p"))
+    await hosts.passes(3.0)
+    await host.end()
+    for end in ("-wal", "-shm"):
+        host.path.with_name(host.path.name + end).unlink(missing_ok=True)
+    host.path.write_bytes(copy.read_bytes())
+    host.cut_until(1e9)
+    await host.start()
+    for _ in range(2):  # under numbers that the log has for other events
+        await hosts.emit(host, "k")
+    host.cut_until(0.0)
+    await hosts.until(lambda: hosts.all_handled("p"))
+
+
 async def test_event_emitted_twice_with_one_key_is_one_event_of_all_hosts(make: Make) -> None:
     hosts = make()
     await hosts.start(ONE)

@@ -202,6 +202,10 @@ class QueueFollower:
             self._queue.move([*cursor.open.values()])
             self._gate(shard[0])
 
+    def renumbered(self, db: sqlite3.Connection, events: Sequence[tuple[EventRef, EventRef]]) -> None:
+        """See ``Follower``."""
+        self._queue.places.renumbered(db, events)
+
     def again(self, db: sqlite3.Connection) -> None:
         """See ``Follower``."""
         self._queue.places.again(db)

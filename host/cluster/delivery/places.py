@@ -119,6 +119,13 @@ class Places:
         """Keep that an event of this host has a number in the log."""
         db.execute("INSERT INTO cluster_events (host, series, number, seq) VALUES (?,?,?,?)", (*ref, seq))
 
+    @staticmethod
+    def renumbered(db: sqlite3.Connection, events: Iterable[tuple[EventRef, EventRef]]) -> None:
+        """Expect events of this host under other numbers than when they were accepted."""
+        rows = [(*new[1:], *old) for old, new in events]
+        where = "host=? AND series=? AND number=? AND place IS NULL"
+        db.executemany(f"UPDATE cluster_events SET series=?, number=? WHERE {where}", rows)
+
     def apply(self, db: sqlite3.Connection, place: int, time: float, entries: Iterable[Applied]) -> None:
         """Write what a message means for the queue's tables."""
         for one in entries:
