@@ -82,6 +82,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=0, help="faults of tests/chaos, which does not run without")
     parser.addoption("--fuzz", type=float, default=0, help="seconds for each parser of tests/fuzz; 0: a few examples")
     parser.addoption("--faults", type=int, default=5, help="faults of tests/cluster/test_outages.py")
+    parser.addoption("--kind", action="append", default=[], help="a kind of these, at the plugin's holder; repeatable")
     parser.addoption("--events", type=int, default=600, help="events of the same")
     parser.addoption("--minutes", type=float, default=600, help="time after which neither of both has a further fault")
     parser.addoption("--seed", type=int, default=None, help="seed of either")

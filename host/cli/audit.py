@@ -11,12 +11,14 @@ import os
 import select
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
 from host.cli.options import SINCE, here, of_plugin
-from host.cli.output import newest
+from host.cli.output import newest, safe
 from host.client.client import Client
 from isolator.audit import files, reader
 from isolator.audit.record import parse
@@ -84,14 +86,27 @@ def story(root: str | None, event_id: str, as_json: bool) -> None:
 
     found = trail.story(root, event_id)
     if not found:
-        raise NotFoundError(f"event {event_id}", "the trail has no record of it", "see 'isolator event list'")
+        raise _without_records(event_id, trail.standing(root, event_id))
     event_id = next(one for _, record in found for one in record.events if one.startswith(event_id))
+    event = trail.standing(root, event_id)
     if as_json:
         records = [json.loads(line) for line, _ in found]
-        click.echo(json.dumps({"event_id": event_id, "records": records}, indent=2))
+        shown = {"event_id": event_id, "records": records, "deliveries": event and event["deliveries"]}
+        click.echo(json.dumps(shown, indent=2))
         return
-    for line in story_lines(event_id, [record for _, record in found], width()):
+    deliveries = event["deliveries"] if event is not None else None
+    for line in story_lines(event_id, [record for _, record in found], width(), deliveries):
         click.echo(styled(line.text, "red") if line.bad else line.text)
+
+
+def _without_records(event_id: str, event: Mapping[str, Any] | None) -> NotFoundError:
+    """Why there is no story, and which hosts of a cluster have one."""
+    hosts = sorted({one["host"] for one in event["deliveries"] if one["host"]}) if event is not None else []
+    if event is None or not hosts:
+        return NotFoundError(f"event {event_id}", "the trail has no record of it", "see 'isolator event list'")
+    states = ", ".join(f"{safe(one['plugin'])}: {safe(one['state'])}" for one in event["deliveries"])
+    why = f"the trail of this host has no record of it; {safe(', '.join(hosts))} has its deliveries ({states})"
+    return NotFoundError(f"event {event['id']}", why, f"run isolator audit story {event['id']} there")
 
 
 @audit.command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -48,6 +49,13 @@ def story(root: str | None, event_id: str) -> list[Found]:
     from isolator.audit.search import found
 
     return list(_parsed(found(Paths.of(root).audit_log, {"story": event_id})))
+
+
+def standing(root: str | None, event_id: str) -> dict[str, Any] | None:
+    """The event as the daemon knows it, wherever its deliveries are; None if it cannot be asked, or knows of none."""
+    with contextlib.suppress(IsolatorError), Client(root) as client:
+        return client.call("event.show", id=event_id)
+    return None
 
 
 def newest(root: str | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -43,6 +44,11 @@ class Beats:
             positions=tuple(positions),
         )
         return [*claims, beat], bool(self._positions)
+
+    def due(self, since: float) -> float:
+        """The first time after ``since`` at which there may be more to claim, by this host's clock."""
+        steady = self._fence.steady_at
+        return min(self._watch.due(self._parts.footing.state, since), steady if steady > since else math.inf)
 
     def drop(self, shards: Iterable[Shard]) -> None:
         """Carry no position of shards that were lost."""

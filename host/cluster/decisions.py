@@ -26,7 +26,10 @@ FILL: Final = MAX_MESSAGE // 2
 
 
 class Decisions:
-    """Entries that this host writes to its ``ctl``. ``rest``: the claims of the moment, and the beat, the last."""
+    """Entries that this host writes to its ``ctl``. ``rest``: the claims of the moment, and the beat, the last.
+
+    ``due``: the first time after another at which there may be more to claim.
+    """
 
     def __init__(
         self,
@@ -35,10 +38,11 @@ class Decisions:
         fence: Fence,
         clock: Clock,
         rest: Callable[[], Sequence[Entry]],
+        due: Callable[[float], float],
         writes: Callable[[LogUnavailableError | None], None],
     ) -> None:
         self._host, self._log, self._fence, self._clock = host, log, fence, clock
-        self._rest, self._writes = rest, writes
+        self._rest, self._due, self._writes = rest, due, writes
         self.session = 0
         """The session of this life; 0 before it has begun."""
         self._number = 0
@@ -101,7 +105,7 @@ class Decisions:
         """Write until it is cancelled: at once what somebody waits for, soon what has changed, else a beat in time."""
         clock, sent = self._clock, -BEAT
         while True:
-            until = sent + BEAT
+            until = min(sent + BEAT, self._due(sent))
             while not self._urgent and (left := until - clock.now()) > 0:
                 if await clock.event(self._work, left):
                     until = min(until, max(clock.now(), sent) + SOON)

@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Sequence
 from typing import Protocol
 
-from host.cluster.entries import Position
+from host.cluster.entries import EventRef, Position
 from host.cluster.fold import Applied, Shard, State
 
 
@@ -38,6 +38,9 @@ class Follower(Protocol):
 
     def kept(self, place: int, time: float, entries: Sequence[Applied]) -> None:
         """Act on a message, once, after that transaction: the database has it, and survives this process."""
+
+    def renumbered(self, db: sqlite3.Connection, events: Sequence[tuple[EventRef, EventRef]]) -> None:
+        """Know events that this host has accepted by other numbers: in the log others have the old. As ``applied``."""
 
     def again(self, db: sqlite3.Connection) -> None:
         """Forget how far the log was read: it is folded from its beginning, and some is known. As ``applied``.

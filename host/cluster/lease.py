@@ -11,6 +11,7 @@ first. The cited one was sent at least ``SILENCE`` before the claim, so the hold
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Final
 
@@ -66,7 +67,12 @@ class Fence:
         """Whether this host's beats have come back in time for a while."""
         if self._back is None or self._steady_since is None:
             return False
-        return now - self._back <= _LATE and now - self._steady_since >= STEADY
+        return now - self._back <= _LATE and now >= self.steady_at
+
+    @property
+    def steady_at(self) -> float:
+        """From when this host's beats have come back for long enough, if they go on so."""
+        return self._steady_since + STEADY if self._steady_since is not None else math.inf
 
 
 class Watch:
@@ -88,7 +94,16 @@ class Watch:
 
     def is_silent(self, host: str, now: float) -> bool:
         """Whether nothing new has come of a host for ``SILENCE``."""
-        return now - self._heard.get(host, (None, self._began))[1] >= SILENCE
+        return now >= self._silent_at(host)
+
+    def _silent_at(self, host: str) -> float:
+        return self._heard.get(host, (None, self._began))[1] + SILENCE
+
+    def due(self, state: State, since: float) -> float:
+        """The first time after ``since`` at which nobody may act on some shard any more, as far as is known now."""
+        times = [self._silent_at(lease.holder) for lease in state.leases.values() if lease.holder != self._host]
+        times += [self._free_at(shard) for shard, freed in state.freed.items() if not freed.drained]
+        return min((one for one in times if one > since), default=math.inf)
 
     def alive(self, state: State, now: float) -> list[str]:
         """The hosts that are not silent, this one among them."""
@@ -112,7 +127,10 @@ class Watch:
         if lease is not None:
             return lease.holder != self._host and self.is_silent(lease.holder, now)
         freed = state.freed.get(shard)
-        return freed is None or freed.drained or now - self._freed[shard][1] >= SILENCE
+        return freed is None or freed.drained or now >= self._free_at(shard)
+
+    def _free_at(self, shard: Shard) -> float:
+        return self._freed.get(shard, (0, self._began))[1] + SILENCE
 
 
 def _fits(state: State, host: str, name: str) -> bool:

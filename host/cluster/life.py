@@ -21,6 +21,7 @@ from host.cluster.entries import (
     Message,
     Number,
     Plugin,
+    Release,
     UnknownFormatError,
     VoidLeases,
     decode,
@@ -53,7 +54,9 @@ class Life:
         fence = parts.holding.fence = Fence()
         self.watch = Watch(parts.host, parts.clock.now())
         self.beats = Beats(parts, self.watch, fence, leaving)
-        self.decisions = Decisions(parts.host, parts.log, fence, parts.clock, self._rest, parts.troubles.writes)
+        self.decisions = Decisions(
+            parts.host, parts.log, fence, parts.clock, self._rest, self.beats.due, parts.troubles.writes
+        )
         self.unheld = Unheld()
         self.came_back = False
         """A decision of this life was read back."""
@@ -66,7 +69,7 @@ class Life:
         await self._begin_session()
         tasks = [
             asyncio.create_task(self.decisions.run()),
-            asyncio.create_task(parts.events.run(lambda: parts.footing.state.member(parts.host).events)),
+            asyncio.create_task(parts.events.run(lambda: parts.footing.state.member(parts.host))),
         ]
         tasks.append(asyncio.create_task(self._read()))
         if "log_lost" in parts.problems.lines:
@@ -102,7 +105,7 @@ class Life:
         def write(db: sqlite3.Connection) -> int:
             session = next_session(max(own.decisions.series, kept(db).session), parts.random(20))
             db.execute("UPDATE cluster_self SET session=?", (session,))
-            parts.outbox.fit(db, own.events)
+            parts.outbox.fit(db, own)
             return session
 
         self.decisions.begin(await parts.footing.write(write))
@@ -184,6 +187,7 @@ class Life:
             return
         member = self._state.member(message.host)
         before = member.decisions if message.stream == "ctl" else member.events
+        said = member.beat
         applied = fold(self._state, self._footing.store, message, entered.place, entered.time)
         mark = self._footing.read(entered)
         taken = _taken(before, applied, self._state, message) if message.host == self._host else []
@@ -203,6 +207,8 @@ class Life:
                 if isinstance(one.entry, Plugin) and one.entry.placement == "all" and not one.void:
                     self._parts.fences.free(one.entry.name)
             self.beats.drop(self._holding.follow(self._state, came_back=self.came_back))
+            if _may_be_claimed(applied, said, self._state.member(message.host).beat):
+                self.decisions.changed()
 
     async def _keep(self, message: Message, applied: list[Applied], taken: Sequence[Applied], mark: str) -> None:
         state = self._state
@@ -248,7 +254,8 @@ class Life:
         if message.stream == "ev":
             if "outbox_full" in self._problems.lines:
                 self._problems.end("outbox_full")
-            self._parts.events.back.set()
+            if taken:  # what counts for nothing is sent again after a while, not at once
+                self._parts.events.back.set()
             return
         session = self.decisions.session
         if not taken or not session or taken[-1].ref.series < session:
@@ -264,6 +271,12 @@ class Life:
             f"{what} stands in the log under the name {self._host} that this host did not write: another daemon has "
             "this name, or a copy of this disk runs; give one of them another [cluster] name, then isolator reload here"
         )
+
+
+def _may_be_claimed(applied: Sequence[Applied], before: Beat, after: Beat) -> bool:
+    """Whether a host's message may have made something claimable: it need not wait for the next beat."""
+    freed = any(isinstance(one.entry, Plugin | Release) and not one.void for one in applied)
+    return freed or (before.ready, before.labels) != (after.ready, after.labels)
 
 
 def _taken(before: Number, applied: Sequence[Applied], state: State, message: Message) -> list[Applied]:

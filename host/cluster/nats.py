@@ -12,7 +12,7 @@ import json
 import os
 import re
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
@@ -36,6 +36,8 @@ _ANSWER, _CONNECT = 1.0, 2.0
 """Seconds for an answer, and for a connection."""
 _TOUCH = 3_000_000_000
 """Nanoseconds within which a leader has to have heard of the others; it does about every second."""
+_HEDGES: Final = (0.2, 0.3, None)
+"""Seconds after which another replica is asked for the same message, each time; None: no other is."""
 _ATTEMPTS = 10
 _FULL = re.compile("maximum bytes|insufficient|resource|no space|storage", re.IGNORECASE)
 _NO_TLS: Final = "offers no TLS, and [cluster] tls or --tls asks for it"
@@ -61,6 +63,33 @@ class _Client(Client):
         if initial_connection and self.options.get("tls") is not None and not info.get("tls_required"):
             raise nats.errors.Error(_NO_TLS)
         await super()._process_info(info, initial_connection)
+
+
+Request = Callable[[Any, str, bytes], Awaitable[Any]]
+
+
+async def _of_one(client: Any, subject: str, body: bytes) -> Any:
+    return await client.request(subject, body, timeout=_ANSWER)
+
+
+async def _of_any_replica(client: Any, subject: str, body: bytes) -> Any:
+    """The first answer to a question that each replica can answer.
+
+    The servers pass each question on to one of them. Of a machine that is gone without a word they go on believing
+    for seconds that it is there, and it answers nothing.
+    """
+    asked: list[asyncio.Task[Any]] = []
+    try:
+        for patience in _HEDGES:
+            asked.append(asyncio.create_task(_of_one(client, subject, body)))
+            done, _ = await asyncio.wait(asked, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            if done:
+                break
+        return await done.pop()
+    finally:
+        for one in asked:
+            one.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
 
 
 class NatsLog:
@@ -101,7 +130,7 @@ class NatsLog:
 
     async def after(self, place: int, subject: str = EVERYTHING) -> Entered | None:
         wish = json.dumps({"seq": place + 1, "next_by_subj": subject}).encode()
-        message = await self._ask(f"$JS.API.DIRECT.GET.{STREAM}", wish)
+        message = await self._ask(f"$JS.API.DIRECT.GET.{STREAM}", wish, _of_any_replica)
         headers = message.headers or {}
         if "Nats-Sequence" not in headers:
             status = headers.get("Status", "")
@@ -171,10 +200,10 @@ class NatsLog:
         if self._closing:
             await asyncio.wait(self._closing)
 
-    async def _ask(self, subject: str, body: bytes) -> Any:
+    async def _ask(self, subject: str, body: bytes, request: Request = _of_one) -> Any:
         client = await self._connected()
         try:
-            return await client.request(subject, body, timeout=_ANSWER)
+            return await request(client, subject, body)
         except nats.errors.NoRespondersError:
             # A server that does not know the stream yet, or no more; another one may.
             self._drop(client)

@@ -73,7 +73,8 @@ class Node:
         troubles = LogTroubles(self.problems, clock)
         self._footing = Footing(log, database, follower, clock, self.problems, troubles)
         self._outbox = Outbox(database, settings.host, settings.outbox, random)
-        self._events = Events(settings.host, self._outbox, log, clock, self._footing.write, troubles.writes)
+        self._outbox.renumbered = follower.renumbered
+        self._events = Events(settings.host, self._outbox, database, log, clock, self._footing.write, troubles.writes)
         self._holding = Holding(settings.host, follower, fences, clock)
         self._parts = Parts(
             settings, log, database, follower, fences, clock, random, self.problems, troubles, self._footing,

@@ -17,7 +17,7 @@ from typing import Final, cast
 from pydantic import TypeAdapter
 
 from host.cluster.entries import MAX_ENTRIES, MAX_MESSAGE, MAX_NUMBER, Event, EventRef, Message, Number, Replay
-from host.cluster.fold import Applied
+from host.cluster.fold import Applied, Member
 from host.database.store import Store as Database
 from isolator.errors import IsolatorError
 
@@ -31,6 +31,9 @@ _GENERATION_BITS = 52
 _ENTRY: TypeAdapter[Event | Replay] = TypeAdapter(Event | Replay)
 
 
+Renumbered = Callable[[sqlite3.Connection, Sequence[tuple[EventRef, EventRef]]], None]
+
+
 class OutboxFullError(IsolatorError):
     """The outbox holds as much as it may: the log has taken nothing for long."""
 
@@ -41,6 +44,8 @@ class Outbox:
     def __init__(self, database: Database, host: str, limit: int, random: Callable[[int], int]) -> None:
         self._database, self._host, self._limit, self._random = database, host, limit, random
         self.generation = 0
+        self.renumbered: Renumbered = lambda _, __: None
+        """Told in its transaction of events that were accepted and get other numbers."""
 
     def new_generation(self) -> int:
         """A random number for a generation."""
@@ -73,15 +78,16 @@ class Outbox:
         db.execute("UPDATE cluster_self SET emitted=?, unsent=?", (last + 1, unsent + size))
         return EventRef(self._host, generation, last + 1)
 
-    def next(self, db: sqlite3.Connection, log: Number) -> tuple[int, tuple[Event | Replay, ...]]:
-        """The first number and the entries of the next message, for a log that has this host's events up to a number.
+    def next(
+        self, db: sqlite3.Connection, log: Member, end: int = MAX_NUMBER
+    ) -> tuple[int, tuple[Event | Replay, ...]]:  # fmt: skip
+        """The first number and the entries of the next message, for a log that has this host's events so far.
 
-        Begins another generation if the numbers that it would need are not here.
+        Nothing after ``end``. Begins another generation if the numbers that it would need are not here.
         """
         last = self.fit(db, log)
-        rows = db.execute(
-            "SELECT entry FROM cluster_outbox WHERE number>? ORDER BY number LIMIT ?", (last, MAX_ENTRIES)
-        )
+        where = "number>? AND number<=? ORDER BY number LIMIT ?"
+        rows = db.execute(f"SELECT entry FROM cluster_outbox WHERE {where}", (last, end, MAX_ENTRIES))
         entries: list[Event | Replay] = []
         size = 0
         for (text,) in rows:
@@ -100,25 +106,46 @@ class Outbox:
         """Drop the rows that the log has: no other log is to get them."""
         db.execute("DELETE FROM cluster_outbox WHERE back IS NOT NULL")
 
-    def fit(self, db: sqlite3.Connection, log: Number) -> int:
-        """Begin another generation if the number after the log's is not here to be sent; returns the log's."""
-        emitted = db.execute("SELECT emitted FROM cluster_self").fetchone()[0]
-        last = log.number if log.series == self.generation else 0
+    def fit(self, db: sqlite3.Connection, log: Member) -> int:
+        """Begin another generation if the number after the log's is not here to be sent; returns the log's.
+
+        So it does if the log has had another one since: of two copies of a database the later one was put back last.
+        """
+        if self.is_fit(db, log):
+            return self._last(log)
+        self.renew(db, MAX_NUMBER if self.generation in log.retired else self._last(log))
+        return 0
+
+    def is_fit(self, db: sqlite3.Connection, log: Member) -> bool:
+        """Whether this generation can go on behind what the log has."""
+        if self.generation in log.retired:
+            return False
+        last = self._last(log)
         first = db.execute("SELECT MIN(number) FROM cluster_outbox WHERE number>?", (last,)).fetchone()[0]
-        if last > emitted or (first is not None and first != last + 1):
-            self.renew(db, last)
-            return 0
-        return last
+        return last <= self.emitted(db) and first in (None, last + 1)
+
+    @staticmethod
+    def emitted(db: sqlite3.Connection) -> int:
+        """The newest number of this generation."""
+        return int(db.execute("SELECT emitted FROM cluster_self").fetchone()[0])
+
+    def _last(self, log: Member) -> int:
+        return log.events.number if log.events.series == self.generation else 0
 
     def renew(self, db: sqlite3.Connection, log: int = MAX_NUMBER) -> None:
         """Begin another generation, with the rows that were not read back or that the log, up to ``log``, has lost."""
-        self.generation = self.new_generation()
+        before, self.generation = self.generation, self.new_generation()
         rows = "FROM cluster_outbox WHERE back IS NULL OR number>?"
         unsent = db.execute(f"SELECT COALESCE(SUM(LENGTH(CAST(entry AS BLOB))), 0) {rows}", (log,)).fetchone()[0]
-        waiting = db.execute(f"SELECT entry {rows} ORDER BY number", (log,)).fetchall()
+        waiting = db.execute(f"SELECT number, entry {rows} ORDER BY number", (log,)).fetchall()
         db.execute("DELETE FROM cluster_outbox")
-        db.executemany("INSERT INTO cluster_outbox VALUES (?,?,NULL)", enumerate((row[0] for row in waiting), 1))
+        db.executemany("INSERT INTO cluster_outbox VALUES (?,?,NULL)", enumerate((row[1] for row in waiting), 1))
         db.execute("UPDATE cluster_self SET generation=?, emitted=?, unsent=?", (self.generation, len(waiting), unsent))
+        numbers = [(number, at) for at, (number, _) in enumerate(waiting, 1)]
+        name = self._host
+        self.renumbered(
+            db, [(EventRef(name, before, old), EventRef(name, self.generation, new)) for old, new in numbers]
+        )
 
     def is_own(self, entries: Sequence[Applied]) -> bool:
         """Whether these entries, which stand in the log under this host's name, may be what this outbox has sent."""

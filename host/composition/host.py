@@ -25,6 +25,7 @@ from host.control.catalogue_verbs import CatalogueVerbs
 from host.control.cluster_verbs import ClusterVerbs
 from host.control.config_verbs import ConfigVerbs
 from host.control.daemon_verbs import DaemonVerbs, remove_snapshots
+from host.control.elsewhere import Elsewhere
 from host.control.endpoints import AnyEndpoint
 from host.control.event_verbs import EventVerbs
 from host.control.follow import TrailStreams
@@ -194,10 +195,11 @@ class Host:
         searches = self._searches = Searches(paths.audit_log)
         api_verbs = self._api_verbs = ApiVerbs(api)
         registrations = RegistrationVerbs(link, catalogue, registry, config, lifecycle, audit)
+        elsewhere = Elsewhere(member.holders) if member is not None else Elsewhere()
         endpoints: list[AnyEndpoint] = [
             *EventVerbs(intake, queue, dispatcher, registry, catalogue, debts).endpoints(),
             *CatalogueVerbs(catalogue, registry, store, member.types if member is not None else None).endpoints(),
-            *OperationVerbs(queue, dispatcher, registry, debts, self._jobs).endpoints(),
+            *OperationVerbs(queue, dispatcher, registry, debts, self._jobs, elsewhere).endpoints(),
             *api_verbs.endpoints(),
             *PluginVerbs(
                 link,
@@ -209,13 +211,14 @@ class Host:
                 logs,
                 alarms,
                 member.plugin if member is not None else lambda _: None,
+                elsewhere,
             ).endpoints(),
             *registrations.endpoints(),
             *ConfigVerbs(registry, config, lifecycle, audit).endpoints(),
             *DaemonVerbs(link, registry, queue, audit, store, alarms, dispatcher, paths.audit_log).endpoints(),
             *trail.endpoints(),
             *searches.endpoints(),
-            *McpVerbs(self._load_servers, registry).endpoints(),
+            *McpVerbs(self._load_servers, registry, elsewhere).endpoints(),
             *ClusterVerbs(lambda: member.node if member is not None else None, registry, alarms.cluster).endpoints(),
         ]
         restore = {ApiRegister.spec.verb: api_verbs.restore, PluginStage.spec.verb: registrations.restore}

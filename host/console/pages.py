@@ -91,7 +91,7 @@ class Pages:
         """Everything that an event caused, line by line, each with its record."""
         event = await self._upstream.call("event.show", id=event_id)
         records = await self._caused(event["id"], event["accepted"]) or await self._caused(event["id"], 0.0)
-        lines = list(story_lines(event["id"], records, 100)) if records else []
+        lines = list(story_lines(event["id"], records, 100, event["deliveries"])) if records else []
         settled = all(one["state"] in FINAL for one in event["deliveries"])
         payload = json.dumps(event["payload"], indent=2)
         return {

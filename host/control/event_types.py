@@ -29,7 +29,10 @@ STORED_STATES = (
 
 
 class Delivery(TypedDict):
-    """One delivery of an event; ``holding``, of one that is not final: the reason why nothing is sent."""
+    """One delivery of an event; ``holding``, of one that is not final: the reason why nothing is sent.
+
+    ``host`` is the other host of the cluster that has it, or had it at its end.
+    """
 
     event_id: str
     event: str
@@ -42,6 +45,7 @@ class Delivery(TypedDict):
     latency_us: int | None
     updated: float
     next_attempt: float | None
+    host: str | None
     holding: NotRequired[str | None]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Any, NotRequired, TypedDict
 
-from host.control.parameters import Flag, Object, Request, Text
+from host.control.parameters import Flag, Object, Objects, Request, Text
 from host.control.terms import Name, Nothing
 
 
@@ -73,16 +73,25 @@ class McpCancel(Request, verb="mcp.cancel", role="caller", result=Nothing):
 
 
 class McpTools(Request, verb="mcp.tools", role="operator", result=ComparedTools):
-    """Compare what an MCP server offers with what is approved; starts it if need be."""
+    """Compare what an MCP server offers with what is approved; starts it if need be.
+
+    With ``tools``, bodies that were shown elsewhere, these are compared, and the server is not asked: on a host of a
+    cluster that does not hold the plugin it does not run. Instructions are a body with nothing else than them.
+    """
 
     name: Name
+    tools: Annotated[list[dict[str, Any]] | None, Objects()] = None
 
 
 class McpApprove(Request, verb="mcp.approve", role="operator", recorded=True, result=ApprovedTools):
-    """Approve what an MCP server offers now; ``digest`` (from ``mcp.tools``) makes sure that it is what was shown."""
+    """Approve what an MCP server offers now; ``digest`` (from ``mcp.tools``) makes sure that it is what was shown.
+
+    ``tools`` are those that were given there.
+    """
 
     name: Name
     digest: Name
+    tools: Annotated[list[dict[str, Any]] | None, Objects()] = None
 
 
 class McpProgress(TypedDict):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from host.control import mcp_types
+from host.control.elsewhere import Elsewhere
 from host.control.endpoints import AnyEndpoint, Caller, Endpoint
 from host.control.terms import Nothing
 from host.plugins.registry import Registry
@@ -17,11 +18,15 @@ if TYPE_CHECKING:
     from host.mcp.servers import Servers
 
 
+_RUNS_THERE = "its server runs there alone"
+_REMEDY = "see isolator mcp tools {0} --json on {{}}; isolator mcp approve {0} --from FILE approves that here"
+
+
 class McpVerbs:
     """Tools of MCP servers; ``servers`` loads the room."""
 
-    def __init__(self, servers: Callable[[], Servers], registry: Registry) -> None:
-        self._servers, self._registry = servers, registry
+    def __init__(self, servers: Callable[[], Servers], registry: Registry, elsewhere: Elsewhere | None = None) -> None:
+        self._servers, self._registry, self._elsewhere = servers, registry, elsewhere or Elsewhere()
 
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""
@@ -34,6 +39,7 @@ class McpVerbs:
         ]
 
     async def open(self, request: mcp_types.McpOpen, caller: Caller) -> mcp_types.Tools:
+        self._elsewhere.check(request.name, _RUNS_THERE)
         instructions, tools, server = await self._servers().shown_to(request.name, caller.uid)
         return {
             "name": request.name, "server": server, "instructions": instructions, "tools": [dict(t) for t in tools],
@@ -44,6 +50,7 @@ class McpVerbs:
             if caller.drained.is_set():  # whoever does not read misses some
                 caller.notify("mcp.progress", {"call": request.call, **progress})
 
+        self._elsewhere.check(request.name, _RUNS_THERE)
         answer = await self._servers().call(
             request.name, request.tool, request.arguments, caller.uid, request.call,
             report if request.progress else None,
@@ -55,7 +62,9 @@ class McpVerbs:
         return {}
 
     async def tools(self, request: mcp_types.McpTools, _: Caller) -> mcp_types.ComparedTools:
-        found, digest = await self._servers().inspect(request.name)
+        if request.tools is None:
+            self._elsewhere.check(request.name, _RUNS_THERE, _REMEDY.format(request.name))
+        found, digest = await self._servers().inspect(request.name, request.tools)
         granted = self._servers().granted(request.name)
         return {
             "digest": digest,
@@ -69,4 +78,7 @@ class McpVerbs:
         }  # fmt: skip
 
     async def approve(self, request: mcp_types.McpApprove, caller: Caller) -> mcp_types.ApprovedTools:
-        return {"approved": len(await self._servers().approve(request.name, request.digest, caller.by))}
+        if request.tools is None:
+            self._elsewhere.check(request.name, _RUNS_THERE, _REMEDY.format(request.name))
+        approved = await self._servers().approve(request.name, request.digest, caller.by, request.tools)
+        return {"approved": len(approved)}

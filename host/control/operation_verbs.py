@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from host.control import event_types
+from host.control.elsewhere import Elsewhere
 from host.control.endpoints import AnyEndpoint, Caller, Endpoint
 from host.control.plugin_types import PauseChange, PluginPause, PluginResume
 from host.delivery.dispatch import Dispatcher
 from host.intake.jobs import JOB, Jobs
 from host.plugins.registry import Registry
-from host.queue.interface import Result
+from host.queue.interface import FINAL, Result
 from host.queue.owed import ChangeOfEvent, Debts
 from host.queue.sqlite import SqliteQueue
 from isolator.audit.schema import EventCancelled, EventRetried, EventSkipped
@@ -19,10 +23,16 @@ class OperationVerbs:
     """Deliveries as an operator changes them."""
 
     def __init__(
-        self, queue: SqliteQueue, dispatcher: Dispatcher, registry: Registry, debts: Debts, jobs: Jobs
+        self,
+        queue: SqliteQueue,
+        dispatcher: Dispatcher,
+        registry: Registry,
+        debts: Debts,
+        jobs: Jobs,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         self._queue, self._dispatcher, self._registry, self._debts = queue, dispatcher, registry, debts
-        self._jobs = jobs
+        self._jobs, self._elsewhere = jobs, elsewhere or Elsewhere()
 
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""
@@ -38,16 +48,19 @@ class OperationVerbs:
 
     async def pause(self, request: PluginPause, caller: Caller) -> PauseChange:
         name = self._registry.need(request.name).name
-        return {"paused": True, "changed": await self._dispatcher.pause(name, caller.by)}
+        changed = await self._dispatcher.pause(name, caller.by)
+        return {"paused": True, "changed": changed, "held_by": [*self._elsewhere.holders(name)]}
 
     async def resume(self, request: PluginResume, caller: Caller) -> PauseChange:
         name = self._registry.need(request.name).name
-        return {"paused": False, "changed": await self._dispatcher.resume(name, caller.by) is not None}
+        changed = await self._dispatcher.resume(name, caller.by) is not None
+        return {"paused": False, "changed": changed, "held_by": [*self._elsewhere.holders(name)]}
 
     async def retry(self, request: event_types.EventRetry, caller: Caller) -> event_types.ChangedEvent:
         event_id = self._resolved(request.id, request.plugin)
         change = self._recorded(EventRetried, event_id, caller)
-        changed = await self._queue.retry(event_id, request.plugin, change.note)
+        with self._of_this_host(event_id, request.plugin):
+            changed = await self._queue.retry(event_id, request.plugin, change.note)
         change.pay()
         for one in changed:
             self._dispatcher.wake(one.plugin)
@@ -71,7 +84,8 @@ class OperationVerbs:
         caller: Caller,
     ) -> event_types.ChangedEvent:  # fmt: skip
         change = self._recorded(kind, event_id, caller)
-        changed = await self._queue.end(event_id, plugin, result, change.note)
+        with self._of_this_host(event_id, plugin):
+            changed = await self._queue.end(event_id, plugin, result, change.note)
         change.pay()
         return {"id": event_id, "plugins": [one.plugin for one in changed]}
 
@@ -105,6 +119,18 @@ class OperationVerbs:
                 for job in self._jobs.all()
             ]
         }
+
+    @contextlib.contextmanager
+    def _of_this_host(self, event_id: str, plugin: str | None) -> Iterator[None]:
+        """Say which host has a delivery that waits, where none of this host's does."""
+        try:
+            yield
+        except UsageError:
+            for one in self._queue.show(event_id).deliveries:
+                if one.host is not None and one.state not in FINAL and plugin in (None, one.plugin):
+                    why = f"its delivery to {one.plugin} is {one.host}'s"
+                    raise UsageError(f"event {event_id}", why, f"run it on {one.host}") from None
+            raise
 
     def _resolved(self, text: str, plugin: str | None = None) -> str:
         """The id of the event, whose plugin has to be a registered one; raises NotFoundError, UsageError."""

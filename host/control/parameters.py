@@ -141,6 +141,19 @@ class Object:
 
 
 @dataclass(frozen=True)
+class Objects:
+    """A list of JSON objects of any content; null is None."""
+
+    def parse(self, key: str, value: Any) -> list[dict[str, Any]] | None:
+        if value is not None and not (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
+            raise UsageError(key, "must be a list of objects")
+        return value
+
+    def schema(self) -> dict[str, Any]:
+        return _nullable({"type": "array", "items": {"type": "object"}}, True)
+
+
+@dataclass(frozen=True)
 class ConfigValues:
     """Config values by key, at most 64; null is none."""
 

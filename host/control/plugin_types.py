@@ -46,10 +46,14 @@ class PluginEntry(TypedDict):
 
 
 class PauseChange(TypedDict):
-    """Whether the plugin is paused now, and whether that is a change."""
+    """Whether the plugin is paused now, on this host, and whether that is a change.
+
+    ``held_by``: the other hosts of a cluster that hold it, and go on as they did.
+    """
 
     paused: bool
     changed: bool
+    held_by: list[str]
 
 
 class ListedPlugin(PluginEntry):

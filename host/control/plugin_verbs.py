@@ -9,6 +9,7 @@ from typing import Any, cast
 from host.control import plugin_types
 from host.control.alarms import Alarms
 from host.control.config_verbs import config_items
+from host.control.elsewhere import Elsewhere
 from host.control.endpoints import AnyEndpoint, Caller, Endpoint
 from host.control.platform_types import PluginHealth, PluginHealthEntry, PluginsHealth
 from host.control.terms import Nothing
@@ -39,10 +40,11 @@ class PluginVerbs:
         logs: Logs,
         alarms: Alarms,
         in_cluster: Callable[[str], dict[str, Any] | None] = lambda _: None,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         self._link, self._registry, self._config, self._queue = link, registry, config, queue
         self._dispatcher, self._watches, self._logs, self._alarms = dispatcher, watches, logs, alarms
-        self._in_cluster = in_cluster
+        self._in_cluster, self._elsewhere = in_cluster, elsewhere or Elsewhere()
         self._following: set[tuple[Caller, PluginLog]] = set()
 
     def endpoints(self) -> list[AnyEndpoint]:
@@ -131,7 +133,10 @@ class PluginVerbs:
         return {"run": run.run, "pid": run.pid}
 
     async def stop(self, request: plugin_types.PluginStop, _: Caller) -> Nothing:
-        await self._link.stop_run(self._registry.need(request.name).name, "operator")
+        plugin = self._registry.need(request.name)
+        if plugin.run is None:
+            self._elsewhere.check(plugin.name, "nothing of it runs here")
+        await self._link.stop_run(plugin.name, "operator")
         return {}
 
     async def restart(self, request: plugin_types.PluginRestart, _: Caller) -> plugin_types.StartedRun:
@@ -141,6 +146,7 @@ class PluginVerbs:
     def _startable(self, name: str) -> str:
         """The plugin's name; raises IsolatorError where a start would only show that its config lacks a value."""
         plugin = self._registry.need(name)
+        self._elsewhere.check(plugin.name, "it runs there alone")
         self._config.check_whole(plugin.name, plugin.manifest, plugin.digest)
         return plugin.name
 

@@ -29,6 +29,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import sqlite3
 from collections.abc import Callable
@@ -87,6 +88,8 @@ class Store:
         self._scheduled = False
         self._lazy: asyncio.TimerHandle | None = None
         self._gathering: list[_Op] = []
+        self._in_sync: list[_Op] = []
+        """Operations of the sync that is under way, or was the last."""
         self._syncing = False
         self._held = False
         self._checkpointed = (0, 0)
@@ -176,6 +179,23 @@ class Store:
 
             self.submit(lambda _: None, done)
             written = await future
+
+    async def durable(self) -> None:
+        """Return once every durable operation that is committed by now is on disk; nothing is written for that.
+
+        Raises UnavailableError if the sync fails.
+        """
+        waiting = self._gathering or (self._in_sync if self._syncing else None)
+        if waiting is None:
+            return
+        future: asyncio.Future[None] = self._loop.create_future()
+
+        def done(_: Any, error: Exception | None) -> None:
+            if not future.done():
+                future.set_exception(error) if error is not None else future.set_result(None)
+
+        waiting.append(_Op(lambda _: None, done, True, math.inf))
+        await future
 
     async def run(self, apply: Callable[[sqlite3.Connection], T]) -> T:
         """Run ``apply`` in a transaction and wait until it is on disk."""
@@ -344,6 +364,7 @@ class Store:
             return
         self._syncing = True
         job, self._gathering = Sync(self._gathering), []
+        self._in_sync = job.ops
         if self._checkpoint_due:
             self._checkpointed = (self.commits, self._connection.total_changes)
             job.checkpoint = True

@@ -247,6 +247,8 @@ class Jobs:
             kind = self._catalogue.get(event.name) if event is not None else None
             if event is None or kind is None or not (job.missed if state is None else job.dead):
                 continue
+            if state is None and not self._queue.has_missed(db, job.plugin, event.seq):
+                continue
             to = self._registry.subscriber(plugin, kind, json.loads(event.payload))
             if to is not None:
                 found.append(_Found(event, to, attempts if state is not None else None))

@@ -23,7 +23,7 @@ from host.fence.fences import Fences
 from host.mcp.calls import CALLS, CallState, Sent, cancelled, keep_until_asked_for, under_way
 from host.mcp.pins import Pins
 from host.mcp.session import Progress, Reply, Session, SessionState
-from host.mcp.tools import INSTRUCTIONS, Compared, Item, compare, digest_of, is_unchanged, permits
+from host.mcp.tools import INSTRUCTIONS, Compared, Item, compare, digest_of, is_unchanged, offered, permits
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import Redactor
 from host.queue.sqlite import new_event_id
@@ -243,24 +243,34 @@ class Servers:
 
     # Tools
 
-    async def inspect(self, name: str) -> tuple[tuple[Compared, ...], str]:
-        """Compare a server's tools with those that are approved; also the digest of what it offers now."""
-        self._server(name)
-        with self._use(name):
-            now = (await self._offers(name, await self.session(name), again=True)).values()
+    async def inspect(
+        self, name: str, bodies: list[dict[str, Any]] | None = None
+    ) -> tuple[tuple[Compared, ...], str]:  # fmt: skip
+        """Compare a server's tools with those that are approved; also the digest of what it offers now.
+
+        ``bodies``: what was shown elsewhere takes the place of what it offers, and it is not asked.
+        """
+        now = await self._now(name, bodies)
         return compare(self.pins.of(name), now), digest_of(now)
 
-    async def approve(self, name: str, digest: str, by: str) -> tuple[Item, ...]:
-        """Approve what a server offers now, which has to be what was shown; raises UsageError when it is not."""
-        self._server(name)
-        with self._use(name):
-            now = tuple((await self._offers(name, await self.session(name), again=True)).values())
+    async def approve(
+        self, name: str, digest: str, by: str, bodies: list[dict[str, Any]] | None = None
+    ) -> tuple[Item, ...]:  # fmt: skip
+        """Approve what ``inspect`` has shown, which has to be what there is now; raises UsageError when it is not."""
+        now = await self._now(name, bodies)
         if digest_of(now) != digest:
             raise UsageError(f"tools of {name}", "have changed since they were shown", "look at them again")
         await self.pins.approve(name, now)
         approved = {item.name or "instructions": item.digest for item in now}
         self._audit.record(ToolsApproved(by=by, tools=approved), plugin=name)
         return now
+
+    async def _now(self, name: str, bodies: list[dict[str, Any]] | None) -> tuple[Item, ...]:
+        self._server(name)
+        if bodies is not None:
+            return _items(name, bodies)
+        with self._use(name):
+            return tuple((await self._offers(name, await self.session(name), again=True)).values())
 
     async def shown_to(self, name: str, uid: int) -> tuple[str, list[Mapping[str, Any]], str]:
         """View of a caller: the instructions, the tools, and the server's name; raises IsolatorError."""
@@ -496,3 +506,14 @@ class Servers:
 def _era(plugin: Plugin) -> Era:
     assert plugin.manifest is not None
     return plugin.manifest.transport.era
+
+
+def _items(name: str, bodies: list[dict[str, Any]]) -> tuple[Item, ...]:
+    """The items with these bodies, as a server would offer them; raises UsageError for what none offers."""
+    texts = [body["instructions"] for body in bodies if [*body] == ["instructions"]]
+    try:
+        if len(texts) > 1 or not all(isinstance(text, str) for text in texts):
+            raise ValueError("there is more than one text of instructions")
+        return offered("".join(texts), (body for body in bodies if [*body] != ["instructions"]))
+    except ValueError as error:
+        raise UsageError(f"tools of {name}", str(error), "take what 'isolator mcp tools --json' shows") from None

@@ -51,6 +51,8 @@ _WISHES: Final = (
     "CREATE TABLE IF NOT EXISTS cluster_wishes (plugin TEXT PRIMARY KEY, entry TEXT NOT NULL) WITHOUT ROWID"
 )
 _SHOWN: Final = 5
+ENDED: Final = "was removed from the cluster on another host, and does nothing here"
+_REMEDY: Final = "isolator plugin remove {0}, or isolator cluster place {0} gives it to the cluster anew"
 AGAIN: Final = 1.0
 """Seconds until the log is asked again for what a command has wished for."""
 
@@ -79,14 +81,16 @@ class Member:
         self.node: Node | None = None
         self.types = ClusterTypes(store, catalogue, lambda: self._state, self._decide)
         self.follower = QueueFollower(
-            queue, self._subscriptions, self._ready, self._lost_events, self._described, self.types
+            queue, self._subscriptions, self._ready, self._lost_events, self._described, self.types, fences.lost
         )
         self.values = ClusterKeyValue(store, self.follower, self._decide)
 
     def problems(self) -> Sequence[str]:
         """Problems of this host's part, a line each."""
-        of_node = self.node.problems.lines.values() if self.node is not None else ()
-        return [*self._trouble, *self.types.lines(), *of_node]
+        if self.node is None:
+            return [*self._trouble, *self.types.lines()]
+        ended = [f"plugin {name} {ENDED}; {_REMEDY.format(name)}" for name in self.follower.ended]
+        return [*self._trouble, *self.types.lines(), *ended, *self.node.problems.lines.values()]
 
     async def start(self) -> None:
         """Begin to follow the log: what the registry does not know by now would be passed over.
@@ -184,6 +188,13 @@ class Member:
             return None
         return standing.plugin(self.node, name)
 
+    def holders(self, name: str) -> Sequence[str]:
+        """The other hosts that hold a plugin of which this one holds nothing; none if this one may act on it."""
+        if self.node is None or self.follower.holds(name):
+            return ()
+        held = self._state.leases.items()
+        return sorted({lease.holder for shard, lease in held if shard[0] == name and lease.holder != self.node.host})
+
     async def _wish(self, entry: Described) -> None:
         """Have an entry written, however long the log does not answer; a later one of the plugin replaces it."""
         row = (entry.name, _DESCRIBED.dump_json(entry).decode())
@@ -253,7 +264,8 @@ class Member:
         except (IsolatorError, ValueError) as error:
             _log.warning("%s of another host is delivered to nobody here: %s", event.id, error)
             return {}
-        return {one.plugin: one for one in self._registry.subscribers(checked.type, checked.fields)}
+        found = self._registry.subscribers(checked.type, checked.fields)
+        return {one.plugin: one for one in found if not self.follower.has_ended(one.plugin)}
 
 
 def _forget(row: tuple[str, str]) -> Callable[[sqlite3.Connection], object]:

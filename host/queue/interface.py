@@ -255,6 +255,8 @@ class DeliveryRow:
     latency_us: int | None
     updated: float
     next_attempt: float | None = None
+    host: str | None = None
+    """The other host of the cluster that has it, or had it at its end; None: this one, or nobody."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -427,6 +427,10 @@ class SqliteQueue(Listing):
         consumers = self._consumers.values() if plugin is None else [self._consumer(plugin)]
         return [found for consumer in consumers if (found := consumer.find(seq)) is not None]
 
+    def has_missed(self, db: sqlite3.Connection, plugin: str, seq: int) -> bool:
+        """Whether a plugin never had an event of which there is no delivery here."""
+        return True
+
     async def purge(self, plugin: str) -> int:
         self._purges[plugin] = self._purges.get(plugin, 0) + 1
         consumer = self._consumers.pop(plugin, None)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +31,8 @@ _STARTS = (schema.PluginStarted.TYPE, schema.PluginCrashed.TYPE, schema.PluginFa
 _WHAT = 15
 _REPLY = 240
 _BAD = (".denied", ".crashed", ".failed", ".dead", ".quarantined")
+_GIVEN_UP = frozenset({"dead", "expired", "quarantined"})
+Deliveries = Sequence[Mapping[str, Any]]
 _SENTENCE = re.compile(r"[\w ,.;:()/'-]*", re.ASCII)
 
 
@@ -210,15 +212,23 @@ def collect(directory: Path, event_id: str, *, since: float = 0.0) -> list[tuple
     return sorted(found, key=lambda pair: (pair[1].time, pair[1].seq))
 
 
-def story_lines(event_id: str, records: list[Record], width: int = WIDTH) -> Iterator[Line]:
-    """The lines of the story, ``width`` columns at most; times count from the first record."""
+def story_lines(
+    event_id: str, records: list[Record], width: int = WIDTH, deliveries: Deliveries | None = None
+) -> Iterator[Line]:
+    """The lines of the story, ``width`` columns at most; times count from the first record.
+
+    ``deliveries``, as ``event.show`` has them, say what the records of this host cannot: that another host of a cluster
+    has the delivery. None: nobody could be asked.
+    """
+    known = {str(one["plugin"]): one for one in deliveries or ()}
     first = records[0]
     begin = _moment(first)
     listed = first.data.get("plugins")
     named = (
         [str(name) for name in listed] if isinstance(listed, list) and first.type == schema.EventAccepted.TYPE else []
     )
-    plugins = list(dict.fromkeys([*(r.plugin for r in records if r.plugin), *named]))
+    elsewhere = (name for name, one in known.items() if one["host"])
+    plugins = list(dict.fromkeys([*(r.plugin for r in records if r.plugin), *named, *elsewhere]))
     letters = {name: chr(ord("A") + i) if i < 26 else "?" for i, name in enumerate(plugins)}
     accepted = first.data if first.type == schema.EventAccepted.TYPE else {}
     what = f"  {_field(accepted, 'event')}" + _field(accepted, "subject", " of {}") if accepted else ""
@@ -227,7 +237,7 @@ def story_lines(event_id: str, records: list[Record], width: int = WIDTH) -> Ite
     yield Line(_fit(f"  accepted {when}{_field(accepted, 'by', ' by {}')}" if accepted else f"  {when}", width))
     for name, letter in letters.items():
         mine = [record for record in records if record.plugin == name]
-        text, bad = _verdict(mine, begin, event_id)
+        text, bad = _verdict(mine, begin, event_id, known.get(name))
         yield from _wrap(f"  {letter} ", f"{printable(name)}: {text}", width, hang=2, bad=bad)
     shared = False
     for record in records:
@@ -246,7 +256,19 @@ def _moment(record: Record) -> float:
     return datetime.fromisoformat(record.time).timestamp()
 
 
-def _verdict(records: list[Record], begin: float, event_id: str) -> tuple[str, bool]:
+def _standing(delivery: Mapping[str, Any], event_id: str) -> tuple[str, bool]:
+    """A delivery that this host's records do not tell the end of, as the daemon knows it; and whether that is bad."""
+    state, detail, host = (printable(str(delivery[key] or "")) for key in ("state", "detail", "host"))
+    if host:
+        text = f"{state} {detail or f'on {host}'}"
+        return f"{text}; its records are there: isolator audit story {event_id} on {host}", state in _GIVEN_UP
+    text = "not sent yet" if state == "queued" else state
+    return text + (f": {detail}" if detail else ""), state in _GIVEN_UP
+
+
+def _verdict(
+    records: list[Record], begin: float, event_id: str, delivery: Mapping[str, Any] | None
+) -> tuple[str, bool]:
     """The outcome for one plugin in a few words, and whether it is bad."""
     sent = sum(r.type == schema.EventDispatched.TYPE for r in records)
     given_up = (
@@ -262,9 +284,12 @@ def _verdict(records: list[Record], begin: float, event_id: str) -> tuple[str, b
     if called is not None:
         bad = called.data.get("outcome") != "ok"
         text = f"{_field(called.data, 'tool')}: {_field(called.data, 'outcome', limit=20)}"
+    elif last is None and any(r.type == schema.ToolStarted.TYPE for r in records):
+        text = "the call is under way or was cut short"
+    elif delivery is not None and (last is None or (delivery["host"] and not _is_end(last, given_up))):
+        text, bad = _standing(delivery, event_id)
     elif last is None:
-        begun = any(r.type == schema.ToolStarted.TYPE for r in records)
-        text = "the call is under way or was cut short" if begun else "not sent yet"
+        text = "no request to it is on record here"
     elif last.type == schema.EventDispatched.TYPE:
         text = f"attempt {sent} is under way or was cut short"
     elif last.type == schema.EventReplayed.TYPE:
@@ -295,6 +320,12 @@ def _verdict(records: list[Record], begin: float, event_id: str) -> tuple[str, b
             listed = _listed(*(f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in counted.items()))
             text, bad = f"{text}; {listed} {how}", True
     return text, bad
+
+
+def _is_end(record: Record, given_up: tuple[str, ...]) -> bool:
+    """Whether a record is the end of a delivery."""
+    answered = record.type == schema.EventResponse.TYPE and record.data.get("outcome") in ("ok", "skipped")
+    return answered or record.type in given_up
 
 
 def _details(record: Record) -> str:

@@ -133,8 +133,10 @@ async def test_story_as_json_and_of_an_unknown_event(daemon: Daemon) -> None:
     assert isinstance(run(daemon, "story", "evt-9").exception, NotFoundError)
 
 
-def story_of(*happened: tuple[float, str, str | None, dict[str, Any]]) -> list[str]:
-    """The story of e1 made of: seconds since it was accepted, type, plugin, data."""
+def story_of(
+    *happened: tuple[float, str, str | None, dict[str, Any]], deliveries: list[dict[str, Any]] | None = None
+) -> list[str]:
+    """The story of e1 made of: seconds since it was accepted, type, plugin, data; and what the daemon knows."""
     begin = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
     records = [
         Record(
@@ -143,7 +145,7 @@ def story_of(*happened: tuple[float, str, str | None, dict[str, Any]]) -> list[s
         )
         for number, (after, type, plugin, data) in enumerate(happened, 1)
     ]  # fmt: skip
-    return [line.text for line in story_lines("e1", records)]
+    return [line.text for line in story_lines("e1", records, deliveries=deliveries)]
 
 
 ACCEPTED = (0.0, "event.accepted", None, {"event": "deploy.failed", "subject": "p1", "plugins": ["one"], "by": "uid:0"})
@@ -152,7 +154,7 @@ ACCEPTED = (0.0, "event.accepted", None, {"event": "deploy.failed", "subject": "
 @pytest.mark.parametrize(
     ("happened", "verdict"),
     [
-        ([], "one: not sent yet"),
+        ([], "one: no request to it is on record here"),
         ([(0.5, "event.dispatched", "one", {})], "one: attempt 1 is under way or was cut short"),
         (
             [(0.5, "event.dispatched", "one", {}), (0.6, "event.response", "one", {"outcome": "unknown"})],
@@ -175,6 +177,39 @@ def test_story_begins_with_the_outcome_for_each_plugin(
     lines = story_of(ACCEPTED, *happened)
     assert lines[:2] == ["e1  deploy.failed of p1", "  accepted 2026-01-02 03:04:05.000 UTC by uid:0"]
     assert lines[2] == f"  A  {verdict}"
+
+
+SENT = (0.5, "event.dispatched", "one", {})
+FAILED = (0.6, "event.response", "one", {"outcome": "unknown"})
+DONE = (0.6, "event.response", "one", {"outcome": "ok"})
+
+
+@pytest.mark.parametrize(
+    ("happened", "state", "detail", "host", "verdict"),
+    [
+        ([], "queued", None, None, "not sent yet"),
+        ([], "queued", "no host holds the plugin", None, "not sent yet: no host holds the plugin"),
+        ([], "dead", "it is broken", None, "dead: it is broken"),
+        ([], "ok", "on h2", "h2", "ok on h2; its records are there: isolator audit story e1 on h2"),
+        ([SENT], "queued", "on h2", "h2", "queued on h2; its records are there: isolator audit story e1 on h2"),
+        ([SENT, FAILED], "ok", "on h2", "h2", "ok on h2; its records are there: isolator audit story e1 on h2"),
+        ([SENT, DONE], "ok", "on h2", "h2", "ok at the first attempt, 600.0 ms after"),
+        ([SENT, FAILED], "retry", None, None, "1 attempt failed, the last unknown; to be tried again"),
+    ],
+)
+def test_story_says_which_host_of_a_cluster_has_a_delivery(
+    happened: list[tuple[float, str, str, dict[str, Any]]],
+    state: str, detail: str | None, host: str | None, verdict: str,
+) -> None:  # fmt: skip
+    known = {"plugin": "one", "state": state, "detail": detail, "host": host}
+    text = " ".join(" ".join(line.split()) for line in story_of(ACCEPTED, *happened, deliveries=[known]))
+    assert f"A one: {verdict}" in text
+
+
+def test_story_names_a_plugin_that_only_another_host_has() -> None:
+    known = {"plugin": "two", "state": "ok", "detail": "on h2", "host": "h2"}
+    lines = " ".join(story_of(ACCEPTED, SENT, DONE, deliveries=[known]))
+    assert "A  one: ok at" in lines and "B  two: ok on h2" in lines
 
 
 def test_long_text_is_wrapped_and_complete() -> None:

@@ -50,6 +50,9 @@ class Following:
             if isinstance(one.entry, Event) and not one.void:
                 self.events.append((one.ref, one.entry.cloudevent))
 
+    def renumbered(self, db: sqlite3.Connection, events: Sequence[tuple[EventRef, EventRef]]) -> None:
+        pass
+
     def again(self, db: sqlite3.Connection) -> None:
         db.execute(_FOLLOWED)
         db.execute("DELETE FROM followed")

@@ -166,8 +166,9 @@ class SimHost:
             self.catalogue.register(event_type)
         self.types = ClusterTypes(self.store, self.catalogue, lambda: self.node.state, self._decide)
         self.follower = QueueFollower(
-            self.queue, self._subscribers, lambda: [*self.plugins], self.losses.extend, types=self.types
-        )
+            self.queue, self._subscribers, lambda: [*self.plugins], self.losses.extend, types=self.types,
+            ended=self.fences.lost,
+        )  # fmt: skip
         cluster = self.cluster
         log = self.log = FaultyLog(cluster.servers, self.clock, (cluster.faults, self.faults), cluster.random)
         self._connect()
@@ -200,6 +201,7 @@ class SimHost:
     def forget(self, plugin: str) -> None:
         """Have the plugin no more."""
         self.plugins.pop(plugin)
+        self.follower.forget(plugin)
         self.follower.look()
 
     def _work_for(self, plugin: str) -> None:
@@ -366,6 +368,13 @@ class Hosts:
         while not done():
             assert self.clock.time < end, "it has not come about"
             await self.passes(0.25)
+
+    async def trim(self, living: SimHost) -> None:
+        """Have the log begin at the newest copy of its fold that a living host has."""
+        await self.passes(25.0)
+        copies = living.path.with_suffix(".folds")
+        await self.until(lambda: any(copies.glob("*.fold")))
+        self.servers.trimmed = max(int(path.stem) for path in copies.glob("*.fold"))
 
     async def heal(self) -> None:
         """Have no fault any more, and every host up."""

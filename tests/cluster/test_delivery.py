@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from typing import Any
 
 import pytest
@@ -192,6 +193,58 @@ def _is_dead(host: SimHost, event: str) -> bool:
         return _states(host, event) == {"p": "dead"}
     except IsolatorError:
         return False
+
+
+async def test_only_events_from_before_a_plugin_are_missed_whoever_delivered_the_others(make: Make) -> None:
+    hosts = make()
+    await hosts.start()
+    before = await hosts.during(hosts.hosts[0].emit("k"))
+    await hosts.passes(2.0)
+    hosts.plugins["p"] = ONE
+    for host in hosts.hosts:
+        host.serve(ONE)
+    await hosts.during(hosts.hosts[0].decide(ONE))
+    holder = await _holder(hosts)
+    await hosts.emit(_another(hosts, holder), "k")
+    await hosts.until(lambda: hosts.all_handled("p"))
+    for host in hosts.hosts:
+        assert _has_missed(host, before) and not _has_missed(host, hosts.accepted[0])
+
+
+def _has_missed(host: SimHost, event: str) -> bool:
+    def query(db: sqlite3.Connection) -> bool:
+        (seq,) = db.execute("SELECT seq FROM events WHERE id=?", (event,)).fetchone()
+        return host.queue.has_missed(db, "p", seq)
+
+    assert host.store is not None
+    return host.store.read(query)
+
+
+async def test_holder_whose_database_is_put_back_delivers_what_it_accepts_before_it_knows(make: Make) -> None:
+    hosts = make(hosts=1)
+    await hosts.start(ONE)
+    host = await _holder(hosts)
+    await hosts.emit(host, "k")
+    await hosts.until(lambda: hosts.all_handled("p"))
+    await hosts.passes(3.0)
+    await host.end()
+    copy = host.path.with_suffix(".copy")
+    copy.write_bytes(host.path.read_bytes())
+    await host.start()
+    for _ in range(3):
+        await hosts.emit(host, "k")
+    await hosts.until(lambda: hosts.all_handled("p"))
+    await hosts.passes(3.0)
+    await host.end()
+    for end in ("-wal", "-shm"):
+        host.path.with_name(host.path.name + end).unlink(missing_ok=True)
+    host.path.write_bytes(copy.read_bytes())
+    host.cut_until(1e9)
+    await host.start()
+    for _ in range(2):  # under numbers that the log has for other events
+        await hosts.emit(host, "k")
+    host.cut_until(0.0)
+    await hosts.until(lambda: hosts.all_handled("p"))
 
 
 async def test_event_emitted_twice_with_one_key_is_one_event_of_all_hosts(make: Make) -> None:

@@ -31,15 +31,6 @@ async def _emit(hosts: Hosts, host: SimHost, count: int) -> list[str]:
     return hosts.accepted[before:]
 
 
-async def _trim(hosts: Hosts, living: SimHost) -> None:
-    """Have the log begin at the newest copy of its fold that a living host has."""
-    await hosts.passes(25.0)
-    copies = living.path.with_suffix(".folds")
-    await hosts.until(lambda: any(copies.glob("*.fold")))
-    newest = max(int(path.stem) for path in copies.glob("*.fold"))
-    hosts.servers.trimmed = newest
-
-
 async def _started(make: Make, plugin: Plugin, on: Sequence[int]) -> Hosts:
     hosts = make()
     await hosts.start()
@@ -67,7 +58,7 @@ async def test_holder_that_was_away_too_long_says_which_events_its_plugin_has_lo
     await hosts.passes(3.0)
     await first.end()
     lost = await _emit(hosts, second, 3) + await _emit(hosts, third, 2)
-    await _trim(hosts, second)
+    await hosts.trim(second)
     later = await _emit(hosts, second, 3)
     await first.start()
     hosts.accepted[:] = handled + later
@@ -98,7 +89,7 @@ async def test_open_events_that_were_read_before_are_no_loss(make: Make) -> None
     await hosts.passes(3.0)
     await first.end()
     hosts.failing = 0.0
-    await _trim(hosts, second)
+    await hosts.trim(second)
     await first.start()
     await hosts.until(lambda: hosts.all_handled("p"))
     assert first.losses == []
@@ -112,7 +103,7 @@ async def test_own_copy_of_a_plugin_says_which_events_it_never_got(make: Make) -
     await hosts.until(lambda: len(hosts.witness.handled) == 4)
     await first.end()
     await _emit(hosts, second, 4)
-    await _trim(hosts, second)
+    await hosts.trim(second)
     later = await _emit(hosts, second, 2)
     await first.start()
     await hosts.until(lambda: {act.event for act in hosts.witness.handled if act.host == "h0"} >= {*before, *later})
@@ -128,7 +119,7 @@ async def test_loss_that_was_not_told_before_a_kill_is_told_afterwards(
     await hosts.passes(3.0)
     await first.end()
     await _emit(hosts, second, 2)
-    await _trim(hosts, second)
+    await hosts.trim(second)
     with monkeypatch.context() as patch:
         patch.setattr(QueueFollower, "tell", lambda _: None)
         await first.start()
@@ -148,7 +139,7 @@ async def _lacking(make: Make) -> tuple[Hosts, SimHost, SimHost]:
     await third.end()
     await first.end()
     await _emit(hosts, second, 4)
-    await _trim(hosts, second)
+    await hosts.trim(second)
     await third.start()
     third.serve(ONE)
     await hosts.until(lambda: third.node.unheld and second.node.unheld)
@@ -187,7 +178,7 @@ async def test_host_that_is_new_has_lost_nothing(make: Make) -> None:
     third.path.unlink()
     await _emit(hosts, second, 4)
     await hosts.until(lambda: hosts.all_handled("p"))
-    await _trim(hosts, second)
+    await hosts.trim(second)
     await third.start()
     third.serve(ONE)
     await hosts.passes(5.0)

@@ -296,6 +296,33 @@ async def test_earlier_copy_of_a_database_loses_no_event_and_repeats_none_that_w
     assert not host.node.problems.lines
 
 
+async def test_later_copy_of_a_database_that_is_put_back_after_an_earlier_one_loses_no_event(cluster: Cluster) -> None:
+    host, other = cluster.hosts[:2]
+    emitted = []
+
+    async def emit(text: str) -> None:
+        await host.emit(text)
+        emitted.append(text)
+        await cluster.passes(2)
+
+    for copy in ("earlier", "later"):
+        await emit(f"before the {copy} copy")
+        await host.stop()
+        shutil.copytree(host.folder, host.folder.with_name(copy))
+        await host.start()
+        await cluster.passes(2)
+    # Nothing was sent after the later copy, so no number says that it is one.
+    for copy in ("earlier", "later"):
+        await host.stop()
+        shutil.rmtree(host.folder)
+        shutil.copytree(host.folder.with_name(copy), host.folder)
+        await host.start()
+        await cluster.passes(5)
+        await emit(f"after the {copy} copy")
+    assert host.node.waiting() == (0, 0) and not host.node.problems.lines
+    assert other.seen == emitted and host.node.state.digest == other.node.state.digest
+
+
 async def test_lost_database_begins_anew_and_takes_its_plugin_up(cluster: Cluster) -> None:
     holder = await cluster.settled()
     await holder.emit("one")

@@ -3,7 +3,10 @@
     sudo ./dev test tests/cluster/test_outages.py --faults 200 --events 100000 -s
 
 takes ten seconds a fault; a few faults are part of the default suite. The seed is printed; with ``--seed`` the faults
-come in the same order, at moments that are never quite the same. ``--minutes`` bounds the time.
+come in the same order, at moments that are never quite the same. ``--minutes`` bounds the time. With ``--kind`` there
+are faults of that kind alone, which may be given more than once, and each host that has the plugin loses it:
+
+    sudo ./dev test tests/cluster/test_outages.py --faults 24 --kind "host cut off" --kind "kill -9 daemon" -s
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ from isolator.paths import Paths
 from tests.cluster.outages import history
 from tests.cluster.outages.faults import Faults
 from tests.cluster.outages.site import Site, site
+from tests.cluster.outages.stores import Copies
 from tests.cluster.outages.watch import Watch, watch
 from tests.support.ledger import COURIER, Ledger, ledger
 from tests.support.platforms import Platform, platforms
@@ -47,7 +50,9 @@ FIRST = (
     ("SIGSTOP daemon", 22.0),
 )
 """The faults of every run, whatever the seed: each of these hosts has the plugin, and loses it."""
-RATE = 8
+LOSES = 22.0
+"""Seconds of a fault after which a host has lost the plugin."""
+RATE = 20
 """Events a second, of each host, at most."""
 EXPECTED = 11
 """Seconds that a fault takes, with the calm after it."""
@@ -66,13 +71,14 @@ def test_one_log_decides_whatever_fails(request: pytest.FixtureRequest, tmp_path
         site(tmp_path, HOST_TOML, f"{200 + events // 200}MB") as made,
         ledger(made.network, {host.machine.address: host.name for host in made.hosts}) as kept,
     ):
-        _add_plugin(made)
+        made.add(COURIER)
         share = -(-events // len(made.hosts))
         rate = min(RATE, max(0.5, share / max(90, count * EXPECTED)))
         with watch(made.roots) as watched, platforms(made.roots, rate, share, seed) as emitting:
             wait_for(lambda: kept.holder, seconds(90), "no event is handled")
-            faults = Faults(made, lambda: kept.holder, random.Random(seed))
-            _have(faults, count, option("minutes") * 60)
+            made.emitting.update(zip(made.roots, emitting, strict=True))
+            faults = Faults(made, lambda: kept.holder, random.Random(seed), Copies(tmp_path / "copies"))
+            _have(faults, count, option("minutes") * 60, option("kind"))
             made.until_quiet(seconds(150))
             for platform in emitting:
                 platform.close()
@@ -100,19 +106,12 @@ def test_one_log_decides_whatever_fails(request: pytest.FixtureRequest, tmp_path
     assert len(kept.holdings) >= 2, "the plugin has never moved"
 
 
-def _add_plugin(made: Site) -> None:
-    for host in made.hosts:
-        policies = host.daemon.root / "etc/isolator/policies"
-        policies.mkdir(parents=True, exist_ok=True)
-        shutil.copy(COURIER.with_suffix(".toml"), policies)
-        host.daemon.cli("plugin", "add", str(COURIER), "--yes")
-
-
-def _have(faults: Faults, count: int, patience: float) -> None:
+def _have(faults: Faults, count: int, patience: float, kinds: Sequence[str]) -> None:
+    first = [(kinds[at % len(kinds)], LOSES) for at in range(count)] if kinds else FIRST
     began = time.monotonic()
     while len(faults.done) < count and time.monotonic() - began < patience:
         before = len(faults.done)
-        faults.one(*FIRST[before] if before < len(FIRST) else ())
+        faults.one(*first[before] if before < len(first) else ())
         for number, one in enumerate(faults.done[before:], before + 1):
             took = one.ended - one.began
             print(f"{one.ended - began:8.1f} s {number:5} {one.kind} {one.hit} for {took:.1f} s", flush=True)
@@ -137,6 +136,7 @@ def _tell(faults: Faults, kept: Ledger, watched: Watch, emitting: Sequence[Platf
         "messages in the log": found.last,
         "epochs": len(kept.holdings),
         "take-over, s": _spread(taken),
+        **{f"{stage}, s": _spread(values) for stage, values in history.stages(found, kept.holdings).items()},
         "without an actor, s": _spread(idle),
         "events that came twice": again.events,
         "most of them at once": again.most,
@@ -152,4 +152,4 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     if not values:
         return {}
     at = min(len(values) - 1, int(len(values) * 0.99))
-    return {"number": len(values), "p50": round(statistics.median(values), 1), "p99": round(values[at], 1)}
+    return {"number": len(values), "p50": round(statistics.median(values), 2), "p99": round(values[at], 2)}

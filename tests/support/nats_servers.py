@@ -51,10 +51,15 @@ class Server:
         self.config = self._folder / "server.conf"
         self.config.write_text(
             f'server_name: {self.name}\nlisten: "{address}:{self.port}"\n'
-            f'jetstream {{ store_dir: "{self._folder}/store", max_file_store: {disk} }}\n{more}\n'
+            f'jetstream {{ store_dir: "{self.store}", max_file_store: {disk} }}\n{more}\n'
             + (cluster if len(places) > 1 else "")
         )
         self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def store(self) -> Path:
+        """The folder that has all it keeps."""
+        return self._folder / "store"
 
     @property
     def listens(self) -> str:

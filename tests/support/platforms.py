@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +16,10 @@ KEYS = 40
 
 
 class Platform:
-    """A platform on the host with a root: ``rate`` events a second at most, ``most`` altogether, keys by ``seed``."""
+    """A platform on the host with a root: ``rate`` events a second, ``most`` altogether, keys by ``seed``.
+
+    What it could not emit in time, while its host took nothing, it emits afterwards, four times as fast.
+    """
 
     def __init__(self, root: Path, name: str, rate: float, most: int, seed: int) -> None:
         self.accepted: list[str] = []
@@ -23,7 +27,7 @@ class Platform:
         self.unanswered = 0
         """How often a call had no answer, or another one."""
         self._root, self._name, self._pause, self._most = root, name, 1 / rate, most
-        self._random, self._stop = random.Random(seed), threading.Event()
+        self._random, self._stop, self._calls = random.Random(seed), threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._emit)
         self._thread.start()
 
@@ -32,8 +36,12 @@ class Platform:
         self._stop.set()
         self._thread.join()
 
+    def silent(self) -> contextlib.AbstractContextManager[object]:
+        """A time in which it emits nothing; begins when no call is under way."""
+        return self._calls
+
     def _emit(self) -> None:
-        self._number = 0
+        self._number, self._began = 0, time.monotonic()
         while not self._stop.is_set() and self._number < self._most:
             with contextlib.suppress(IsolatorError, OSError, ValueError):
                 self._emit_on_one_connection()
@@ -41,16 +49,21 @@ class Platform:
             self.unanswered += 1
             self._stop.wait(0.2)
 
+    def _left(self) -> float:
+        """Seconds until the next event."""
+        return max(self._pause / 4, self._began + (self._number + 1) * self._pause - time.monotonic())
+
     def _emit_on_one_connection(self) -> None:
         with Client(self._root, timeout=5) as client:
-            while self._number < self._most and not self._stop.wait(self._pause):
+            while self._number < self._most and not self._stop.wait(self._left()):
                 self._number += 1
                 payload = {
                     "project_id": f"k{self._random.randrange(KEYS)}", "deployment_id": f"{self._name}-{self._number}",
                     "url": "https://shop.example", "duration_ms": 1,
                 }  # fmt: skip
-                # Unanswered it counts as not accepted, whatever became of it.
-                self.accepted.append(str(client.call("event.emit", name="deploy.completed", payload=payload)["id"]))
+                with self._calls:
+                    # Unanswered it counts as not accepted, whatever became of it.
+                    self.accepted.append(str(client.call("event.emit", name="deploy.completed", payload=payload)["id"]))
 
 
 @contextlib.contextmanager

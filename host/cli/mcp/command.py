@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from typing import Any
+from typing import Any, BinaryIO, Final
 
 import click
 
@@ -13,6 +13,9 @@ from host.cli.options import NAME, here, yes
 from host.cli.output import print_json, safe
 from host.client.client import Client
 from isolator.errors import NeedsApprovalError, UsageError
+
+_LARGEST: Final = 16 << 20
+"""Bytes that are read of a file with tools."""
 
 
 @click.group(epilog="\b\nExamples:\n  isolator mcp serve github\n  isolator mcp tools github")
@@ -53,32 +56,49 @@ def tools(root: str | None, name: str, as_json: bool) -> None:
 
 @mcp.command(
     epilog="\b\nExamples:\n  isolator mcp approve github\n  isolator mcp approve github --yes\n"
-    "  isolator mcp approve github --digest 3b1f... --yes"
+    "  isolator mcp approve github --digest 3b1f... --yes\n"
+    "  isolator mcp approve github --from tools-of-h2.json"
 )
 @NAME
 @yes("Agree without a question.")
 @click.option("--digest", help="Agree only to what has this digest ('mcp tools --json').")
+@click.option("--from", "shown", metavar="FILE", type=click.File("rb"), help="What 'mcp tools --json' shows elsewhere.")
 @here
-def approve(root: str | None, name: str, yes: bool, digest: str | None, as_json: bool) -> None:
+def approve(
+    root: str | None, name: str, yes: bool, digest: str | None, shown: BinaryIO | None, as_json: bool
+) -> None:  # fmt: skip
     """Approve the tools and instructions of the MCP server NAME as they are now.
 
     Each is shown whole, since a model obeys it. A tool that changes or comes
     later is blocked until it is approved, too. Which users may call which
     tools, 'callers' and 'tools' in [grant] of its policy say.
+
+    In a cluster approvals are each host's own. On one that does not hold NAME its
+    server does not run: --from takes what the holder's 'mcp tools --json' shows.
     """
     with Client(root) as client:
-        found = client.call("mcp.tools", name=name)
+        more = {"tools": _read(name, shown)} if shown is not None else {}
+        found = client.call("mcp.tools", name=name, **more)
         if digest is not None and digest != found["digest"]:
             raise UsageError(f"tools of {name}", f"have the digest {found['digest']}", "look at them again")
         if not as_json:
             _show(found["tools"], whole=True)
         if not yes and not (sys.stdin.isatty() and click.confirm("Approve all of this?", err=True)):
             raise NeedsApprovalError(f"tools of {name}", "were not approved", "add --yes to agree")
-        approved = client.call("mcp.approve", name=name, digest=found["digest"])
+        approved = client.call("mcp.approve", name=name, digest=found["digest"], **more)
     if as_json:
         print_json({"name": name, "digest": found["digest"], **approved})
     else:
         click.echo(f"{approved['approved']} approved")
+
+
+def _read(name: str, file: BinaryIO) -> list[dict[str, Any]]:
+    """What a file, an answer to ``mcp.tools``, shows as offered; raises UsageError."""
+    try:
+        return [dict(one["body"]) for one in json.loads(file.read(_LARGEST))["tools"] if one["state"] != "missing"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        why = "is not what 'isolator mcp tools --json' shows"
+        raise UsageError(file.name, why, f"have it show {name} on its holder") from None
 
 
 def _show(items: list[dict[str, Any]], *, whole: bool) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from host.cluster.delivery.places import GIVEN_UP, Place, is_later, shard_of_event
 from host.cluster.entries import EventRef, Position
-from host.cluster.fold import Incarnation, Shard, State
+from host.cluster.fold import Incarnation, Lease, Shard, State
 from host.queue.interface import DeliveryRow, Event, Subscriber
 
 
@@ -51,14 +51,12 @@ class Fates:
                 continue
             shard = (plugin, shard_of_event(self.event.id, to.key, known.plugin.shards))
             lease = self.state.leases.get(shard)
-            where = f"on {lease.holder}" if lease is not None else "no host holds the plugin"
             state, attempts = _stands(self.state, self.state.positions.get(shard), self.ref, self.at)
-            rows[plugin] = self._lost(shard) or self._row(plugin, state, attempts, where)
+            rows[plugin] = self._lost(shard) or self._held(plugin, state, attempts, lease)
         for known in self._absent(here, subscribers):
             if self.ref is not None and _waits(self.state, known, self.ref, self.at):
                 lease = self.state.leases.get((known.plugin.name, 0))
-                where = f"on {lease.holder}" if lease is not None else "no host holds the plugin"
-                rows[known.plugin.name] = self._row(known.plugin.name, "queued", 0, where)
+                rows[known.plugin.name] = self._held(known.plugin.name, "queued", 0, lease)
             for number in range(known.plugin.shards):
                 if (lost := self._lost((known.plugin.name, number))) is not None:
                     rows[known.plugin.name] = lost
@@ -95,12 +93,21 @@ class Fates:
             for shard in range(absent.plugin.shards):
                 lease = self.state.leases.get((name, shard))
                 if lease is not None and lease.holder != self.host and self._lost((name, shard)) is None:
-                    found.append(Elsewhere(name, lease.holder, self._row(name, "ok", 0, f"on {lease.holder}")))
+                    found.append(Elsewhere(name, lease.holder, self._held(name, "ok", 0, lease)))
         return found
 
-    def _row(self, plugin: str, state: str, attempts: int, detail: str) -> DeliveryRow:
+    def _held(self, plugin: str, state: str, attempts: int, lease: Lease | None) -> DeliveryRow:
+        """The delivery of a plugin's holder, as the log has it."""
+        if lease is None:
+            return self._row(plugin, state, attempts, "no host holds the plugin")
+        host = lease.holder if lease.holder != self.host else None
+        return self._row(plugin, state, attempts, f"on {lease.holder}", host)
+
+    def _row(self, plugin: str, state: str, attempts: int, detail: str, host: str | None = None) -> DeliveryRow:
         event = self.event
-        return DeliveryRow(event.id, event.name, plugin, state, attempts, None, detail, None, None, event.accepted)
+        return DeliveryRow(
+            event.id, event.name, plugin, state, attempts, None, detail, None, None, event.accepted, host=host
+        )
 
 
 def _is_from_the_log(row: DeliveryRow) -> bool:

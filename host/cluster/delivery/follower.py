@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Protocol
 
 from host.cluster.delivery.cursor import MOST_ENDED, Cursor, Held, Own
+from host.cluster.delivery.mine import Mine
 from host.cluster.delivery.places import BEGIN, END, Subscriptions
 from host.cluster.delivery.queue import ClusterQueue
 from host.cluster.delivery.replies import Replies
@@ -54,7 +55,8 @@ class QueueFollower:
     """Keeps the cursors and lanes of this host in step with the log.
 
     ``ready`` names the plugins that this host could hold: it has the version that the cluster uses. ``lost_events``
-    gets what its plugins will never get, ``described`` what the log says of a plugin anew.
+    gets what its plugins will never get, ``described`` what the log says of a plugin anew, ``ended`` the name of one
+    that this host has and the cluster no more.
     ``types`` follows the log beside it.
     """
 
@@ -66,9 +68,13 @@ class QueueFollower:
         lost_events: Callable[[Sequence[Loss]], None] = lambda _: None,
         described: Callable[[Plugin], None] = lambda _: None,
         types: TypesFollower | None = None,
+        ended: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._queue, self._subscriptions, self._ready = queue, subscriptions, ready
-        self._lost_events, self._news, self._types = lost_events, described, types
+        self._lost_events, self._news, self._types, self._ended = lost_events, described, types, ended
+        self._here: set[str] = set()
+        """Plugins that this host has."""
+        self._mine = Mine(queue.store)
         self._node: Node
         self._held: dict[Shard, Held] = {}
         self._own: dict[str, Own] = {}
@@ -87,6 +93,7 @@ class QueueFollower:
         queue.replies = Replies(queue.store, node)
         queue.on_final, queue.subscribers = self._on_final, self._subscriptions
         queue.is_of_one, queue.is_cut_off = self._is_of_one, lambda: not self._acting
+        queue.has_ended = self.has_ended
 
     def close(self) -> None:
         """Wait for no decision any more."""
@@ -150,11 +157,14 @@ class QueueFollower:
     def _described(self, plugin: Plugin) -> None:
         if plugin.removed:
             self._lose(plugin.name, bounded(self._lacking.pop(plugin.name, [])), UNREAD)
-            self.forget(plugin.name)
+            self._forget_own(plugin.name)
+            self._look_whose(plugin.name)
         elif plugin.placement == "one":
             self._hand_over(plugin.name)
         else:
             self._begin_own(plugin.name)
+        if not plugin.removed and self._acting:
+            self._look_whose(plugin.name)
         self._news(plugin)
         self._gate(plugin.name)
         self.look()
@@ -192,6 +202,10 @@ class QueueFollower:
             self._queue.move([*cursor.open.values()])
             self._gate(shard[0])
 
+    def renumbered(self, db: sqlite3.Connection, events: Sequence[tuple[EventRef, EventRef]]) -> None:
+        """See ``Follower``."""
+        self._queue.places.renumbered(db, events)
+
     def again(self, db: sqlite3.Connection) -> None:
         """See ``Follower``."""
         self._queue.places.again(db)
@@ -206,6 +220,7 @@ class QueueFollower:
 
     def left(self, db: sqlite3.Connection) -> None:
         """See ``Follower``."""
+        self._mine.left(db)
         if self._types is not None:
             self._types.left(db)
 
@@ -214,6 +229,9 @@ class QueueFollower:
         self._acting = not over
         if self._types is not None and not over:
             self._types.follow(complete=True)
+        if not over:
+            for plugin in self._here:
+                self._look_whose(plugin)
         for plugin in {shard[0] for shard in self._held}:
             self._gate(plugin)
         self._queue.look()
@@ -238,7 +256,8 @@ class QueueFollower:
     def ready(self) -> Sequence[str]:
         """See ``Follower``."""
         ready = [*self._ready()]
-        self._lacking = self._queue.places.lacking(filter(self._is_of_one, ready))
+        known = self._node.state.plugins
+        self._lacking = self._queue.places.lacking(one for one in ready if one in known and self._is_of_one(one))
         return [name for name in ready if name not in self._lacking]
 
     def lacking(self) -> Sequence[str]:
@@ -270,15 +289,43 @@ class QueueFollower:
 
     def _is_of_one(self, plugin: str) -> bool:
         known = self._node.state.plugins.get(plugin)
-        return known is not None and known.plugin.placement == "one"
+        return known.plugin.placement == "one" if known is not None else plugin in self._mine
+
+    def has_ended(self, plugin: str) -> bool:
+        """Whether a plugin that this host has was the cluster's, and is that no more: nobody delivers to it."""
+        return plugin in self._mine and plugin not in self._node.state.plugins
+
+    @property
+    def ended(self) -> list[str]:
+        """Names of such plugins."""
+        return sorted(filter(self.has_ended, self._here))
+
+    def _look_whose(self, plugin: str) -> None:
+        """Note that a plugin of this host is the cluster's, or was; the log was read so far that this is known."""
+        if plugin not in self._here:
+            return
+        if plugin in self._node.state.plugins:
+            self._mine.add(plugin)
+        elif plugin in self._mine:
+            self._forget_own(plugin)
+            self._ended(plugin)
 
     def serve(self, plugin: str) -> None:
         """Take note of a plugin that this host has, or that has changed."""
+        self._here.add(plugin)
+        if self._acting or self.has_ended(plugin):
+            self._look_whose(plugin)
         self._begin_own(plugin)
         self._gate(plugin)
         self.look()
 
     def forget(self, plugin: str) -> None:
+        """Take note of a plugin that this host has no more."""
+        self._here.discard(plugin)
+        self._mine.discard(plugin)
+        self._forget_own(plugin)
+
+    def _forget_own(self, plugin: str) -> None:
         """Read no further for a plugin as for one of which every host has its own copy."""
         own = self._end_own(plugin)
         if own is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from host.cluster.delivery import cloudevent, unread
-from host.cluster.entries import MAX_NUMBER, Claim, Ended, EventRef, Position, Range, Replay
+from host.cluster.entries import MAX_NUMBER, Claim, Ended, EventRef, Plugin, Position, Range, Replay
 from host.cluster.entries import Event as LogEvent
 from host.cluster.fold import Applied, Member, Shard, State
 from host.cluster.placement import shard_of
@@ -119,6 +119,13 @@ class Places:
         """Keep that an event of this host has a number in the log."""
         db.execute("INSERT INTO cluster_events (host, series, number, seq) VALUES (?,?,?,?)", (*ref, seq))
 
+    @staticmethod
+    def renumbered(db: sqlite3.Connection, events: Iterable[tuple[EventRef, EventRef]]) -> None:
+        """Expect events of this host under other numbers than when they were accepted."""
+        rows = [(*new[1:], *old) for old, new in events]
+        where = "host=? AND series=? AND number=? AND place IS NULL"
+        db.executemany(f"UPDATE cluster_events SET series=?, number=? WHERE {where}", rows)
+
     def apply(self, db: sqlite3.Connection, place: int, time: float, entries: Iterable[Applied]) -> None:
         """Write what a message means for the queue's tables."""
         for one in entries:
@@ -131,6 +138,8 @@ class Places:
                     self._repeat(db, one.ref, place, time, one.entry)
                 case Ended() if not one.void and one.ref.host != self._host:
                     self._end(db, one.entry, time)
+                case Plugin(removed=True) if not one.void:
+                    self._end_all(db, one.entry.name, time)
                 case Claim() if not one.void and one.ref.host != self._host:
                     self._move(db, one.entry, time)
 
@@ -193,6 +202,12 @@ class Places:
             (time, seq, claim.plugin) for seq, key, name in left if shard_of_event(name, key, shards) == claim.shard
         ]
         db.executemany("UPDATE deliveries SET state='moved', due=0, updated=? WHERE seq=? AND plugin=?", moved)
+
+    @staticmethod
+    def _end_all(db: sqlite3.Connection, plugin: str, time: float) -> None:
+        """End what this host has left of a plugin that the cluster has no more."""
+        where = f"plugin=? AND state IN {rows.PENDING}"
+        db.execute(f"UPDATE deliveries SET state='moved', due=0, updated=? WHERE {where}", (time, plugin))
 
     @staticmethod
     def again(db: sqlite3.Connection) -> None:

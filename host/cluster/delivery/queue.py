@@ -97,6 +97,8 @@ class ClusterQueue(SqliteQueue):
         self.subscribers: Subscriptions = lambda _: {}
         self.is_of_one: Callable[[str], bool] = lambda _: True
         """Whether one host has the work of a plugin, or of each of its shards."""
+        self.has_ended: Callable[[str], bool] = lambda _: False
+        """Whether a plugin that this host has is the cluster's no more: no event is for it."""
         self.is_cut_off: Callable[[], bool] = lambda: False
         """Whether the log is out of reach: plugins that run on all hosts then get this host's events at once."""
         self.replies: Replies | None = None
@@ -126,6 +128,7 @@ class ClusterQueue(SqliteQueue):
         return f"ev_{hashlib.sha256(unique.encode()).hexdigest()[:28]}"
 
     def submit(self, event: NewEvent, subscribers: Sequence[Subscriber], done: Answer) -> None:
+        subscribers = [one for one in subscribers if not self.has_ended(one.plugin)]
         here = [one for one in subscribers if self.is_cut_off() and not self.is_of_one(one.plugin)]
         super().submit(event, here, done)
         assert self._accepting is not None
@@ -172,6 +175,14 @@ class ClusterQueue(SqliteQueue):
         fates = Fates(self.places.state, self.host, *standing)
         elsewhere = fates.elsewhere(super().show(row.id).deliveries, self.subscribers(standing[0]))
         return replace(row, deliveries=tuple(await self.replies.complete(row.deliveries, elsewhere)))
+
+    def has_missed(self, db: sqlite3.Connection, plugin: str, seq: int) -> bool:
+        """See ``SqliteQueue``; what one host has, another has delivered or will: only events from before are missed."""
+        known = self.places.state.plugins.get(plugin) if self.is_of_one(plugin) else None
+        if known is None:
+            return not self.has_ended(plugin)
+        found = db.execute("SELECT place FROM cluster_events WHERE seq=? AND plugin IS NULL", (seq,)).fetchone()
+        return found is None or (found[0] is not None and found[0] <= known.began)
 
     # Lanes
 

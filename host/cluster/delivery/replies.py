@@ -104,7 +104,7 @@ class Replies:
         if row.state not in FINAL:
             return row
         found = await self._earlier(one, row)
-        return found or replace(row, detail=f"on {one.holder}; no living host has its reply")
+        return found or replace(row, detail=f"on {one.holder}; no living host has its reply", host=None)
 
     async def _look_for(self, one: Elsewhere) -> DeliveryRow | None:
         assert one.row is not None
@@ -146,10 +146,10 @@ def _fits(row: DeliveryRow, told: Told) -> bool:
 def _filled(row: DeliveryRow, host: str, told: Told) -> DeliveryRow:
     detail = f"on {host}: {told.detail}" if told.detail else f"on {host}"
     return replace(
-        row, attempts=max(row.attempts, told.attempts), status=told.status, detail=detail, reply=told.reply,
+        row, host=host, attempts=max(row.attempts, told.attempts), status=told.status, detail=detail, reply=told.reply,
         latency_us=told.latency_us, next_attempt=told.next_attempt if row.state == "retry" else None,
     )  # fmt: skip
 
 
 def _unanswered(row: DeliveryRow, host: str) -> DeliveryRow:
-    return replace(row, detail=f"on {host}, which does not answer: this is what the log says of it")
+    return replace(row, host=host, detail=f"on {host}, which does not answer: this is what the log says of it")

@@ -13,16 +13,20 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from tests.chaos.faults import PROCESSES
+from tests.cluster.outages.processes import family
 from tests.cluster.outages.site import Host, Site
+from tests.cluster.outages.stores import Copies, older_database, older_store
 from tests.support.nats_servers import Server
 from tests.support.routed import Machine, Way, both_ways
 from tests.support.timeouts import seconds
 
 LONGEST = 30.0
 """Seconds that a fault lasts at most."""
+OLDER_DATABASE, OLDER_STORE = "older copy of a host's database", "older copy of a server's store"
+_ALONE = {OLDER_DATABASE, OLDER_STORE}
+"""Faults beside which there is no other: of two losses at once something is lost."""
 _TWO_AT_ONCE = 0.25
 _AT_THE_HOLDER = 0.6
 """How likely a fault of a host is one of the plugin's holder."""
@@ -43,11 +47,12 @@ Fault = tuple[str, object, Callable[[], contextlib.AbstractContextManager[object
 
 
 class Faults:
-    """What goes wrong. ``holder`` names the host that has the plugin at the moment."""
+    """What goes wrong. ``holder`` names the host that has the plugin at the moment; ``copies`` are of stores."""
 
-    def __init__(self, site: Site, holder: Callable[[], str], random: random.Random) -> None:
+    def __init__(self, site: Site, holder: Callable[[], str], random: random.Random, copies: Copies) -> None:
         self.done: list[Done] = []
         self._site, self._holder, self._random = site, holder, random
+        self._copies = copies
         self._hit: list[object] = []
         self._aim = _AT_THE_HOLDER
         self._kinds: dict[str, tuple[int, Callable[[], Fault]]] = {
@@ -63,6 +68,8 @@ class Faults:
             "SIGSTOP daemon": (5, lambda: self._of_host("SIGSTOP daemon", self._daemon_stopped)),
             "kill -9 server": (5, lambda: self._of_server("kill -9 server", self._server_killed)),
             "SIGSTOP server": (5, lambda: self._of_server("SIGSTOP server", self._server_stopped)),
+            OLDER_DATABASE: (4, lambda: self._of_host(OLDER_DATABASE, self._older_database)),
+            OLDER_STORE: (4, lambda: self._of_server(OLDER_STORE, self._older_store)),
         }
 
     @property
@@ -81,7 +88,8 @@ class Faults:
 
     def _have(self, kind: str, length: float, other: bool) -> None:
         if not kind:
-            names, weights = zip(*((name, weight) for name, (weight, _) in self._kinds.items()), strict=True)
+            kinds = {name: one for name, one in self._kinds.items() if not self._hit or name not in _ALONE}
+            names, weights = zip(*((name, weight) for name, (weight, _) in kinds.items()), strict=True)
             (kind,) = self._random.choices(names, weights)
         name, target, begin = self._kinds[kind][1]()
         hit = getattr(target, "name", "")
@@ -92,7 +100,7 @@ class Faults:
         self._hit.append(target)
         try:
             with begin():
-                if other:
+                if other and kind not in _ALONE:
                     self._have("", length * self._random.uniform(0.3, 1.0), False)
                 time.sleep(max(0.0, began + length - time.monotonic()))
         finally:
@@ -176,12 +184,18 @@ class Faults:
     def _daemon_stopped(self, host: Host) -> Iterator[None]:
         """Stop all that a daemon consists of, cages too, as a machine does that is paused while its clocks go on."""
         assert host.daemon.process is not None
-        pids = _family(host.daemon.process.pid)
+        pids = family(host.daemon.process.pid)
         self._random.shuffle(pids)
         with _stopped(pids):
             yield
 
+    def _older_database(self, host: Host) -> contextlib.AbstractContextManager[None]:
+        return older_database(self._site, host, self._copies)
+
     # Servers
+
+    def _older_store(self, server: Server) -> contextlib.AbstractContextManager[None]:
+        return older_store(self._site, server, self._copies)
 
     def _of_server(self, kind: str, act: Callable[[Server], contextlib.AbstractContextManager[object]]) -> Fault:
         server = self._random.choice(self._site.servers)
@@ -220,16 +234,3 @@ def _stopped(pids: list[int]) -> Iterator[None]:
 def _send(fd: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(fd, number)
-
-
-def _family(pid: int) -> list[int]:
-    """A process and all that it has started, and these."""
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            parents.setdefault(parent, []).append(int(entry.name))
-    found = [pid]
-    for one in found:
-        found += parents.get(one, [])
-    return found

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import sqlite3
+import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import TypeVar
 
 from host.cluster.delivery import cloudevent
 from host.cluster.delivery.cursor import MOST_ENDED
-from host.cluster.entries import Event, KeyValue, decode
+from host.cluster.entries import Claim, Event, KeyValue, decode
 from host.cluster.fold import State, fold
 from host.cluster.log import LogUnavailableError
 from host.cluster.nats import NatsLog
@@ -47,6 +48,14 @@ class Folded:
         return cls(place, digest, {(plugin, key): value for plugin, key, value in rows})
 
 
+@dataclass(frozen=True)
+class Claimed:
+    """A claim that counted, by the servers' clock: when it was put into the log, and when its last holder's newest."""
+
+    time: float
+    silent_since: float
+
+
 @dataclass
 class History:
     """The log: its events that count, by key and in its order, and the fold at some places."""
@@ -54,6 +63,8 @@ class History:
     events: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     folds: dict[int, Folded] = field(default_factory=dict)
     last: int = 0
+    claims: dict[int, Claimed] = field(default_factory=dict)
+    """By epoch, those of what another host had held."""
     late: list[KeyValue] = field(default_factory=list)
     """Values that a host has written when it was no holder any more: they do not count."""
 
@@ -66,6 +77,8 @@ class History:
     async def read(cls, log: NatsLog, places: Iterable[int]) -> History:
         """Read a log that nobody writes any more, and fold it; ``places`` are those at which the fold is kept."""
         wanted, found, state, store = {*places}, cls(), State(), MemoryStore()
+        heard: dict[str, float] = {}
+        seen: set[str] = set()
         end = await _answer(log.facts)
         while found.last < end.last:
             entered = await _answer(lambda: log.after(found.last))
@@ -74,12 +87,21 @@ class History:
                 continue
             found.last = entered.place
             message = decode(entered.subject, entered.body)
+            leases = dict(state.leases) if any(isinstance(one, Claim) for one in message.entries) else {}
+            if message.stream == "ctl":
+                heard[message.host] = entered.time
             for one in fold(state, store, message, entered.place, entered.time):
                 if isinstance(one.entry, Event) and not one.void:
                     event = cloudevent.read(one.entry.cloudevent)
-                    found.events[json.loads(event.payload)["project_id"]].append(event.id)
+                    if event.id not in seen:  # a database that was put back has sent it again, under another number
+                        seen.add(event.id)
+                        found.events[json.loads(event.payload)["project_id"]].append(event.id)
                 elif isinstance(one.entry, KeyValue) and one.void:
                     found.late.append(one.entry)
+                elif isinstance(one.entry, Claim) and not one.void:
+                    lease = leases.get((one.entry.plugin, one.entry.shard))
+                    if lease is not None and lease.holder != message.host:
+                        found.claims[entered.place] = Claimed(entered.time, heard[lease.holder])
             if entered.place in wanted:
                 found.folds[entered.place] = Folded(entered.place, state.digest, dict(store.values))
         await log.close()
@@ -146,6 +168,16 @@ def repeated(handled: Sequence[Handled]) -> Repeated:
     most = max(by_link.values(), default=0)
     wrong = [f"{count} events were repeated at once" for count in by_link.values() if count > MOST_ENDED + IN_FLIGHT]
     return Repeated(len(twice), most, wrong)
+
+
+def stages(history: History, holdings: Sequence[Holding]) -> dict[str, list[float]]:
+    """What a move of the plugin to another host takes, in seconds, sorted, stage by stage."""
+    wall = time.time() - time.monotonic()
+    claimed = [(history.claims[one.epoch], one.first + wall) for one in holdings if one.epoch in history.claims]
+    return {
+        "silence": sorted(claim.time - claim.silent_since for claim, _ in claimed),
+        "claim to first act": sorted(first - claim.time for claim, first in claimed),
+    }
 
 
 _STRIKES = ("host ", "kill -9 daemon", "SIGSTOP daemon")

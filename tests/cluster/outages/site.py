@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from host.client.client import Client
+from host.cluster.access import STREAM
+from host.cluster.log import LogUnavailableError
 from host.cluster.nats import Access, NatsLog, addresses
 from isolator.errors import IsolatorError
+from isolator.linux import netns
 from tests.support.nats_servers import Place, Server, nats_servers
+from tests.support.platforms import Platform
 from tests.support.routed import Machine, Network, network
 from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, wait_for
@@ -41,6 +48,11 @@ class Host:
             return client.call("cluster.status")
         return {}
 
+    def has_sent_all(self) -> bool:
+        """Whether the log has every event that it has accepted."""
+        found = self.status()
+        return bool(found and not found["outbox"]["events"])
+
 
 @dataclass(frozen=True)
 class Site:
@@ -50,6 +62,8 @@ class Site:
     hosts: Sequence[Host]
     servers: Sequence[Server]
     secrets: dict[str, str]
+    emitting: dict[str, Platform] = field(default_factory=dict)
+    """The platforms, by their hosts' names."""
 
     @property
     def roots(self) -> dict[str, Path]:
@@ -67,6 +81,25 @@ class Site:
         urls = addresses([server.listens for server in self.servers], tls=False)
         return NatsLog(Access(urls, user, password, inbox=f"_ISO.{host}"))
 
+    def add(self, plugin: Path) -> None:
+        """Have a plugin, with the policy beside its folder, on every host."""
+        for host in self.hosts:
+            policies = host.daemon.root / "etc/isolator/policies"
+            policies.mkdir(parents=True, exist_ok=True)
+            shutil.copy(plugin.with_suffix(".toml"), policies)
+            host.daemon.cli("plugin", "add", str(plugin), "--yes")
+
+    def emits_nothing(self, host: Host) -> contextlib.AbstractContextManager[object]:
+        """A time in which a host is given no event."""
+        platform = self.emitting.get(host.name)
+        return platform.silent() if platform is not None else contextlib.nullcontext()
+
+    def replicas_are_current(self) -> bool:
+        """Whether every server has all that the log has."""
+        info = netns.in_network(self.hosts[0].machine.fd, lambda: asyncio.run(_info(self.log("h1"))))
+        found = (info.get("cluster") or {}).get("replicas") or []
+        return len(found) == HOSTS - 1 and all(one.get("current") and not one.get("offline") for one in found)
+
     def until_quiet(self, patience: float) -> None:
         """Wait until every host is a member without a problem and has sent all that it accepted."""
         for host in self.hosts:
@@ -76,6 +109,17 @@ class Site:
                 return bool(found and found["member"] and not found["problems"] and not found["outbox"]["events"])
 
             wait_for(is_quiet, patience, f"{host.name} is no quiet member: {host.status() or host.daemon.log}")
+
+
+async def _info(log: NatsLog) -> dict[str, Any]:
+    """The stream as its leader describes it; empty while none does."""
+    try:
+        with contextlib.suppress(LogUnavailableError):
+            found: dict[str, Any] = json.loads((await log._ask(f"$JS.API.STREAM.INFO.{STREAM}", b"")).data)
+            return found
+        return {}
+    finally:
+        await log.close()
 
 
 @contextlib.contextmanager
