@@ -219,9 +219,8 @@ def _simple(verb: str, summary: str, done: str, *, waits: bool = False) -> None:
             if not as_json:
                 pid = f", pid {answer['pid']}" if answer.get("pid") else ""
                 click.echo(f"{done} {name}{pid}")
-                if held_by := answer.get("held_by"):
-                    names = safe(", ".join(held_by))
-                    click.echo(f"on this host alone: {names} has {name}, and goes on as before", err=True)
+                if holders := answer.get("holders"):
+                    click.echo(f"on this host alone: {safe(', '.join(holders))} has {name}, and goes on as before", err=True)
             return answer
 
         with Client(root, timeout=AS_LONG_AS_STARTS_TAKE) as client:

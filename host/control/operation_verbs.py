@@ -49,12 +49,12 @@ class OperationVerbs:
     async def pause(self, request: PluginPause, caller: Caller) -> PauseChange:
         name = self._registry.need(request.name).name
         changed = await self._dispatcher.pause(name, caller.by)
-        return {"paused": True, "changed": changed, "held_by": [*self._elsewhere.holders(name)]}
+        return {"paused": True, "changed": changed, "holders": [*self._elsewhere.holders(name)]}
 
     async def resume(self, request: PluginResume, caller: Caller) -> PauseChange:
         name = self._registry.need(request.name).name
         changed = await self._dispatcher.resume(name, caller.by) is not None
-        return {"paused": False, "changed": changed, "held_by": [*self._elsewhere.holders(name)]}
+        return {"paused": False, "changed": changed, "holders": [*self._elsewhere.holders(name)]}
 
     async def retry(self, request: event_types.EventRetry, caller: Caller) -> event_types.ChangedEvent:
         event_id = self._resolved(request.id, request.plugin)

@@ -48,12 +48,12 @@ class PluginEntry(TypedDict):
 class PauseChange(TypedDict):
     """Whether the plugin is paused now, on this host, and whether that is a change.
 
-    ``held_by``: the other hosts of a cluster that hold it, and go on as they did.
+    ``holders``: the other hosts of a cluster that hold it, and go on as they did.
     """
 
     paused: bool
     changed: bool
-    held_by: list[str]
+    holders: list[str]
 
 
 class ListedPlugin(PluginEntry):

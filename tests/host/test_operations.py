@@ -52,15 +52,15 @@ async def test_paused_plugin_gets_nothing_and_its_sidecar_stays(daemon: Daemon) 
     daemon.add("one", _noted(daemon))
     await daemon.outcome(await daemon.emit(deployment_id="before"))
     run = daemon.sidecars["one"].run
-    assert await daemon.ask("plugin.pause", name="one") == {"paused": True, "changed": True}
-    assert await daemon.ask("plugin.pause", name="one") == {"paused": True, "changed": False}
+    assert await daemon.ask("plugin.pause", name="one") == {"paused": True, "changed": True, "holders": []}
+    assert await daemon.ask("plugin.pause", name="one") == {"paused": True, "changed": False, "holders": []}
     waiting = await daemon.emit(deployment_id="while")
     other = await daemon.emit(deployment_id="another")
     shown = await daemon.ask("plugin.show", name="one")
     assert (shown["queue"], shown["paused"]["by"], shown["run"]) == (2, "uid:0", run)
     assert (await daemon.ask("status"))["paused"] == ["one"]
     assert (await _shown(daemon, waiting["id"]))["holding"] == "it is paused"
-    assert await daemon.ask("plugin.resume", name="one") == {"paused": False, "changed": True}
+    assert await daemon.ask("plugin.resume", name="one") == {"paused": False, "changed": True, "holders": []}
     for emitted in (waiting, other):
         (delivery,) = (await daemon.outcome(emitted))["deliveries"]
         assert (delivery["state"], delivery["attempts"]) == ("ok", 1)

@@ -427,8 +427,8 @@ MUTATIONS = (
         "isolator/layers/proc/layer.py",
         (
             "/proc without covers",
-            "        _cover()\n        mount.bind(",
-            "        mount.bind(",
+            "        _cover()\n        os.chdir(",
+            "        os.chdir(",
             "cage/test_figures.py::test_each_uuid_of_the_kernel_is_another",
         ),
         (

@@ -252,7 +252,8 @@ class FakeDaemon:
             raise NotFoundError(f"event {params['id']}", "is not known")
         deliveries = [
             {"event_id": found.id, "event": found.name, "plugin": name, "state": "ok", "attempts": 1, "status": "ok",
-             "detail": None, "reply": None, "latency_us": 1000, "updated": 0.0, "next_attempt": None}
+             "detail": None, "reply": None, "latency_us": 1000, "updated": 0.0, "next_attempt": None,
+             "host": None}
             for name in self.plugins
         ]  # fmt: skip
         return {
