@@ -220,7 +220,8 @@ def _simple(verb: str, summary: str, done: str, *, waits: bool = False) -> None:
                 pid = f", pid {answer['pid']}" if answer.get("pid") else ""
                 click.echo(f"{done} {name}{pid}")
                 if holders := answer.get("holders"):
-                    click.echo(f"on this host alone: {safe(', '.join(holders))} has {name}, and goes on as before", err=True)
+                    hosts = safe(", ".join(holders))
+                    click.echo(f"on this host alone: {hosts} has {name}, and goes on as before", err=True)
             return answer
 
         with Client(root, timeout=AS_LONG_AS_STARTS_TAKE) as client:

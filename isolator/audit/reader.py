@@ -62,7 +62,10 @@ class Follower:
     def __init__(self, directory: Path, after: int, *, block: int = 1 << 18) -> None:
         self._directory, self._seq, self._block = directory, after, block
         self._file: int = -1
-        self._rest = b""
+        self._at = 0
+        """Where the next line begins in the file."""
+        self._doubted = -1
+        """The record behind which the file was read once more."""
         self._watch = inotify.Inotify()
         changes = inotify.IN_MODIFY | inotify.IN_CREATE | inotify.IN_MOVED_TO | inotify.IN_MOVED_FROM
         self._watch.watch(str(directory), changes)
@@ -93,27 +96,50 @@ class Follower:
         while len(lines) < most:
             if self._file < 0 and not self._open_next():
                 break
-            if os.fstat(self._file).st_size < os.lseek(self._file, 0, os.SEEK_CUR):
+            if os.fstat(self._file).st_size < self._at:
                 self._start_over()
                 continue
-            block = os.read(self._file, self._block)
-            if not block:
-                if self._is_current():
-                    break
-                block = os.read(self._file, self._block)  # what was written between our last read and the rotation
-                if not block:
-                    os.close(self._file)
-                    self._file, self._rest = -1, b""
-                    continue
-            *whole, self._rest = (self._rest + block).split(b"\n")
-            if len(self._rest) > _MAX_LINE:
-                self._rest = b""  # no record is as long: somebody else wrote this
-            for line in whole:
-                seq = files.seq_of(line)
-                if seq is not None and seq > self._seq:
-                    self._seq = seq
-                    lines.append(line)
+            # What was written between a last read and the rotation is there at the second.
+            whole = self._whole_lines() or ([] if self._is_current() else self._whole_lines())
+            if whole:
+                lines += self._new(whole)
+            elif self._is_current():
+                break
+            else:
+                os.close(self._file)
+                self._file = -1
         return lines
+
+    def _whole_lines(self) -> list[bytes]:
+        """The next lines that have an end. One that has none is read again: it may be cut off and written anew."""
+        data = more = os.pread(self._file, self._block, self._at)
+        while more and b"\n" not in more:
+            if len(data) > _MAX_LINE:
+                self._at += len(data)  # no record is as long: somebody else wrote this
+                data = b""
+            more = os.pread(self._file, self._block, self._at + len(data))
+            data += more
+        *whole, rest = data.split(b"\n")
+        self._at += len(data) - len(rest)
+        return whole
+
+    def _new(self, whole: list[bytes]) -> list[bytes]:
+        """Those of some lines that are records after the last one.
+
+        One that does not continue it may be the middle of what was cut off and written anew, longer than before: the
+        file is then read once more behind the last record.
+        """
+        new = []
+        for line in whole:
+            seq = files.seq_of(line)
+            if (seq is None or seq > self._seq + 1) and self._doubted != self._seq:
+                self._doubted = self._seq
+                self._start_over()
+                break
+            if seq is not None and seq > self._seq:
+                self._seq = seq
+                new.append(line)
+        return new
 
     def wait(self, timeout: float | None = None, *also: int) -> list[int]:
         """Wait for a change or for one of the descriptors ``also`` (in error); returns those descriptors."""
@@ -144,8 +170,7 @@ class Follower:
             except FileNotFoundError:
                 same = False
             if same:
-                os.lseek(file, _offset_after(file, self._seq), os.SEEK_SET)
-                self._file, self._rest = file, b""
+                self._file, self._at = file, _offset_after(file, self._seq)
                 return True
             os.close(file)
 
@@ -164,9 +189,8 @@ class Follower:
         return last is not None and last <= self._seq
 
     def _start_over(self) -> None:
-        """Read a file again that became shorter (a torn end was cut off), past the records that were returned."""
-        os.lseek(self._file, 0, os.SEEK_SET)
-        self._rest = b""
+        """Go on behind the last record that was returned: what came after it was cut off, and may be written anew."""
+        self._at = _offset_after(self._file, self._seq)
 
 
 def _offset_after(fd: int, seq: int) -> int:

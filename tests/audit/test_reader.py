@@ -154,6 +154,37 @@ def test_a_follower_goes_on_after_any_record(tmp_path: Path) -> None:
         assert seen == list(range(after + 1, written.head[0] + 1))
 
 
+@pytest.mark.parametrize("torn", [b'{"seq":', b'{"seq":11,"time":"2026-01-01T00:00:00', bytes(200)])
+def test_a_follower_of_a_file_whose_torn_end_was_written_anew_gets_every_record(tmp_path: Path, torn: bytes) -> None:
+    """It was cut off and is longer than before by the time the follower looks again."""
+    written = Written(tmp_path, 10, Limits())
+    size = written.live.stat().st_size
+    with written.live.open("ab") as file:
+        file.write(torn)
+    follower = reader.Follower(written.log, 0)
+    seen = follower.available(10**6)
+    os.truncate(written.live, size)
+    written.write(20)
+    seen += follower.available(10**6)
+    follower.close()
+    assert seen == b"".join(path.read_bytes() for path in files.trail(written.log)).splitlines()
+
+
+def test_a_follower_of_a_file_that_lost_records_and_has_others_gets_every_one(tmp_path: Path) -> None:
+    """A disk that died has lost what the follower had read; what took its place is shorter."""
+    written = Written(tmp_path, 20, Limits(seal_records=1000))
+    lines = written.live.read_bytes().splitlines(keepends=True)
+    written.live.write_bytes(b"".join(lines[:10]))
+    follower = reader.Follower(written.log, 0)
+    seen = follower.available(10**6)
+    others = [line.replace(b'"type":"event.accepted"', b'"type":"a.b"') for line in lines[8:]]
+    written.live.write_bytes(b"".join((*lines[:8], *others)))
+    seen += follower.available(10**6)
+    follower.close()
+    assert [files.seq_of(line) for line in seen] == list(range(1, len(lines) + 1))
+    assert b"".join(line + b"\n" for line in seen[10:]) == b"".join(others[2:])
+
+
 def test_line_that_breaks_the_chain_is_reported(tmp_path: Path) -> None:
     lines = Written(tmp_path, 30, Limits()).lines()
     other = Written(tmp_path / "other", 30, Limits(), start=1).lines()
