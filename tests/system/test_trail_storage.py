@@ -63,14 +63,21 @@ def seen(d: Daemon) -> list[str]:
     return (d.root / "var/lib/isolator/state/echo/mnt/state/seen").read_text().split()
 
 
-def metric(d: Daemon) -> str:
+def metric(d: Daemon, name: str = "isolator_audit_blocked") -> str:
     text = subprocess.run(
         ["curl", "-s", "--unix-socket", str(d.root / "run/isolator/metrics.sock"), "http://isolator/metrics"],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    found = re.search(r"^isolator_audit_blocked (\S+)$", text, re.MULTILINE)
+    found = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
     assert found
     return found[1]
+
+
+def is_durable(d: Daemon, folder: Path) -> bool:
+    """Whether the trail has all that ``prepare`` has done: a disk that dies in a sync may say that it went well."""
+    live = folder / files.LIVE
+    seq = files.seq_of(files.last_line(live) or b"")
+    return b'"type":"event.response"' in live.read_bytes() and metric(d, "isolator_audit_seq") == f"{float(seq or 0)}"
 
 
 def ask(d: Daemon, method: str, **params: Any) -> dict[str, Any]:
@@ -177,6 +184,7 @@ def test_a_disk_that_dies_comes_back_read_only_and_is_repaired(tmp_path: Path) -
         following = Client(d.root)
         first = following.call("audit.follow")["after"] + 1
         prepare(d, tmp_path)
+        wait_for(lambda: is_durable(d, folder))
         shut_down(folder)
         wait_for(lambda: blocked(d))
         alarm_is_given(d, "Input/output error", "nothing is started or dispatched")
