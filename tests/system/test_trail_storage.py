@@ -50,6 +50,12 @@ def disk(size: int) -> Iterator[str]:
             run("losetup", "--detach", found.stdout.strip())
 
 
+def mount_again(*arguments: str) -> None:
+    """Mount a disk in another mode, once nobody has it mounted: another test may have made a namespace meanwhile."""
+    command = ["mount", *arguments]
+    wait_for(lambda: subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == 0, what="is held")
+
+
 def prepare(d: Daemon, tmp_path: Path) -> None:
     """One plugin that runs, one that never did, and nothing that waits."""
     for name in ("echo", "late"):
@@ -192,12 +198,12 @@ def test_a_disk_that_dies_comes_back_read_only_and_is_repaired(tmp_path: Path) -
         nothing_moves(d)
         run("umount", str(folder))  # not lazily: nothing of the daemon's holds it
         subprocess.run(["e2fsck", "-p", device], check=False, stdout=subprocess.DEVNULL)
-        run("mount", "-o", "ro", device, str(folder))
+        mount_again("-o", "ro", device, str(folder))
         wait_for(lambda: "Read-only file system" in str(ask(d, "status")["alarms"]))
         wanted |= emit(d, 3)
         assert seen(d) == ["dbefore"]
         run("umount", str(folder))
-        run("mount", device, str(folder))
+        mount_again(device, str(folder))
         wait_for(lambda: not ask(d, "status")["alarms"])
         lines: list[str] = []
         arriving = following.notifications()
