@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,30 @@ def test_host_is_exchanged_again_and_again_under_events_and_nobody_notices(tmp_p
         assert after["supervisor"] <= files["supervisor"] + 2 and after["host"] <= files["host"] + 8, (files, after)
         assert not [r for r in d.records() if r["type"] in ("service.ended", "audit.gap")]
         d.cli("audit", "verify")
+
+
+@pytest.mark.wide
+def test_stream_with_sixteen_in_flight_answers_after_ten_seconds_and_two_reloads(tmp_path: Path) -> None:
+    stream = write_plugin(
+        tmp_path / "streams", SLOW_STREAM,
+        transport={"mode": "stream", "max_in_flight": 16}, delivery={"concurrency": 16, "timeout": "60s"},
+    )  # fmt: skip
+    with daemon() as d:
+        d.cli("plugin", "add", str(stream), "--yes")
+        d.cli("plugin", "start", "streams")
+        pid = d.json("plugin", "show", "streams")["pid"]
+        born = start_time(pid)
+        with Client(d.root, timeout=seconds(60)) as client:
+            payloads = [EVENT | {"project_id": f"p{n}", "duration_ms": 10_000 if n % 4 else 5000} for n in range(16)]
+            emitted = [client.call("event.emit", name="deploy.completed", payload=one)["id"] for one in payloads]
+            wait_for(lambda: len(seen(d, "streams")) == 16)
+            for _ in range(2):
+                d.cli("reload")
+        with Client(d.root, timeout=seconds(60)) as client:
+            rows = [client.call("event.wait", id=event, timeout=seconds(60)) for event in emitted]
+        assert {(one["state"], one["attempts"]) for row in rows for one in row["deliveries"]} == {("ok", 1)}
+        assert seen(d, "streams") == Counter(emitted)
+        assert (d.json("plugin", "show", "streams")["pid"], start_time(pid)) == (pid, born)
 
 
 def _open_files(d: Daemon) -> dict[str, int]:
