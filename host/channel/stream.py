@@ -77,7 +77,7 @@ class StreamConnection(LineProtocol):
         self._deadlines: dict[str, float] = {}
         """Loop time by which each request that is awaited has to be answered."""
         self._calls = OpenCalls(self._answered)
-        """Those of the plugin's."""
+        """Calls of the plugin that are not answered."""
 
     @property
     def in_flight(self) -> int:

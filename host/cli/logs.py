@@ -88,7 +88,7 @@ class _Shown:
         self._as_json = as_json
         self._runs: dict[str, str] = {}
         self._newest: dict[str, Mapping[str, Any]] = {}
-        """Of each plugin the newest line, shown or from before what is shown."""
+        """The newest line of each plugin, shown or from before what is shown."""
 
     def begin(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
         """Take note of the lines that a plugin had written before it is followed."""
@@ -96,7 +96,7 @@ class _Shown:
             self._newest[name] = lines[-1]
 
     def missed(self, name: str, lines: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-        """Those of a plugin's lines that are not shown yet."""
+        """Return the lines of a plugin that are not shown yet."""
         newest = self._newest.get(name)
         if newest is None:
             return lines

@@ -14,6 +14,7 @@ from isolator.cli.progress import Progress
 from isolator.errors import IsolatorError, UnavailableError
 
 _LOOK = 0.1
+"""Seconds between two looks: a daemon that is exchanged closes the connection, so none of its events reaches it."""
 _STEPS = 4
 """Steps of the progress: the supervisor, then the three services that are exchanged."""
 

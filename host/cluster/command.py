@@ -278,7 +278,7 @@ def _counted(number: int, what: str) -> str:
 
 
 def _remedy(error: Exception) -> str:
-    """What to do about a log that could not be made."""
+    """Say what to do about a log that could not be made."""
     from host.cluster.log import LogFullError, LogRefusedError
 
     text = str(error)

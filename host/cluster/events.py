@@ -43,7 +43,7 @@ class Events:
         """Something was put into the outbox; something of it was read back."""
 
     async def _next(self, known: Callable[[], Member]) -> tuple[int, tuple[Event | Replay, ...]]:
-        """What is to be sent, all of it on disk, which takes no other write than that of its emission."""
+        """Return what is to be sent, all of it on disk, which takes no other write than that of its emission."""
         outbox, database = self._outbox, self._database
         end = database.read(outbox.emitted)
         with contextlib.suppress(UnavailableError):

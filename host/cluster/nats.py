@@ -360,7 +360,7 @@ def _error_of(text: str) -> LogUnavailableError:
 
 
 def _said(error: Exception) -> str:
-    """What an error says, in words for who runs the servers; empty: that there was no answer."""
+    """Say an error in words for who runs the servers; empty: there was no answer."""
     if isinstance(error, TimeoutError):
         return ""
     if isinstance(error, ssl.SSLCertVerificationError):

@@ -58,9 +58,9 @@ class ApiVerbs:
         self._api = api
         self._calls: dict[int, _Call] = {}
         self._taken: dict[int, _Call] = {}
-        """Those of another host for which their plugin has not asked here yet."""
+        """Calls of another host for which their plugin has not asked here yet."""
         self._open: list[OpenState] = []
-        """Those that the successor of this process goes on with."""
+        """Calls that the successor of this process goes on with."""
         self._served: dict[str, tuple[Caller, Callable[[], None]]] = {}
         """Server of a method, and the call that ends its service."""
         self.numbers = 0

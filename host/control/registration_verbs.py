@@ -59,7 +59,7 @@ class RegistrationVerbs:
         self._config, self._lifecycle, self._audit = config, lifecycle, audit
         self._staged: dict[str, _Staged] = {}
         self._kept: dict[str, Callable[[], None]] = {}
-        """By token, what has a connection keep no longer what was staged."""
+        """Functions, by token, that have a connection keep no longer what was staged."""
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         """Locks by name: the plugin that is registered and its config change together."""
 

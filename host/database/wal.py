@@ -26,7 +26,7 @@ from host.database import files
 from isolator.ipc.tasks import end_process
 from isolator.linux.aio import FileSync
 
-O = TypeVar("O")  # noqa: E741
+Op = TypeVar("Op")
 
 HIGH = 32 << 20
 """Bytes of log beyond which commits wait for one checkpoint: a log that is appended to all the time never restarts."""
@@ -40,10 +40,10 @@ BEGIN = 4 << 20
 
 
 @dataclass
-class Sync(Generic[O]):
+class Sync(Generic[Op]):
     """Sync the log, report these operations, and perhaps make a checkpoint."""
 
-    ops: list[O]
+    ops: list[Op]
     checkpoint: bool = False
     hold: bool = False
     """Commits wait for the checkpoint, which can then cover the whole log."""
@@ -51,7 +51,7 @@ class Sync(Generic[O]):
     """The disk is full: the reserve is given up for the checkpoint."""
 
 
-class WriteAheadLog(Generic[O]):
+class WriteAheadLog(Generic[Op]):
     """The log of one database, which is open; all methods belong to the event loop's thread.
 
     ``synced(ops, error, harm)`` is called on the loop for each ``Sync``: with the error if it failed, or with what
@@ -63,7 +63,7 @@ class WriteAheadLog(Generic[O]):
         self,
         path: Path,
         reserve: files.Reserve,
-        synced: Callable[[list[O], OSError | None, str | None], None],
+        synced: Callable[[list[Op], OSError | None, str | None], None],
         released: Callable[[], None],
     ) -> None:
         self._path, self._reserve, self._synced, self._released = path, reserve, synced, released
@@ -75,14 +75,14 @@ class WriteAheadLog(Generic[O]):
         """Bytes at the newest sync: it shrinks by a checkpoint of ours alone."""
         self._grow()
         self._direct: FileSync | None = None
-        self._under_way: list[O] = []
+        self._under_way: list[Op] = []
         """Operations of the direct sync that is under way."""
         self._ended = asyncio.Event()
         self._ended.set()
         with contextlib.suppress(OSError):
             self._direct = FileSync(self.fd)
             self._loop.add_reader(self._direct.fileno(), self._direct_ended)
-        self._work: queue.SimpleQueue[Sync[O] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Sync[Op] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="store-sync", daemon=True)
         self._thread.start()
 
@@ -102,7 +102,7 @@ class WriteAheadLog(Generic[O]):
         room = disk.f_bavail * disk.f_frsize + self.size
         return min(HIGH, max(LOW, room // SHARE))
 
-    def begin(self, job: Sync[O]) -> None:
+    def begin(self, job: Sync[Op]) -> None:
         """Begin a sync; the one before has been reported."""
         if self._direct is not None and not job.checkpoint:
             with contextlib.suppress(OSError):  # the kernel has no room for it at the moment

@@ -93,7 +93,7 @@ def approve(
 
 
 def _read(name: str, file: BinaryIO) -> list[dict[str, Any]]:
-    """What a file, an answer to ``mcp.tools``, shows as offered; raises UsageError."""
+    """Read what a file, an answer to ``mcp.tools``, shows as offered; raises UsageError."""
     try:
         return [dict(one["body"]) for one in json.loads(file.read(_LARGEST))["tools"] if one["state"] != "missing"]
     except (ValueError, TypeError, KeyError, RecursionError):
