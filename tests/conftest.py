@@ -10,6 +10,7 @@ are gone; each of these looks for descriptors that it holds itself.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
 import signal
@@ -18,9 +19,10 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 from hypothesis import HealthCheck, settings
 
 from tests.support import commands
@@ -96,6 +98,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if wide:
         config.hook.pytest_deselected(items=wide)
         items[:] = [item for item in items if item.get_closest_marker("wide") is None]
+
+
+def _have_its_end_told(stderr: int) -> None:
+    """Have a process of the tests that is ended at once by what it tests say where, on the stderr of the run."""
+    end, here = os._exit, os.getpid()
+
+    def told(status: int) -> NoReturn:
+        if status and os.getpid() == here:
+            faulthandler.dump_traceback(stderr)
+        end(status)
+
+    os._exit = told
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    _have_its_end_told(session.config.stash.get(fault_handler_stderr_fd_key, 2))
 
 
 def pytest_configure(config: pytest.Config) -> None:
