@@ -85,7 +85,8 @@ class SidecarLink:
         return sock, run
 
     async def _connect(self, family: socket.AddressFamily) -> tuple[str, int]:
-        self.status = "starting" if self.run is None else "connecting"
+        if not self._unanswered:
+            self.status = "starting" if self.run is None else "connecting"
         if self.run is None:
             self.run = await self._runs.ensure(self.name)
         run = self.run
