@@ -23,7 +23,6 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 from host.database.store import Store
@@ -139,7 +138,7 @@ class SqliteQueue(Listing):
             seq=self._seq,
             id=self._id_of(event, now),
             name=event.name,
-            time=format_time(datetime.fromtimestamp(now, UTC)),
+            time=format_time(now),
             accepted=now,
             expires=now + event.ttl,
             payload=event.payload,

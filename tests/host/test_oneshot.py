@@ -58,10 +58,10 @@ class Outcomes:
         self.concluded.append(outcome.kind)
 
 
-def made() -> tuple[OneshotDelivery, SidecarLink, Plugin, Outcomes]:
+def made(follows: Any = None) -> tuple[OneshotDelivery, SidecarLink, Plugin, Outcomes]:
     plugin, outcomes = Plugin(), Outcomes()
     link = SidecarLink("x", cast("Any", plugin), ABSENT, Fence(boottime() + 600))
-    return OneshotDelivery(link, cast("Any", outcomes), Catalogue()), link, plugin, outcomes
+    return OneshotDelivery(link, cast("Any", outcomes), Catalogue(), follows or (lambda _: False)), link, plugin, outcomes
 
 
 async def deliver(delivery: OneshotDelivery) -> None:
