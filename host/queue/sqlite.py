@@ -197,16 +197,20 @@ class SqliteQueue(Listing):
         if self._accepting is batch:
             self._accepting = None
         now = self._loop.time()
+        # The answers are given now and written in the next turn, before the workers run that waited for these events.
         for entry in batch:
             for _, consumer in entry.admitted:
                 consumer.reserved -= 1
-            if error is None and entry.earlier is None:
-                self._on_accepted(entry.new, entry.accepted())
-                self._enter_lanes(entry, now)
-        # In the next turn run the workers that waited for these events, then their attempts, then the answers.
+            accepted = entry.accepted() if error is None else None
+            if accepted is not None and entry.earlier is None:
+                self._on_accepted(entry.new, accepted)
+            entry.answer(accepted, error)
+        if error is None:
+            for entry in batch:
+                if entry.earlier is None:
+                    self._enter_lanes(entry, now)
+        # In the next turn run the workers, then their attempts.
         self._on_ready()
-        for entry in batch:
-            self._loop.call_soon(entry.done, entry.accepted() if error is None else None, error)
         self._since_prune += len(batch)
         if self._since_prune >= _PRUNE_EVERY:
             self._since_prune = 0

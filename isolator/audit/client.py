@@ -156,11 +156,11 @@ class AuditClient:
         if turns and self._pending:
             self._loop.call_soon(self._flush_after, turns - 1)
         else:
+            self._scheduled = False
             self.flush()
 
     def flush(self) -> None:
         """Hand over to the kernel as many records as it has room for."""
-        self._scheduled = False
         had = bool(self._pending)
         while self._pending and self._sock is not None:
             size, count = -1, 0
