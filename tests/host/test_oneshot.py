@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 
 from host.channel.reply import NotSentError
+from host.delivery import oneshot
 from host.delivery.oneshot import OneshotDelivery
 from host.delivery.sidecar import SidecarLink
 from host.events import Catalogue
@@ -27,6 +28,7 @@ class Plugin:
 
     def __init__(self) -> None:
         self.ends: list[socket.socket] = []
+        self.connected = asyncio.Event()
 
     async def ensure(self, name: str) -> str:
         return "run"
@@ -35,6 +37,7 @@ class Plugin:
         theirs, ours = socket.socketpair()
         ours.setblocking(False)
         self.ends.append(ours)
+        self.connected.set()
         return theirs.detach()
 
     def connect_soon(self, name: str, run: str) -> asyncio.Future[int]:
@@ -61,7 +64,12 @@ class Outcomes:
 def made(follows: Any = None) -> tuple[OneshotDelivery, SidecarLink, Plugin, Outcomes]:
     plugin, outcomes = Plugin(), Outcomes()
     link = SidecarLink("x", cast("Any", plugin), ABSENT, Fence(boottime() + 600))
-    return OneshotDelivery(link, cast("Any", outcomes), Catalogue(), follows or (lambda _: False)), link, plugin, outcomes
+    return (
+        OneshotDelivery(link, cast("Any", outcomes), Catalogue(), follows or (lambda _: False)),
+        link,
+        plugin,
+        outcomes,
+    )
 
 
 async def deliver(delivery: OneshotDelivery) -> None:
@@ -74,12 +82,32 @@ async def answered(delivery: OneshotDelivery, plugin: Plugin) -> None:
     """Deliver an event over the only connection that was made so far."""
     task = asyncio.create_task(deliver(delivery))
     (end,) = plugin.ends
-    loop = asyncio.get_running_loop()
-    assert b'"method":"x.y"' in await loop.sock_recv(end, 4096)
-    end.sendall(b'{"jsonrpc":"2.0","id":1,"result":{"status":"ok"}}\n')
+    await answer(end)
     await task
-    assert await loop.sock_recv(end, 1) == b"", "it stayed open"
+    assert await asyncio.get_running_loop().sock_recv(end, 1) == b"", "it stayed open"
     end.close()
+
+
+async def answer(end: socket.socket) -> None:
+    assert b'"method":"x.y"' in await asyncio.get_running_loop().sock_recv(end, 4096)
+    end.sendall(b'{"jsonrpc":"2.0","id":1,"result":{"status":"ok"}}\n')
+
+
+async def connections_meanwhile(delivery: OneshotDelivery, plugin: Plugin) -> int:
+    """Deliver an event; returns how many connections there were by the time of its answer, its own one included."""
+    before = len(plugin.ends)
+    plugin.connected.clear()
+    task = asyncio.create_task(deliver(delivery))
+    await plugin.connected.wait()
+    await answer(plugin.ends[before])
+    await task
+    return len(plugin.ends) - before
+
+
+async def quickly(delivery: OneshotDelivery, plugin: Plugin) -> None:
+    """Have the run answer as many events as it takes to get connections ahead."""
+    for _ in range(oneshot.QUICK_ANSWERS):
+        assert await connections_meanwhile(delivery, plugin) == 1
 
 
 async def test_connection_is_kept_if_the_deadline_passes_before_the_request_is_written() -> None:
@@ -123,3 +151,37 @@ async def test_connection_that_is_kept_is_closed_when_its_run_has_ended() -> Non
     (end,) = plugin.ends
     assert end.recv(1) == b""
     end.close()
+
+
+async def test_next_connection_is_made_while_a_quick_run_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oneshot, "QUICK", 60.0)
+    delivery, _, plugin, outcomes = made(lambda _: True)
+    await quickly(delivery, plugin)
+    assert await connections_meanwhile(delivery, plugin) == 2
+    ahead = plugin.ends[-1]
+    task = asyncio.create_task(deliver(delivery))
+    await answer(ahead)
+    await task
+    assert outcomes.concluded == ["ok"] * 4
+
+
+@pytest.mark.parametrize("why", ["nothing follows", "the run is slow", "another run"])
+async def test_no_connection_is_made_ahead(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    monkeypatch.setattr(oneshot, "QUICK", 0.0 if why == "the run is slow" else 60.0)
+    delivery, link, plugin, _ = made(lambda _: why != "nothing follows")
+    await quickly(delivery, plugin)
+    if why == "another run":
+        link.run = "another"
+    assert await connections_meanwhile(delivery, plugin) == 1
+
+
+async def test_connection_made_ahead_is_not_used_once_the_plugin_has_closed_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does that run get another one ahead."""
+    monkeypatch.setattr(oneshot, "QUICK", 60.0)
+    delivery, _, plugin, outcomes = made(lambda _: True)
+    await quickly(delivery, plugin)
+    assert await connections_meanwhile(delivery, plugin) == 2
+    plugin.ends[-1].close()
+    assert await connections_meanwhile(delivery, plugin) == 1
+    assert await connections_meanwhile(delivery, plugin) == 1
+    assert outcomes.concluded == ["ok"] * 5
