@@ -19,6 +19,7 @@ from host.fence.fences import NO_LEASE
 from host.queue.interface import Delivery, Event
 from isolator.ipc.fence import LOST, Fence
 from isolator.linux.boottime import boottime
+from tests.support.timeouts import seconds
 
 ABSENT: Any = None
 
@@ -98,7 +99,8 @@ async def connections_meanwhile(delivery: OneshotDelivery, plugin: Plugin) -> in
     before = len(plugin.ends)
     plugin.connected.clear()
     task = asyncio.create_task(deliver(delivery))
-    await plugin.connected.wait()
+    async with asyncio.timeout(seconds(10)):
+        await plugin.connected.wait()
     await answer(plugin.ends[before])
     await task
     return len(plugin.ends) - before
