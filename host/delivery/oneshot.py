@@ -115,9 +115,14 @@ class OneshotDelivery:
             self._keep(sock, run)  # until the pause is over, or whatever else it is
             raise
         exchange = Exchange(sock, request, plugin.timeout)
-        self._outcomes.begin(delivery, run, request, exchange.send, exchange.give_up)
-        if self._quick == (run, QUICK_ANSWERS) and self._closes != run and self._follows(delivery):
-            self._connect_ahead()
+
+        def send() -> None:
+            exchange.send()
+            quick = self._quick == (run, QUICK_ANSWERS) and self._closes != run
+            if quick and exchange.unanswered and self._follows(delivery):
+                self._connect_ahead()
+
+        self._outcomes.begin(delivery, run, request, send, exchange.give_up)
         await self._finish(_Request(plugin, delivery, run, exchange))
 
     async def _finish(self, request: _Request) -> None:

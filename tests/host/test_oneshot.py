@@ -187,3 +187,19 @@ async def test_connection_made_ahead_is_not_used_once_the_plugin_has_closed_it(m
     assert await connections_meanwhile(delivery, plugin) == 1
     assert await connections_meanwhile(delivery, plugin) == 1
     assert outcomes.concluded == ["ok"] * 5
+
+
+async def test_no_connection_is_made_ahead_when_the_request_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own one is kept, which the plugin serves first."""
+    monkeypatch.setattr(oneshot, "QUICK", 60.0)
+    delivery, _, plugin, outcomes = made(lambda _: True)
+    await quickly(delivery, plugin)
+    before = len(plugin.ends)
+    outcomes.allowed = False
+    await deliver(delivery)
+    outcomes.allowed = True
+    task = asyncio.create_task(deliver(delivery))
+    await answer(plugin.ends[before])
+    await task
+    assert outcomes.concluded == ["ok", "ok", "unknown", "ok"]
+    assert len(plugin.ends) == before + 1
