@@ -2,7 +2,7 @@
 
 To connect takes as long as a quick plugin takes for its answer. So where another event waits its connection is made
 meanwhile: to a run that has answered several requests quickly, hence serves more than one connection and does not let
-one wait for long. A run that closes one unused gets none ahead any more.
+one wait for long. A run that closes one unused, or says on it that it is busy, gets none ahead any more.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class OneshotDelivery:
     ) -> None:
         self._sidecar, self._outcomes, self._catalogue, self._follows = sidecar, outcomes, catalogue, follows
         self._turn = asyncio.Lock()
-        """Held while a request is on its way: the plugin serves one connection at a time."""
+        """Held while a request is on its way: the plugin serves one at a time."""
         self._prepared: asyncio.Future[tuple[socket.socket, str]] | None = None
         self._current: _Request | None = None
         """The request on its way, a ping excepted."""
@@ -76,7 +76,7 @@ class OneshotDelivery:
         self._quick: tuple[str, int] = ("", 0)
         """The run, and how many of its newest requests it has answered quickly."""
         self._closes: str | None = None
-        """A run that has closed a connection on which there was no request yet."""
+        """A run that has closed a connection without a request, or spoken first on it."""
 
     @property
     def busy(self) -> bool:
@@ -200,7 +200,7 @@ class OneshotDelivery:
         if prepared is not None:
             with contextlib.suppress(IsolatorError, NotSentError):
                 sock, run = await prepared
-                if run == self._sidecar.run and not _is_closed(sock):
+                if run == self._sidecar.run and _is_quiet(sock):
                     return sock, run
                 self._closes = run
                 sock.close()
@@ -262,11 +262,10 @@ class OneshotDelivery:
             await self._finish(request)
 
 
-def _is_closed(sock: socket.socket) -> bool:
-    """Whether the plugin has closed a connection that waits for a request."""
+def _is_quiet(sock: socket.socket) -> bool:
+    """Whether the plugin has neither closed a connection that waits for a request, nor said anything on it."""
     try:
-        return not sock.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+        sock.recv(1, socket.MSG_PEEK)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    return False

@@ -177,13 +177,17 @@ async def test_no_connection_is_made_ahead(monkeypatch: pytest.MonkeyPatch, why:
     assert await connections_meanwhile(delivery, plugin) == 1
 
 
-async def test_connection_made_ahead_is_not_used_once_the_plugin_has_closed_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["closed it", "said that it is busy"])
+async def test_connection_made_ahead_is_not_used_once_the_plugin_has(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """Nor does that run get another one ahead."""
     monkeypatch.setattr(oneshot, "QUICK", 60.0)
     delivery, _, plugin, outcomes = made(lambda _: True)
     await quickly(delivery, plugin)
     assert await connections_meanwhile(delivery, plugin) == 2
-    plugin.ends[-1].close()
+    if what == "closed it":
+        plugin.ends[-1].close()
+    else:
+        plugin.ends[-1].send(b'{"jsonrpc":"2.0","id":1,"error":{"code":-31006,"message":"busy"}}\n')
     assert await connections_meanwhile(delivery, plugin) == 1
     assert await connections_meanwhile(delivery, plugin) == 1
     assert outcomes.concluded == ["ok"] * 5
