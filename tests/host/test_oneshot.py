@@ -178,7 +178,9 @@ async def test_no_connection_is_made_ahead(monkeypatch: pytest.MonkeyPatch, why:
 
 
 @pytest.mark.parametrize("what", ["closed it", "said that it is busy"])
-async def test_connection_made_ahead_is_not_used_once_the_plugin_has(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+async def test_connection_made_ahead_is_not_used_once_the_plugin_has(
+    monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     """Nor does that run get another one ahead."""
     monkeypatch.setattr(oneshot, "QUICK", 60.0)
     delivery, _, plugin, outcomes = made(lambda _: True)
