@@ -205,7 +205,8 @@ def _text(value: Any) -> str | None:
 
 def shown(text: str, redact: Callable[[str], str], most: int = 400) -> str:
     """A plugin's text as records and listings show it: redacted, then cut, then made printable."""
-    return "".join(c if c.isprintable() else " " for c in redact(text)[:most])
+    cut = redact(text)[:most]
+    return cut if cut.isprintable() else "".join(c if c.isprintable() else " " for c in cut)
 
 
 def _seconds(value: Any) -> float | None:
