@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 MAX_PENDING = 20_000
 """Records kept in memory while the writer is away or slow; beyond that they are lost and counted."""
 _RETRY = 0.01
-TURNS = 2
-"""Turns of the event loop that a record waits for company: the attempt that is made next hands over both."""
 
 AWAY = "the audit process is not there"
 """``blocked`` between two writers."""
@@ -134,7 +132,7 @@ class AuditClient:
             self.flush()
         elif not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._flush_after, TURNS)
+            self._loop.call_soon(self.flush)
 
     def gauges(self, **data: Any) -> None:
         """Send present values to the writer's metrics. They are no record and are in no trail."""
@@ -151,16 +149,9 @@ class AuditClient:
         """Wait until all records but the last ``within`` are on disk; with ``or_blocked``, or none can be written."""
         await self._until(lambda: self.unacknowledged <= within or (or_blocked and self.blocked is not None))
 
-    def _flush_after(self, turns: int) -> None:
-        """Flush so many turns of the event loop later, unless somebody else does before."""
-        if turns and self._pending:
-            self._loop.call_soon(self._flush_after, turns - 1)
-        else:
-            self._scheduled = False
-            self.flush()
-
     def flush(self) -> None:
         """Hand over to the kernel as many records as it has room for."""
+        self._scheduled = False
         had = bool(self._pending)
         while self._pending and self._sock is not None:
             size, count = -1, 0
