@@ -233,12 +233,9 @@ class Cage:
         self.processes.started = time.monotonic()
 
     async def _wait_caged(self, spare: Spare, mark: Stopwatch) -> None:
-        """Wait for three messages: the clone's pid from the parked process, "viewed" and "caged" from the cage.
-
-        The first may come after either of the others.
-        """
-        viewed = confirmed = caged = False
-        while not (caged and confirmed):
+        """Wait for three messages of the cage's, in this order: its pid, "viewed" and "caged"."""
+        caged = False
+        while not caged:
             answer, fds = await self._receive(spare)
             if "pid" in answer:
                 self._born(answer, fds, spare)
@@ -247,7 +244,9 @@ class Cage:
                 self.processes.watch_memory()
                 mark("confirm groups")
             elif answer.get("step") == "viewed":
-                viewed = True
+                mark("view")
+                self._confirm_early("view", spare)
+                mark("confirm view")
             elif answer.get("step") == "caged":
                 caged = True
                 self.listener = fds[0] if fds else -1
@@ -256,11 +255,6 @@ class Cage:
                     self.steps.update({f"enter {step}": float(ms) for step, ms in took.items()})
             else:
                 raise self._failure(answer)
-            if viewed and not confirmed and self._processes is not None:
-                mark("view")
-                self._confirm_early("view", spare)
-                confirmed = True
-                mark("confirm view")
         mark("enter")
 
     def _confirm(self, moment: str) -> None:

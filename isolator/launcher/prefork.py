@@ -4,9 +4,10 @@ The launcher clones the parked process with mount, ipc and uts namespaces of its
 apply their fixed part (``Section.enter_ahead``). On a hybrid host it then puts itself into the v1 groups of the
 cage to come, whatever their limits will be, and says ``parked``: it is the one that can do so without a wait
 (``Leaf.open_v1``), and the cage is born in them. Then it waits for the order to do so on its link. When that comes, it
-clones the cage's pid 1 (into the v2 leaf, as a child of the supervisor, in all of its own namespaces and groups),
-answers with the pid and the pidfd, and ends. Pid 1 has the link from then on, and does what no plan changes but needs
-its pid namespace (``Section.enter_born``) while the supervisor makes the plan, the next message there.
+clones the cage's pid 1 (into the v2 leaf, as a child of the supervisor, in all of its own namespaces and groups), and
+ends; pid 1 goes on in its memory (``isolator.linux.successor``). Pid 1 answers with its pid and a pidfd, and does what
+no plan changes but needs its pid namespace (``Section.enter_born``) while the supervisor makes the plan, the next
+message there.
 
 When the supervisor goes away, so does the link, and the parked process ends; nothing of a plugin ever ran in it.
 Standard library and ``isolator.linux`` only.
@@ -24,16 +25,17 @@ from isolator.base.structs import replace
 from isolator.ipc.packet import receive_packet, send_packet
 from isolator.launcher import enter, init
 from isolator.layers.filesystem import AttachMount, FilesystemSection, FillFolder, ResizeTmpfs
-from isolator.layers.namespaces import AT_BIRTH
+from isolator.layers.namespaces import AT_BIRTH, enter_clocks
 from isolator.layers.plan import Birth, ParkOrder, Plan
 from isolator.layers.seccomp.layer import SeccompSection
 from isolator.layers.user import UserSection
 from isolator.linux.files import close_all_but
-from isolator.linux.namespaces import CLONE_PARENT, NAMESPACE_FILES, clone3
+from isolator.linux.namespaces import CLONE_PARENT, NAMESPACE_FILES
+from isolator.linux.successor import become
 
 
 def park(order: ParkOrder, link: int, status: int, others: list[int]) -> NoReturn:
-    """Wait for the order on ``link`` and clone a cage; never returns.
+    """Wait for the order on ``link`` and become a cage; never returns.
 
     ``status``: the pipe for pid 1's report. ``others``: the figures, if the cage has the layer proc, and ``tasks`` of
     each v1 group to be in.
@@ -54,7 +56,7 @@ def park(order: ParkOrder, link: int, status: int, others: list[int]) -> NoRetur
             send_packet(sock, b'{"step": "parked"}')
         packet, fds = receive_packet(sock)
         if packet:
-            _clone(order, Birth.unpack(packet, fds), sock, status)
+            _become(order, Birth.unpack(packet, fds), sock, status)
     except Exception as error:
         _fail(sock, "parked", error)
     finally:
@@ -78,23 +80,23 @@ def _rehearse() -> None:
     Plan.unpack(plan.pack()[0], [])
 
 
-def _clone(order: ParkOrder, birth: Birth, sock: socket.socket, status: int) -> None:
-    if birth.clocks >= 0:
+def _become(order: ParkOrder, birth: Birth, sock: socket.socket, status: int) -> None:
+    if birth.folder >= 0:
         with contextlib.suppress(OSError):  # the layer's ``confirm`` finds the host's clocks
-            os.write(birth.clocks, birth.offsets.encode())
+            enter_clocks(birth.folder, birth.offsets)
     flags = CLONE_PARENT
     if "namespaces" in order.layers:
         for kind in AT_BIRTH:
             flags |= NAMESPACE_FILES[kind]
     try:
-        pid, pidfd = clone3(flags, cgroup_fd=birth.cgroup)
+        pid, pidfd = become(flags, birth.cgroup)
     except OSError as error:
         _fail(sock, "clone3", error)
         return
-    if pid == 0:
-        birth.close()
-        enter.be_born(order, sock, status)
     send_packet(sock, json.dumps({"pid": pid}).encode(), [pidfd])
+    os.close(pidfd)
+    birth.close()
+    enter.be_born(order, sock, status)
 
 
 def _fail(sock: socket.socket, step: str, error: Exception) -> None:

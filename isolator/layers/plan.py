@@ -114,14 +114,14 @@ class Birth:
 
     cgroup: int = -1
     """A descriptor of the v2 group to be born in."""
-    clocks: int = -1
-    """A descriptor of timens_offsets of the parked process."""
+    folder: int = -1
+    """A descriptor of the parked process's folder in /proc, where its cage has clocks of its own."""
     offsets: str = ""
-    """The text to write to it."""
+    """Their text for timens_offsets."""
 
     def pack(self) -> tuple[bytes, list[int]]:
         """The packet to a parked process, and the descriptors that go with it."""
-        places = {"cgroup": self.cgroup, "clocks": self.clocks}
+        places = {"cgroup": self.cgroup, "folder": self.folder}
         names = [name for name, fd in places.items() if fd >= 0]
         return json.dumps({"offsets": self.offsets, "fds": names}).encode(), [places[name] for name in names]
 
@@ -133,10 +133,10 @@ class Birth:
 
     def close(self) -> None:
         """Close the descriptors."""
-        for fd in (self.cgroup, self.clocks):
+        for fd in (self.cgroup, self.folder):
             if fd >= 0:
                 os.close(fd)
-        self.cgroup = self.clocks = -1
+        self.cgroup = self.folder = -1
 
 
 @struct_class()
