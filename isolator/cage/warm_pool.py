@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import json
 import os
-import select
 import socket
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,7 @@ from isolator.ipc.packet import receive_packet
 from isolator.ipc.tasks import Tasks
 from isolator.layers.cgroup.leaf import kill_first
 from isolator.linux.apart import apart
-from isolator.linux.readable import readable
+from isolator.linux.readable import is_readable, readable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,15 +75,14 @@ class Spare:
     @property
     def usable(self) -> bool:
         """Whether the parked process and the launcher that made it still run."""
-        waits = select.poll()
-        waits.register(self.pidfd, select.POLLIN)
-        return not self.launcher.closed.is_set() and not waits.poll(0)
+        return not self.launcher.closed.is_set() and not is_readable(self.pidfd)
 
     async def ended(self) -> None:
         """Wait for the end of the parked process: it ends once it has cloned the cage, or lost its link."""
         if self.pidfd < 0:
             return
-        await readable(self.pidfd)
+        if not is_readable(self.pidfd):
+            await readable(self.pidfd)
         self._reap()
 
     def _reap(self) -> None:

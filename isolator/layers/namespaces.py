@@ -80,7 +80,8 @@ class Namespaces(Layer):
         own = "processes, mounts, host name, uptime, IPC objects, control groups and network interfaces"
         return f"Sees only its own {own}."
 
-    def prepare_birth(self, spec: CageSpec, birth: Birth) -> None:
+    def prepare_clocks(self, birth: Birth) -> None:
+        """Begin the clocks of the cage to come, if this host can set any."""
         if _check_time().state == "enforced":
             self._offsets = {name: -int(time.clock_gettime(clock)) for name, clock in _CLOCKS.items()}
             birth.offsets = "".join(f"{name} {seconds} 0\n" for name, seconds in self._offsets.items())

@@ -110,7 +110,9 @@ class ParkOrder:
 
 @struct_class()
 class Birth:
-    """The order to clone pid 1 of a cage, sent before its plan is made; its descriptors are its own until ``close``."""
+    """The order to become pid 1 of a cage, sent before its plan is made, as two packets: its clocks, which can be had
+    at once and wake the parked process, and the order itself. The descriptors are this one's own until ``close``.
+    """
 
     cgroup: int = -1
     """A descriptor of the v2 group to be born in."""
@@ -119,17 +121,13 @@ class Birth:
     offsets: str = ""
     """Their text for timens_offsets."""
 
-    def pack(self) -> tuple[bytes, list[int]]:
-        """The packet to a parked process, and the descriptors that go with it."""
-        places = {"cgroup": self.cgroup, "folder": self.folder}
-        names = [name for name, fd in places.items() if fd >= 0]
-        return json.dumps({"offsets": self.offsets, "fds": names}).encode(), [places[name] for name in names]
+    def pack_clocks(self) -> tuple[bytes, list[int]]:
+        """The first packet to a parked process, and the descriptor that goes with it."""
+        return json.dumps({"offsets": self.offsets}).encode(), [self.folder] if self.folder >= 0 else []
 
-    @classmethod
-    def unpack(cls, packet: bytes, fds: list[int]) -> Birth:
-        """The order with the receiver's descriptors."""
-        wanted = json.loads(packet)
-        return cls(offsets=wanted["offsets"], **dict(zip(wanted["fds"], fds, strict=True)))
+    def pack(self) -> tuple[bytes, list[int]]:
+        """The second."""
+        return b'{"become": true}', [self.cgroup] if self.cgroup >= 0 else []
 
     def close(self) -> None:
         """Close the descriptors."""

@@ -32,6 +32,7 @@ _CODE = {
 """clone3, and exit_group(0) in the process that has made another; its two arguments are those of clone3."""
 _PROT_READ, _PROT_WRITE, _PROT_EXEC = 1, 2, 4
 _MAP_PRIVATE_ANONYMOUS = 0x22
+_EVERY_SIGNAL = signal.valid_signals()
 
 
 @functools.cache
@@ -53,7 +54,7 @@ def learn() -> Callable[[int, int], int]:
     return ctypes.PYFUNCTYPE(ctypes.c_long, ctypes.c_void_p, ctypes.c_size_t)(place)
 
 
-def become(flags: int, cgroup_fd: int) -> tuple[int, int]:
+def become(flags: int, cgroup_fd: int = -1) -> tuple[int, int]:
     """Go on as a new process, in the group behind ``cgroup_fd`` (-1: the caller's); the calling one ends with status 0.
 
     Returns, in the new process, its pid as the caller's pid namespace has it, and a pidfd of it. Memory and table of
@@ -69,7 +70,7 @@ def become(flags: int, cgroup_fd: int) -> tuple[int, int]:
         args.flags |= CLONE_INTO_CGROUP
         args.cgroup = cgroup_fd
     clone = learn()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # no handler of the caller's on the stack
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _EVERY_SIGNAL)  # no handler of the caller's on the stack
     result = clone(ctypes.addressof(args), ctypes.sizeof(args))
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if result:
