@@ -124,7 +124,8 @@ class WriteAheadLog(Generic[Op]):
             self._loop.remove_reader(self._direct.fileno())
             if self._ended.is_set():
                 self._direct.close()
-        os.close(self.fd)
+        if not self._thread.is_alive():  # else its next look at the file would be one at what has the number by then
+            os.close(self.fd)
 
     def _grow(self) -> None:
         with contextlib.suppress(OSError):

@@ -212,6 +212,21 @@ async def test_a_store_that_closes_reports_the_sync_that_is_under_way(syncs: _Sy
     assert (await accept).plugins == ()
 
 
+async def test_a_store_that_closes_waits_for_a_disk_that_does_not_answer_and_leaves_it_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fatal: list[str] = []
+    store = Store(tmp_path / "host.db", fatal=fatal.append)
+    monkeypatch.setattr(wal, "CLOSING", 0.01)
+    release = _ByThread(monkeypatch).hold()
+    await store.close()
+    release()
+    await asyncio.to_thread(store._wal._thread.join)
+    await asyncio.sleep(0)  # what the thread has reported
+    assert not fatal
+    os.close(store._wal.fd)
+
+
 async def test_a_log_is_as_large_from_the_start_as_it_gets_between_two_checkpoints(store: Store) -> None:
     before = store.path.with_name("host.db-wal").stat().st_size
     queue = SqliteQueue(store)
