@@ -29,9 +29,7 @@ def subtree() -> Iterator[Subtree]:
     made.unified.rmdir()
 
 
-async def test_nothing_is_left_of_a_process_that_cannot_be_put_into_its_group(
-    subtree: Subtree, tmp_path: Path
-) -> None:
+async def test_nothing_is_left_of_a_process_that_cannot_be_put_into_its_group(subtree: Subtree, tmp_path: Path) -> None:
     forked = []
 
     class Removed(Zygote):
