@@ -514,6 +514,22 @@ async def test_log_is_bounded_also_while_nothing_is_accepted(store: Store) -> No
     assert 0 < largest[0] < wal.HIGH + (2 << 20)
 
 
+async def test_log_is_bounded_also_while_a_checkpoint_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wal, "HIGH", 8 << 20)
+    store = Store(tmp_path / "host.db")
+    release = _ByThread(monkeypatch).hold()
+    with _largest_log(store) as largest:
+        writing = asyncio.create_task(_outcomes_alone(SqliteQueue(store), 1000))
+        while not writing.done() and not store._held:  # noqa: ASYNC110 # a commit wakes nobody
+            await asyncio.sleep(0)
+        release()
+        await writing
+    assert wal.HIGH < largest[0] < wal.HIGH + (64 << 10)
+    await store.close()
+
+
 async def test_log_does_not_fill_a_small_disk(small_disk: Path) -> None:
     store = Store(small_disk / "host.db")
     with _largest_log(store) as largest:
