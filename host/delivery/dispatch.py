@@ -94,7 +94,7 @@ class Dispatcher:
             self._gate,
             sidecar,
             outcomes,
-            OneshotDelivery(sidecar, outcomes, self._catalogue, consumer.follows),
+            OneshotDelivery(sidecar, outcomes, self._catalogue),
             StreamDelivery(sidecar, outcomes, self._catalogue, self._api, self._redacted(name)),
             Parts(
                 sidecar,

@@ -1,9 +1,4 @@
-"""One-shot delivery: an event at a time, each over a connection of its own (see ``host.channel.oneshot``).
-
-To connect takes as long as a quick plugin takes for its answer. So where another event waits its connection is made
-meanwhile: to a run that has answered several requests quickly, hence serves more than one connection and does not let
-one wait for long. A run that closes one unused, or says on it that it is busy, gets none ahead any more.
-"""
+"""One-shot delivery: an event at a time, each over a connection of its own (see ``host.channel.oneshot``)."""
 
 from __future__ import annotations
 
@@ -11,7 +6,6 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from host.channel.oneshot import Exchange, ExchangeState, exchange
@@ -26,10 +20,6 @@ from isolator.errors import IsolatorError
 from isolator.ipc.body import Body
 from isolator.ipc.succession import Departure, Descriptors
 
-QUICK = 0.02
-"""Seconds within which a run answers that gets connections ahead."""
-QUICK_ANSWERS = 2
-"""Requests that a run has answered so, one after another, before it gets one."""
 _PING = line({"jsonrpc": "2.0", "method": "ping", "params": {}, "id": 1})
 
 
@@ -61,22 +51,16 @@ class _Request:
 
 
 class OneshotDelivery:
-    """Delivers events to one plugin in one-shot mode; ``follows``: whether another waits behind a delivery."""
+    """Delivers events to one plugin in one-shot mode."""
 
-    def __init__(
-        self, sidecar: SidecarLink, outcomes: Outcomes, catalogue: Catalogue, follows: Callable[[Delivery], bool]
-    ) -> None:
-        self._sidecar, self._outcomes, self._catalogue, self._follows = sidecar, outcomes, catalogue, follows
+    def __init__(self, sidecar: SidecarLink, outcomes: Outcomes, catalogue: Catalogue) -> None:
+        self._sidecar, self._outcomes, self._catalogue = sidecar, outcomes, catalogue
         self._turn = asyncio.Lock()
-        """Held while a request is on its way: the plugin serves one at a time."""
+        """Held while a request is on its way: the plugin serves one connection at a time."""
         self._prepared: asyncio.Future[tuple[socket.socket, str]] | None = None
         self._current: _Request | None = None
         """The request on its way, a ping excepted."""
         self._connecting = False
-        self._quick: tuple[str, int] = ("", 0)
-        """The run, and how many of its newest requests it has answered quickly."""
-        self._closes: str | None = None
-        """A run that has closed a connection without a request, or spoken first on it."""
 
     @property
     def busy(self) -> bool:
@@ -115,14 +99,7 @@ class OneshotDelivery:
             self._keep(sock, run)  # until the pause is over, or whatever else it is
             raise
         exchange = Exchange(sock, request, plugin.timeout)
-
-        def send() -> None:
-            exchange.send()
-            quick = self._quick == (run, QUICK_ANSWERS) and self._closes != run
-            if quick and exchange.unanswered and self._follows(delivery):
-                self._connect_ahead()
-
-        self._outcomes.begin(delivery, run, request, send, exchange.give_up)
+        self._outcomes.begin(delivery, run, request, exchange.send, exchange.give_up)
         await self._finish(_Request(plugin, delivery, run, exchange))
 
     async def _finish(self, request: _Request) -> None:
@@ -144,8 +121,6 @@ class OneshotDelivery:
             self._sidecar.end_request()
             self._current = None
         latency = (time.perf_counter_ns() - exchange.sent_ns) // 1000
-        quick, latest = outcome.sha256 is not None and latency < QUICK * 1e6, self._quick
-        self._quick = (run, min((latest[1] if latest[0] == run else 0) + 1, QUICK_ANSWERS) if quick else 0)
         self._outcomes.conclude(plugin, delivery, run, outcome, latency, broken=broken)
 
     async def ping(self, timeout: float) -> None:
@@ -165,12 +140,9 @@ class OneshotDelivery:
         """
         if self._turn.locked() or not self._sidecar.reached:
             return False
-        self._connect_ahead()
-        return True
-
-    def _connect_ahead(self) -> None:
         if self._prepared is None:
             self._prepared = asyncio.get_running_loop().create_task(self._sidecar.connect())
+        return True
 
     def drop_prepared(self) -> None:
         """Close the prepared connection: its run has ended."""
@@ -199,10 +171,14 @@ class OneshotDelivery:
         prepared, self._prepared = self._prepared, None
         if prepared is not None:
             with contextlib.suppress(IsolatorError, NotSentError):
-                sock, run = await prepared
-                if run == self._sidecar.run and _is_quiet(sock):
+                try:
+                    sock, run = await prepared
+                except asyncio.CancelledError:
+                    if not prepared.cancelled():  # it came at that very moment
+                        self._prepared = prepared
+                    raise
+                if run == self._sidecar.run:
                     return sock, run
-                self._closes = run
                 sock.close()
         return await self._sidecar.connect()
 
@@ -260,12 +236,3 @@ class OneshotDelivery:
         """Wait for the reply to a request of another host's, and conclude it."""
         async with self._turn:
             await self._finish(request)
-
-
-def _is_quiet(sock: socket.socket) -> bool:
-    """Whether the plugin has neither closed a connection that waits for a request, nor said anything on it."""
-    try:
-        sock.recv(1, socket.MSG_PEEK)
-    except OSError as error:
-        return isinstance(error, BlockingIOError)
-    return False

@@ -85,8 +85,7 @@ class SidecarLink:
         return sock, run
 
     async def _connect(self, family: socket.AddressFamily) -> tuple[str, int]:
-        if not self._unanswered:
-            self.status = "starting" if self.run is None else "connecting"
+        self.status = "starting" if self.run is None else "connecting"
         if self.run is None:
             self.run = await self._runs.ensure(self.name)
         run = self.run

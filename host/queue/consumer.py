@@ -151,9 +151,6 @@ class SqliteConsumer:
         delivery.crashes += 1
         self._rows.write_crashes(delivery)
 
-    def follows(self, delivery: Delivery) -> bool:
-        return not delivery.final and self._lane.follows(delivery)
-
     def find(self, seq: int) -> Delivery | None:
         return next((delivery for delivery in self._lane.pending() if delivery.seq == seq), None)
 

@@ -178,9 +178,6 @@ class Consumer(Protocol):
     def count_crash(self, delivery: Delivery) -> None:
         """Count a crash of the plugin that the delivery is held responsible for."""
 
-    def follows(self, delivery: Delivery) -> bool:
-        """Whether another may be taken as soon as this one, which is taken, has ended well."""
-
     def find(self, seq: int) -> Delivery | None:
         """The delivery of that event, unless it is final."""
 

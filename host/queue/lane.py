@@ -111,10 +111,6 @@ class Lane:
         """Deliveries that will be taken soon, at most ``count``; their payload is worth loading now."""
         return [d for _, number, d in self._ready[:count] if not d.final and number == d.place]
 
-    def follows(self, delivery: Delivery) -> bool:
-        """Whether another may go as soon as one that is taken is final."""
-        return len(self._keys[self._key(delivery)]) > 1 or bool(self.upcoming(1))
-
     def pending(self) -> list[Delivery]:
         """Every delivery that is not final."""
         return [delivery for line in self._keys.values() for delivery in line]

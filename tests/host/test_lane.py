@@ -102,19 +102,3 @@ def test_a_removed_delivery_may_be_added_again() -> None:
     lane.put_back(lane.pop(0.0) or first, 5.0)
     assert lane.pop(6.0) is again
     assert lane.pop(6.0) is None
-
-
-def test_what_follows_a_delivery_is_its_keys_next_or_another_key_that_is_ready() -> None:
-    lane = Lane()
-    first, second, other = Delivery(1, "p", "a"), Delivery(2, "p", "a"), Delivery(3, "p", "b", due=9.0)
-    lane.add(first)
-    assert lane.pop(1.0) is first
-    assert not lane.follows(first)
-    lane.add(second)
-    assert lane.follows(first)
-    lane.remove(first)
-    assert lane.pop(1.0) is second
-    lane.add(other)
-    assert not lane.follows(second), "the other one waits for its retry"
-    lane.expedite(other)
-    assert lane.follows(second)
