@@ -1,9 +1,8 @@
 """One-shot channel: one connection, one write, one line or end of file back.
 
 The rules come from the habits of fifty-line scripts (see docs/host-api.md): they receive once, so the request is one
-``send``; they die of a connection that closes without a request, so a connection is only made for a request that is
-there; they serve one connection at a time, so one request is on its way at a time. Of a reply at most 64 KiB are kept,
-and none is awaited beyond the deadline.
+``send``; they die of a connection that closes without a request, so a connection is only made when a request is ready
+to go; they serve one connection at a time. Of a reply at most 64 KiB are kept, and none is awaited beyond the deadline.
 """
 
 from __future__ import annotations
