@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from isolator.audit.client import AuditClient
@@ -92,13 +91,11 @@ class HostLink:
         config: dict[str, Any] = self._config.model_dump(mode="json")
         cluster = self._config.cluster
         if cluster is not None and cluster.credentials:
-            from isolator.supervisor.secret_file import secrets_of
+            from isolator.supervisor.cluster_files import credentials_of
 
             alarm = "credentials of [cluster]"
             try:
-                form = "one line: USER:PASSWORD"
-                found = secrets_of(Path(cluster.credentials), "put USER:PASSWORD for the servers there", form)
-                config["cluster"]["secret"] = found[0] if found else ""
+                config["cluster"]["secret"] = credentials_of(cluster)
                 self._alarms.settle(alarm, 0.0)
             except IsolatorError as error:  # the host does without the cluster until it is there
                 self._alarms.raise_(alarm, str(error))
