@@ -180,11 +180,14 @@ def place(
     root: str | None, plugin: str, everywhere: bool | None, shards: int | None, labels: tuple[str, ...],
     no_labels: bool, anew: bool, as_json: bool,
 ) -> None:  # fmt: skip
+    if found["problem"]:
+        click.echo(f"PROBLEM unheld: {safe(found['problem'])}")
     """Say where a plugin of the cluster runs; what is left out stays.
 
     A plugin that was added on a host of the cluster runs on one at a time. Labels are
-    those of [cluster] in host.toml. --all, --one and --shards take --anew, which alone
-    gives up what waits and leaves the rest as it is.
+    those of [cluster] in host.toml: a holder that lacks one drains and releases it.
+    --all, --one and --shards take --anew, which alone gives up what waits and leaves
+    the rest as it is.
     """
     placement = None if everywhere is None else "all" if everywhere else "one"
     wanted = list(labels) if labels or no_labels else None

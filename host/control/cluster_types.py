@@ -94,10 +94,13 @@ class PlacedPlugin(TypedDict):
     placement: str
     shards: int
     labels: list[str]
+    """``problem``: why nobody can hold it with these labels, and what to do."""
+
 
 
 class ClusterPlace(Request, verb="cluster.place", role="operator", recorded=True, result=PlacedPlugin):
     """Say where a plugin runs: on one host or on all, on hosts with these labels, its events in so many shards.
+    problem: str | None
 
     ``placement`` is ``one`` or ``all``; what is left out stays. Another placement, or number of shards, takes ``anew``:
     events that wait for the plugin are dropped, as they are with ``anew`` alone.
