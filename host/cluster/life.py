@@ -20,6 +20,7 @@ from host.cluster.entries import (
     Claim,
     Message,
     Number,
+    Parting,
     Plugin,
     Release,
     UnknownFormatError,
@@ -43,9 +44,9 @@ EXAMINE: Final = 10.0
 
 
 class Life:
-    """What this host knows by what it has read in this life. ``leaving``: it is about to leave the cluster."""
+    """What this host knows by what it has read in this life. ``parting``: how it is about to end its part, if it is."""
 
-    def __init__(self, parts: Parts, leaving: Callable[[], bool]) -> None:
+    def __init__(self, parts: Parts, parting: Callable[[], Parting]) -> None:
         self._parts, self._host, self._log, self._clock = parts, parts.host, parts.log, parts.clock
         self._footing, self._database, self._follower = parts.footing, parts.database, parts.follower
         self._holding, self._outbox = parts.holding, parts.outbox
@@ -53,7 +54,7 @@ class Life:
         self._agreement = Agreement()
         fence = parts.holding.fence = Fence()
         self.watch = Watch(parts.host, parts.clock.now())
-        self.beats = Beats(parts, self.watch, fence, leaving)
+        self.beats = Beats(parts, self.watch, fence, parting)
         self.decisions = Decisions(
             parts.host, parts.log, fence, parts.clock, self._rest, self.beats.due, parts.troubles.writes
         )

@@ -34,11 +34,15 @@ class ClusterProblem(TypedDict):
 
 
 class ClusterHost(TypedDict):
-    """A host by its newest beat; ``clock_ahead`` in seconds, by this host's wall clock."""
+    """A host by its newest beat; ``clock_ahead`` in seconds, by this host's wall clock.
+
+    ``stopped``: its daemon was ended in order, and has given its plugins to others.
+    """
 
     name: str
     here: bool
     alive: bool
+    stopped: bool
     labels: list[str]
     version: str
     place: int
@@ -90,17 +94,17 @@ class ClusterStatus(Request, verb="cluster.status", role="viewer", result=Cluste
 
 
 class PlacedPlugin(TypedDict):
+    """``problem``: why nobody can hold it with these labels, and what to do."""
+
     name: str
     placement: str
     shards: int
     labels: list[str]
-    """``problem``: why nobody can hold it with these labels, and what to do."""
-
+    problem: str | None
 
 
 class ClusterPlace(Request, verb="cluster.place", role="operator", recorded=True, result=PlacedPlugin):
     """Say where a plugin runs: on one host or on all, on hosts with these labels, its events in so many shards.
-    problem: str | None
 
     ``placement`` is ``one`` or ``all``; what is left out stays. Another placement, or number of shards, takes ``anew``:
     events that wait for the plugin are dropped, as they are with ``anew`` alone.
