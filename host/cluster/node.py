@@ -30,7 +30,7 @@ from host.cluster.life import Life
 from host.cluster.log import Facts, Log, LogUnavailableError
 from host.cluster.outbox import Outbox, OutboxFullError
 from host.cluster.parts import Parts, Settings
-from host.cluster.problems import FINAL, Kind, LogTroubles, Problems, StoppedError
+from host.cluster.problems import FINAL, HARMLESS, Kind, LogTroubles, Problems, StoppedError
 from host.cluster.snapshots import EVERYBODY, Snapshots, subject_of
 from host.cluster.store import keep_log, make_tables
 from host.database.store import Store as Database
@@ -193,6 +193,11 @@ class Node:
     def waiting(self) -> tuple[int, int]:
         """How many events of this host wait for the log, and their bytes."""
         return self._outbox.waiting()
+
+    def kept_back(self) -> str:
+        """Why the log takes no event of this host at the moment; empty if it does, as far as is known."""
+        line = next((line for kind, line in self.problems.lines.items() if kind not in HARMLESS), "")
+        return line or ("" if self.is_member else "nothing that this host wrote has come back from the log lately")
 
     def is_silent(self, host: str) -> bool:
         """Whether nothing new has come of a host for so long that others take its shards."""

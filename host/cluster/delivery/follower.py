@@ -93,7 +93,7 @@ class QueueFollower:
         queue.replies = Replies(queue.store, node)
         queue.on_final, queue.subscribers = self._on_final, self._subscriptions
         queue.is_of_one, queue.is_cut_off = self._is_of_one, lambda: not self._acting
-        queue.has_ended = self.has_ended
+        queue.has_ended, queue.kept_back = self.has_ended, node.kept_back
 
     def close(self) -> None:
         """Wait for no decision any more."""
