@@ -280,9 +280,15 @@ class Node:
         """
         self._parting = parting
         await asyncio.gather(*(self._parts.follower.drain(shard) for shard in shards))
-        last: list[Entry] = [Release(*one, epoch) for one, epoch in shards.items()]
-        last.append(Beat(parting=parting))  # one follows it that says the rest, also where there is nothing to release
-        await asyncio.gather(*map(self.decide, last))
+        releases = (self.decide(Release(*one, epoch)) for one, epoch in shards.items())
+        await asyncio.gather(*releases, self.say())
+
+    async def say(self) -> None:
+        """Return once the log has what this host is like now, and all before that was read; raises LogUnavailableError.
+
+        Of two hosts that change at once, the one that stands later there knows of the other.
+        """
+        await self.decide(Beat(parting=self._parting))  # one with the rest ends the message
 
     def _forget(self, db: sqlite3.Connection) -> None:
         self._footing.store.reset(db)

@@ -22,7 +22,7 @@ from tests.support.ledger import COURIER, Ledger, ledger
 from tests.support.platforms import platforms
 from tests.support.routed import both_ways
 from tests.support.timeouts import seconds
-from tests.system.daemon import event, wait_for
+from tests.system.daemon import event, wait_for, write_plugin
 
 pytestmark = [pytest.mark.slow, pytest.mark.wide, pytest.mark.timeout(0)]
 
@@ -46,9 +46,9 @@ def quiet(made: Site) -> Site:
     return made
 
 
-@pytest.fixture
-def kept(quiet: Site) -> Iterator[Ledger]:
-    with ledger(quiet.network, {host.machine.address: host.name for host in quiet.hosts}) as found:
+@pytest.fixture(scope="module")
+def kept(made: Site) -> Iterator[Ledger]:
+    with ledger(made.network, {host.machine.address: host.name for host in made.hosts}) as found:
         yield found
 
 
@@ -82,12 +82,17 @@ def _entries(made: Site, after: int) -> list[tuple[str, object]]:
     return netns.in_network(made.hosts[0].machine.fd, lambda: asyncio.run(read()))
 
 
+def _until_more(kept: Ledger) -> None:
+    before = len(kept.events)
+    wait_for(lambda: len(kept.events) >= before + 20, seconds(90), "no more events are handled")
+
+
 @contextlib.contextmanager
 def _nothing_is_lost(made: Site, kept: Ledger) -> Iterator[None]:
     """What was accepted meanwhile, on any host, is handled, and nobody acts beside another."""
     with platforms(made.roots, RATE) as emitting:
         made.emitting.update(zip(made.roots, emitting, strict=True))
-        wait_for(lambda: len(kept.events) >= 10, seconds(90), "no event is handled")
+        _until_more(kept)
         yield
         for platform in emitting:
             platform.close()
@@ -193,6 +198,63 @@ def test_type_that_one_host_registers_is_known_by_all_and_by_one_that_was_away(q
         )
 
 
+def test_story_of_an_event_says_how_another_host_has_delivered_it(quiet: Site, kept: Ledger) -> None:
+    holder = _holder(quiet)
+    emitter = next(host for host in quiet.hosts if host is not holder)
+    emitted = emitter.daemon.json("event", "emit", "deploy.completed", event("told"))["id"]
+    wait_for(lambda: emitted in kept.events, seconds(60), "it is not handled")
+    wait_for(lambda: f"on {holder.name}" in _story(emitter, emitted), seconds(30), "the holder is not named")
+    assert "not sent yet" not in _story(emitter, emitted)
+
+
+def _story(host: Host, emitted: str) -> str:
+    return host.daemon.cli("audit", "story", emitted).stdout
+
+
+def test_plugin_that_was_removed_while_a_host_was_away_is_not_its_own_when_it_is_back(
+    quiet: Site, tmp_path: Path
+) -> None:
+    plugin, away = write_plugin(tmp_path / "echo"), quiet.hosts[2]
+    for host in quiet.hosts:
+        host.daemon.cli("plugin", "add", str(plugin), "--yes")
+    wait_for(lambda: "echo" in _listed(quiet.hosts[0])[away.name]["ready"], seconds(60), "it could not hold it")
+    assert away.daemon.stop() == 0
+    for host in quiet.hosts[:2]:
+        host.daemon.cli("plugin", "remove", "echo", "--yes")
+    names = [COURIER.name]
+    wait_for(lambda: [one["name"] for one in quiet.hosts[0].status()["plugins"]] == names, seconds(60), "it is there")
+    away.daemon.start(seconds(90))
+    line = "plugin echo was removed from the cluster on another host, and does nothing here"
+    wait_for(
+        lambda: any(line in one for one in away.daemon.json("status", code=None)["alarms"]),
+        seconds(60), "it does not say that the plugin has ended",
+    )  # fmt: skip
+    emitted = away.daemon.json("event", "emit", "deploy.completed", event("nobody's"))
+    assert "echo" not in emitted["plugins"]
+    away.daemon.cli("plugin", "remove", "echo", "--yes")
+
+
+def test_plugin_that_a_host_removes_while_it_is_cut_off_stays_with_the_others(quiet: Site, tmp_path: Path) -> None:
+    plugin, host = write_plugin(tmp_path / "kept"), quiet.hosts[2]
+    for one in quiet.hosts:
+        one.daemon.cli("plugin", "add", str(plugin), "--yes")
+    wait_for(lambda: "kept" in _listed(host)["h1"]["ready"], seconds(60), "others could not hold it")
+    with quiet.network.cut(both_ways([host.machine], quiet.server_machines)):
+        wait_for(lambda: not _listed(host)["h1"]["alive"], seconds(90), "the others are not silent")
+        host.daemon.cli("plugin", "remove", "kept", "--yes")
+    quiet.until_quiet(seconds(90))
+    wait_for(lambda: "kept" not in _listed(quiet.hosts[0])["h3"]["ready"], seconds(60), "its removal is not known")
+    last = quiet.hosts[0].status()["place"]
+    wait_for(lambda: quiet.hosts[0].status()["place"] > last + 5, seconds(60), "nothing is written any more")
+    assert "kept" in [one["name"] for one in quiet.hosts[0].status()["plugins"]]
+    for one in quiet.hosts[:2]:
+        one.daemon.cli("plugin", "remove", "kept", "--yes")
+    wait_for(
+        lambda: "kept" not in [one["name"] for one in quiet.hosts[2].status()["plugins"]],
+        seconds(60), "its last host has removed it",
+    )  # fmt: skip
+
+
 def test_older_copy_of_a_hosts_database_has_its_line_and_nothing_else_is_lost(
     quiet: Site, kept: Ledger, tmp_path: Path
 ) -> None:
@@ -201,7 +263,7 @@ def test_older_copy_of_a_hosts_database_has_its_line_and_nothing_else_is_lost(
         pass  # the first copy is made
     quiet.until_quiet(seconds(90))
     with _nothing_is_lost(quiet, kept):
-        wait_for(lambda: len(kept.events) >= 40, seconds(90), "no more events are handled")
+        _until_more(kept)
         with older_database(quiet, first, copies):
             pass
         wait_for(lambda: PUT_BACK in _lines(first), seconds(90), "the host does not say that its database is old")
@@ -246,7 +308,7 @@ def test_older_copy_of_one_servers_store_changes_nothing_for_the_hosts(
     before = {host.name: len(_problems(host)) for host in quiet.hosts}
     with _nothing_is_lost(quiet, kept):
         for server in quiet.servers:
-            wait_for(lambda: len(kept.events) >= 20, seconds(90), "no more events are handled")
+            _until_more(kept)
             with older_store(quiet, server, copies):
                 pass
             wait_for(quiet.replicas_are_current, seconds(90), "a server does not catch up")
