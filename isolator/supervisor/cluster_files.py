@@ -1,4 +1,4 @@
-"""Files that ``[cluster]`` of host.toml names: credentials, which root alone reads, and the authority's certificates."""
+"""Files that ``[cluster]`` of host.toml names: credentials, which root alone reads, and an authority's certificates."""
 
 from __future__ import annotations
 
