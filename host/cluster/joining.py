@@ -14,8 +14,8 @@ from host.cluster.problems import Kind
 from host.database.store import Store
 from isolator import __version__
 from isolator.base.lean import give_asyncio_tls
-from isolator.base.tls import context_of
 from isolator.errors import UnavailableError
+from isolator.policy.authority import context_of
 from isolator.policy.cluster import Cluster, stranger_in
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from isolator.base.tls import context_of
 from isolator.errors import IsolatorError
+from isolator.policy.authority import context_of
 from isolator.policy.cluster import Cluster, stranger_in
 from isolator.supervisor.secret_file import secrets_of
 
