@@ -105,6 +105,8 @@ class SqliteQueue(Listing):
         self._accepting: list[Accepting] | None = None
         self._seq = max(after, store.read(rows.newest_number))
         self._since_prune = self._pruned = 0
+        self.kept_back: Callable[[], str] = str
+        """Why events of this host reach no other at the moment; empty if they do, and where there is no other."""
         self.unreadable = 0
         """Deliveries whose rows are damaged; they are left alone."""
         self._recover(in_flight or {})

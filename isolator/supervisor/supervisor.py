@@ -314,6 +314,7 @@ async def _stop(table: PluginTable, services: Services, audit: AuditClient) -> N
     """Stop every plugin, then the services in reverse; the trail's last record is the daemon's stop."""
     started = time.monotonic()
     await table.close()
+    await services.host.give_up()
     if services.console is not None:
         await services.console.process.stop()
     await services.host.process.stop()
