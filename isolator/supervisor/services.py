@@ -145,7 +145,6 @@ class Services:
             audit.process.adopt(before["audit"], of_audit)
             broker.process.adopt(before["broker"], of_broker)
             host.process.adopt(before["host"], of_host)
-            host.door.open()  # nobody knows how long it was to be shut
             return
         async with self._zygotes.ready():  # one for all
             for process, ways in ((audit.process, of_audit), (broker.process, of_broker), (host.process, of_host)):

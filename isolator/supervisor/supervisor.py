@@ -203,10 +203,11 @@ async def running_daemon(
         else:
             assert kept_by is not None
             services.audit.adopt(before.audit)
-            alarms.adopt(before.alarms)
+            alarms.adopt(before.alarms, before.alarm_ends)
             tickets.adopt(before.tickets)
             served = {one.name: one for one in before.services}
             await services.start(table, handlers, served)
+            services.host.door.adopt(before.control_opens)
             # Until every plugin is as it was, nothing is awaited: what the host asks for would begin a run anew.
             registrar.adopt(before.staged)
             adopted = _adopt_plugins(table, context, before, kept_by)
