@@ -305,15 +305,16 @@ class Invocations:
         effective: EffectivePolicy,
         states: Iterable[InvocationState],
         kept_by: Launcher,
-    ) -> str:
-        """Go on with the invocations from before the exec; returns why one of them does not go on, if there is one."""
-        problem = ""
+    ) -> dict[str, str]:
+        """Go on with the invocations from before the exec; returns why some do not go on, by run."""
+        problems = {}
         for state in states:
             invocation = Invocation(self._context, registration, effective, state.run.id)
-            problem = invocation.take_over(state, kept_by) or problem
-            assert invocation.run is not None
-            self._own(invocation, invocation.watch(invocation.run))
-        return problem
+            if problem := invocation.take_over(state, kept_by):
+                problems[invocation.id] = problem
+            if invocation.run is not None:
+                self._own(invocation, invocation.watch(invocation.run))
+        return problems
 
     def _own(self, invocation: Invocation, life: Coroutine[Any, Any, None]) -> None:
         self._invocations[invocation.id] = invocation

@@ -106,8 +106,15 @@ class Tickets:
     def adopt(self, before: TicketsState) -> None:
         """Go on from the state before this process's exec, in place of ``start``."""
         for one in before.open:
-            self._keep(one.token, Ticket(one.uid, socket.socket(fileno=one.connection)), one.until)
-        self._listen(socket.socket(fileno=before.listener))
+            with contextlib.suppress(OSError):  # of that caller alone
+                self._keep(one.token, Ticket(one.uid, socket.socket(fileno=one.connection)), one.until)
+        try:
+            listener = socket.socket(fileno=before.listener)
+        except OSError as error:
+            logger.error("%s: listens anew: %s", self._path, error.strerror)
+            self.start()
+        else:
+            self._listen(listener)
 
     def close(self) -> None:
         """Stop listening and drop every ticket."""
