@@ -88,6 +88,31 @@ def test_state_of_another_format_is_refused_in_one_line(number: object) -> None:
         os.close(fd)
 
 
+def _places(value: Any) -> list[tuple[Any, Any]]:
+    """Each list or object in a value with each of its keys."""
+    keys: Any = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    return [(value, key) for key in keys] + [place for key in keys for place in _places(value[key])]
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_value_of_any_type_in_a_state_is_read_or_refused_in_one_line(data: st.DataObject) -> None:
+    state = data.draw(values(DaemonState))
+    whole = json.loads(json.dumps({"format": 3, "state": state.to_json(), "host_toml": ""}))
+    place, key = data.draw(st.sampled_from(_places(whole)))
+    if data.draw(st.booleans()):
+        del place[key]
+    else:
+        place[key] = data.draw(JSON | st.dictionaries(st.text(max_size=3), JSON, max_size=2))
+    fd = make_sealed(json.dumps(whole).encode())
+    try:
+        formats.read(fd)
+    except IsolatorError as error:
+        assert "\n" not in str(error)
+    finally:
+        os.close(fd)
+
+
 def test_file_that_somebody_could_still_change_is_refused() -> None:
     fd = os.memfd_create("state", os.MFD_ALLOW_SEALING)
     try:

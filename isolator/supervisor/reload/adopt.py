@@ -78,9 +78,11 @@ def launcher(before: DaemonState) -> Launcher:
 
 
 def subtree(before: SubtreeState, optional: frozenset[str]) -> Subtree:
-    """The daemon's own control groups, as they were found at its first start; raises IsolatorError without any."""
-    if not os.path.isdir(before.unified):
-        raise IsolatorError("state of the daemon before", f"{before.unified} is no control group", "start it again")
+    """The daemon's own control groups, as they were found at its first start; raises IsolatorError for other folders."""
+    optional_ones = [folder for folder in (before.blkio, before.cpuset) if folder is not None]
+    for folder in (before.unified, *before.v1.values(), *optional_ones):
+        if not folder.startswith("/") or not os.path.isdir(folder):
+            raise IsolatorError("state of the daemon before", f"{folder!r} is no control group", "start it again")
     return Subtree(
         Path(before.unified),
         {name: Path(path) for name, path in before.v1.items()},

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -90,7 +91,8 @@ def _take(path: Path) -> str:
 def _at_exec(root: Path, words: str) -> None:
     """``fail``: as if the program were gone; ``term``, ``hup``: a signal comes; ``kill PID``; ``pause SECONDS``;
     ``leak``: a descriptor, a child and a zombie that nobody names; ``loosen PLUGIN``: its cap on tasks is lifted;
-    ``spoil``: host.toml is half written."""
+    ``spoil``: host.toml is half written; ``another thread``: not the main one executes; ``unlink KEY``: the
+    other end of the socket that the state has there is told its end."""
     for line in words.splitlines():
         word, _, value = line.partition(" ")
         if word == "fail":
@@ -104,6 +106,10 @@ def _at_exec(root: Path, words: str) -> None:
             for folder in recovery.subtree_folders(Paths.of(root)):
                 for cap in folder.glob(f"{value}.*/pids.max"):
                     cap.write_text("max")
+        if word == "unlink":
+            mine, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            other.close()
+            os.dup2(mine.fileno(), json.loads((root / "state.json").read_text())[value], inheritable=True)
         if word == "spoil":
             Paths.of(root).host_toml.write_text("[roles\n")
         if word == "pause":
@@ -221,7 +227,12 @@ def main() -> None:
 
     def execute(*arguments: Any) -> None:
         reached("exec")
-        _at_exec(root, _take(root / "at-exec"))
+        words = _take(root / "at-exec")
+        _at_exec(root, words)
+        if words == "another thread":
+            thread = threading.Thread(target=execve, args=arguments)
+            thread.start()
+            thread.join()
         execve(*arguments)
 
     os.execve = execute  # type: ignore[assignment]
