@@ -118,12 +118,10 @@ async def test_connection_is_kept_if_a_request_may_not_be_begun_once_it_is_there
 
 async def test_connection_over_which_a_request_is_not_written_yet_goes_to_the_next_host() -> None:
     delivery, link, plugin, outcomes = made()
-    outcomes.begin = lambda *_: None  # type: ignore[method-assign] # it is being counted and recorded
+    counted = asyncio.Event()
+    outcomes.begin = lambda *_: counted.set()  # type: ignore[method-assign] # and is not recorded yet
     task = asyncio.create_task(deliver(delivery))
-    while not plugin.ends or not delivery.busy:
-        await asyncio.sleep(0)
-    for _ in range(5):
-        await asyncio.sleep(0)
+    await counted.wait()
     departure = Departure()
     state = delivery.pass_on(departure)
     assert state.request is None and state.prepared_run == "run"
