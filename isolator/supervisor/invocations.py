@@ -19,7 +19,7 @@ from isolator.audit.snapshots import snapshot
 from isolator.cage.processes import CageExit
 from isolator.errors import ExecError, IsolatorError, UnavailableError, UsageError
 from isolator.ipc.messages import InvocationEnded, InvocationStarted, Origin, StartInvocation
-from isolator.ipc.tasks import Tasks
+from isolator.ipc.tasks import Tasks, unless
 from isolator.layers.ledger import EVERY_LAYER
 from isolator.linux.descriptors import FdSet
 from isolator.linux.memfd import is_sealed
@@ -97,8 +97,8 @@ class Invocation:
         try:
             with self.waits:
                 await self._wait(run)
-                if self._context.rest.coming:
-                    await self._context.rest.opened()
+                if self._context.rest.coming:  # who stops it is waited for, and so is not to wait for that
+                    await unless(self._stop, self._context.rest.opened())
             end = await run.ended()
             origin = Origin.OPERATOR if self._stop.is_set() and end.cause == "stopped" else run.origin
             self._record_end(run, end, origin)

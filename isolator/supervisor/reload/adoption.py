@@ -7,7 +7,6 @@ crash that was no fault of its own.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
 from collections import Counter
@@ -93,9 +92,13 @@ class Adoption:
         """Have the new launcher keep every cage, and end the one before, which keeps none then."""
         cages = [run.cage for plugin in table.plugins.values() for run in plugin.runs]
         for cage in (*cages, *(runners.cages if runners is not None else ())):
-            # It has ended, and its group is gone; or a launcher has died: whose runs end, its watch sees to.
-            with contextlib.suppress(FileNotFoundError, UnavailableError):
+            try:
                 await cage.be_kept_by(self._context.runtime.launcher)
+            except (FileNotFoundError, UnavailableError):
+                pass  # it has ended, and its group is gone; or a launcher has died, and its watch ends the runs
+            except Exception as error:  # whatever it was, the others are kept
+                report(asyncio.get_running_loop(), f"change of the launcher of {cage.spec.leaf}", error)
+                cage.kill()
         self._kept_by.close()
 
     def _clear(self, name: str, cage: CageState, fds: Iterable[int]) -> None:
