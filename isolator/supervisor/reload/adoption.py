@@ -52,9 +52,10 @@ class Adoption:
                 problems = plugin.take_over(one, self._kept_by)
             except Exception as error:  # whatever it was, the others go on
                 problems = dict.fromkeys(problems, self._fault(one.name, error))
+        known = {run.id for run in plugin.runs} if plugin is not None else set()
+        problems |= {run.id: "nobody wants it" for run in runs if run.id not in known | problems.keys()}
         for lost, problem in problems.items():
             _logger.error("run %s of plugin %s was not taken over: %s", lost, one.name, problem)
-        known = {run.id for run in plugin.runs} if plugin is not None else set()
         if one.run is not None and one.run.id not in known:
             self._end(one.name, one.run, PluginCrashed(cause=_CAUSE, origin=Origin.DAEMON, reason=problems[one.run.id]))
         for invocation in one.invocations:

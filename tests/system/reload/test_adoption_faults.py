@@ -25,6 +25,7 @@ ALWAYS = (
     ("tickets", "listener"),
     ("plugins", 0, "run", "cage", "pidfd"),
     ("plugins", 0, "run", "id"),
+    ("plugins", 1, "wanted"),
     ("launcher_pid",),
 )
 """Parts of a state that the default run spoils."""
