@@ -78,7 +78,7 @@ def launcher(before: DaemonState) -> Launcher:
 
 
 def subtree(before: SubtreeState, optional: frozenset[str]) -> Subtree:
-    """The daemon's own control groups, as they were found at its first start; raises IsolatorError for other folders."""
+    """The daemon's own control groups, as found at its first start; raises IsolatorError for other folders."""
     optional_ones = [folder for folder in (before.blkio, before.cpuset) if folder is not None]
     for folder in (before.unified, *before.v1.values(), *optional_ones):
         if not folder.startswith("/") or not os.path.isdir(folder):
