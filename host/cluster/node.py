@@ -27,7 +27,7 @@ from host.cluster.footing import RETRY, Footing
 from host.cluster.holding import Holding
 from host.cluster.lease import HOLD
 from host.cluster.life import Life
-from host.cluster.log import Facts, Log, LogUnavailableError
+from host.cluster.log import QUESTION, Facts, Log, LogUnavailableError
 from host.cluster.outbox import Outbox, OutboxFullError
 from host.cluster.parts import Parts, Settings
 from host.cluster.problems import FINAL, Kind, LogTroubles, Problems, StoppedError
@@ -38,8 +38,6 @@ from isolator.errors import IsolatorError
 
 ANSWER: Final = 2.0
 """Seconds for an answer of another host."""
-QUESTION: Final = 4096
-"""Bytes of a question that is answered."""
 _logger = logging.getLogger(__name__)
 
 
