@@ -42,6 +42,10 @@ from host.cluster.entries import (
 
 MAX_TYPES = 1000
 """Event types of a cluster."""
+MAX_PLUGINS = 4096
+"""Plugins of a cluster, and shards of all of them: what one host writes into the fold, every host keeps in memory."""
+MAX_HOOKS = 16 << 10
+"""Characters of the events that a plugin wants, and of its labels."""
 MAX_RETIRED = 16
 """Earlier outboxes of a host that the fold remembers."""
 
@@ -264,11 +268,36 @@ class _Folding:
                 self._state.lost.pop((plugin.name, number), None)
             del self._state.plugins[plugin.name]
             self._store.forget(plugin.name)
+            self._forget_freed()
             return ""
+        if void := self._too_much(plugin):
+            return void
         if known is not None and (known.plugin.shards, known.plugin.placement) != (plugin.shards, plugin.placement):
             return "shards and placement change only with a removal"
         self._state.plugins[plugin.name] = Incarnation(plugin, known.began if known else self._state.place)
         return ""
+
+    def _too_much(self, plugin: Plugin) -> str:
+        """Why a plugin is more than all hosts are to keep of it, if it is."""
+        if sum(map(len, (*plugin.hooks, *plugin.labels))) > MAX_HOOKS:
+            return "it wants too many events"
+        plugins = self._state.plugins
+        if plugin.name not in plugins:
+            shards = plugin.shards + sum(one.plugin.shards for one in plugins.values())
+            if shards > MAX_PLUGINS:
+                return f"there are {MAX_PLUGINS} plugins and shards"
+        return ""
+
+    def _forget_freed(self) -> None:
+        """Forget the oldest shards that were freed, of plugins that there are no more, beyond a bound.
+
+        Whoever held one has read that long since: so many removals take more than the seconds of a lease.
+        """
+        freed, plugins = self._state.freed, self._state.plugins
+        if len(freed) > 2 * MAX_PLUGINS:
+            gone = sorted((one.place, shard) for shard, one in freed.items() if shard[0] not in plugins)
+            for _, shard in gone[: len(freed) - 2 * MAX_PLUGINS]:
+                del freed[shard]
 
     def _register(self, entry: EventType) -> str:
         types = self._state.types

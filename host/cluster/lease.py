@@ -15,7 +15,7 @@ import math
 import time
 from typing import Final
 
-from host.cluster.entries import Number
+from host.cluster.entries import Beat, Number, Plugin
 from host.cluster.fold import Shard, State
 from host.cluster.placement import pick
 
@@ -111,11 +111,12 @@ class Watch:
 
     def claimable(self, state: State, now: float) -> list[Shard]:
         """The shards that this host should claim: it is their place, and nobody may act on them any more."""
-        alive, found = self.alive(state, now), []
+        found = []
+        alive = {host: Said(state.member(host).beat) for host in self.alive(state, now)}
         for name, known in state.plugins.items():
             if known.plugin.placement != "one":
                 continue
-            ready = [host for host in alive if _fits(state, host, name)]
+            ready = [host for host, said in alive.items() if said.fits(known.plugin)]
             for number in range(known.plugin.shards):
                 shard = (name, number)
                 if self._is_free(state, shard, now) and pick(shard, ready) == self._host:
@@ -133,6 +134,12 @@ class Watch:
         return self._freed.get(shard, (0, self._began))[1] + SILENCE
 
 
-def _fits(state: State, host: str, name: str) -> bool:
-    beat = state.member(host).beat
-    return name in beat.ready and {*state.plugins[name].plugin.labels} <= {*beat.labels}
+class Said:
+    """A host's beat, which may be long, as each plugin is looked for in it."""
+
+    def __init__(self, beat: Beat) -> None:
+        self.ready, self.lacking, self.labels = {*beat.ready}, {*beat.lacking}, {*beat.labels}
+
+    def fits(self, plugin: Plugin) -> bool:
+        """Whether the host could hold a plugin."""
+        return plugin.name in self.ready and self.labels.issuperset(plugin.labels)

@@ -22,7 +22,7 @@ from host.database.store import Store as Database
 EVERYBODY: Final = "iso.ask"
 CHUNK: Final = 200 << 10
 LARGEST: Final = 64 << 20
-"""Bytes of a copy, compressed; unpacked at most sixteen times that."""
+"""Bytes of a copy, compressed; unpacked at most four times that."""
 EVERY: Final = 86400.0
 LEAST: Final = 10_000
 """Places between two copies, at least; seconds by the log's time, otherwise."""
@@ -111,7 +111,7 @@ async def fetch(log: Log, facts: Facts) -> dict[str, Any]:
             raise LogUnavailableError(f"{host[:64]} has dropped the copy that it offered")
         packed += piece
     opener = zlib.decompressobj()
-    found: dict[str, Any] = json.loads(opener.decompress(packed, 16 * LARGEST))
+    found: dict[str, Any] = json.loads(opener.decompress(packed, 4 * LARGEST))
     if found.get("format") != _FORMAT or found.get("log") != facts.created or found.get("place") != place:
         raise ValueError(f"{host[:64]} sent a copy of another log or version")
     return found

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Final
 
 from host.cluster.fold import State
-from host.cluster.lease import SILENCE
+from host.cluster.lease import SILENCE, Said
 
 LASTS: Final = SILENCE + 8.0
 """Seconds for which it has to be so: hosts that start, and versions that change, take less."""
@@ -23,7 +23,8 @@ class Unheld:
 
     def look(self, state: State, alive: Collection[str], now: float) -> None:
         """Look who could hold what; ``alive``: the hosts that are not silent, ``now`` by this host's clock."""
-        found = {name: line for name in state.plugins if (line := _why(state, name, alive)) is not None}
+        said = {host: Said(member.beat) for host, member in state.members.items()}
+        found = {name: line for name in state.plugins if (line := _why(state, name, alive, said)) is not None}
         self._since = {name: self._since.get(name, now) for name in found}
         self.lines = {name: found[name] for name in sorted(found) if now - self._since[name] >= LASTS}
 
@@ -35,7 +36,7 @@ class Unheld:
         return "; ".join(lines[:_SHOWN]) + more if lines else None
 
 
-def _why(state: State, name: str, alive: Collection[str]) -> str | None:
+def _why(state: State, name: str, alive: Collection[str], said: Mapping[str, Said]) -> str | None:
     """The reason why no living host can hold a plugin, and what to do; None if one can, or holds all of it."""
     plugin = state.plugins[name].plugin
     if plugin.placement != "one":
@@ -43,16 +44,15 @@ def _why(state: State, name: str, alive: Collection[str]) -> str | None:
     leases = [state.leases.get((name, shard)) for shard in range(plugin.shards)]
     if all(lease is not None and lease.holder in alive for lease in leases):
         return None
-    beats = {host: member.beat for host, member in state.members.items()}
-    having = [host for host in alive if host in beats and name in beats[host].ready]
-    if any({*plugin.labels} <= {*beats[host].labels} for host in having):
+    having = [host for host in alive if host in said and name in said[host].ready]
+    if any(said[host].fits(plugin) for host in having):
         return None
     nobody = f"nobody holds plugin {name}, and its events wait: "
     if having:
         labels = ", ".join(plugin.labels)
         why = f"no living host that has it ({_some(having)}) has the labels {labels}"
         return f"{nobody}{why}; isolator cluster place {name} with other labels"
-    lacking = [host for host in alive if host in beats and name in beats[host].lacking]
+    lacking = [host for host in alive if host in said and name in said[host].lacking]
     if lacking:
         have = "has" if len(lacking) == 1 else "have"
         why = f"{_some(lacking)} {have} it, and not the events, which the log has no more"
@@ -60,7 +60,7 @@ def _why(state: State, name: str, alive: Collection[str]) -> str | None:
             f"isolator plugin add it on a host that has read them, or isolator cluster place {name} --anew without them"
         )
         return f"{nobody}{why}; {remedy}"
-    gone = [host for host, beat in beats.items() if host not in alive and name in beat.ready]
+    gone = [host for host, one in said.items() if host not in alive and name in one.ready]
     silent = f" ({_some(gone)} had it, and {'is' if len(gone) == 1 else 'are'} silent)" if gone else ""
     remedy = f"isolator plugin add or enable it on a living one, or isolator plugin remove --cluster {name}"
     return (

@@ -14,11 +14,11 @@ from typing import Final
 
 from host.cluster.delivery.places import Local, Place, Read, Subscriptions, is_later, shard_of_event
 from host.cluster.delivery.queue import ClusterQueue
-from host.cluster.entries import EventRef, Opened, Position, Range, Replay
+from host.cluster.entries import MAX_OPEN, EventRef, Opened, Position, Range, Replay
 from host.cluster.fold import Shard
 from host.queue.interface import FINAL, Delivery, Result, Subscriber
 
-MOST_OPEN: Final = 1000
+MOST_OPEN: Final = MAX_OPEN
 """Deliveries of a cursor that are not final; beyond that it reads no further."""
 MOST_ENDED: Final = 256
 """Deliveries of a shard that have ended and stand in no position that was read back; no move repeats more of them."""
@@ -103,7 +103,9 @@ class Held(Cursor):
         subscriptions: Subscriptions,
         gave_up: Callable[[Held, EventRef, str], None],
     ) -> None:
-        self.read = {ref.host: ref for ref in position.read} if position is not None else {}
+        # Who has held it may be hostile: what it says of senders that there are not would be in every later position.
+        members = queue.places.state.members
+        self.read = {ref.host: ref for ref in position.read if ref.host in members} if position is not None else {}
         at = queue.store.read(lambda db: queue.places.begin(db, self.read, began))
         super().__init__(shard[0], queue, subscriptions, at)
         self.shard, self.epoch, self._shards, self._gave_up = shard, epoch, shards, gave_up

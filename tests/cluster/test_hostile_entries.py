@@ -1,0 +1,133 @@
+"""Entries of a hostile host, which only it would write: no other host stops, and what is bounded stays so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from host.cluster import fold as folding
+from host.cluster.delivery.unread import bounded
+from host.cluster.entries import (
+    MAX_LOST,
+    MAX_OPEN,
+    MAX_READ,
+    Beat,
+    Claim,
+    Entry,
+    EventRef,
+    Message,
+    Number,
+    Opened,
+    Plugin,
+    Position,
+    Range,
+    Release,
+    encode,
+)
+from host.cluster.fold import State, fold
+from host.cluster.problems import FINAL
+from tests.cluster.queues import Hosts, Make
+from tests.cluster.simulation import MemoryStore
+
+P = ("p", 0)
+Write = Callable[[State], Sequence[Entry]]
+
+
+class _Hostile:
+    """A host with credentials of its own, that writes what it likes."""
+
+    def __init__(self, hosts: Hosts) -> None:
+        self._hosts, self._number = hosts, 1
+
+    async def writes(self, write: Write) -> None:
+        hosts = self._hosts
+        entries = tuple(write(hosts.hosts[0].node.state))
+        body = encode(Message("evil", "ctl", Number(1, self._number), entries))
+        self._number += len(entries)
+        hosts.servers.put("iso.ctl.evil", body)
+        await hosts.passes(1.0)
+
+
+def _claim(state: State) -> Sequence[Entry]:
+    return [state.claim(P)]
+
+
+def _epoch(state: State) -> int:
+    assert state.leases[P].holder == "evil"
+    return state.leases[P].epoch
+
+
+def _says(position: Callable[[State, int], Position]) -> Write:
+    return lambda state: [Beat(positions=(position(state, _epoch(state)),))]
+
+
+def _release(state: State) -> Sequence[Entry]:
+    return [Release(*P, _epoch(state))]
+
+
+def _strangers(count: int) -> tuple[EventRef, ...]:
+    return tuple(EventRef(f"ghost{number}", number, number) for number in range(count))
+
+
+@pytest.mark.parametrize(
+    "writes",
+    [
+        [lambda state: [state.claim(P), Plugin("p", "d", removed=True)], lambda _: [Plugin("p", "d")]],
+        [lambda state: [state.claim(P), Plugin("p", "d", removed=True), Plugin("p", "d", shards=3)]],
+        [
+            _claim,
+            _says(lambda _, epoch: Position(*P, epoch, (), tuple(Opened(ref, 1, 1) for ref in _strangers(MAX_OPEN)))),
+            _release,
+        ],
+        [_claim, _says(lambda _, epoch: Position(*P, epoch, _strangers(MAX_READ))), _release],
+        [
+            _claim,
+            _says(lambda _, epoch: Position(*P, epoch, tuple(EventRef("h0", n, n) for n in range(900)))),
+            _release,
+        ],
+    ],
+    ids=["claimed and removed", "with other shards", "events of nobody open", "of nobody read", "of many outboxes"],
+)
+async def test_no_host_stops_over_what_a_hostile_one_writes_of_a_plugin(make: Make, writes: list[Write]) -> None:
+    hosts = make()
+    await hosts.start(Plugin("p", "d"))
+    await hosts.until(lambda: hosts.holder("p"))
+    hostile = _Hostile(hosts)
+    for write in writes:
+        await hostile.writes(write)
+    await hosts.until(lambda: hosts.holder("p"))
+    await hosts.emit(hosts.hosts[0], "a")
+    await hosts.until(lambda: hosts.all_handled("p"))
+    for host in hosts.hosts:
+        assert host.node.is_member and not {*host.node.problems.lines} & FINAL
+        for position in host.node.state.positions.values():
+            assert len(position.read) <= len(host.node.state.members)
+
+
+def test_ranges_of_lost_events_fit_one_entry_whoever_made_them_up() -> None:
+    some = [Range(f"ghost{number}", number, 1, 2) for number in range(1000)]
+    assert len(bounded(some)) == MAX_LOST // 2
+    assert bounded(some[:3]) == some[:3]
+
+
+def _fold(state: State, *entries: Entry) -> list[str]:
+    number = state.member("evil").decisions.number + 1
+    message = Message("evil", "ctl", Number(1, number), entries)
+    return [one.void for one in fold(state, MemoryStore(), message, state.place + 1, 1.0)]
+
+
+def test_plugins_of_a_cluster_and_what_is_kept_of_each_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folding, "MAX_PLUGINS", 10)
+    state = State()
+    assert _fold(state, Plugin("a", "d", shards=6), Plugin("b", "d", shards=4)) == ["", ""]
+    assert _fold(state, Plugin("c", "d")) == ["there are 10 plugins and shards"]
+    assert _fold(state, Plugin("a", "e", shards=6)) == [""], "another version of one that there is"
+    assert _fold(state, Plugin("b", "d", hooks=("x" * 1000,) * 17)) == ["it wants too many events"]
+    for number in range(50):
+        _fold(state, Plugin("b", "d", removed=True))
+        name = f"p{number}"
+        held = [Plugin(name, "d", shards=4), *(Claim(name, shard, "d") for shard in range(4))]
+        assert _fold(state, *held, Plugin(name, "d", removed=True)) == [""] * 6
+    newest = {("p49", shard) for shard in range(4)}
+    assert len(state.freed) == 20 and newest < {*state.freed}
