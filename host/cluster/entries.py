@@ -25,6 +25,8 @@ MAX_MESSAGE: Final = 256 << 10
 MAX_ENTRIES: Final = 4096
 MAX_OPEN: Final = 1000
 """Deliveries of a shard that are not final: whoever holds it reads no further."""
+MAX_TIMES: Final = 1_000_000
+"""Attempts of a delivery that a position tells of; more are no more."""
 MAX_READ: Final = 1000
 """Senders that a position tells of."""
 MAX_LOST: Final = 256
@@ -39,6 +41,7 @@ Stream = Literal["ev", "ctl"]
 Name = Annotated[str, StringConstraints(max_length=1024)]
 Host = Annotated[str, StringConstraints(max_length=63)]
 Whole = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
+Times = Annotated[int, Field(ge=0, le=MAX_TIMES)]
 _SUBJECT = re.compile(r"iso\.(ev|ctl)\.([a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?)\Z")
 _FORMAT_ALONE = re.compile(rb'"format":(?!1\})[0-9]+\}\Z')
 _CHECKED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -98,8 +101,8 @@ class Opened(NamedTuple):
     """A delivery that is not final, with the attempts that were sent and those that ended in a crash."""
 
     event: EventRef
-    attempts: Whole
-    crashes: Whole
+    attempts: Times
+    crashes: Times
 
 
 @dataclass(frozen=True, slots=True, config=_CHECKED)

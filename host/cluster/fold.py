@@ -13,9 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Protocol, TypeVar
-
-from pydantic import BeforeValidator, PlainSerializer
+from typing import Protocol
 
 from host.cluster.entries import (
     MAX_LOST,
@@ -51,15 +49,6 @@ MAX_RETIRED = 16
 
 Shard = tuple[str, int]
 """A plugin's name and the number of one of its shards."""
-
-
-_T = TypeVar("_T")
-ByShard = Annotated[
-    dict[Shard, _T],
-    PlainSerializer(lambda by: [*by.items()]),
-    BeforeValidator(lambda pairs: {tuple(key): value for key, value in pairs} if isinstance(pairs, list) else pairs),
-]
-"""JSON has pairs in its place."""
 
 
 class Store(Protocol):
@@ -123,17 +112,17 @@ class Incarnation:
 
 @dataclass(slots=True)
 class State:
-    """The sum of a log up to ``place``, where the log's newest time is ``time``. Pydantic makes JSON of it."""
+    """The sum of a log up to ``place``, where the log's newest time is ``time``."""
 
     place: int = 0
     time: float = 0.0
     digest: str = ""
     members: dict[str, Member] = field(default_factory=dict)
     plugins: dict[str, Incarnation] = field(default_factory=dict)
-    leases: ByShard[Lease] = field(default_factory=dict)
-    freed: ByShard[Freed] = field(default_factory=dict)
-    positions: ByShard[Position] = field(default_factory=dict)
-    lost: ByShard[tuple[Range, ...]] = field(default_factory=dict)
+    leases: dict[Shard, Lease] = field(default_factory=dict)
+    freed: dict[Shard, Freed] = field(default_factory=dict)
+    positions: dict[Shard, Position] = field(default_factory=dict)
+    lost: dict[Shard, tuple[Range, ...]] = field(default_factory=dict)
     """The newest events of a shard, at most ``MAX_LOST`` ranges, that its position is behind and that it never got."""
     types: dict[str, EventType] = field(default_factory=dict)
 

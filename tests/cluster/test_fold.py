@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import TypeAdapter
 
 from host.cluster.entries import (
     MAX_LOST,
@@ -206,18 +205,6 @@ def test_repetitions_anywhere_change_nothing(written: list[Any], chance: Any) ->
     assert {host: (one.events, one.decisions) for host, one in noisy.state.members.items()} == {
         host: (one.events, one.decisions) for host, one in clean.state.members.items()
     }
-
-
-@settings(deadline=None)
-@given(batches)
-def test_state_comes_back_from_its_json_and_goes_on_alike(written: list[Any]) -> None:
-    log, kept = Log(), TypeAdapter(State)
-    for host, (_, some) in written:
-        log.put(host, *some)
-    again = Log()
-    again.state, again.store, again.place = kept.validate_json(kept.dump_json(log.state)), log.store, log.place
-    assert again.state == log.state
-    assert log.put("z", Beat()) == again.put("z", Beat()) and again.state == log.state
 
 
 def test_entries_come_back_as_they_were_written() -> None:

@@ -12,9 +12,11 @@ from host.cluster.entries import (
     MAX_LOST,
     MAX_OPEN,
     MAX_READ,
+    MAX_TIMES,
     Beat,
     Claim,
     Entry,
+    Event,
     EventRef,
     Message,
     Number,
@@ -23,7 +25,9 @@ from host.cluster.entries import (
     Position,
     Range,
     Release,
+    Stream,
     encode,
+    subject,
 )
 from host.cluster.fold import State, fold
 from host.cluster.problems import FINAL
@@ -38,14 +42,15 @@ class _Hostile:
     """A host with credentials of its own, that writes what it likes."""
 
     def __init__(self, hosts: Hosts) -> None:
-        self._hosts, self._number = hosts, 1
+        self._hosts, self._numbers = hosts, {"ctl": 1, "ev": 1}
 
     async def writes(self, write: Write) -> None:
         hosts = self._hosts
         entries = tuple(write(hosts.hosts[0].node.state))
-        body = encode(Message("evil", "ctl", Number(1, self._number), entries))
-        self._number += len(entries)
-        hosts.servers.put("iso.ctl.evil", body)
+        stream: Stream = "ev" if isinstance(entries[0], Event) else "ctl"
+        body = encode(Message("evil", stream, Number(1, self._numbers[stream]), entries))
+        self._numbers[stream] += len(entries)
+        hosts.servers.put(subject("evil", stream), body)
         await hosts.passes(1.0)
 
 
@@ -60,6 +65,15 @@ def _epoch(state: State) -> int:
 
 def _says(position: Callable[[State, int], Position]) -> Write:
     return lambda state: [Beat(positions=(position(state, _epoch(state)),))]
+
+
+def _emit(_: State) -> Sequence[Entry]:
+    moments = '"time": "2098-12-31T00:00:00Z", "expirytime": "2099-01-01T00:00:00Z"'
+    return [Event(f'{{"id": "ev_{7:028x}", "type": "a.b", "data": {{}}, {moments}}}')]
+
+
+def _event_of(state: State) -> EventRef:
+    return EventRef("evil", *state.member("evil").events)
 
 
 def _release(state: State) -> Sequence[Entry]:
@@ -80,6 +94,12 @@ def _strangers(count: int) -> tuple[EventRef, ...]:
             _says(lambda _, epoch: Position(*P, epoch, (), tuple(Opened(ref, 1, 1) for ref in _strangers(MAX_OPEN)))),
             _release,
         ],
+        [
+            _emit,
+            _claim,
+            _says(lambda state, epoch: Position(*P, epoch, (), (Opened(_event_of(state), MAX_TIMES, MAX_TIMES),))),
+            _release,
+        ],
         [_claim, _says(lambda _, epoch: Position(*P, epoch, _strangers(MAX_READ))), _release],
         [
             _claim,
@@ -87,16 +107,25 @@ def _strangers(count: int) -> tuple[EventRef, ...]:
             _release,
         ],
     ],
-    ids=["claimed and removed", "with other shards", "events of nobody open", "of nobody read", "of many outboxes"],
+    ids=[
+        "claimed and removed",
+        "with other shards",
+        "events of nobody open",
+        "attempts without number",
+        "of nobody read",
+        "of many outboxes",
+    ],
 )
 async def test_no_host_stops_over_what_a_hostile_one_writes_of_a_plugin(make: Make, writes: list[Write]) -> None:
     hosts = make()
     await hosts.start(Plugin("p", "d"))
     await hosts.until(lambda: hosts.holder("p"))
-    hostile = _Hostile(hosts)
+    hostile, hosts.failing = _Hostile(hosts), 1.0
     for write in writes:
         await hostile.writes(write)
     await hosts.until(lambda: hosts.holder("p"))
+    await hosts.passes(5.0)
+    hosts.failing = 0.0
     await hosts.emit(hosts.hosts[0], "a")
     await hosts.until(lambda: hosts.all_handled("p"))
     for host in hosts.hosts:

@@ -14,7 +14,7 @@ from typing import Final
 
 from host.cluster.delivery.places import Local, Place, Read, Subscriptions, is_later, shard_of_event
 from host.cluster.delivery.queue import ClusterQueue
-from host.cluster.entries import MAX_OPEN, EventRef, Opened, Position, Range, Replay
+from host.cluster.entries import MAX_OPEN, MAX_TIMES, EventRef, Opened, Position, Range, Replay
 from host.cluster.fold import Shard
 from host.queue.interface import FINAL, Delivery, Result, Subscriber
 
@@ -195,7 +195,8 @@ class Held(Cursor):
 
     def position(self) -> Position:
         """How far this host is with the shard."""
-        opened = tuple(Opened(ref, one.attempts, one.crashes) for ref, one in self.open.items())
+        times = ((ref, min(one.attempts, MAX_TIMES), min(one.crashes, MAX_TIMES)) for ref, one in self.open.items())
+        opened = tuple(Opened(*one) for one in times)
         return Position(*self.shard, self.epoch, tuple(self.read[host] for host in sorted(self.read)), opened)
 
     @property
