@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +32,7 @@ from host.cluster.entries import (
 )
 from host.cluster.fold import State, fold
 from host.cluster.problems import FINAL
+from tests.cluster.hosts import Cluster
 from tests.cluster.queues import Hosts, Make
 from tests.cluster.simulation import MemoryStore
 
@@ -160,3 +162,27 @@ def test_plugins_of_a_cluster_and_what_is_kept_of_each_are_bounded(monkeypatch: 
         assert _fold(state, *held, Plugin(name, "d", removed=True)) == [""] * 6
     newest = {("p49", shard) for shard in range(4)}
     assert len(state.freed) == 20 and newest < {*state.freed}
+
+
+async def test_shard_that_a_hostile_host_takes_and_gives_away_has_one_actor(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path)
+    await cluster.start()
+    first = await cluster.settled()
+    first.log.cut = True
+    await cluster.passes(30)
+    first.log.cut = False
+    await cluster.passes(10)
+    holder, state = cluster.holder(), first.node.state
+    assert holder is not first  # which is the first to take it up again
+    holder.log.cut = True
+    numbers = iter(range(1, 3))
+
+    async def writes(entry: Entry) -> None:
+        cluster.servers.put("iso.ctl.evil", encode(Message("evil", "ctl", Number(1, next(numbers)), (entry,))))
+        await cluster.passes(0.5)
+
+    await writes(state.claim(P))
+    await writes(Release(*P, _epoch(state)))
+    await cluster.passes(40)  # the one that is cut off may act for some seconds yet
+    assert cluster.holder() is not holder
+    await cluster.stop()
