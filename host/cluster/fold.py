@@ -162,6 +162,7 @@ class _Folding:
     def __init__(self, state: State, store: Store, host: str) -> None:
         self._state, self._store, self._host = state, store, host
         self._member = state.members.setdefault(host, Member())
+        self._claimed: set[Shard] = set()
 
     def apply(self, message: Message) -> Iterator[Applied]:
         for offset, entry in enumerate(message.entries):
@@ -242,6 +243,9 @@ class _Folding:
             return f"held by {expected.holder}" if expected.holder else "it is free"
         if claim.cited != expected.cited and claim.holder != self._host:
             return "its holder has written since" if claim.holder else "it was held since"
+        if shard in self._claimed:
+            return "claimed by this message"  # its epoch, the place, would name two holdings
+        self._claimed.add(shard)
         self._state.freed.pop(shard, None)
         self._state.leases[shard] = Lease(self._host, self._state.place)
         return ""

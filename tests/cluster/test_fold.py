@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -122,6 +123,15 @@ def test_what_a_holder_calls_lost_is_kept_within_bounds_until_the_plugin_ends() 
     assert len(log.state.lost["p", 0]) == MAX_LOST and one not in log.state.lost["p", 0]
     log.put("b", Plugin("p", "", removed=True))
     assert log.state.lost == {}
+
+
+def test_message_claims_a_shard_once() -> None:
+    log = Log()
+    log.put("a", Plugin("p", "d1"))
+    claim, again = Claim("p", 0, "d1"), Claim("p", 0, "d1", "", Number(0, 2))
+    assert log.put("b", claim, replace(claim, holder="b"), Release("p", 0, 2), again) == [
+        "", "claimed by this message", "", "claimed by this message",
+    ]  # fmt: skip
 
 
 def test_late_work_of_an_earlier_epoch_is_void() -> None:
