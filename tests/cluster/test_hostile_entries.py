@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from host.cluster import fold as folding
+from host.cluster import snapshots
 from host.cluster.delivery.unread import bounded
 from host.cluster.entries import (
     MAX_LOST,
@@ -31,7 +33,10 @@ from host.cluster.entries import (
     subject,
 )
 from host.cluster.fold import State, fold
+from host.cluster.log import Facts
 from host.cluster.problems import FINAL
+from host.cluster.store import make_tables
+from host.database.store import Store
 from tests.cluster.hosts import Cluster
 from tests.cluster.queues import Hosts, Make
 from tests.cluster.simulation import MemoryStore
@@ -186,3 +191,20 @@ async def test_shard_that_a_hostile_host_takes_and_gives_away_has_one_actor(tmp_
     await cluster.passes(40)  # the one that is cut off may act for some seconds yet
     assert cluster.holder() is not holder
     await cluster.stop()
+
+
+@pytest.mark.parametrize(("most", "made"), [(snapshots.UNPACKED, True), (1000, False)])
+async def test_fold_that_a_holder_has_filled_is_not_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, made: bool
+) -> None:
+    monkeypatch.setattr(snapshots, "UNPACKED", most)
+    database = Store(tmp_path / "db")
+
+    def fill(db: sqlite3.Connection) -> None:
+        make_tables(db, "h", 1)
+        db.execute("INSERT INTO cluster_values VALUES ('p', 'k', ?)", ("v" * 1000,))
+
+    await database.run(fill)
+    await snapshots.Snapshots("h", database, tmp_path / "folds").keep_up(Facts(1, 20_000, "log"), 20_000, 1.0)
+    assert any((tmp_path / "folds").glob("*.fold")) is made
+    await database.close()
