@@ -38,8 +38,8 @@ _TOUCH = 3_000_000_000
 """Nanoseconds within which a leader has to have heard of the others; it does about every second."""
 _HEDGES: Final = (0.2, 0.3, None)
 """Seconds after which another replica is asked for the same message, each time; None: no other is."""
-_HEARD, _ASKED, _DEAF = 500, 50, 0.25
-"""Wakings and questions of other hosts that are taken before there is a pause of so many seconds."""
+_HEARD, _ASKED, _WITHIN = 500, 50, 0.25
+"""Wakings and questions of other hosts that are taken within so many seconds."""
 _ATTEMPTS = 10
 _FULL = re.compile("maximum bytes|insufficient|resource|no space|storage", re.IGNORECASE)
 _REFUSED = re.compile("no TLS|authorization|permission|authentication|credential|certificate", re.IGNORECASE)
@@ -236,13 +236,13 @@ class NatsLog:
 
     async def _listen(self, client: Any, subject: str, take: Callable[[Any], Awaitable[None]]) -> None:
         """Take messages of other hosts; the server sends no more in a while than leave time for the log."""
-        left = _HEARD if subject == TICK else _ASKED
+        left, began = _HEARD if subject == TICK else _ASKED, self._clock.now()
 
         async def one(message: Any) -> None:
             nonlocal left
             left -= 1
             if left == 0:
-                self._clock.call_later(_DEAF, again)
+                self._clock.call_later(max(0.0, began + _WITHIN - self._clock.now()), again)
             if len(message.data) <= QUESTION:
                 await take(message)
 
