@@ -34,6 +34,7 @@ from host.cluster.entries import (
 )
 from host.cluster.fold import State, fold
 from host.cluster.log import Facts
+from host.cluster.placement import shard_of
 from host.cluster.problems import FINAL
 from host.cluster.store import make_tables
 from host.database.store import Store
@@ -191,6 +192,29 @@ async def test_shard_that_a_hostile_host_takes_and_gives_away_has_one_actor(tmp_
     await cluster.passes(40)  # the one that is cut off may act for some seconds yet
     assert cluster.holder() is not holder
     await cluster.stop()
+
+
+async def test_event_of_another_shard_that_a_hostile_holder_calls_open_stays_with_that_shards_holder(
+    make: Make,
+) -> None:
+    hosts, other = make(), 1 - shard_of("a", 2)
+    await hosts.start(Plugin("p", "d", shards=2))
+    await hosts.until(lambda: hosts.holder("p", 0) and hosts.holder("p", 1))
+    hosts.failing = 1.0
+    await hosts.emit(hosts.hosts[0], "a")
+    state, hostile = hosts.hosts[0].node.state, _Hostile(hosts)
+    await hosts.until(lambda: any(one.open for one in state.positions.values()))
+    (opened,) = (one for position in state.positions.values() for one in position.open)
+    await hostile.writes(lambda state: [state.claim(("p", other))])
+    epoch = state.leases["p", other].epoch
+    position = Position("p", other, epoch, (), (opened,))
+    await hostile.writes(lambda _: [Beat(positions=(position,)), Release("p", other, epoch)])
+    await hosts.until(lambda: hosts.holder("p", other) and state.positions["p", other] != position)
+    assert not state.positions["p", other].open and opened.event in {
+        one.event for one in state.positions["p", 1 - other].open
+    }
+    hosts.failing = 0.0
+    await hosts.until(lambda: hosts.all_handled("p"))
 
 
 @pytest.mark.parametrize(("most", "made"), [(snapshots.UNPACKED, True), (1000, False)])

@@ -129,7 +129,8 @@ class Held(Cursor):
         reads = self._places.of(figures)
         for read in reads:
             to = read.subscribers(self._subscriptions).get(self.plugin)
-            if read.event is not None:
+            # What a hostile holder calls open may be another shard's, whose holder has it.
+            if read.event is not None and (to is None or self._is_of_shard(read.event.id, to.key)):
                 # A plugin that subscribes no longer gives it up itself, with the reason.
                 one = figures[read.ref]
                 self._fill(read, to or Subscriber(self.plugin, None), Local("queued", one.attempts, one.crashes, 0.0))
@@ -144,8 +145,11 @@ class Held(Cursor):
         to = self._subscriber(read)
         if to is None or read.event is None:
             return
-        if shard_of_event(read.event.id, to.key, self._shards) == self.shard[1]:
+        if self._is_of_shard(read.event.id, to.key):
             self._fill(read, to, _NEW)
+
+    def _is_of_shard(self, event_id: str, key: str | None) -> bool:
+        return shard_of_event(event_id, key, self._shards) == self.shard[1]
 
     def _fill(self, read: Read, to: Subscriber, figures: Local) -> None:
         assert read.event is not None
@@ -177,7 +181,7 @@ class Held(Cursor):
         self.catch_up()
         left, self._left = self._left, {}
         for delivery in left.values():
-            mine = shard_of_event(delivery.event_id, delivery.key, self._shards) == self.shard[1]
+            mine = self._is_of_shard(delivery.event_id, delivery.key)
             in_log = self._queue.store.read(functools.partial(self._places.ref_of, seq=delivery.seq)) is not None
             if mine and in_log and delivery.seq not in self._refs:
                 self._queue.move([delivery])
