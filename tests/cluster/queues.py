@@ -74,9 +74,9 @@ class Witness:
     def act(self, act: Act, shard: Shard) -> None:
         """One actor: nobody acts in an epoch after somebody has acted in a later one."""
         epoch, host = self._latest.get(shard, (0, ""))
-        if act.epoch < epoch:  # nobody waits for the task that acts
+        if 0 < act.epoch < epoch:  # an own copy has no epoch; nobody waits for the task that acts, so it is kept
             self.wrong.append(f"{act.host} acts on {shard} in epoch {act.epoch} after {host} in {epoch}")
-        self._latest[shard] = (act.epoch, act.host)
+        self._latest[shard] = max((epoch, host), (act.epoch, act.host))
 
     def folded(self, host: str, place: int, digest: str) -> None:
         """One fold."""

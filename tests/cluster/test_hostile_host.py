@@ -178,6 +178,7 @@ async def test_flood_of_questions_and_wakings_takes_a_bounded_part_of_a_hosts_ti
         for callback in again:
             callback()
         await asyncio.gather(*log._tasks)
+        await log._client.flush()  # the server knows of it
     await hostile.publish(subject_of("h1"), b"q" * (QUESTION + 1), reply=f"{inbox_of('h2')}.answer.{'0' * 32}")
     await hostile.publish(subject_of("h1"), b"last", reply=f"{inbox_of('h2')}.answer.{'0' * 32}")
     async with asyncio.timeout(seconds(30)):
