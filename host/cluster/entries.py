@@ -23,6 +23,12 @@ FORMAT: Final = 1
 MAX_MESSAGE: Final = 256 << 10
 """Bytes of a message."""
 MAX_ENTRIES: Final = 4096
+MAX_OPEN: Final = 1000
+"""Deliveries of a shard that are not final: whoever holds it reads no further."""
+MAX_TIMES: Final = 1_000_000
+"""Attempts of a delivery that a position tells of; more are no more."""
+MAX_READ: Final = 1000
+"""Senders that a position tells of."""
 MAX_LOST: Final = 256
 """Ranges of events that one entry calls lost."""
 MAX_SCHEMA: Final = 64 << 10
@@ -34,7 +40,9 @@ MAX_NUMBER: Final = (1 << 53) - 1
 Stream = Literal["ev", "ctl"]
 Parting = Literal["", "stopped", "left"]
 Name = Annotated[str, StringConstraints(max_length=1024)]
+Host = Annotated[str, StringConstraints(max_length=63)]
 Whole = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
+Times = Annotated[int, Field(ge=0, le=MAX_TIMES)]
 _SUBJECT = re.compile(r"iso\.(ev|ctl)\.([a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?)\Z")
 _FORMAT_ALONE = re.compile(rb'"format":(?!1\})[0-9]+\}\Z')
 _CHECKED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -67,7 +75,7 @@ NOTHING: Final = Number(0, 0)
 class EventRef(NamedTuple):
     """An event of any host, by its sender's number."""
 
-    host: Name
+    host: Host
     series: Whole
     number: Whole
 
@@ -75,7 +83,7 @@ class EventRef(NamedTuple):
 class Range(NamedTuple):
     """Numbers of a sender's events, both ends included; ``last`` is ``MAX_NUMBER`` where nobody knows it."""
 
-    host: Name
+    host: Host
     series: Whole
     first: Whole
     last: Whole
@@ -94,8 +102,8 @@ class Opened(NamedTuple):
     """A delivery that is not final, with the attempts that were sent and those that ended in a crash."""
 
     event: EventRef
-    attempts: Whole
-    crashes: Whole
+    attempts: Times
+    crashes: Times
 
 
 @dataclass(frozen=True, slots=True, config=_CHECKED)
@@ -123,8 +131,8 @@ class Position:
     plugin: Name
     shard: Whole
     epoch: Whole
-    read: tuple[EventRef, ...] = ()
-    open: tuple[Opened, ...] = ()
+    read: Annotated[tuple[EventRef, ...], Field(max_length=MAX_READ)] = ()
+    open: Annotated[tuple[Opened, ...], Field(max_length=MAX_OPEN)] = ()
 
 
 @dataclass(frozen=True, slots=True, config=_CHECKED)

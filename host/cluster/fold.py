@@ -13,9 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Protocol, TypeVar
-
-from pydantic import BeforeValidator, PlainSerializer
+from typing import Protocol
 
 from host.cluster.entries import (
     MAX_LOST,
@@ -42,20 +40,15 @@ from host.cluster.entries import (
 
 MAX_TYPES = 1000
 """Event types of a cluster."""
+MAX_PLUGINS = 4096
+"""Plugins of a cluster, and shards of all of them: what one host writes into the fold, every host keeps in memory."""
+MAX_HOOKS = 16 << 10
+"""Characters of the events that a plugin wants, and of its labels."""
 MAX_RETIRED = 16
 """Earlier outboxes of a host that the fold remembers."""
 
 Shard = tuple[str, int]
 """A plugin's name and the number of one of its shards."""
-
-
-_T = TypeVar("_T")
-ByShard = Annotated[
-    dict[Shard, _T],
-    PlainSerializer(lambda by: [*by.items()]),
-    BeforeValidator(lambda pairs: {tuple(key): value for key, value in pairs} if isinstance(pairs, list) else pairs),
-]
-"""JSON has pairs in its place."""
 
 
 class Store(Protocol):
@@ -123,17 +116,17 @@ class Incarnation:
 
 @dataclass(slots=True)
 class State:
-    """The sum of a log up to ``place``, where the log's newest time is ``time``. Pydantic makes JSON of it."""
+    """The sum of a log up to ``place``, where the log's newest time is ``time``."""
 
     place: int = 0
     time: float = 0.0
     digest: str = ""
     members: dict[str, Member] = field(default_factory=dict)
     plugins: dict[str, Incarnation] = field(default_factory=dict)
-    leases: ByShard[Lease] = field(default_factory=dict)
-    freed: ByShard[Freed] = field(default_factory=dict)
-    positions: ByShard[Position] = field(default_factory=dict)
-    lost: ByShard[tuple[Range, ...]] = field(default_factory=dict)
+    leases: dict[Shard, Lease] = field(default_factory=dict)
+    freed: dict[Shard, Freed] = field(default_factory=dict)
+    positions: dict[Shard, Position] = field(default_factory=dict)
+    lost: dict[Shard, tuple[Range, ...]] = field(default_factory=dict)
     """The newest events of a shard, at most ``MAX_LOST`` ranges, that its position is behind and that it never got."""
     types: dict[str, EventType] = field(default_factory=dict)
 
@@ -173,6 +166,7 @@ class _Folding:
     def __init__(self, state: State, store: Store, host: str) -> None:
         self._state, self._store, self._host = state, store, host
         self._member = state.members.setdefault(host, Member())
+        self._claimed: set[Shard] = set()
 
     def apply(self, message: Message) -> Iterator[Applied]:
         for offset, entry in enumerate(message.entries):
@@ -253,6 +247,9 @@ class _Folding:
             return f"held by {expected.holder}" if expected.holder else "it is free"
         if claim.cited != expected.cited and claim.holder != self._host:
             return "its holder has written since" if claim.holder else "it was held since"
+        if shard in self._claimed:
+            return "claimed by this message"  # its epoch, the place, would name two holdings
+        self._claimed.add(shard)
         self._state.freed.pop(shard, None)
         self._state.leases[shard] = Lease(self._host, self._state.place)
         return ""
@@ -268,11 +265,36 @@ class _Folding:
                 self._state.lost.pop((plugin.name, number), None)
             del self._state.plugins[plugin.name]
             self._store.forget(plugin.name)
+            self._forget_freed()
             return ""
+        if void := self._too_much(plugin):
+            return void
         if known is not None and (known.plugin.shards, known.plugin.placement) != (plugin.shards, plugin.placement):
             return "shards and placement change only with a removal"
         self._state.plugins[plugin.name] = Incarnation(plugin, known.began if known else self._state.place)
         return ""
+
+    def _too_much(self, plugin: Plugin) -> str:
+        """Why a plugin is more than all hosts are to keep of it, if it is."""
+        if sum(map(len, (*plugin.hooks, *plugin.labels))) > MAX_HOOKS:
+            return "it wants too many events"
+        plugins = self._state.plugins
+        if plugin.name not in plugins:
+            shards = plugin.shards + sum(one.plugin.shards for one in plugins.values())
+            if shards > MAX_PLUGINS:
+                return f"there are {MAX_PLUGINS} plugins and shards"
+        return ""
+
+    def _forget_freed(self) -> None:
+        """Forget the oldest shards that were freed, of plugins that there are no more, beyond a bound.
+
+        Whoever held one has read that long since: so many removals take more than the seconds of a lease.
+        """
+        freed, plugins = self._state.freed, self._state.plugins
+        if len(freed) > 2 * MAX_PLUGINS:
+            gone = sorted((one.place, shard) for shard, one in freed.items() if shard[0] not in plugins)
+            for _, shard in gone[: len(freed) - 2 * MAX_PLUGINS]:
+                del freed[shard]
 
     def _register(self, entry: EventType) -> str:
         types = self._state.types

@@ -15,8 +15,8 @@ import math
 import time
 from typing import Final
 
-from host.cluster.entries import Number
-from host.cluster.fold import Shard, State
+from host.cluster.entries import Beat, Number, Plugin
+from host.cluster.fold import Freed, Lease, Shard, State
 from host.cluster.placement import pick
 
 BEAT: Final = 2.0
@@ -82,15 +82,26 @@ class Watch:
         self._host, self._began = host, now
         self._heard: dict[str, tuple[Number, float]] = {}
         self._freed: dict[Shard, tuple[int, float]] = {}
+        self._leases: dict[Shard, Lease] = {}
+        self._taken: dict[Shard, float] = {}
+        """Until when the host may act from which another took a shard, which need not have waited for that."""
 
     def look(self, state: State, now: float) -> None:
         """Note what is new in the state; to be called after each message that was folded."""
         for host, member in state.members.items():
             if self._heard.get(host, (None,))[0] != member.decisions:
                 self._heard[host] = (member.decisions, now)
-        for shard, freed in state.freed.items():
-            if self._freed.get(shard, (0,))[0] != freed.place:
-                self._freed[shard] = (freed.place, now)
+        known = self._freed
+        self._freed = {
+            shard: known[shard] if known.get(shard, (0,))[0] == freed.place else (freed.place, now)
+            for shard, freed in state.freed.items()
+        }
+        for shard, before in self._leases.items():
+            lease = state.leases.get(shard)
+            if lease is not None and before.holder not in (lease.holder, self._host):
+                self._taken[shard] = self._silent_at(before.holder)
+        self._leases = dict(state.leases)
+        self._taken = {shard: at for shard, at in self._taken.items() if at > now}
 
     def is_silent(self, host: str, now: float) -> bool:
         """Whether nothing new has come of a host for ``SILENCE``."""
@@ -102,7 +113,7 @@ class Watch:
     def due(self, state: State, since: float) -> float:
         """The first time after ``since`` at which nobody may act on some shard any more, as far as is known now."""
         times = [self._silent_at(lease.holder) for lease in state.leases.values() if lease.holder != self._host]
-        times += [self._free_at(shard) for shard, freed in state.freed.items() if not freed.drained]
+        times += [self._free_at(shard, freed) for shard, freed in state.freed.items()]
         return min((one for one in times if one > since), default=math.inf)
 
     def alive(self, state: State, now: float) -> list[str]:
@@ -111,11 +122,12 @@ class Watch:
 
     def claimable(self, state: State, now: float) -> list[Shard]:
         """The shards that this host should claim: it is their place, and nobody may act on them any more."""
-        alive, found = self.alive(state, now), []
+        found = []
+        alive = {host: Said(state.member(host).beat) for host in self.alive(state, now)}
         for name, known in state.plugins.items():
             if known.plugin.placement != "one":
                 continue
-            ready = [host for host in alive if could_hold(state, host, name)]
+            ready = [host for host, said in alive.items() if said.fits(known.plugin)]
             for number in range(known.plugin.shards):
                 shard = (name, number)
                 if self._is_free(state, shard, now) and pick(shard, ready) == self._host:
@@ -127,13 +139,25 @@ class Watch:
         if lease is not None:
             return lease.holder != self._host and self.is_silent(lease.holder, now)
         freed = state.freed.get(shard)
-        return freed is None or freed.drained or now >= self._free_at(shard)
+        return freed is None or now >= self._free_at(shard, freed)
 
-    def _free_at(self, shard: Shard) -> float:
+    def _free_at(self, shard: Shard, freed: Freed) -> float:
+        if freed.drained:
+            return self._taken.get(shard, self._began)
         return self._freed.get(shard, (0, self._began))[1] + SILENCE
+
+
+class Said:
+    """A host's beat, which may be long, as each plugin is looked for in it."""
+
+    def __init__(self, beat: Beat) -> None:
+        self.ready, self.lacking, self.labels = {*beat.ready}, {*beat.lacking}, {*beat.labels}
+
+    def fits(self, plugin: Plugin) -> bool:
+        """Whether the host could hold a plugin."""
+        return plugin.name in self.ready and self.labels.issuperset(plugin.labels)
 
 
 def could_hold(state: State, host: str, name: str) -> bool:
     """Whether a host has said that it could hold a plugin, and has the labels that this one wants."""
-    beat = state.member(host).beat
-    return name in beat.ready and state.plugins[name].fits(beat.labels)
+    return Said(state.member(host).beat).fits(state.plugins[name].plugin)

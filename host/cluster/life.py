@@ -58,6 +58,7 @@ class Life:
         self._agreement = Agreement()
         fence = parts.holding.fence = Fence()
         self.watch = Watch(parts.host, parts.clock.now())
+        self.watch.look(parts.footing.state, parts.clock.now())
         self.beats = Beats(parts, self.watch, fence, parting)
         self.decisions = Decisions(
             parts.host, parts.log, fence, parts.clock, self._rest, self.beats.due, parts.troubles.writes

@@ -11,6 +11,8 @@ from typing import Final, NamedTuple, Protocol
 
 EVERYTHING: Final = "iso.>"
 EVENTS: Final = "iso.ev.*"
+QUESTION: Final = 4096
+"""Bytes of a question of another host that is answered."""
 
 
 class LogUnavailableError(Exception):
@@ -26,7 +28,10 @@ class LogRefusedError(LogUnavailableError):
 
 
 class Entered(NamedTuple):
-    """A message of the log: its place, Unix time by the servers' clock, subject and body."""
+    """A message of the log: its place, Unix time by the servers' clock, subject and body.
+
+    The body is empty if no host has published the message: somebody has had the servers store it under that subject.
+    """
 
     place: int
     time: float

@@ -12,18 +12,18 @@ import json
 import os
 import re
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
 import nats.errors
-from nats.aio.client import Client
 
-from host.cluster.access import STREAM, SUBJECTS, TICK
+from host.cluster.access import STREAM, SUBJECTS, TICK, is_for_answers, subject_for_answer
+from host.cluster.client import HEADERS, PUBLISHED, MistrustfulClient
 from host.cluster.clock import Clock
 from host.cluster.entries import MAX_MESSAGE
-from host.cluster.log import EVERYTHING, Entered, Facts, LogFullError, LogRefusedError, LogUnavailableError
+from host.cluster.log import EVERYTHING, QUESTION, Entered, Facts, LogFullError, LogRefusedError, LogUnavailableError
 
 OLDEST: Final = (2, 9, 0)
 """The first servers that answer ``DIRECT.GET``."""
@@ -38,9 +38,10 @@ _TOUCH = 3_000_000_000
 """Nanoseconds within which a leader has to have heard of the others; it does about every second."""
 _HEDGES: Final = (0.2, 0.3, None)
 """Seconds after which another replica is asked for the same message, each time; None: no other is."""
+_HEARD, _ASKED, _WITHIN = 500, 50, 0.25
+"""Wakings and questions of other hosts that are taken within so many seconds."""
 _ATTEMPTS = 10
 _FULL = re.compile("maximum bytes|insufficient|resource|no space|storage", re.IGNORECASE)
-_NO_TLS: Final = "offers no TLS, and [cluster] tls or --tls asks for it"
 _REFUSED = re.compile("no TLS|authorization|permission|authentication|credential|certificate", re.IGNORECASE)
 
 
@@ -56,15 +57,6 @@ class Access:
     """The prefix of the subjects on which answers come; a host's own, so that no other can read them."""
     refusal: str = ""
     """Why nothing is to be told to any server."""
-
-
-class _Client(Client):
-    """The servers' client, that tells no password where TLS is wanted and none offered: by itself it would."""
-
-    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        if initial_connection and self.options.get("tls") is not None and not info.get("tls_required"):
-            raise nats.errors.Error(_NO_TLS)
-        await super()._process_info(info, initial_connection)
 
 
 Request = Callable[[Any, str, bytes], Awaitable[Any]]
@@ -110,13 +102,13 @@ class NatsLog:
         self._surveyed = False
         self._answers: dict[str, Callable[[bytes], bytes | None]] = {}
         self._unanswered = 0
-        self._closing: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def append(self, subject: str, body: bytes) -> None:
         client = await self._connected()
         self._complaint = ""
         try:
-            answer = json.loads((await client.request(subject, body, timeout=_ANSWER)).data)
+            answer = json.loads((await client.request(subject, body, timeout=_ANSWER, headers=HEADERS)).data)
         except nats.errors.NoRespondersError:
             raise LogUnavailableError(f"no server has a leader for the stream {STREAM}") from None
         except (nats.errors.Error, OSError, TimeoutError, ValueError) as error:
@@ -134,14 +126,15 @@ class NatsLog:
         wish = json.dumps({"seq": place + 1, "next_by_subj": subject}).encode()
         message = await self._ask(f"$JS.API.DIRECT.GET.{STREAM}", wish, _of_any_replica)
         headers = message.headers or {}
-        if "Nats-Sequence" not in headers:
+        if PUBLISHED not in headers:
             status = headers.get("Status", "")
             if status == "404":
                 return None
             raise LogUnavailableError(f"a direct get was answered {status or 'without a place'}")
         try:
             time = datetime.fromisoformat(_microseconds(headers["Nats-Time-Stamp"])).timestamp()
-            return Entered(int(headers["Nats-Sequence"]), time, headers["Nats-Subject"], message.data)
+            body = message.data if headers[PUBLISHED] else b""
+            return Entered(int(headers["Nats-Sequence"]), time, headers["Nats-Subject"], body)
         except (KeyError, ValueError) as error:
             raise LogUnavailableError(f"a direct get was answered with a bad header: {error}") from None
 
@@ -180,27 +173,40 @@ class NatsLog:
 
     async def ask(self, subject: str, body: bytes) -> bytes:
         client = await self._connected()
+        # A subject for this answer alone: who is asked, and may be hostile, learns nothing about where others come.
+        inbox, future = subject_for_answer(self._access.inbox), asyncio.get_running_loop().create_future()
         try:
-            return bytes((await client.request(subject, body, timeout=_ANSWER)).data)
-        except nats.errors.NoRespondersError:
-            raise LogUnavailableError("no other host answers") from None
+            subscription = await client.subscribe(inbox, future=future, max_msgs=1)
+            try:
+                await subscription.unsubscribe(limit=1)
+                await client.publish(subject, body, reply=inbox)
+                async with asyncio.timeout(_ANSWER):
+                    message = await asyncio.shield(future)
+            finally:
+                if future.cancel():
+                    await subscription.unsubscribe()
         except (nats.errors.Error, OSError, TimeoutError) as error:
             raise self._error(error) from None
+        if (message.headers or {}).get("Status") == "503":
+            raise LogUnavailableError("no other host answers")
+        return bytes(message.data)
 
     def answer(self, subject: str, handler: Callable[[bytes], bytes | None]) -> None:
         self._answers[subject] = handler
 
     async def _answered(self, message: Any) -> None:
+        if not is_for_answers(message.reply):
+            return  # where this host's own entries go, for one
         answer = self._answers[message.subject](message.data)
-        if answer is not None and message.reply:
+        if answer is not None:
             with contextlib.suppress(nats.errors.Error, OSError):
                 await message.respond(answer)
 
     async def close(self) -> None:
         if self._client is not None:
             self._drop(self._client)
-        if self._closing:
-            await asyncio.wait(self._closing)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
     async def _ask(self, subject: str, body: bytes, request: Request = _of_one) -> Any:
         client = await self._connected()
@@ -224,14 +230,34 @@ class NatsLog:
                 url = self._urls.pop(0)
                 self._urls.append(url)
                 client = await self._connect(url)
-                await client.subscribe(TICK, cb=self._ticked)
+                await self._listen(client, TICK, self._ticked)
                 for subject in self._answers:
-                    await client.subscribe(subject, cb=self._answered)
+                    await self._listen(client, subject, self._answered)
                 self._client = client
             return self._client
 
+    async def _listen(self, client: Any, subject: str, take: Callable[[Any], Awaitable[None]]) -> None:
+        """Take messages of other hosts; the server sends no more in a while than leave time for the log."""
+        left, began = _HEARD if subject == TICK else _ASKED, self._clock.now()
+
+        async def one(message: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                self._clock.call_later(max(0.0, began + _WITHIN - self._clock.now()), again)
+            if len(message.data) <= QUESTION:
+                await take(message)
+
+        def again() -> None:
+            if client is self._client and client.is_connected:
+                self._begin(self._listen(client, subject, take))
+
+        with contextlib.suppress(nats.errors.Error, OSError):
+            subscription = await client.subscribe(subject, cb=one)
+            await subscription.unsubscribe(limit=left)
+
     async def _connect(self, url: str) -> Any:
-        access, client = self._access, _Client()
+        access, client = self._access, MistrustfulClient()
         if access.refusal:
             raise LogRefusedError(access.refusal)
         self._complaint = ""
@@ -278,9 +304,12 @@ class NatsLog:
             with contextlib.suppress(Exception, asyncio.CancelledError):  # whatever it is: it is over
                 await asyncio.wait_for(client.close(), _ANSWER)
 
-        task = asyncio.create_task(end())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+        self._begin(end())
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
 async def make_stream(access: Access, replicas: int, max_bytes: int = MAX_BYTES, max_age: int = MAX_AGE) -> bool:

@@ -27,7 +27,7 @@ from host.cluster.footing import RETRY, Footing
 from host.cluster.holding import Holding
 from host.cluster.lease import HOLD, could_hold
 from host.cluster.life import Life
-from host.cluster.log import Facts, Log, LogUnavailableError
+from host.cluster.log import QUESTION, Facts, Log, LogUnavailableError
 from host.cluster.outbox import Outbox, OutboxFullError
 from host.cluster.parts import Parts, Settings
 from host.cluster.problems import FINAL, HARMLESS, Kind, LogTroubles, Problems, StoppedError
@@ -40,8 +40,6 @@ ANSWER: Final = 2.0
 """Seconds for an answer of another host."""
 STOP: Final = 5.0
 """Seconds that a host which stops has for its releases."""
-QUESTION: Final = 4096
-"""Bytes of a question that is answered."""
 _logger = logging.getLogger(__name__)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import sqlite3
 import zlib
 from collections.abc import Awaitable, Callable
@@ -16,18 +17,20 @@ from pathlib import Path
 from typing import Any, Final
 
 from host.cluster.log import Facts, Log, LogUnavailableError
-from host.cluster.store import dump, restore
+from host.cluster.store import dump, restore, size
 from host.database.store import Store as Database
 
 EVERYBODY: Final = "iso.ask"
 CHUNK: Final = 200 << 10
 LARGEST: Final = 64 << 20
-"""Bytes of a copy, compressed; unpacked at most sixteen times that."""
+UNPACKED: Final = 256 << 20
+"""Bytes of a copy, compressed and not."""
 EVERY: Final = 86400.0
 LEAST: Final = 10_000
 """Places between two copies, at least; seconds by the log's time, otherwise."""
 _KEEP = 20
 _FORMAT = 1
+_logger = logging.getLogger(__name__)
 
 
 def subject_of(host: str) -> str:
@@ -73,6 +76,9 @@ class Snapshots:
 
     def _make(self, db: sqlite3.Connection, created: str) -> None:
         db.execute("BEGIN")
+        if size(db) > UNPACKED:  # nobody would take it, and it would be in this process's memory
+            _logger.warning("cluster: the fold is too large to be copied for new hosts")
+            return
         found = {"format": _FORMAT, "log": created, **dump(db)}
         packed = zlib.compress(json.dumps(found, separators=(",", ":")).encode(), 6)
         if len(packed) > LARGEST:
@@ -101,17 +107,17 @@ class Snapshots:
 async def fetch(log: Log, facts: Facts) -> dict[str, Any]:
     """A copy of the fold from which the log is whole, from any host; raises LogUnavailableError, ValueError."""
     offer = json.loads(await log.ask(EVERYBODY, json.dumps({"first": facts.first}).encode()))
-    host, place, size = str(offer["host"]), int(offer["place"]), int(offer["size"])
-    if not 0 < size <= LARGEST or place < facts.first - 1 or place > facts.last:
-        raise ValueError(f"{host[:64]} offers a copy of {size} bytes at {place}")
+    host, place, whole = str(offer["host"]), int(offer["place"]), int(offer["size"])
+    if not 0 < whole <= LARGEST or place < facts.first - 1 or place > facts.last:
+        raise ValueError(f"{host[:64]} offers a copy of {whole} bytes at {place}")
     packed = b""
-    while len(packed) < size:
+    while len(packed) < whole:
         piece = await log.ask(subject_of(host), json.dumps({"place": place, "offset": len(packed)}).encode())
-        if not piece or len(piece) > CHUNK:
+        if len(piece) != min(CHUNK, whole - len(packed)):
             raise LogUnavailableError(f"{host[:64]} has dropped the copy that it offered")
         packed += piece
     opener = zlib.decompressobj()
-    found: dict[str, Any] = json.loads(opener.decompress(packed, 16 * LARGEST))
+    found: dict[str, Any] = json.loads(opener.decompress(packed, UNPACKED))
     if found.get("format") != _FORMAT or found.get("log") != facts.created or found.get("place") != place:
         raise ValueError(f"{host[:64]} sent a copy of another log or version")
     return found

@@ -189,6 +189,13 @@ def dump(db: sqlite3.Connection) -> dict[str, Any]:
     return {"place": place, "time": time, "digest": digest, "mark": mark, **rows}
 
 
+def size(db: sqlite3.Connection) -> int:
+    """Characters of the fold, roughly: values of plugins are as many as their holders write."""
+    columns = {"fold": "key || value", "unique": "name", "values": "plugin || key || value"}
+    sums = (f"SELECT SUM(LENGTH({one}) + 50) FROM cluster_{table}" for table, one in columns.items())
+    return sum(db.execute(one).fetchone()[0] or 0 for one in sums)
+
+
 def restore(db: sqlite3.Connection, found: dict[str, Any]) -> None:
     """Put another host's fold in the place of this one's; raises ValueError, TypeError, KeyError for what is none."""
     for table, (form, columns) in _OF_THE_FOLD.items():

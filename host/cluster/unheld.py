@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Final
 
 from host.cluster.fold import State
-from host.cluster.lease import SILENCE
+from host.cluster.lease import SILENCE, Said
 
 LASTS: Final = SILENCE + 8.0
 """Seconds for which it has to be so: hosts that start, and versions that change, take less."""
@@ -23,7 +23,8 @@ class Unheld:
 
     def look(self, state: State, alive: Collection[str], now: float) -> None:
         """Look who could hold what; ``alive``: the hosts that are not silent, ``now`` by this host's clock."""
-        found = {name: line for name in state.plugins if (line := why_unheld(state, name, alive)) is not None}
+        said = _said(state)
+        found = {name: line for name in state.plugins if (line := _why(state, name, alive, said)) is not None}
         self._since = {name: self._since.get(name, now) for name in found}
         self.lines = {name: found[name] for name in sorted(found) if now - self._since[name] >= LASTS}
 
@@ -37,16 +38,23 @@ class Unheld:
 
 def why_unheld(state: State, name: str, alive: Collection[str]) -> str | None:
     """The reason why no living host can hold a plugin, and what to do; None if one can, or holds all of it."""
+    return _why(state, name, alive, _said(state))
+
+
+def _said(state: State) -> Mapping[str, Said]:
+    return {host: Said(member.beat) for host, member in state.members.items()}
+
+
+def _why(state: State, name: str, alive: Collection[str], said: Mapping[str, Said]) -> str | None:
     known = state.plugins[name]
     plugin = known.plugin
     if plugin.placement != "one":
         return None
     leases = [state.leases.get((name, shard)) for shard in range(plugin.shards)]
-    beats = {host: member.beat for host, member in state.members.items()}
-    fitting = [host for host in alive if host in beats and known.fits(beats[host].labels)]
+    fitting = [host for host in alive if host in said and known.fits(said[host].labels)]
     if all(lease is not None and lease.holder in fitting for lease in leases):
         return None
-    having = [host for host in alive if host in beats and name in beats[host].ready]
+    having = [host for host in alive if host in said and name in said[host].ready]
     if any(host in fitting for host in having):
         return None
     nobody = f"nobody holds plugin {name}, and its events wait: "
@@ -55,7 +63,7 @@ def why_unheld(state: State, name: str, alive: Collection[str]) -> str | None:
         why = f"no living host that has it ({_some(having)}) has the labels {labels}"
         remedy = f"isolator cluster place {name} with other labels, or give a host these: [cluster] labels in host.toml"
         return f"{nobody}{why}; {remedy}"
-    lacking = [host for host in alive if host in beats and name in beats[host].lacking]
+    lacking = [host for host in alive if host in said and name in said[host].lacking]
     if lacking:
         have = "has" if len(lacking) == 1 else "have"
         why = f"{_some(lacking)} {have} it, and not the events, which the log has no more"
@@ -63,7 +71,7 @@ def why_unheld(state: State, name: str, alive: Collection[str]) -> str | None:
             f"isolator plugin add it on a host that has read them, or isolator cluster place {name} --anew without them"
         )
         return f"{nobody}{why}; {remedy}"
-    gone = [host for host, beat in beats.items() if host not in alive and name in beat.ready]
+    gone = [host for host, one in said.items() if host not in alive and name in one.ready]
     silent = f" ({_some(gone)} had it, and {'is' if len(gone) == 1 else 'are'} silent)" if gone else ""
     remedy = f"isolator plugin add or enable it on a living one, or isolator plugin remove --cluster {name}"
     return (

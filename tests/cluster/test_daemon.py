@@ -113,7 +113,7 @@ import asyncio, sys, nats
 
 async def main():
     client = await nats.connect("nats://127.0.0.1:4222", user="h2", password=sys.argv[1], inbox_prefix=b"_ISO.h2")
-    await client.request("iso.ctl.h2", bytes.fromhex(sys.argv[2]), timeout=5)
+    await client.request("iso.ctl.h2", bytes.fromhex(sys.argv[2]), timeout=5, headers={"Isolator": "1"})
     await client.close()
 
 asyncio.run(main())

@@ -409,9 +409,14 @@ async def test_another_log_is_not_followed(cluster: Cluster) -> None:
     await cluster.settled()
     host = cluster.hosts[0]
     await host.stop()
-    cluster.servers.created, before = "of another cluster", cluster.servers.created
+    cluster.servers.wrong = ("there is no stream",)
     await host.start()
     await cluster.passes(5)
+    assert [*host.node.problems.lines] == ["settings"]
+    cluster.servers.created, before = "of another cluster", cluster.servers.created
+    cluster.servers.wrong = ()
+    await cluster.passes(5)
+    assert [*host.node.problems.lines] == ["another_log"]
     assert "this is another cluster's log" in _line(host, "another_log")
     cluster.servers.created = before
     await cluster.passes(5)

@@ -14,11 +14,11 @@ from typing import Final
 
 from host.cluster.delivery.places import Local, Place, Read, Subscriptions, is_later, shard_of_event
 from host.cluster.delivery.queue import ClusterQueue
-from host.cluster.entries import EventRef, Opened, Position, Range, Replay
+from host.cluster.entries import MAX_OPEN, MAX_TIMES, EventRef, Opened, Position, Range, Replay
 from host.cluster.fold import Shard
 from host.queue.interface import FINAL, Delivery, Result, Subscriber
 
-MOST_OPEN: Final = 1000
+MOST_OPEN: Final = MAX_OPEN
 """Deliveries of a cursor that are not final; beyond that it reads no further."""
 MOST_ENDED: Final = 256
 """Deliveries of a shard that have ended and stand in no position that was read back; no move repeats more of them."""
@@ -103,7 +103,9 @@ class Held(Cursor):
         subscriptions: Subscriptions,
         gave_up: Callable[[Held, EventRef, str], None],
     ) -> None:
-        self.read = {ref.host: ref for ref in position.read} if position is not None else {}
+        # Who has held it may be hostile: what it says of senders that there are not would be in every later position.
+        members = queue.places.state.members
+        self.read = {ref.host: ref for ref in position.read if ref.host in members} if position is not None else {}
         at = queue.store.read(lambda db: queue.places.begin(db, self.read, began))
         super().__init__(shard[0], queue, subscriptions, at)
         self.shard, self.epoch, self._shards, self._gave_up = shard, epoch, shards, gave_up
@@ -127,7 +129,8 @@ class Held(Cursor):
         reads = self._places.of(figures)
         for read in reads:
             to = read.subscribers(self._subscriptions).get(self.plugin)
-            if read.event is not None:
+            # What a hostile holder calls open may be another shard's, whose holder has it.
+            if read.event is not None and (to is None or self._is_of_shard(read.event.id, to.key)):
                 # A plugin that subscribes no longer gives it up itself, with the reason.
                 one = figures[read.ref]
                 self._fill(read, to or Subscriber(self.plugin, None), Local("queued", one.attempts, one.crashes, 0.0))
@@ -142,8 +145,11 @@ class Held(Cursor):
         to = self._subscriber(read)
         if to is None or read.event is None:
             return
-        if shard_of_event(read.event.id, to.key, self._shards) == self.shard[1]:
+        if self._is_of_shard(read.event.id, to.key):
             self._fill(read, to, _NEW)
+
+    def _is_of_shard(self, event_id: str, key: str | None) -> bool:
+        return shard_of_event(event_id, key, self._shards) == self.shard[1]
 
     def _fill(self, read: Read, to: Subscriber, figures: Local) -> None:
         assert read.event is not None
@@ -175,7 +181,7 @@ class Held(Cursor):
         self.catch_up()
         left, self._left = self._left, {}
         for delivery in left.values():
-            mine = shard_of_event(delivery.event_id, delivery.key, self._shards) == self.shard[1]
+            mine = self._is_of_shard(delivery.event_id, delivery.key)
             in_log = self._queue.store.read(functools.partial(self._places.ref_of, seq=delivery.seq)) is not None
             if mine and in_log and delivery.seq not in self._refs:
                 self._queue.move([delivery])
@@ -193,7 +199,8 @@ class Held(Cursor):
 
     def position(self) -> Position:
         """How far this host is with the shard."""
-        opened = tuple(Opened(ref, one.attempts, one.crashes) for ref, one in self.open.items())
+        times = ((ref, min(one.attempts, MAX_TIMES), min(one.crashes, MAX_TIMES)) for ref, one in self.open.items())
+        opened = tuple(Opened(*one) for one in times)
         return Position(*self.shard, self.epoch, tuple(self.read[host] for host in sorted(self.read)), opened)
 
     @property

@@ -192,14 +192,18 @@ class Places:
 
     def _move(self, db: sqlite3.Connection, claim: Claim, time: float) -> None:
         """End what this host has left of a shard, as before a restart; what its lanes have is ended by the cursor."""
-        shards = self.state.plugins[claim.plugin].plugin.shards
+        known = self.state.plugins.get(claim.plugin)
+        if known is None:
+            return  # the same message has removed it since, which ends everything
         left = db.execute(
             f"SELECT d.seq, d.key, e.id FROM deliveries d JOIN events e ON e.seq=d.seq"
             f" WHERE d.plugin=? AND d.state IN {rows.PENDING}",
             (claim.plugin,),
         ).fetchall()
         moved = [
-            (time, seq, claim.plugin) for seq, key, name in left if shard_of_event(name, key, shards) == claim.shard
+            (time, seq, claim.plugin)
+            for seq, key, name in left
+            if shard_of_event(name, key, known.plugin.shards) == claim.shard
         ]
         db.executemany("UPDATE deliveries SET state='moved', due=0, updated=? WHERE seq=? AND plugin=?", moved)
 

@@ -10,7 +10,7 @@ import sqlite3
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
-from host.cluster.entries import MAX_NUMBER, EventRef, Range
+from host.cluster.entries import MAX_LOST, MAX_NUMBER, EventRef, Range
 from host.cluster.fold import Incarnation, Member, State
 
 TABLES: Final = """
@@ -102,7 +102,10 @@ def lose(db: sqlite3.Connection, plugin: str, lost: Iterable[Range], why: str) -
 
 
 def bounded(some: Iterable[Range]) -> list[Range]:
-    """Ranges, or, if they are too many, one of each sender's numbers: whoever wrote them may be hostile."""
+    """Ranges, or, if they are too many, one of each sender's numbers, as far as two of these lists fit one entry.
+
+    Whoever wrote them may be hostile.
+    """
     found = list(some)
     if len(found) <= MOST:
         return found
@@ -110,7 +113,7 @@ def bounded(some: Iterable[Range]) -> list[Range]:
     for one in found:
         known = whole.get(one[:2], one)
         whole[one[:2]] = one._replace(first=min(one.first, known.first), last=max(one.last, known.last))
-    return [*whole.values()]
+    return [*whole.values()][: MAX_LOST // 2]
 
 
 def losses(db: sqlite3.Connection) -> list[Loss]:
