@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from host.database import files
 from host.database.store import Store
+from host.queue import rows
 from host.queue.interface import NewEvent, Subscriber
 from host.queue.missing import missing
-from host.queue.sqlite import SqliteQueue, newest_number
+from host.queue.sqlite import SqliteQueue
 from isolator.audit.client import utc_now
 from isolator.audit.record import GENESIS, Incoming, spell
 
@@ -100,6 +102,17 @@ async def _host(path: Path) -> asyncio.subprocess.Process:
     return host
 
 
+async def test_connection_that_is_closed_keeps_none_from_being_opened(tmp_path: Path) -> None:
+    store = Store(tmp_path / "host.db")
+
+    def reopen() -> None:
+        for _ in range(3000):
+            files.connect(store.path).close()
+
+    await asyncio.gather(*(asyncio.to_thread(reopen) for _ in range(2)))
+    await store.close()
+
+
 def _trail(folder: Path, *kinds: tuple[str, dict[str, object]], file: str = "audit.jsonl", fill: int = 0) -> None:
     """A file of the trail with records of these types and data; each is followed by ``fill`` bytes of others."""
     lines, seq, digest = [], 0, GENESIS
@@ -151,5 +164,5 @@ async def test_newest_event_is_never_pruned_and_numbers_go_on_after_it(tmp_path:
     for _ in range(5):
         queue._start_prune()
         await store.committed()
-    assert newest_number(store) == last.event.seq == 1011
+    assert store.read(rows.newest_number) == last.event.seq == 1011
     await store.close()
