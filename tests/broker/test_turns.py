@@ -160,10 +160,10 @@ async def test_bytes_that_wait_for_their_sinks_go_out_in_turns_too(monkeypatch: 
                 except BlockingIOError:
                     break
         other.near.send(PIECE)
-        while not other.pipe.total:  # noqa: ASYNC110
+        while not other.pipe.total:  # noqa: ASYNC110 # each turn of the loop counts
             await asyncio.sleep(0)
         assert len(sends) <= 4, "it waits for the busy cage's part of this turn and of the next"
-        while any(flow.pipe._rest for flow in busy):  # noqa: ASYNC110
+        while any(flow.pipe._rest for flow in busy):  # noqa: ASYNC110 # a few turns
             await asyncio.sleep(0)
         assert len(sends) >= len(busy)
     finally:
@@ -178,7 +178,7 @@ async def test_each_turn_costs_a_cage_the_wakeup_of_the_broker_too(monkeypatch: 
     try:
         for number in range(1, 11):
             flow.near.send(b"x")
-            while flow.pipe.total < number:  # noqa: ASYNC110
+            while flow.pipe.total < number:  # noqa: ASYNC110 # a turn or two
                 await asyncio.sleep(0)
         assert turns.budget.tokens == pytest.approx(1.0 - 10 * WAKEUP)
     finally:
