@@ -43,7 +43,7 @@ cpu = "100%"
 cpu = "400%"
 """
 EGRESS = (
-    f"{subjects.GRANTED}:{subjects.ECHO_PORT},{subjects.TLS_PORT},{subjects.POUR_PORT}",
+    f"{subjects.GRANTED}:{subjects.ECHO_PORT},{subjects.TLS_PORT},{subjects.POUR_PORT},{subjects.MIRROR_PORT}",
     f"*.{subjects.HOSTILE_ZONE}:443",
 )
 NOBODY = "65534"

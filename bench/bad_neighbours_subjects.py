@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GRANTED = "hooks.example.com"
-ECHO_PORT, TLS_PORT, POUR_PORT = 7, 8443, 9000
+ECHO_PORT, TLS_PORT, POUR_PORT, MIRROR_PORT = 7, 8443, 9000, 9001
 HOSTILE_ZONE = "hostile.example"
 """Zone whose name server is the attacker's: its answers are as large and as dear as DNS allows."""
 
@@ -198,9 +198,22 @@ _POURED = f"""\
 _BYTES = f"""\
     address = socket.gethostbyname("{GRANTED}")
     def flood():
-        with socket.create_connection((address, {ECHO_PORT}), 10) as link:
+        with socket.create_connection((address, {MIRROR_PORT}), 10) as link:
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             drain(link)
+            while True:
+                link.send(b"x")
+    together(16, flood)
+"""
+_TO_ITSELF = """\
+    own = socket.create_server(("127.0.0.1", 5000), backlog=16)
+    def serve():
+        while True:
+            drain(own.accept()[0])
+    threading.Thread(target=serve, daemon=True).start()
+    def flood():
+        with socket.create_connection(("127.0.0.1", 5000), 10) as link:
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while True:
                 link.send(b"x")
     together(16, flood)
@@ -241,6 +254,7 @@ _HOSTILE_NAME = '(lambda first: bytes([len(first)]) + first)(b"n%d" % number) + 
 BAD = (
     BadPlugin("burns its processor time (for comparison)", HEAD + ANSWERED + "    while True:\n        pass\n"),
     BadPlugin("burns it in two threads (for comparison)", HEAD + ANSWERED + _BURN),
+    BadPlugin("sends itself a byte at a time (for comparison)", HEAD + ANSWERED + _TO_ITSELF),
     BadPlugin("sends lines with runs of digits to the host API", _api(_DIGITS)),
     BadPlugin("sends lines of 30 000 numbers to the host API", _api(_NUMBERS)),
     BadPlugin("sends newlines to the host API", _api('b"\\n" * 65536')),
@@ -287,8 +301,12 @@ def drain(connection):
 def pour(connection):
     while True:
         connection.sendall(bytes(65536))
+def mirror(connection):
+    while data := connection.recv(65536):
+        connection.sendall(data)
 serve({TLS_PORT}, drain)
 serve({POUR_PORT}, pour)
+serve({MIRROR_PORT}, mirror)
 print("ready", flush=True)
 threading.Event().wait()
 """

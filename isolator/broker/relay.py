@@ -37,6 +37,8 @@ BULK = 512 * 1024
 SMALL = 32 * 1024
 BUDGET = 32 * 1024 * 1024
 """Bytes that all flows together may keep waiting; beyond it they read in small pieces."""
+WAKEUP = 20e-6
+"""Seconds of CPU time that the loop takes for one turn of a pipe, beside the turn itself."""
 _LINGER_RESET = struct.pack("ii", 1, 0)
 _ROUNDS = 4
 _AT_ONCE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
@@ -111,7 +113,7 @@ class Pipe:
         self._in, self._out = source.fileno(), sink.fileno()
         self._loop = asyncio.get_running_loop()
         self._rest = memoryview(b"")
-        self._reading = False
+        self._reading = self._bulk = False
 
     def start(self, first: bytes = b"") -> None:
         """Begin, after sending ``first`` (bytes of the source that were read already)."""
@@ -189,11 +191,14 @@ class Pipe:
     def _take_turn(self) -> None:
         began, self.touched = thread_time(), self._loop.time()
         try:
-            self._read_some()
+            self._read_some(began + self._turns.part)
         finally:
-            self._turns.took(thread_time() - began)
+            self._turns.took(thread_time() - began + WAKEUP)
 
-    def _read_some(self) -> None:
+    def _read_some(self, end: float) -> None:
+        """Pass on what is there to read, until this thread's CPU time is ``end``."""
+        if self._bulk:
+            return self._move(end)
         buffer = self._scratch.buffer
         size = CHUNK if self._scratch.waiting < BUDGET else SMALL
         for _ in range(_ROUNDS if self.gate is None else 1):
@@ -219,17 +224,18 @@ class Pipe:
             elif not self._send(buffer[:count]):
                 return None
             elif count == CHUNK:
-                return self._move()
-            if count < size // 2:
+                return self._move(end)
+            if count < size // 2 or thread_time() >= end:
                 return None
         return None
 
-    def _move(self) -> None:
+    def _move(self, end: float) -> None:
         """Have the kernel pass on what else is there, of a flow whose bytes nobody looks at."""
         try:
             drained, filled = self._scratch.bulk
         except OSError:
-            return None  # no descriptor is free: they are read, as before
+            self._bulk = False  # no descriptor is free: they are read, as before
+            return None
         for _ in range(_ROUNDS):
             try:
                 count = left = os.splice(self._in, filled, BULK, flags=_AT_ONCE)
@@ -239,6 +245,7 @@ class Pipe:
                 return self._fail(error)
             if not count:
                 return self._finish()
+            self._bulk = count >= CHUNK
             failure = None
             try:
                 while left and not self._fence.closed:
@@ -253,7 +260,7 @@ class Pipe:
                 return self._fail(failure)
             if rest:
                 return self._wait(rest)
-            if count < CHUNK:
+            if not self._bulk or thread_time() >= end:
                 return None
         return None
 
@@ -323,6 +330,18 @@ class Pipe:
             self._loop.add_writer(self._out, self._writable)
 
     def _writable(self) -> None:
+        if self._turns.over:
+            self._loop.remove_writer(self._out)
+            self._turns.wait(self._send_in_turn)
+        else:
+            self._send_rest()
+
+    def _send_in_turn(self) -> None:
+        if self._rest:
+            self._loop.add_writer(self._out, self._writable)
+            self._send_rest()
+
+    def _send_rest(self) -> None:
         if self._fence.closed:
             self._loop.remove_writer(self._out)
             self._fence.stall(self._thawed)
@@ -335,7 +354,7 @@ class Pipe:
         except OSError as error:
             self._fail(error)
             return
-        self._turns.took(thread_time() - began)
+        self._turns.took(thread_time() - began + WAKEUP)
         self.total += sent
         self._keep(self._rest[sent:])
         if not self._rest:

@@ -8,19 +8,21 @@ from collections.abc import Callable
 
 from isolator.base.pacing import TokenBucket
 
-HOLD = 0.001
-"""Seconds for which the connections of one cage, all together, may hold up those of the others."""
+HOLD, LEAST = 0.001, 0.00025
+"""Seconds for which the connections of one cage, all together, may hold up those of the others: of one that has half
+of its budget or more, and of one that has spent it."""
 PER_SECOND, AT_ONCE = 0.25, 0.25
 """Seconds of CPU time for carrying the bytes of one cage: a gigabyte or so for each second."""
 
 
 class Turns:
-    """Shares one cage's part of each turn of the event loop between its connections: ``HOLD`` seconds.
+    """Shares one cage's ``part`` of each turn of the event loop between its connections.
 
     Whoever finds the part ``over`` waits; in the next turn those who wait come first, one after the other. So what
     another cage waits for grows with the number of cages that are busy, and not with their connections.
 
-    The cage also has a budget of the broker's CPU time, which no cap of its own counts. While that is spent, all wait.
+    The cage also has a budget of the broker's CPU time, which no cap of its own counts. While that is spent, all wait;
+    and the less is left of it the smaller is the part, as a burst is over soon and a flood never.
     """
 
     def __init__(self, budget: TokenBucket | None = None) -> None:
@@ -31,9 +33,14 @@ class Turns:
         self._planned = False
 
     @property
+    def part(self) -> float:
+        """Seconds of CPU time for the cage in one turn."""
+        return min(HOLD, max(LEAST, 2 * HOLD * self.budget.tokens / self.budget.burst))
+
+    @property
     def over(self) -> bool:
         """Whether this turn's part is used up, or others wait already, or the budget is spent."""
-        return self._used >= HOLD or bool(self._waiting) or self.budget.tokens < 0
+        return bool(self._waiting) or self._used_up
 
     def took(self, seconds: float) -> None:
         """Count the CPU time of some work for the cage."""
@@ -46,12 +53,16 @@ class Turns:
         self._waiting.append(go_on)
         self._plan()
 
+    @property
+    def _used_up(self) -> bool:
+        return self.budget.tokens < 0 or self._used >= self.part
+
     def _plan(self) -> None:
         if not self._planned:
             self._planned = True
             loop = asyncio.get_running_loop()
             if self.budget.tokens < 0:
-                loop.call_later(self.budget.until(HOLD), self._next)
+                loop.call_later(self.budget.until(LEAST), self._next)
             else:
                 loop.call_soon(self._next)
 
@@ -59,7 +70,7 @@ class Turns:
         self._planned, self._used = False, 0.0
         try:
             for _ in range(len(self._waiting)):
-                if self._used >= HOLD or self.budget.tokens < 0:
+                if self._used_up:
                     break
                 self._waiting.popleft()()
         finally:

@@ -12,7 +12,7 @@ import pytest
 
 from isolator.broker import relay
 from isolator.broker.relay import Pipe, Scratch
-from isolator.broker.turns import Turns
+from isolator.broker.turns import HOLD, Turns
 from isolator.ipc.fence import LOST, Fence
 from isolator.linux.boottime import boottime
 from tests.support.timeouts import seconds
@@ -106,6 +106,38 @@ async def test_nothing_of_a_flow_that_broke_off_is_in_the_next(
     await writing
     flow.close()
     broken.close()
+
+
+async def test_bulk_is_moved_until_the_part_of_a_turn_is_used_and_not_read_in_the_next(
+    scratch: Scratch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splice, now, moves, sizes = os.splice, [0.0], [0], list[int]()
+    move, read = Pipe._move, Pipe._send
+
+    def slow(*arguments: int, flags: int) -> int:
+        moves[0] += arguments[1] == scratch.bulk[1]
+        now[0] += HOLD
+        return splice(*arguments, flags=flags)
+
+    def counted(self: Pipe, end: float) -> None:
+        moves[0] = 0
+        move(self, end)
+        assert moves[0] <= 1
+
+    def sent(self: Pipe, data: memoryview) -> bool:
+        sizes.append(len(data))
+        return read(self, data)
+
+    monkeypatch.setattr(relay, "thread_time", lambda: now[0])
+    monkeypatch.setattr(os, "splice", slow)
+    monkeypatch.setattr(Pipe, "_move", counted)
+    monkeypatch.setattr(Pipe, "_send", sent)
+    flow = Flow(scratch)
+    writing = asyncio.create_task(flow.write(DATA))
+    assert await flow.read() == DATA
+    await writing
+    assert sum(sizes) < len(DATA) / 2, "after one full read the kernel moves the rest"
+    flow.close()
 
 
 async def test_bulk_waits_past_the_deadline_and_goes_on_after_it(

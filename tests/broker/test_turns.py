@@ -11,8 +11,8 @@ import pytest
 
 from isolator.base.pacing import TokenBucket
 from isolator.broker import relay
-from isolator.broker.relay import Pipe, Scratch
-from isolator.broker.turns import HOLD, Turns
+from isolator.broker.relay import WAKEUP, Pipe, Scratch
+from isolator.broker.turns import HOLD, LEAST, Turns
 from isolator.ipc.fence import Fence
 from tests.support.timeouts import seconds
 
@@ -65,6 +65,13 @@ async def test_all_wait_while_the_budget_is_spent() -> None:
     assert turns.budget.tokens == pytest.approx(0.0)
 
 
+def test_part_of_a_turn_is_the_smaller_the_less_is_left_of_the_budget() -> None:
+    turns = Turns(TokenBucket(0.5, 1.0, clock=lambda: 0.0))
+    for left, part in ((1.0, HOLD), (0.5, HOLD), (0.25, HOLD / 2), (0.0, LEAST)):
+        turns.budget.take(turns.budget.tokens - left)
+        assert turns.part == pytest.approx(part)
+
+
 async def test_one_that_fails_keeps_nobody_from_going_on() -> None:
     turns, served, failed = Turns(), [], []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: failed.append(context["exception"]))
@@ -100,8 +107,8 @@ async def test_other_cage_waits_for_one_turn_of_a_busy_one_and_not_for_each_of_i
     monkeypatch.setattr(relay, "thread_time", lambda: now[0])
     read = Pipe._read_some
 
-    def timed(self: Pipe) -> None:
-        read(self)
+    def timed(self: Pipe, end: float) -> None:
+        read(self, end)
         now[0] += HOLD / 2  # that it takes to read
         sends.append(self)
 
@@ -126,6 +133,58 @@ async def test_other_cage_waits_for_one_turn_of_a_busy_one_and_not_for_each_of_i
             flow.close()
 
 
+async def test_bytes_that_wait_for_their_sinks_go_out_in_turns_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sinks of which many can take something at once hold up other cages no longer than sources do."""
+    scratch, now, sends, turns = Scratch(), [0.0], list[Pipe](), rich()
+    monkeypatch.setattr(relay, "thread_time", lambda: now[0])
+    send = Pipe._send_rest
+
+    def timed(self: Pipe) -> None:
+        turns.took(HOLD / 2)  # that it takes to send
+        sends.append(self)
+        send(self)
+
+    monkeypatch.setattr(Pipe, "_send_rest", timed)
+    busy = [Flow(scratch, turns) for _ in range(20)]
+    other = Flow(scratch, rich())
+    try:
+        for flow in busy:
+            while not flow.pipe._rest:
+                with contextlib.suppress(BlockingIOError):
+                    flow.near.send(PIECE)
+                await asyncio.sleep(0)
+        for flow in busy:
+            while True:
+                try:
+                    flow.far.recv(1 << 20)
+                except BlockingIOError:
+                    break
+        other.near.send(PIECE)
+        while not other.pipe.total:  # noqa: ASYNC110 # each turn of the loop counts
+            await asyncio.sleep(0)
+        assert len(sends) <= 4, "it waits for the busy cage's part of this turn and of the next"
+        while any(flow.pipe._rest for flow in busy):  # noqa: ASYNC110 # a few turns
+            await asyncio.sleep(0)
+        assert len(sends) >= len(busy)
+    finally:
+        for flow in [*busy, other]:
+            flow.close()
+
+
+async def test_each_turn_costs_a_cage_the_wakeup_of_the_broker_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "thread_time", lambda: 0.0)
+    turns = Turns(TokenBucket(0.5, 1.0, clock=lambda: 0.0))
+    flow = Flow(Scratch(), turns)
+    try:
+        for number in range(1, 11):
+            flow.near.send(b"x")
+            while flow.pipe.total < number:  # noqa: ASYNC110 # a turn or two
+                await asyncio.sleep(0)
+        assert turns.budget.tokens == pytest.approx(1.0 - 10 * WAKEUP)
+    finally:
+        flow.close()
+
+
 async def test_connections_of_a_busy_cage_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever always has something to send comes no oftener than the others."""
     scratch, turns = Scratch(), rich()
@@ -133,8 +192,8 @@ async def test_connections_of_a_busy_cage_take_turns(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(relay, "thread_time", lambda: now[0])
     read = Pipe._read_some
 
-    def timed(self: Pipe) -> None:
-        read(self)
+    def timed(self: Pipe, end: float) -> None:
+        read(self, end)
         now[0] += HOLD
         reads[self] += 1
 

@@ -152,7 +152,9 @@ def _terminal() -> str:
     """The name of a new terminal, through which a word has gone."""
     master, terminal = os.openpty()
     os.write(terminal, b"word\n")
-    name = os.ttyname(terminal) if os.read(master, 100) == b"word\r\n" else "silent"
+    with open(master, "rb", buffering=0, closefd=False) as reader:
+        said = b"".join(iter(lambda: reader.read(1), b"\n"))  # it may come in pieces
+    name = os.ttyname(terminal) if said == b"word\r" else "silent"
     os.close(master)
     os.close(terminal)
     return name

@@ -611,6 +611,12 @@ MUTATIONS = (
             "if False:",
             "broker/test_fence.py::test_broker_relays_nothing_past_the_deadline_and_everything_when_it_is_moved",
         ),
+        (
+            "bytes that wait for a slow reader go out beside the cage's turns",
+            "if self._turns.over:\n            self._loop.remove_writer(self._out)",
+            "if False:\n            self._loop.remove_writer(self._out)",
+            "broker/test_turns.py::test_bytes_that_wait_for_their_sinks_go_out_in_turns_too",
+        ),
     ),
     *_mutations(
         "isolator/supervisor/fences.py",
