@@ -131,6 +131,7 @@ class Updates:
             await asyncio.to_thread(self._registrar.finish_removal, name, self._forget_state)
             registration = await asyncio.to_thread(self._registrar.add, token)
             plugin = self._table.add(await self._read(registration))
+            self._table.expect_starts()
             added = schema.PluginAdded(
                 new=registration.digest,
                 version=registration.version,
