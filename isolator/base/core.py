@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pydantic_core import PydanticSerializationError, SchemaError, SchemaValidator, ValidationError, to_json
 
 _PACKAGE = "pydantic_core"
+_RARE = {"decimal": "Decimal", "fractions": "Fraction", "uuid": "UUID"}
 __all__ = ["PydanticSerializationError", "SchemaError", "SchemaValidator", "ValidationError", "from_json", "to_json"]
 
 
@@ -53,3 +54,16 @@ def _without_cache(read: Callable[..., Any]) -> Callable[..., Any]:
 _core = _load()
 globals().update({name: getattr(_core, name) for name in __all__})
 from_json = _without_cache(_core.from_json)
+
+
+def write_no_rare_types() -> None:
+    """Have ``to_json`` write no Decimal, Fraction or UUID in this process.
+
+    It would import their modules with its first use, half a MiB for what no record and no answer has.
+    """
+    absent = {name: {kind: type(kind, (), {})} for name, kind in _RARE.items() if name not in sys.modules}
+    for name, kinds in absent.items():
+        vars(sys.modules.setdefault(name, types.ModuleType(name))).update(kinds)
+    _core.to_json(None)
+    for name in absent:
+        del sys.modules[name]

@@ -21,6 +21,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
+from isolator.base.core import write_no_rare_types
 from isolator.base.lean import import_asyncio
 from isolator.ipc.packet import receive_packet, send_packet
 from isolator.linux.arguments import overwrite_arguments
@@ -94,6 +95,7 @@ def main() -> None:
     import_asyncio()
     for name in _SHARED:
         import_module(name)
+    write_no_rare_types()
     gc.enable()
     gc.freeze()  # a collection in a copy would write to every object, and so own its page
     service = None
