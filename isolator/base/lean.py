@@ -67,6 +67,13 @@ def import_hashlib(*, without: Collection[str]) -> None:
         __import__("hashlib")
 
 
+def sha256_of_much() -> Any:
+    """A SHA-256, as of hashlib, for what may be large: OpenSSL's, which a process without it loads at the first use."""
+    import _hashlib
+
+    return _hashlib.openssl_sha256()
+
+
 def _put_off(modules: dict[str, dict[str, Any]]) -> None:
     for name in modules.keys() - sys.modules.keys():
         sys.modules[name] = _Later(name, modules[name])

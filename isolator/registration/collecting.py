@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import pwd
 import socket
@@ -20,6 +19,7 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from isolator.base.lean import sha256_of_much
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc import folder_stream as stream
 from isolator.linux.descriptors import FdSet
@@ -248,7 +248,7 @@ class _Copy:
 
     def _content(self, target: int, name: str, mtime_ns: int, *, executable: bool) -> str:
         """Make a file of what comes; returns its SHA-256."""
-        content = hashlib.sha256()
+        content = sha256_of_much()
         fd = openat2(target, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode=0o600)
         with os.fdopen(fd, "wb") as out:
 
