@@ -48,11 +48,11 @@ def check_in_a_copy() -> None:
     told, tells = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
-        with contextlib.suppress(BaseException), open(tells, "w") as answer:
+        with contextlib.suppress(BaseException), os.fdopen(tells, "w") as answer:
             json.dump([[vars(control) for control in _controls(layer)] for layer in LAYERS], answer)
         os._exit(0)
     os.close(tells)
-    with open(told) as answer, contextlib.suppress(ValueError):
+    with os.fdopen(told) as answer, contextlib.suppress(ValueError):
         for layer, controls in zip(LAYERS, json.load(answer), strict=True):
             _checked[layer] = tuple(Control(**control) for control in controls)
     os.waitpid(pid, 0)

@@ -60,7 +60,7 @@ class PluginTable:
                 logger.error("plugin %s is rejected: %s", name, plugin.error)
 
     def expect_starts(self, *, others: bool = False) -> None:
-        """Make a cage ahead if one may be started: where nobody can, it would only take memory. ``others``: users may."""
+        """Make a cage ahead, unless nobody can start one: then it would only take memory. ``others``: users may."""
         if self.plugins or others:
             self._context.runtime.pool.begin(EVERY_LAYER)
 
