@@ -141,6 +141,7 @@ class Connection(LineProtocol):
 
     def eof_received(self) -> bool:
         # Half-closed (``printf … | nc -N``): earlier requests are still answered.
+        super().eof_received()
         self._no_more = True
         return self._open > 0 or self.unread
 

@@ -42,8 +42,9 @@ class Caller:
     on_close: list[Callable[[], None]] = field(default_factory=list)
     belongings: list[Callable[[], Belonging]] = field(default_factory=list)
     """Things that verbs keep for this connection, for a host that takes the place of this one."""
-    follows: bool = False
-    """The caller follows what happens. Such a connection is not handed on: its caller connects again."""
+    follows: int = 0
+    """Things kept for this connection that go on in no other host (a stream, a search). As long as there is one, the
+    connection is not handed on: its caller connects again."""
 
     is_console: bool = False
     """The console's own connection: the name of whom it asks for goes into the trail."""
@@ -51,16 +52,20 @@ class Caller:
     def keep(self, end: Callable[[], None], belonging: Callable[[], Belonging] | None = None) -> Callable[[], None]:
         """Have ``end`` called when the connection closes; the returned function takes that back, once it is over.
 
-        ``belonging``: one of ``belongings`` for as long.
+        ``belonging``: one of ``belongings`` for as long; without it, one of what it ``follows``.
         """
         self.on_close.append(end)
         if belonging is not None:
             self.belongings.append(belonging)
+        else:
+            self.follows += 1
 
         def over() -> None:
             self.on_close.remove(end)
             if belonging is not None:
                 self.belongings.remove(belonging)
+            else:
+                self.follows -= 1
 
         return over
 

@@ -55,9 +55,7 @@ class TrailStreams:
         stream = self._streams[caller] = _Stream(self._directory, self._audit, self._threads, caller)
         over = caller.keep(lambda: self._end(caller))
         try:
-            followed = await stream.begin(request)
-            caller.follows = True
-            return followed
+            return await stream.begin(request)
         except BaseException:
             over()
             self._end(caller)

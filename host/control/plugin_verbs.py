@@ -117,7 +117,6 @@ class PluginVerbs:
         key = caller, log
         if key in self._following:
             return
-        caller.follows = True
         caller.narrow(UNREAD_LOG)
         unfollow = log.follow(bounded(log.name, caller.drained, caller.notify))
 

@@ -55,7 +55,6 @@ class Searches:
             raise UnavailableError("audit.search", "this connection searches already", "wait, or open another one")
         if len(self._running) >= WAITING:
             raise UnavailableError("audit.search", f"{WAITING} searches are under way", "try again")
-        caller.follows = True  # a search goes on nowhere else: a host that leaves closes its connection
         caller.narrow(BLOCK)
         over = caller.keep(lambda: self._end(caller))
         task = self._running[caller] = self._tasks.run("a search of the trail", self._run(request, caller))

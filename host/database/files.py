@@ -14,6 +14,8 @@ from isolator.errors import IsolatorError
 
 RESERVE, RESERVE_SHARE = 4 << 20, 8
 """Bytes reserved for a checkpoint on a full disk; on a small disk at most this part of what is free."""
+OPENING = 5.0
+"""Seconds that a connection waits for its shared lock while it is opened."""
 RESTORE = "restore it from a backup, and keep this one until then: queued events and config are in it"
 
 
@@ -103,9 +105,16 @@ def is_full(error: sqlite3.Error) -> bool:
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0, cached_statements=256)
+    """Open a connection that waits for no lock from then on. Raises sqlite3.Error.
+
+    While it is opened it does wait: a connection that is closed, in this process or another, holds the file's pending
+    lock for a moment, to see whether it was the last (``sqlite3WalClose``).
+    """
+    connection = sqlite3.connect(
+        path, timeout=OPENING, isolation_level=None, check_same_thread=False, cached_statements=256
+    )
     connection.text_factory = _text
-    connection.execute("PRAGMA synchronous=NORMAL")
+    connection.execute("PRAGMA synchronous=NORMAL")  # reads the schema
     connection.execute("PRAGMA busy_timeout=0")
     return connection
 

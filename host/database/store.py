@@ -91,7 +91,8 @@ class Store:
         self._in_sync: list[_Op] = []
         """Operations of the sync that is under way, or was the last."""
         self._syncing = False
-        self._held = False
+        self._checkpoint: Sync[_Op] | None = None
+        """The newest checkpoint, if it is under way."""
         self._checkpointed = (0, 0)
         self._rescued = 0.0
         """Loop time of the newest checkpoint of a full disk."""
@@ -299,6 +300,11 @@ class Store:
         return None
 
     @property
+    def _held(self) -> bool:
+        """Whether commits wait for the checkpoint that is under way."""
+        return self._checkpoint is not None and (self._checkpoint.hold or self._wal.size > self._wal_high)
+
+    @property
     def _checkpoint_due(self) -> bool:
         commits, rows = self._checkpointed
         return (
@@ -311,8 +317,9 @@ class Store:
         """Give the space of the log back to a full disk, if that was not done just now."""
         if not self._syncing and self._loop.time() - self._rescued > RESCUE_EVERY:
             self._rescued = self._loop.time()
-            self._syncing = self._held = True
-            self._wal.begin(Sync([], checkpoint=True, hold=True, rescue=True))
+            self._syncing = True
+            self._checkpoint = Sync([], checkpoint=True, hold=True, rescue=True)
+            self._wal.begin(self._checkpoint)
 
     def _apply(self, ops: list[_Op], isolated: bool) -> list[_Op]:
         failed = []
@@ -369,12 +376,14 @@ class Store:
             self._checkpointed = (self.commits, self._connection.total_changes)
             job.checkpoint = True
             self._wal_high = self._wal.high()
-            self._held = job.hold = self._wal.size > self._wal_high
+            job.hold = self._wal.size > self._wal_high
+            self._checkpoint = job
         self._wal.begin(job)
 
-    def _release(self) -> None:
-        self._held = False
-        self._commit()
+    def _release(self, job: Sync[_Op]) -> None:
+        if self._checkpoint is job:
+            self._checkpoint = None
+            self._commit()
 
     def _synced(self, ops: list[_Op], error: OSError | None, harm: str | None) -> None:
         if harm is not None:
@@ -418,7 +427,7 @@ class Store:
         while self.blocked is None and (self._ops or self._gathering or self._syncing or self._held):
             with contextlib.suppress(UnavailableError):
                 await self.run(lambda _: None)
-        self._held = False
+        self._checkpoint = None
         self._commit()
         self._closed = True
         written = not self._ops

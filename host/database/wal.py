@@ -55,8 +55,8 @@ class WriteAheadLog(Generic[Op]):
     """The log of one database, which is open; all methods belong to the event loop's thread.
 
     ``synced(ops, error, harm)`` is called on the loop for each ``Sync``: with the error if it failed, or with what
-    somebody did to the files; after harm nothing more is synced. ``released`` is called once the checkpoint of a
-    ``hold`` has ended.
+    somebody did to the files; after harm nothing more is synced. ``released(job)`` is called once its checkpoint has
+    ended.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class WriteAheadLog(Generic[Op]):
         path: Path,
         reserve: files.Reserve,
         synced: Callable[[list[Op], OSError | None, str | None], None],
-        released: Callable[[], None],
+        released: Callable[[Sync[Op]], None],
     ) -> None:
         self._path, self._reserve, self._synced, self._released = path, reserve, synced, released
         self._loop = asyncio.get_running_loop()
@@ -124,7 +124,8 @@ class WriteAheadLog(Generic[Op]):
             self._loop.remove_reader(self._direct.fileno())
             if self._ended.is_set():
                 self._direct.close()
-        os.close(self.fd)
+        if not self._thread.is_alive():  # else its next look at the file would be one at what has the number by then
+            os.close(self.fd)
 
     def _grow(self) -> None:
         with contextlib.suppress(OSError):
@@ -169,7 +170,8 @@ class WriteAheadLog(Generic[Op]):
                 self._reserve.hold()
             if job.hold:
                 self._synced_size = self.size
-                self._report(self._released)
+            if job.checkpoint:
+                self._report(self._released, job)
         connection.close()
 
     def _report(self, function: Callable[..., None], *arguments: Any) -> None:

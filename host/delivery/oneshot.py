@@ -171,7 +171,12 @@ class OneshotDelivery:
         prepared, self._prepared = self._prepared, None
         if prepared is not None:
             with contextlib.suppress(IsolatorError, NotSentError):
-                sock, run = await prepared
+                try:
+                    sock, run = await prepared
+                except asyncio.CancelledError:
+                    if not prepared.cancelled():  # it came at that very moment
+                        self._prepared = prepared
+                    raise
                 if run == self._sidecar.run:
                     return sock, run
                 sock.close()

@@ -93,6 +93,11 @@ class LineProtocol(asyncio.Protocol):
         elif self._buffer:
             self._schedule()
 
+    def eof_received(self) -> bool:
+        """Have nothing be lost that was said in this turn: the connection is closed, unless this returns True."""
+        self._write_gathered()
+        return False
+
     @property
     def is_open(self) -> bool:
         """Whether the connection may be read and written."""

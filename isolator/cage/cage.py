@@ -18,7 +18,6 @@ import asyncio
 import contextlib
 import json
 import os
-import select
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -49,7 +48,7 @@ from isolator.layers.stopwatch import Stopwatch
 from isolator.layers.user import User
 from isolator.linux.apart import apart
 from isolator.linux.descriptors import close_all
-from isolator.linux.readable import readable
+from isolator.linux.readable import is_readable, readable
 from isolator.recovery.journal import Entry
 
 if TYPE_CHECKING:
@@ -158,11 +157,15 @@ class Cage:
         self._proc.folder = spare.figures
         mark("spare")
         try:
-            leaf = Leaf.under(runtime.subtree, spec.leaf, spec.policy.resources)
-            runtime.journal.record(Entry(spec.leaf, "leaf", tuple(map(str, leaf.folders()))))
-            mark("journal")
             birth = Birth()
             try:
+                if self._namespaces in self._layers:
+                    self._namespaces.prepare_clocks(birth)
+                _send_to(spare, *birth.pack_clocks())
+                mark("clocks")
+                leaf = Leaf.under(runtime.subtree, spec.leaf, spec.policy.resources)
+                runtime.journal.record(Entry(spec.leaf, "leaf", tuple(map(str, leaf.folders()))))
+                mark("journal")
                 for layer in self._layers:
                     layer.prepare_birth(spec, birth)
                 _send_to(spare, *birth.pack())
@@ -233,12 +236,9 @@ class Cage:
         self.processes.started = time.monotonic()
 
     async def _wait_caged(self, spare: Spare, mark: Stopwatch) -> None:
-        """Wait for three messages: the clone's pid from the parked process, "viewed" and "caged" from the cage.
-
-        The first may come after either of the others.
-        """
-        viewed = confirmed = caged = False
-        while not (caged and confirmed):
+        """Wait for three messages of the cage's, in this order: its pid, "viewed" and "caged"."""
+        caged = False
+        while not caged:
             answer, fds = await self._receive(spare)
             if "pid" in answer:
                 self._born(answer, fds, spare)
@@ -247,7 +247,9 @@ class Cage:
                 self.processes.watch_memory()
                 mark("confirm groups")
             elif answer.get("step") == "viewed":
-                viewed = True
+                mark("view")
+                self._confirm_early("view", spare)
+                mark("confirm view")
             elif answer.get("step") == "caged":
                 caged = True
                 self.listener = fds[0] if fds else -1
@@ -256,11 +258,6 @@ class Cage:
                     self.steps.update({f"enter {step}": float(ms) for step, ms in took.items()})
             else:
                 raise self._failure(answer)
-            if viewed and not confirmed and self._processes is not None:
-                mark("view")
-                self._confirm_early("view", spare)
-                confirmed = True
-                mark("confirm view")
         mark("enter")
 
     def _confirm(self, moment: str) -> None:
@@ -288,20 +285,23 @@ class Cage:
         self._process = Process(clone.pid)
 
     async def _reap_late_clone(self, spare: Spare) -> None:
-        """Drain the link after a start that failed before the clone's pid arrived: the clone is a child to reap."""
+        """Drain the link after a start that failed before the clone's pid arrived: the clone is a child to reap.
+
+        A clone that was killed before it could tell its pid is still in the parked process's process group.
+        """
         with contextlib.suppress(OSError):
             spare.link.shutdown(socket.SHUT_WR)  # nothing more comes: what still waits there ends
-        await spare.ended()
-        with contextlib.suppress(OSError):
             while True:
-                packet, fds = receive_what_is_left(spare.link)
-                answer = json.loads(packet) if packet else {}
+                answer, fds = await self._receive(spare)
                 if "pid" in answer:
                     self._born(answer, fds, spare)
                 else:
                     close_all(fds)
-                if not packet:
+                if not answer:
                     break
+        if self._processes is None:
+            await apart(lambda: _reap_group(spare.pid))
+        await spare.ended()
 
     async def _receive(self, spare: Spare) -> tuple[dict[str, object], list[int]]:
         """Receive the next message of the link; empty after exec (or death, which ``wait`` tells apart)."""
@@ -382,7 +382,7 @@ class Cage:
 
         A cage that has ended is passed over: how it ended, ``wait`` tells.
         """
-        if self._has_ended():
+        if is_readable(self.processes.pidfd):
             return
         try:
             for layer in self._layers:
@@ -390,16 +390,11 @@ class Cage:
             if self._cgroup in self._layers:
                 self._cgroup.confirm_again(self._process)
         except (ConfinementError, OSError, KeyError) as error:
-            if self._has_ended():
+            if is_readable(self.processes.pidfd):
                 return
             if isinstance(error, ConfinementError):
                 raise
             raise ConfinementError(f"cage of {self.spec.name}", f"cannot be read back: {error}") from None
-
-    def _has_ended(self) -> bool:
-        waits = select.poll()
-        waits.register(self.processes.pidfd, select.POLLIN)
-        return bool(waits.poll(0))
 
     async def be_kept_by(self, launcher: Launcher) -> None:
         """Have another launcher kill this cage when the supervisor goes away, and then the one before forget it."""
@@ -479,6 +474,13 @@ class Cage:
 def _send_to(spare: Spare, packet: bytes, fds: list[int]) -> None:
     with contextlib.suppress(BrokenPipeError):  # it has died, as the end of its link will show
         send_message(spare.link, packet, fds)
+
+
+def _reap_group(leader: int) -> None:
+    """Wait for the end of every child of this process that is in a process group."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitid(os.P_PGID, leader, os.WEXITED)
 
 
 async def _empty(leaf: Leaf) -> None:

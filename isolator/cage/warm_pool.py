@@ -15,9 +15,8 @@ import asyncio
 import contextlib
 import json
 import os
-import select
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from isolator.base.structs import struct_class
 from isolator.cage.parking import Parking, new_parking
@@ -26,10 +25,10 @@ from isolator.ipc.packet import receive_packet
 from isolator.ipc.tasks import Tasks
 from isolator.layers.cgroup.leaf import kill_first
 from isolator.linux.apart import apart
-from isolator.linux.readable import readable
+from isolator.linux.readable import is_readable, readable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
     from isolator.launcher.client import Clone, Launcher
     from isolator.layers.cgroup.leaf import Leaf
@@ -76,15 +75,14 @@ class Spare:
     @property
     def usable(self) -> bool:
         """Whether the parked process and the launcher that made it still run."""
-        waits = select.poll()
-        waits.register(self.pidfd, select.POLLIN)
-        return not self.launcher.closed.is_set() and not waits.poll(0)
+        return not self.launcher.closed.is_set() and not is_readable(self.pidfd)
 
     async def ended(self) -> None:
         """Wait for the end of the parked process: it ends once it has cloned the cage, or lost its link."""
         if self.pidfd < 0:
             return
-        await readable(self.pidfd)
+        if not is_readable(self.pidfd):
+            await readable(self.pidfd)
         self._reap()
 
     def _reap(self) -> None:
@@ -137,21 +135,23 @@ class WarmPool:
         making, self._waiting = self._waiting, None
         if making is not None:
             with contextlib.suppress(Exception):  # made anew below, and then it counts
-                try:
-                    spare = await asyncio.shield(making)
-                except asyncio.CancelledError:
-                    self._give_back(making)
-                    raise
+                spare = await self._made(making)
                 if spare.layers == layers and spare.usable:
                     return spare
                 self._dispose(making)
-        return await self._make(layers, hurried=True)
+        return await self._made(self._begin(layers, hurried=True))
+
+    async def _made(self, making: asyncio.Task[Spare]) -> Spare:
+        """Wait for one; a taker that is cancelled does not end what is being made, which the next one gets."""
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            self._give_back(making)
+            raise
 
     def adopt(self, parking: Parking) -> None:
         """Go on with one whose process the launcher was asked for; before anything else."""
-        self._waiting = self._tasks.run(
-            "making of a spare", _make_spare(self._launcher(), parking, hurried=False), expected=_EXPECTED
-        )
+        self._waiting = self._run(_make_spare(self._launcher(), parking, hurried=False))
 
     def begin(self, layers: frozenset[str], *, hurried: bool = False) -> None:
         """Make one now, in the background, unless one waits already. ``hurried``: it may be taken at once."""
@@ -160,9 +160,7 @@ class WarmPool:
             self._rest = None
         if self._waiting is None and not self._closed:
             # What a host or a launcher refuses, the next start tries again, and reports.
-            self._waiting = self._tasks.run(
-                "making of a spare", self._make(layers, hurried=hurried), expected=_EXPECTED
-            )
+            self._waiting = self._begin(layers, hurried=hurried)
 
     def refill(self, layers: frozenset[str]) -> None:
         """Make one when no start has needed anything for a moment."""
@@ -191,6 +189,12 @@ class WarmPool:
         """Make spares again after ``close``."""
         self._closed = False
 
+    def _begin(self, layers: frozenset[str], *, hurried: bool) -> asyncio.Task[Spare]:
+        return self._run(self._make(layers, hurried=hurried))
+
+    def _run(self, work: Coroutine[Any, Any, Spare]) -> asyncio.Task[Spare]:
+        return self._tasks.run("making of a spare", work, expected=_EXPECTED)
+
     async def _make(self, layers: frozenset[str], *, hurried: bool) -> Spare:
         parking = new_parking(self._journal, self._subtree, layers)
         return await _make_spare(self._launcher(), parking, hurried=hurried)
@@ -215,7 +219,10 @@ class WarmPool:
 
 
 async def _make_spare(launcher: Launcher, parking: Parking, *, hurried: bool) -> Spare:
-    """A new spare; raises as ``WarmPool.take`` does, and nothing is left then, of what was made for it neither."""
+    """A new spare; raises as ``WarmPool.take`` does, and nothing is left then, of what was made for it neither.
+
+    Nobody cancels it: a process that was asked for comes, and a thread makes its network in any case.
+    """
     from isolator.layers.network import namespace as network_layer
 
     async with contextlib.AsyncExitStack() as undo:
@@ -225,12 +232,12 @@ async def _make_spare(launcher: Launcher, parking: Parking, *, hurried: bool) ->
         if "network" in parking.layers:
             making = asyncio.create_task(apart(network_layer.make))
             undo.push_async_callback(_release_network, making)
-        parked = await asyncio.shield(asking)
+        parked = await asking
         spare = _spare(launcher, parking, parked)
         if "cgroup" in parking.layers:
             await _take_in(spare)
         if making is not None:
-            spare.network = await asyncio.shield(making)  # a thread cannot be cancelled: what it made would be lost
+            spare.network = await making
         undo.pop_all()
         return spare
 
@@ -272,7 +279,7 @@ async def _release_parked(asking: asyncio.Task[Clone], launcher: Launcher, parki
     parking.link.close()
     try:
         parked = await asking
-    except IsolatorError:
+    except _EXPECTED:
         parking.close()
     else:
         await _spare(launcher, parking, parked).release()
@@ -281,5 +288,5 @@ async def _release_parked(asking: asyncio.Task[Clone], launcher: Launcher, parki
 async def _release_network(making: asyncio.Task[CageNetwork]) -> None:
     from isolator.layers.network import namespace as network_layer
 
-    with contextlib.suppress(IsolatorError):
+    with contextlib.suppress(*_EXPECTED):
         network_layer.release(await making)

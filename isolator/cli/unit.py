@@ -13,7 +13,7 @@ ProtectHostname                blocks sethostname, which a cage calls in its own
 PrivateDevices                 no loop devices; DevicePolicy=closed with two entries does the same and keeps them
 PrivateTmp, ProtectHome=yes    folders that plugins are granted, and ``plugin_dirs``, may lie there
 PrivateNetwork, PrivateUsers   the broker carries connections; cages map no users
-MemoryDenyWriteExecute         inherited by plugins: Node.js and every other JIT would die
+MemoryDenyWriteExecute         no clone of a cage; inherited by plugins: Node.js and every other JIT would die
 SystemCallFilter               a cage's own filter hands forbidden calls to the daemon, which records them by name; a
                                filter of the unit's would answer first (EPERM beats a notification: seccomp(2)), and
                                what a plugin tried would be on no record

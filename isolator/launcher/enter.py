@@ -15,8 +15,8 @@ did ahead in the parked process (isolator.launcher.prefork). Order matters, and 
  8. landlock     after the view exists, before seccomp forbids its calls
  9. guard        end with the supervisor: a change of ids would have taken that back
 10. seccomp      last layer; the listener goes to the supervisor
-11. report ``caged`` and wait for ``x``: the supervisor reads everything back first, the network's rules too
-12. close every inherited descriptor: last of all, or listeners of other cages leak in
+11. report ``caged``: the supervisor reads everything back, the network's rules too
+12. close every inherited descriptor: last of all, or listeners of other cages leak in; then wait for ``x``
 13. become pid 1 (isolator.launcher.init), which starts the sidecar
 """
 
@@ -105,11 +105,11 @@ def enter_cage(plan: Plan, link: socket.socket, status: int, took: dict[str, flo
             seccomp.enter(plan.fds)
         mark(step)
         _send(link, {"step": "caged", "took": took}, [plan.fds[LISTENER]] if LISTENER in plan.fds else [])
-        if link.recv(1) != b"x":
-            os._exit(125)  # the supervisor gave up on this cage
         step = "descriptors"
         close_all_but({0, 1, 2, link.fileno(), status})
         step = "exec"
+        if link.recv(1) != b"x":
+            os._exit(125)  # the supervisor gave up on this cage
         init.run(plan, link, status)
     except BaseException as error:  # nothing may escape into the launcher's loop, which this process is a copy of
         _send(link, failure(step, error), [])

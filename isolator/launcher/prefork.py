@@ -3,10 +3,11 @@
 The launcher clones the parked process with mount, ipc and uts namespaces of its own, and the sections of its layers
 apply their fixed part (``Section.enter_ahead``). On a hybrid host it then puts itself into the v1 groups of the
 cage to come, whatever their limits will be, and says ``parked``: it is the one that can do so without a wait
-(``Leaf.open_v1``), and the cage is born in them. Then it waits for the order to do so on its link. When that comes, it
-clones the cage's pid 1 (into the v2 leaf, as a child of the supervisor, in all of its own namespaces and groups),
-answers with the pid and the pidfd, and ends. Pid 1 has the link from then on, and does what no plan changes but needs
-its pid namespace (``Section.enter_born``) while the supervisor makes the plan, the next message there.
+(``Leaf.open_v1``), and the cage is born in them. Then it waits for two packets on its link. With the first it sets its
+clocks to those of the cage. With the second it clones the cage's pid 1 (into the v2 leaf, as a child of the supervisor,
+in all of its own namespaces and groups), and ends; pid 1 goes on in its memory (``isolator.linux.successor``). Pid 1
+answers with its pid and a pidfd, and does what no plan changes but needs its pid namespace (``Section.enter_born``)
+while the supervisor makes the plan, the next message there.
 
 When the supervisor goes away, so does the link, and the parked process ends; nothing of a plugin ever ran in it.
 Standard library and ``isolator.linux`` only.
@@ -18,27 +19,33 @@ import contextlib
 import json
 import os
 import socket
+from types import FunctionType
 from typing import NoReturn
 
 from isolator.base.structs import replace
+from isolator.ipc import packet as ipc
 from isolator.ipc.packet import receive_packet, send_packet
 from isolator.launcher import enter, init
-from isolator.layers.filesystem import AttachMount, FilesystemSection, FillFolder, ResizeTmpfs
-from isolator.layers.namespaces import AT_BIRTH
-from isolator.layers.plan import Birth, ParkOrder, Plan
+from isolator.layers.filesystem import AttachMount, FilesystemSection, FillFolder, ResizeTmpfs, SealMount
+from isolator.layers.namespaces import AT_BIRTH, enter_clocks
+from isolator.layers.plan import ParkOrder, Plan
 from isolator.layers.seccomp.layer import SeccompSection
 from isolator.layers.user import UserSection
+from isolator.linux import _libc, capability, landlock, mount, namespaces, seccomp
+from isolator.linux.descriptors import close_all
 from isolator.linux.files import close_all_but
-from isolator.linux.namespaces import CLONE_PARENT, NAMESPACE_FILES, clone3
+from isolator.linux.namespaces import CLONE_PARENT, NAMESPACE_FILES
+from isolator.linux.successor import become
 
 
 def park(order: ParkOrder, link: int, status: int, others: list[int]) -> NoReturn:
-    """Wait for the order on ``link`` and clone a cage; never returns.
+    """Wait for the order on ``link`` and become a cage; never returns.
 
     ``status``: the pipe for pid 1's report. ``others``: the figures, if the cage has the layer proc, and ``tasks`` of
     each v1 group to be in.
     """
     init.guard()
+    os.setpgid(0, 0)  # a clone that ends before it has told its pid is found by it
     close_all_but({0, 1, 2, link, status, *others})
     sock = socket.socket(fileno=link)
     figures, groups = (others[0], others[1:]) if "proc" in order.layers and others else (-1, others)
@@ -54,7 +61,10 @@ def park(order: ParkOrder, link: int, status: int, others: list[int]) -> NoRetur
             send_packet(sock, b'{"step": "parked"}')
         packet, fds = receive_packet(sock)
         if packet:
-            _clone(order, Birth.unpack(packet, fds), sock, status)
+            _set_clocks(packet, fds)
+            packet, fds = receive_packet(sock)
+        if packet:
+            _become(order, fds, sock, status)
     except Exception as error:
         _fail(sock, "parked", error)
     finally:
@@ -76,25 +86,45 @@ def _rehearse() -> None:
     plan.add(SeccompSection(b"x" * 4096))
     plan.add(UserSection(0, 0))
     Plan.unpack(plan.pack()[0], [])
+    _touch()
 
 
-def _clone(order: ParkOrder, birth: Birth, sock: socket.socket, status: int) -> None:
-    if birth.clocks >= 0:
+def _touch() -> None:
+    """Take page faults of a cage's way to its exec now: reading an object counts a reference, a write to its page.
+
+    Read is what the functions on that way name; to read more costs each cage memory that nothing writes to.
+    """
+    kinds = (*enter.STEPS, SeccompSection, ResizeTmpfs, FillFolder, AttachMount, SealMount)
+    modules = (enter, init, ipc, _libc, capability, landlock, mount, namespaces, seccomp)
+    for place in (*kinds, *modules):
+        for function in vars(place).values():
+            if isinstance(function, FunctionType):
+                code = function.__code__
+                for names in (function.__globals__, vars(os)):
+                    _ = (*code.co_consts, *map(names.get, code.co_names))
+
+
+def _set_clocks(packet: bytes, fds: list[int]) -> None:
+    for folder in fds:
         with contextlib.suppress(OSError):  # the layer's ``confirm`` finds the host's clocks
-            os.write(birth.clocks, birth.offsets.encode())
+            enter_clocks(folder, json.loads(packet)["offsets"])
+        os.close(folder)
+
+
+def _become(order: ParkOrder, group: list[int], sock: socket.socket, status: int) -> None:
     flags = CLONE_PARENT
     if "namespaces" in order.layers:
         for kind in AT_BIRTH:
             flags |= NAMESPACE_FILES[kind]
     try:
-        pid, pidfd = clone3(flags, cgroup_fd=birth.cgroup)
+        pid, pidfd = become(flags, *group)
     except OSError as error:
         _fail(sock, "clone3", error)
         return
-    if pid == 0:
-        birth.close()
-        enter.be_born(order, sock, status)
     send_packet(sock, json.dumps({"pid": pid}).encode(), [pidfd])
+    os.close(pidfd)
+    close_all(group)
+    enter.be_born(order, sock, status)
 
 
 def _fail(sock: socket.socket, step: str, error: Exception) -> None:

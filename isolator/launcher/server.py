@@ -34,6 +34,7 @@ from isolator.launcher.prefork import park
 from isolator.layers.filesystem import build_template
 from isolator.layers.namespaces import BEFORE_THE_PLAN
 from isolator.layers.plan import ParkOrder, learn_parts
+from isolator.linux import successor
 from isolator.linux.coredump import leave_memory_out
 from isolator.linux.descriptors import close_all, open_standard_streams
 from isolator.linux.namespaces import CLONE_PARENT, NAMESPACE_FILES, clone3
@@ -126,6 +127,7 @@ def run(sock: socket.socket) -> None:
         take_turns()  # this, too
         build_template()
         learn_parts()
+        successor.learn()
         os.umask(0o022)
     except OSError as error:
         detail = f"{error.filename}: {error.strerror}"

@@ -80,14 +80,13 @@ class Namespaces(Layer):
         own = "processes, mounts, host name, uptime, IPC objects, control groups and network interfaces"
         return f"Sees only its own {own}."
 
-    def prepare_birth(self, spec: CageSpec, birth: Birth) -> None:
+    def prepare_clocks(self, birth: Birth) -> None:
+        """Begin the clocks of the cage to come, if this host can set any."""
         if _check_time().state == "enforced":
             self._offsets = {name: -int(time.clock_gettime(clock)) for name, clock in _CLOCKS.items()}
             birth.offsets = "".join(f"{name} {seconds} 0\n" for name, seconds in self._offsets.items())
-            # Opened here: the template has no /proc, and the one that counts is the opener's CAP_SYS_TIME. The parked
-            # process writes it, once its children have a time namespace.
             with contextlib.suppress(FileNotFoundError):  # it has died, as the end of its link will show
-                birth.clocks = os.open(f"/proc/{self.parked}/timens_offsets", os.O_WRONLY | os.O_CLOEXEC)
+                birth.folder = os.open(f"/proc/{self.parked}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         plan.add(NamespacesSection(spec.hostname))
@@ -111,6 +110,24 @@ class Namespaces(Layer):
             lines = (line.split() for line in process.read("timens_offsets").splitlines())
             if (found := {name: int(seconds) for name, seconds, _ in lines}) != self._offsets:
                 raise mismatch(self.name, "offset of the clocks", self._offsets, found)
+
+
+def enter_clocks(folder: int, offsets: str) -> None:
+    """Enter the time namespace of the calling process's children: what it becomes shares its memory, clocks included.
+
+    ``folder``: that of the process in /proc, which the template does not have; ``offsets``: for ``timens_offsets``.
+    Raises OSError.
+    """
+    clocks = os.open("timens_offsets", os.O_WRONLY | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        os.write(clocks, offsets.encode())
+    finally:
+        os.close(clocks)
+    own = os.open("ns/time_for_children", os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        ns.setns(own, ns.CLONE_NEWTIME)
+    finally:
+        os.close(own)
 
 
 @functools.cache

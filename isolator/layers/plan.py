@@ -110,33 +110,31 @@ class ParkOrder:
 
 @struct_class()
 class Birth:
-    """The order to clone pid 1 of a cage, sent before its plan is made; its descriptors are its own until ``close``."""
+    """The order to become pid 1 of a cage, sent before its plan is made, as two packets: its clocks, which can be had
+    at once and wake the parked process, and the order itself. The descriptors are this one's own until ``close``.
+    """
 
     cgroup: int = -1
     """A descriptor of the v2 group to be born in."""
-    clocks: int = -1
-    """A descriptor of timens_offsets of the parked process."""
+    folder: int = -1
+    """A descriptor of the parked process's folder in /proc, where its cage has clocks of its own."""
     offsets: str = ""
-    """The text to write to it."""
+    """Their text for timens_offsets."""
+
+    def pack_clocks(self) -> tuple[bytes, list[int]]:
+        """The first packet to a parked process, and the descriptor that goes with it."""
+        return json.dumps({"offsets": self.offsets}).encode(), [self.folder] if self.folder >= 0 else []
 
     def pack(self) -> tuple[bytes, list[int]]:
-        """The packet to a parked process, and the descriptors that go with it."""
-        places = {"cgroup": self.cgroup, "clocks": self.clocks}
-        names = [name for name, fd in places.items() if fd >= 0]
-        return json.dumps({"offsets": self.offsets, "fds": names}).encode(), [places[name] for name in names]
-
-    @classmethod
-    def unpack(cls, packet: bytes, fds: list[int]) -> Birth:
-        """The order with the receiver's descriptors."""
-        wanted = json.loads(packet)
-        return cls(offsets=wanted["offsets"], **dict(zip(wanted["fds"], fds, strict=True)))
+        """The second."""
+        return b'{"become": true}', [self.cgroup] if self.cgroup >= 0 else []
 
     def close(self) -> None:
         """Close the descriptors."""
-        for fd in (self.cgroup, self.clocks):
+        for fd in (self.cgroup, self.folder):
             if fd >= 0:
                 os.close(fd)
-        self.cgroup = self.clocks = -1
+        self.cgroup = self.folder = -1
 
 
 @struct_class()

@@ -30,7 +30,9 @@ NAMESPACE_FILES = {
 """The six namespaces of a cage: their names under /proc/PID/ns and their clone flags."""
 
 
-class _CloneArgs(ctypes.Structure):
+class CloneArgs(ctypes.Structure):
+    """The arguments of clone3."""
+
     _fields_ = tuple(
         (name, ctypes.c_uint64)
         for name in (
@@ -40,17 +42,14 @@ class _CloneArgs(ctypes.Structure):
     )  # fmt: skip
 
 
-def clone3(flags: int, *, cgroup_fd: int = -1) -> tuple[int, int]:
+def clone3(flags: int) -> tuple[int, int]:
     """Clone the calling process; returns (pid, pidfd) in the parent and (0, -1) in the child.
 
     Only for a single-threaded process: the child runs none of the C library's fork handlers, so a lock that
     another thread held would stay held for ever. With CLONE_PARENT the exit signal is the caller's own.
     """
     pidfd = ctypes.c_int(-1)
-    args = _CloneArgs(flags=flags | CLONE_PIDFD, pidfd=ctypes.addressof(pidfd))
-    if cgroup_fd >= 0:
-        args.flags |= CLONE_INTO_CGROUP
-        args.cgroup = cgroup_fd
+    args = CloneArgs(flags=flags | CLONE_PIDFD, pidfd=ctypes.addressof(pidfd))
     pid = syscall("clone3", ctypes.byref(args), ctypes.sizeof(args))
     return (pid, pidfd.value) if pid else (0, -1)
 

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import select
+
+
+def is_readable(fd: int) -> bool:
+    """Whether ``fd`` is readable now."""
+    waits = select.poll()
+    waits.register(fd, select.POLLIN)
+    return bool(waits.poll(0))
 
 
 async def readable(fd: int) -> None:

@@ -64,7 +64,7 @@ async def until_listening(pid: int, port: int) -> None:
     """Return once somebody listens on the port in the network of a process: nothing tells of that by itself."""
     pause = Backoff(0.01, 0.25)
     tables = [Path(f"/proc/{pid}/net/{name}") for name in ("tcp", "tcp6")]
-    while not await asyncio.to_thread(_listens, tables, port):  # noqa: ASYNC110
+    while not await asyncio.to_thread(_listens, tables, port):  # noqa: ASYNC110 # see above
         await asyncio.sleep(pause.next())
 
 

@@ -290,19 +290,23 @@ class ChildProcess:
         inherited = {"channel": theirs.detach(), **inherited}
         self.generations += 1
         leaf = Leaf(self._subtree.unified / f"service.{spec.name}.{self.generations}", on_v2=self._subtree.on_v2)
-        self._journal.record(Entry(leaf.unified.name, "service", tuple(map(str, leaf.folders()))))
+        process: Child | None = None
         try:
+            self._journal.record(Entry(leaf.unified.name, "service", tuple(map(str, leaf.folders()))))
             leaf.create(None)
             leaf.prefer()
             process = zygote.fork(spec, inherited)
+            (leaf.unified / "cgroup.procs").write_text(str(process.pid))
         except BaseException:
             mine.close()
+            if process is not None:
+                process.kill()
+                process.wait()
             leaf.remove()
             self._journal.forget(leaf.unified.name)
             raise
         finally:
             close_all(inherited.values())
-        (leaf.unified / "cgroup.procs").write_text(str(process.pid))
         generation = Generation(process, Channel(mine, self.ways.handlers, name=spec.name), leaf)
         self._alive.append(generation)
         return generation

@@ -509,7 +509,7 @@ async def test_kernel_memory_of_outer_connections_is_bounded(pretend: PretendInt
     async def until(reached: Callable[[], bool]) -> None:
         async with asyncio.timeout(seconds(60)):
             # No event tells of a buffer that grows.
-            while not await asyncio.to_thread(reached):  # noqa: ASYNC110
+            while not await asyncio.to_thread(reached):  # noqa: ASYNC110 # see above
                 await asyncio.sleep(0.1)
 
     server = pouring(pretend.internet.bound(WEB, 9000))

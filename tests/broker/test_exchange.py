@@ -131,6 +131,7 @@ print(fourth.recv(1), attempt(lambda: tcp('hooks.example.com', 7).recv(1)))
         timeout=40,
     ))  # fmt: skip
     async with asyncio.timeout(seconds(20)):
+        # The list of records wakes nobody.
         while sum(r["type"] == "net.connect" for r in broker.records) < 3:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     await broker.renew()

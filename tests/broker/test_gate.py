@@ -326,7 +326,7 @@ async def test_turns_of_a_cage_whose_budget_is_spent_come_one_by_one() -> None:
         assert "".join(served) == "abc"[:number]
         clock[0] += 1.1
         async with asyncio.timeout(seconds(20)):
-            while len(served) == number:  # noqa: ASYNC110
+            while len(served) == number:  # noqa: ASYNC110 # a timer of the gate has to come
                 await asyncio.sleep(0.01)
 
 

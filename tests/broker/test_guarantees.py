@@ -312,7 +312,7 @@ async def test_new_gateway_of_the_host_is_out_of_reach(
     try:
         async with asyncio.timeout(seconds(20)):
             # The broker's reading of the routes has no event of its own.
-            while await cage.client(ask) != "ECONNRESET":  # noqa: ASYNC110
+            while await cage.client(ask) != "ECONNRESET":  # noqa: ASYNC110 # see above
                 await asyncio.sleep(0.1)
         await broker.wait_for("net.denied", address=gateway, rule="gateway")
     finally:

@@ -59,7 +59,7 @@ async def until_listening(cage: CageNet, port: int) -> None:
 
     async with asyncio.timeout(20):
         # No event tells of a listener in another namespace.
-        while not await asyncio.to_thread(netns.in_network, cage.network.netns_fd, there):  # noqa: ASYNC110
+        while not await asyncio.to_thread(netns.in_network, cage.network.netns_fd, there):  # noqa: ASYNC110 # see above
             await asyncio.sleep(0.02)
 
 

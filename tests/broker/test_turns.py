@@ -60,7 +60,7 @@ async def test_all_wait_while_the_budget_is_spent() -> None:
     assert turns.over and not served
     now[0] = 4 * HOLD / 0.5  # two thousandths of a second are there: for both, one a turn
     async with asyncio.timeout(seconds(10)):
-        while served != ["a", "b"]:  # noqa: ASYNC110
+        while served != ["a", "b"]:  # noqa: ASYNC110 # a timer of the turns has to come
             await asyncio.sleep(0.001)
     assert turns.budget.tokens == pytest.approx(0.0)
 
@@ -115,11 +115,11 @@ async def test_other_cage_waits_for_one_turn_of_a_busy_one_and_not_for_each_of_i
                 flow.near.send(PIECE)
             other.near.send(PIECE)
             before = len(sends)
-            while other.pipe not in sends[before:]:  # noqa: ASYNC110
+            while other.pipe not in sends[before:]:  # noqa: ASYNC110 # each turn of the loop counts
                 await asyncio.sleep(0)
             waited = sends[before:].index(other.pipe)
             assert waited <= 4, "it waits for the busy cage's part of this turn and of the next"
-        while any(len(PIECE) * 5 != flow.pipe.total for flow in busy):  # noqa: ASYNC110
+        while any(len(PIECE) * 5 != flow.pipe.total for flow in busy):  # noqa: ASYNC110 # a few turns
             await asyncio.sleep(0)
     finally:
         for flow in [*busy, other]:
@@ -163,6 +163,6 @@ async def test_pipe_that_ends_while_it_waits_for_its_turn_is_left_alone() -> Non
     flow.pipe._readable()
     assert turns.over and not flow.pipe._reading
     flow.close()
-    while turns.over:  # noqa: ASYNC110
+    while turns.over:  # noqa: ASYNC110 # a turn or two
         await asyncio.sleep(0)
     assert flow.pipe.total == 0

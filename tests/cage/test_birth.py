@@ -23,6 +23,17 @@ layer._cover = fail
 """
 
 
+_SILENT_DEATH = """
+import os
+from isolator.launcher import prefork
+become = prefork.become
+def die(*args):
+    become(*args)
+    os._exit(9)
+prefork.become = die
+"""
+
+
 class _GivenUp(Cage):
     """A cage that is born, and whose plan then cannot be made."""
 
@@ -44,6 +55,15 @@ async def test_failure_of_what_a_cage_does_before_its_plan_is_named(shared_dir: 
         async with cage(shared_dir, ["true"]):
             pass
     assert not leaves(shared_dir)
+
+
+async def test_cage_that_ends_before_its_pid_is_known_leaves_nothing(shared_dir: Path) -> None:
+    before = children(os.getpid())
+    with template(_SILENT_DEATH), pytest.raises(ConfinementError, match="died while it was being built"):
+        async with cage(shared_dir, ["true"]):
+            pass
+    assert not leaves(shared_dir)
+    assert children(os.getpid()) == before
 
 
 @pytest.mark.parametrize("name", sorted(EVERY_LAYER))

@@ -156,6 +156,26 @@ async def test_a_start_that_is_cancelled_leaves_nothing(session: StandaloneSessi
     assert all(name == "subtree" for name in session.runtime.journal.open)
 
 
+async def test_a_taker_that_is_cancelled_over_and_over_leaves_nothing(session: StandaloneSession) -> None:
+    pool = session.runtime.pool
+    await (await pool.take(EVERY_LAYER)).release()
+    before = os.listdir("/proc/self/fd")
+    for turns in range(1, 400, 7):
+        taking = asyncio.create_task(pool.take(EVERY_LAYER))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        for _ in range(3):
+            taking.cancel()
+            await asyncio.sleep(0)
+        await asyncio.wait([taking])
+        if not taking.cancelled():
+            await taking.result().release()
+        await pool.close()
+        pool.reopen()
+        assert (turns, os.listdir("/proc/self/fd")) == (turns, before)
+    assert all(name == "subtree" for name in session.runtime.journal.open)
+
+
 async def test_one_that_comes_as_its_start_is_cancelled_is_reaped(session: StandaloneSession) -> None:
     await _ahead(session.runtime)
     launcher, loop, (link, its_link), (status, its_status) = (

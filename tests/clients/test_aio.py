@@ -49,7 +49,7 @@ async def get_project(plugin: str, params: dict[str, Any]) -> Any:
 async def connected(client: AsyncClient) -> None:
     """Wait until the client has come back."""
     async with asyncio.timeout(seconds(20)):
-        while not client.connected:  # noqa: ASYNC110
+        while not client.connected:  # noqa: ASYNC110 # no event tells
             await asyncio.sleep(0.01)
 
 

@@ -50,7 +50,7 @@ async def served(folder: Path) -> AsyncIterator[tuple[Path, Places]]:
         listener.bind(str(path))
         listener.listen(16)
         task = asyncio.create_task(server.serve([listener]))
-        while not server.started:  # noqa: ASYNC110
+        while not server.started:  # noqa: ASYNC110 # uvicorn tells nobody
             await asyncio.sleep(0.01)
         yield path, places
         server.should_exit = True
@@ -60,7 +60,7 @@ async def served(folder: Path) -> AsyncIterator[tuple[Path, Places]]:
 async def until_none(places: Places) -> None:
     """Wait until no connection has a place."""
     async with asyncio.timeout(seconds(30)):
-        while places._of:  # noqa: ASYNC110
+        while places._of:  # noqa: ASYNC110 # no event tells
             await asyncio.sleep(0.02)
 
 

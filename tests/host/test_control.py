@@ -236,6 +236,7 @@ async def test_idle_connections_of_strangers_keep_nobody_out(daemon: Daemon) -> 
         assert uid - 64020 >= STRANGERS // STRANGER_SHARE
         assert (await daemon.ask("status"))["plugins"] == 0
         assert "result" in await _as(daemon, 64011, "status")
+        # Nothing tells a caller that its users are let in again.
         while "come, in great number" in (said := (await _as(daemon, 64020, "status"))["error"]["message"]):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         assert re.search("connections (of uid 64020|without a role) are open", said)

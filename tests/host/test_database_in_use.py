@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from host.database import files
 from host.database.store import Store
 from host.queue.interface import NewEvent, Subscriber
 from host.queue.missing import missing
@@ -98,6 +99,17 @@ async def _host(path: Path) -> asyncio.subprocess.Process:
     assert host.stdout is not None
     assert await host.stdout.readline() == b"ready\n"
     return host
+
+
+async def test_connection_that_is_closed_keeps_none_from_being_opened(tmp_path: Path) -> None:
+    store = Store(tmp_path / "host.db")
+
+    def reopen() -> None:
+        for _ in range(3000):
+            files.connect(store.path).close()
+
+    await asyncio.gather(*(asyncio.to_thread(reopen) for _ in range(2)))
+    await store.close()
 
 
 def _trail(folder: Path, *kinds: tuple[str, dict[str, object]], file: str = "audit.jsonl", fill: int = 0) -> None:

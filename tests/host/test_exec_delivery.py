@@ -56,7 +56,7 @@ async def test_supervisor_hears_of_every_invocation_before_it_is_to_break_off() 
     mode = ExecDelivery(_parts(supervisor))
     event = Event(1, "ev_1", "deploy.failed", "2026-01-01T00:00:00Z", 0.0, 1.0, "{}")
     await mode.deliver(cast(Plugin, _PLUGIN), "deploy.failed", Delivery(1, "linter", None, event=event))
-    while mode.unsettled:  # noqa: ASYNC110
+    while mode.unsettled:  # noqa: ASYNC110 # a turn or two
         await asyncio.sleep(0)
     supervisor.heard.append(BreakOff.op)  # as the host does in the same turn
     for _ in range(5):

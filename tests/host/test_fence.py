@@ -97,12 +97,12 @@ class FencedDaemon(Daemon):
     async def until_idle(self, name: str) -> None:
         """Wait until the host has noticed how an attempt ended."""
         async with asyncio.timeout(seconds(30)):
-            while (await self.listed(name))["worker"] != "idle":  # noqa: ASYNC110
+            while (await self.listed(name))["worker"] != "idle":  # noqa: ASYNC110 # no notification tells
                 await asyncio.sleep(0.02)
 
     async def until_held(self, name: str) -> None:
         async with asyncio.timeout(seconds(30)):
-            while (await self.listed(name))["holding"] != "it has no lease at the moment":  # noqa: ASYNC110
+            while (await self.listed(name))["holding"] != "it has no lease at the moment":  # noqa: ASYNC110 # as above
                 await asyncio.sleep(0.02)
 
 

@@ -62,7 +62,7 @@ def open_files(place: Path) -> list[str]:
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for a condition of which no event tells."""
     end = asyncio.get_running_loop().time() + seconds(20)
-    while not condition() and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110
+    while not condition() and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110 # see above
         await asyncio.sleep(0.01)
     assert condition()
 

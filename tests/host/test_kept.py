@@ -42,19 +42,20 @@ async def test_search_that_is_over_is_kept_no_longer(tmp_path: Path) -> None:
     searches, connection = Searches(tmp_path), Open()
     for _ in range(2):
         await searches.search(AuditSearch(), connection.caller)
-        assert connection.kept == 1
+        assert (connection.kept, connection.caller.follows) == (1, 1)
         async with asyncio.timeout(60):
             while (await connection.said.get())[1]["more"]:
                 pass
             while connection.kept:  # noqa: ASYNC110 # a turn: its task has just ended
                 await asyncio.sleep(0)
+        assert not connection.caller.follows, "it can be handed on again"
 
 
 async def test_follower_that_was_refused_is_kept_no_longer(tmp_path: Path) -> None:
     trail, connection = TrailStreams(tmp_path, cast(Any, SimpleNamespace())), Open()
     with pytest.raises(IsolatorError, match="audit trail"):
         await trail.follow(AuditFollow(after=7), connection.caller)
-    assert not connection.kept
+    assert not connection.kept and not connection.caller.follows
     trail.close()
 
 
@@ -65,7 +66,7 @@ async def test_log_that_is_followed_twice_comes_once(tmp_path: Path) -> None:
     for _ in range(3):
         await verbs.logs(PluginLogs(name="chatty", follow=True), connection.caller)
     logs.of("chatty").keep(None, "stdout", b"a line")
-    assert (connection.said.qsize(), connection.kept) == (1, 1)
+    assert (connection.said.qsize(), connection.kept, connection.caller.follows) == (1, 1, 1)
     for end in list(connection.caller.on_close):
         end()
     logs.of("chatty").keep(None, "stdout", b"another")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import warnings
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,11 +14,13 @@ import pytest
 from host.channel.reply import NotSentError
 from host.delivery.oneshot import OneshotDelivery
 from host.delivery.sidecar import SidecarLink
+from host.delivery.stream import StreamDelivery
 from host.events import Catalogue
 from host.fence.fences import NO_LEASE
 from host.queue.interface import Delivery, Event
 from isolator.ipc.fence import LOST, Fence
 from isolator.linux.boottime import boottime
+from tests.host.test_runs import Supervisor
 
 ABSENT: Any = None
 
@@ -64,9 +67,10 @@ def made() -> tuple[OneshotDelivery, SidecarLink, Plugin, Outcomes]:
     return OneshotDelivery(link, cast("Any", outcomes), Catalogue()), link, plugin, outcomes
 
 
-async def deliver(delivery: OneshotDelivery) -> None:
+async def deliver(delivery: OneshotDelivery | StreamDelivery) -> None:
     event = Event(1, "e", "x.y", "2026-01-01T00:00:00Z", 0.0, 1.0, "{}")
-    plugin: Any = SimpleNamespace(timeout=5.0, major=1, manifest=None, uid=os.getuid())
+    its = {"name": "x", "version": "1", "hooks": {"x.y": "x.y"}}
+    plugin: Any = SimpleNamespace(**its, timeout=5.0, major=1, manifest=None, uid=os.getuid())
     await delivery.deliver(plugin, "x.y", Delivery(1, "x", None, event=event))
 
 
@@ -123,3 +127,36 @@ async def test_connection_that_is_kept_is_closed_when_its_run_has_ended() -> Non
     (end,) = plugin.ends
     assert end.recv(1) == b""
     end.close()
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("mode", ["oneshot", "stream"])
+async def test_delivery_that_is_cancelled_in_any_turn_leaves_no_connection_to_the_garbage_collector(
+    mode: str, prepared: bool
+) -> None:
+    sent = 0
+    for turns in range(30):
+        supervisor = Supervisor()
+        link = SidecarLink("x", supervisor.runs, ABSENT, Fence(boottime() + 600))
+        link.run = link._reached = "r"
+        parts: Any = link, Outcomes(), Catalogue()
+        oneshot = OneshotDelivery(*parts)
+        delivery = oneshot if mode == "oneshot" else StreamDelivery(*parts, ABSENT, str)
+        if prepared:
+            oneshot.prepare()
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always", ResourceWarning)
+            delivering = asyncio.create_task(deliver(delivery))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            delivering.cancel()
+            await asyncio.wait({delivering})
+            oneshot.drop_prepared()
+            if isinstance(delivery, StreamDelivery):
+                delivery.close()
+            for _ in range(10):
+                await asyncio.sleep(0)
+        assert not found, f"cancelled in turn {turns}: {found[0].message}"
+        sent += any(end.recv(1, socket.MSG_DONTWAIT) for end in supervisor.far)
+        supervisor.close()
+    assert 5 < sent < 25, "it was cancelled before and after the first message"

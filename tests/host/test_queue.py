@@ -212,6 +212,21 @@ async def test_a_store_that_closes_reports_the_sync_that_is_under_way(syncs: _Sy
     assert (await accept).plugins == ()
 
 
+async def test_a_store_that_closes_waits_for_a_disk_that_does_not_answer_and_leaves_it_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fatal: list[str] = []
+    store = Store(tmp_path / "host.db", fatal=fatal.append)
+    monkeypatch.setattr(wal, "CLOSING", 0.01)
+    release = _ByThread(monkeypatch).hold()
+    await store.close()
+    release()
+    await asyncio.to_thread(store._wal._thread.join)
+    await asyncio.sleep(0)  # what the thread has reported
+    assert not fatal
+    os.close(store._wal.fd)
+
+
 async def test_a_log_is_as_large_from_the_start_as_it_gets_between_two_checkpoints(store: Store) -> None:
     before = store.path.with_name("host.db-wal").stat().st_size
     queue = SqliteQueue(store)
@@ -497,6 +512,22 @@ async def test_log_is_bounded_also_while_nothing_is_accepted(store: Store) -> No
     with _largest_log(store) as largest:
         await _outcomes_alone(SqliteQueue(store), 3000)
     assert 0 < largest[0] < wal.HIGH + (2 << 20)
+
+
+async def test_log_is_bounded_also_while_a_checkpoint_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wal, "HIGH", 8 << 20)
+    store = Store(tmp_path / "host.db")
+    release = _ByThread(monkeypatch).hold()
+    with _largest_log(store) as largest:
+        writing = asyncio.create_task(_outcomes_alone(SqliteQueue(store), 1000))
+        while not writing.done() and not store._held:  # noqa: ASYNC110 # a commit wakes nobody
+            await asyncio.sleep(0)
+        release()
+        await writing
+    assert wal.HIGH < largest[0] < wal.HIGH + (64 << 10)
+    await store.close()
 
 
 async def test_log_does_not_fill_a_small_disk(small_disk: Path) -> None:

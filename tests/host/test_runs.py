@@ -51,6 +51,12 @@ class Supervisor:
         """Whether no other end of a connection is open."""
         return [far.recv(1) for far in self.far] == [b""] * len(self.far)
 
+    def close(self) -> None:
+        for far in self.far:
+            far.close()
+        self.channel.close()
+        self.runs._supervisor.close()
+
 
 async def test_plugins_of_one_turn_are_connected_to_in_few_messages() -> None:
     supervisor = Supervisor()

@@ -55,7 +55,7 @@ def searching() -> list[int]:
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for a condition of which no event tells."""
     end = asyncio.get_running_loop().time() + seconds(20)
-    while not condition() and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110
+    while not condition() and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110 # see above
         await asyncio.sleep(0.01)
     assert condition()
 

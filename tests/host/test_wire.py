@@ -151,3 +151,11 @@ async def test_messages_of_one_turn_are_one_write_and_stay_in_order() -> None:
     protocol.close()
     await asyncio.sleep(0)
     assert transport.writes[1:] == [b"4\n", b"5\n", b"6\n"]
+
+
+async def test_message_of_the_turn_in_which_the_peer_ends_is_written(reader: tuple[Reader, socket.socket]) -> None:
+    protocol, peer = reader
+    loop = asyncio.get_running_loop()
+    peer.shutdown(socket.SHUT_WR)
+    loop.call_soon(protocol.send_soon, b"the answer\n")  # in the loop's next turn, before what it then finds readable
+    assert await loop.sock_recv(peer, 64) == b"the answer\n"

@@ -136,7 +136,7 @@ STRUCTURES: dict[str, tuple[type[ctypes.Structure], str]] = {
     "struct landlock_path_beneath_attr": (landlock._PathBeneath, "allowed_access parent_fd"),
     "struct open_how": (files._OpenHow, "flags mode resolve"),
     "struct clone_args": (
-        namespaces._CloneArgs,
+        namespaces.CloneArgs,
         "flags pidfd child_tid parent_tid exit_signal stack stack_size tls set_tid set_tid_size cgroup",
     ),
     "struct __user_cap_header_struct": (capability._Header, "version pid"),

@@ -51,7 +51,7 @@ async def test_result_that_nobody_waits_for_any_more_is_dropped() -> None:
     with pytest.raises(asyncio.CancelledError):
         await waiting
     go_on.set()
-    while os.path.exists(f"/proc/self/task/{thread[0]}"):  # noqa: ASYNC110
+    while os.path.exists(f"/proc/self/task/{thread[0]}"):  # noqa: ASYNC110 # the end of a thread wakes nobody
         await asyncio.sleep(0)
     await asyncio.sleep(0)  # the callback of the result has been called, and has set nothing
     assert not faults

@@ -263,7 +263,7 @@ async def test_server_that_asks_and_does_not_read_is_not_read_either() -> None:
         for _ in range(2000):
             await asyncio.sleep(0)
         async with asyncio.timeout(seconds(30)):
-            while not both.session._held - {"budget", "cpu"}:  # noqa: ASYNC110
+            while not both.session._held - {"budget", "cpu"}:  # noqa: ASYNC110 # the hold of a session wakes nobody
                 await asyncio.sleep(0.01)
         assert both.session.open
         writing.cancel()

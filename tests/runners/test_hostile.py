@@ -274,25 +274,27 @@ def lingering() -> Iterator[int]:
 
 @pytest.mark.parametrize("where", ["request", "unread request", "signal", "stream"])
 def test_descriptor_that_takes_minutes_to_close_holds_up_nobody(daemon: TakenOver, null: int, where: str) -> None:
+    assert daemon.process is not None
     with lingering() as fd, connect(daemon.root, ALICE) as sock:
-        if where == "stream":
-            send(sock, TRUE, [null, null, fd])
-        else:
-            send(sock, pack([("argument", "sleep"), ("argument", "1000")]), [null] * 3)
-        if where == "request":
-            with connect(daemon.root, ALICE) as other:
-                send(other, TRUE, [null] * 3 + [fd])
-        elif where == "unread request":
-            assert daemon.process is not None
-            daemon.process.send_signal(signal.SIGSTOP)  # so that both are there when the first ends the connection
-            try:
+        # Stopped, so that the last close is the daemon's, and that an unread request is there when the one before it
+        # ends the connection.
+        daemon.process.send_signal(signal.SIGSTOP)
+        try:
+            if where == "stream":
+                send(sock, TRUE, [null, null, fd])
+            else:
+                send(sock, pack([("argument", "sleep"), ("argument", "1000")]), [null] * 3)
+            if where == "request":
+                with connect(daemon.root, ALICE) as other:
+                    send(other, TRUE, [null] * 3 + [fd])
+            elif where == "unread request":
                 send(sock, b"no signal")
                 send(sock, b"x", [fd])
-            finally:
-                daemon.process.send_signal(signal.SIGCONT)
-        elif where == "signal":
-            send(sock, b"signal=28", [fd])
-        os.close(fd)
+            elif where == "signal":
+                send(sock, b"signal=28", [fd])
+            os.close(fd)
+        finally:
+            daemon.process.send_signal(signal.SIGCONT)
         sock.close()
         for _ in range(3):
             assert bob_is_served(daemon)

@@ -29,7 +29,7 @@ from tests.system.daemon import Daemon
 
 PLUGIN = "echo"
 START = (
-    "spare", "journal", "birth", "prepare cgroup", "prepare filesystem", "prepare proc", "send", "clone",
+    "spare", "clocks", "journal", "birth", "prepare cgroup", "prepare filesystem", "prepare proc", "send", "clone",
     "confirm groups", "view", "confirm view", "enter", "network", "confirm", "exec", "told",
 )  # fmt: skip
 STOP = ("ended", "recorded", "release", "groups gone", "journal gone", "network gone", "all gone")

@@ -53,7 +53,7 @@ class GatedDaemon(Daemon):
 
 async def until(condition: Callable[[], object]) -> None:
     """Wait for something that has no event."""
-    while not condition():  # noqa: ASYNC110
+    while not condition():  # noqa: ASYNC110 # see above
         await asyncio.sleep(_LOOK)
 
 

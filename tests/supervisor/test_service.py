@@ -1,0 +1,58 @@
+"""Processes of the daemon's services."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isolator.layers.cgroup.subtree import Subtree, find_hierarchies
+from isolator.linux.child import Child
+from isolator.recovery.journal import Journal
+from isolator.supervisor.service import ChildProcess, ServiceSpec
+from isolator.supervisor.zygote import Zygote, Zygotes
+
+SPEC = ServiceSpec("shown", "tests.supervisor.forked", 64998, 64997)
+
+
+@pytest.fixture
+def subtree() -> Iterator[Subtree]:
+    own = find_hierarchies().unified
+    assert own is not None
+    made = Subtree(own / f"isolator-test-{os.getpid()}", {}, frozenset())
+    made.unified.mkdir()
+    yield made
+    made.unified.rmdir()
+
+
+async def test_nothing_is_left_of_a_process_that_cannot_be_put_into_its_group(subtree: Subtree, tmp_path: Path) -> None:
+    forked = []
+
+    class Removed(Zygote):
+        """Somebody removes the empty group while the process is forked."""
+
+        def fork(self, spec: ServiceSpec, descriptors: Mapping[str, int]) -> Child:
+            forked.append(super().fork(spec, descriptors))
+            (leaf,) = subtree.unified.glob("service.*")
+            leaf.rmdir()
+            return forked[-1]
+
+    nobody: Any = None
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with contextlib.closing(Journal(tmp_path / "journal")) as journal:
+        service = ChildProcess(SPEC, Zygotes(), subtree, journal, nobody)
+        zygote = Removed()
+        try:
+            await zygote.ready()
+            with pytest.raises(FileNotFoundError):
+                service.spawn(zygote, {})
+        finally:
+            await zygote.end()
+        assert not journal.open
+        with pytest.raises(ChildProcessError):  # it is reaped
+            os.waitpid(forked[0].pid, os.WNOHANG)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
