@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from host.events import EventType
 from host.queue.interface import Event
@@ -53,8 +52,7 @@ class LostError(Exception):
         return Outcome("failed", "bad_reply", str(self)) if self.answered else Outcome("unknown", detail=str(self))
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """Outcome of an attempt; ``text`` is the plugin's reply, not yet redacted, ``size`` its bytes."""
 
     kind: Kind
@@ -207,7 +205,8 @@ def _text(value: Any) -> str | None:
 
 def shown(text: str, redact: Callable[[str], str], most: int = 400) -> str:
     """A plugin's text as records and listings show it: redacted, then cut, then made printable."""
-    return "".join(c if c.isprintable() else " " for c in redact(text)[:most])
+    cut = redact(text)[:most]
+    return cut if cut.isprintable() else "".join(c if c.isprintable() else " " for c in cut)
 
 
 def _seconds(value: Any) -> float | None:

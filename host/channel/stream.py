@@ -76,6 +76,8 @@ class StreamConnection(LineProtocol):
         self._pending: dict[str, Reply] = {}
         self._deadlines: dict[str, float] = {}
         """Loop time by which each request that is awaited has to be answered."""
+        self._timer: asyncio.TimerHandle | None = None
+        """Fires at the first of these, or before it: one timer, for thousands of requests a second."""
         self._calls = OpenCalls(self._answered)
         """Calls of the plugin that are not answered."""
 
@@ -92,7 +94,11 @@ class StreamConnection(LineProtocol):
         number = os.urandom(8).hex()
         reply: Reply = self._loop.create_future()
         self.write(number, _request(method, params, number), timeout, reply)
-        return await reply
+        try:
+            return await reply
+        except asyncio.CancelledError:
+            self._give_up(number)
+            raise
 
     def write(self, number: str, data: bytes, timeout: float, reply: Reply) -> None:
         """Send the line of a request, with others of this turn; ``reply`` gets what ``request`` returns or raises."""
@@ -106,14 +112,28 @@ class StreamConnection(LineProtocol):
 
     def _await(self, number: str, deadline: float, reply: Reply) -> None:
         self._pending[number], self._deadlines[number] = reply, deadline
-        timer = self._loop.call_at(deadline, _expire, reply)
-        reply.add_done_callback(lambda _: self._reply_done(number, timer))
+        if self._timer is None or deadline < self._timer.when():
+            self._set_timer(deadline)
 
-    def _reply_done(self, number: str, timer: asyncio.TimerHandle) -> None:
-        timer.cancel()
-        self._deadlines.pop(number, None)
-        if number in self._pending and not self.closed.is_set():
-            # Cancelled. The request stays pending: its reply may still come, and is no breach then.
+    def _set_timer(self, when: float | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(when, self._expire) if when is not None else None
+
+    def _expire(self) -> None:
+        """Give up the requests whose time is over."""
+        now = self._loop.time()
+        for number, deadline in list(self._deadlines.items()):
+            reply = self._pending.get(number)
+            if reply is not None and (deadline <= now or reply.done()):
+                if not reply.done():
+                    reply.set_exception(LostError("no reply in time"))
+                self._give_up(number)
+        self._set_timer(min(self._deadlines.values(), default=None))
+
+    def _give_up(self, number: str) -> None:
+        """Await a reply no more. The request stays pending: its reply may still come, and is no breach then."""
+        if self._deadlines.pop(number, None) is not None and not self.closed.is_set():
             self.notify("$/cancel", {"id": number})
             if len(self._pending) > 1000:
                 self.abort("too many requests were never answered")
@@ -226,7 +246,9 @@ class StreamConnection(LineProtocol):
         future = self._pending.pop(number, None) if isinstance(number, str) else None
         if future is None:
             self.abort("a reply has an id that no open request has")
-        elif not future.done():
+            return
+        self._deadlines.pop(str(number), None)
+        if not future.done():
             future.set_result((message, data))
 
     def _request_received(self, message: dict[str, Any], data: bytes) -> None:
@@ -253,6 +275,7 @@ class StreamConnection(LineProtocol):
     def pass_on_all(self, departure: Departure) -> StreamState:
         """Hand the connection on; a call of the plugin's that is still unanswered is read again."""
         deadlines = {number: self._deadlines.get(number, 0.0) for number in self._pending}
+        self._set_timer(None)
         return StreamState(line=self.pass_on(departure, again=self._calls.break_off()), deadlines=deadlines)
 
     async def take_over_all(
@@ -273,6 +296,8 @@ class StreamConnection(LineProtocol):
         self.closed.set()
         self._writable.set()
         pending, self._pending = self._pending, {}
+        self._deadlines.clear()
+        self._set_timer(None)
         for future in pending.values():
             if not future.done():
                 future.set_exception(LostError(self.why or "connection lost", crash=True))
@@ -286,11 +311,6 @@ def _request(method: str, params: Mapping[str, Any], number: str) -> bytes:
 def event_request(hook: str, params: str, number: str) -> bytes:
     """The line of an event; ``params`` is JSON, as ``params_text`` builds it."""
     return f'{{"jsonrpc":"2.0","method":"{hook}","params":{params},"id":"{number}"}}\n'.encode()
-
-
-def _expire(future: asyncio.Future[Any]) -> None:
-    if not future.done():
-        future.set_exception(LostError("no reply in time"))
 
 
 async def open_stream(sock: socket.socket, made: Callable[[], StreamConnection]) -> StreamConnection:

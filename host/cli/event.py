@@ -54,6 +54,8 @@ def emit(
     """Emit an event; it is safe on disk when this returns.
 
     The payload is a JSON object: as it stands, in a FILE, or (-) on standard input.
+    On a host that is cut off from its cluster's log the event waits in the outbox; a
+    line, and kept_back in the JSON, say why.
     """
     fields = arguments.json_object(payload)
     with Client(root, timeout=timeout + 150) as client:
@@ -67,11 +69,13 @@ def emit(
             else:
                 to = f"to {', '.join(accepted['plugins'])}" if accepted["plugins"] else "no plugin receives it"
                 click.echo(f"{accepted['id']}  {'already emitted' if accepted['duplicate'] else to}")
+                _say_kept_back(accepted)
             return 0
         if as_json:
             click.echo(f"{accepted['id']}", err=True)
         else:
             click.echo(f"{accepted['id']}  {safe(name)}  {'already emitted' if accepted['duplicate'] else 'emitted'}")
+            _say_kept_back(accepted)
         row = client.call("event.wait", id=accepted["id"], timeout=timeout)
     if as_json:
         print_json(row)
@@ -333,6 +337,12 @@ def _kind(rule: Mapping[str, Any]) -> str:
 def _show(row: dict[str, Any]) -> None:
     click.echo(f"{row['id']}  {row['name']}  {row['time'][:19]}Z  {safe(row['subject'])}")
     _show_deliveries(row)
+
+
+def _say_kept_back(accepted: dict[str, Any]) -> None:
+    """Say that an event is on this host's disk alone, where the cluster's log is out of reach."""
+    if why := accepted.get("kept_back"):
+        click.echo(f"it waits in this host's outbox, and is sent as soon as the log takes it: {safe(why)}")
 
 
 def _show_deliveries(row: dict[str, Any]) -> None:

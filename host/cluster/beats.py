@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from host.cluster.entries import Beat, Claim, Position
+from host.cluster.entries import Beat, Claim, Parting, Position
 from host.cluster.fold import Shard
 from host.cluster.lease import Fence, Watch
 from host.cluster.parts import Parts
@@ -20,17 +20,17 @@ POSITIONS: Final = 110_000
 class Beats:
     """The end of each message of decisions, in one life."""
 
-    def __init__(self, parts: Parts, watch: Watch, fence: Fence, leaving: Callable[[], bool]) -> None:
-        self._parts, self._watch, self._fence, self._leaving = parts, watch, fence, leaving
+    def __init__(self, parts: Parts, watch: Watch, fence: Fence, parting: Callable[[], Parting]) -> None:
+        self._parts, self._watch, self._fence, self._parting = parts, watch, fence, parting
         self._positions: dict[Shard, Position] = {}
         """Positions that no beat has carried yet."""
 
     def rest(self) -> tuple[list[Claim | Beat], bool]:
         """The claims of the moment and the beat, the last; and whether positions are left for another."""
         parts, now = self._parts, self._parts.clock.now()
-        settings, state, leaving = parts.settings, parts.footing.state, self._leaving()
+        settings, state, parting = parts.settings, parts.footing.state, self._parting()
         claims: list[Claim | Beat] = []
-        if self._fence.is_steady(now) and not leaving:
+        if self._fence.is_steady(now) and not parting:
             claims += [state.claim(shard) for shard in self._watch.claimable(state, now)[:CLAIMS]]
         positions = self._some_positions()
         beat = Beat(
@@ -39,9 +39,10 @@ class Beats:
             clock=parts.clock.wall(),
             place=state.place,
             digest=state.digest,
-            ready=() if leaving else tuple(parts.follower.ready()),
-            lacking=() if leaving else tuple(parts.follower.lacking()),
+            ready=() if parting else tuple(parts.follower.ready()),
+            lacking=() if parting else tuple(parts.follower.lacking()),
             positions=tuple(positions),
+            parting=parting,
         )
         return [*claims, beat], bool(self._positions)
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -15,20 +12,12 @@ import click
 from host.cli.options import here
 from host.cli.output import print_json, safe, table
 from host.client.client import Client
-from host.cluster.access import permissions
 from isolator.errors import IsolatorError, UnavailableError, UsageError
 from isolator.policy.cluster import parse_name, parse_server
 
 _SERVERS = click.option(
     "--server", "servers", metavar="HOST:PORT", multiple=True, required=True, help="A server of NATS; repeatable."
 )
-
-_NOTICE = """\
-# A machine that is gone without a word is noticed within seconds, not minutes: until then
-# the other servers pass on to it half of what hosts read, and nobody answers.
-ping_interval: "1s"
-ping_max: 2
-"""
 
 
 @click.group(
@@ -107,46 +96,40 @@ def init(
         click.echo("next: [cluster] in host.toml of each host, then isolator reload")
 
 
-@cluster.command(epilog="\b\nExamples:\n  isolator cluster users --dir /root/nats host-1 host-2 host-3")
+@cluster.command(
+    epilog="\b\nExamples:\n  isolator cluster users --dir /root/nats host-1 host-2 host-3\n"
+    "  isolator cluster users --dir /root/nats --add host-4"
+)
 @click.argument("names", metavar="HOST...", nargs=-1, required=True)
 @click.option(
-    "--dir", "folder", metavar="DIR", type=click.Path(path_type=Path), required=True, help="Where to; new files."
+    "--dir", "folder", metavar="DIR", type=click.Path(path_type=Path), required=True,
+    help="Where to; new files, or with --add those of the cluster.",
+)  # fmt: skip
+@click.option(
+    "--add", "more", is_flag=True, help="Put the hosts into DIR/users.conf; the users in it stay as they are."
 )
 @here
-def users(_: str | None, names: tuple[str, ...], folder: Path, as_json: bool) -> None:
+def users(_: str | None, names: tuple[str, ...], folder: Path, more: bool, as_json: bool) -> None:
     """Write one user for each host, and an administrator, for the servers' configuration.
 
     DIR/users.conf is for the servers ('include users.conf'; it also has them notice
     a machine that is gone), DIR/HOST.secret for [cluster] credentials of that host,
     DIR/admin.secret for 'cluster init'. A host's user writes under its own name
     alone, and cannot administrate. Files are 0600.
+
+    With --add the hosts join those that users.conf has: copy it to every server, and
+    have each read it (nats-server --signal reload=PID). Nothing changes for the others.
     """
+    from host.cluster.users import add, write
+
     hosts = [_parsed(parse_name, name, "HOST") for name in names]
     if len({*hosts}) != len(hosts) or "admin" in hosts:
         raise UsageError("HOST", "each host needs a name of its own, and none is called admin")
-    passwords = {name: secrets.token_urlsafe(32) for name in (*hosts, "admin")}
-    # JSON is read by the servers as what their own notation says.
-    entries: list[dict[str, Any]] = [
-        {"user": name, "password": passwords[name], "permissions": permissions(name)} for name in hosts
-    ]
-    entries.append({"user": "admin", "password": passwords["admin"]})
-    files = {"users.conf": f"{_NOTICE}authorization {{ users: {json.dumps(entries, indent=1)} }}\n"}
-    files |= {f"{name}.secret": f"{name}:{password}\n" for name, password in passwords.items()}
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for name in files:
-            if (folder / name).exists():
-                remedy = "for one host more take another --dir, and put its entry into the users.conf that is in use"
-                raise UsageError(str(folder / name), "is there already, and no password is changed", remedy)
-        for name, text in files.items():
-            with os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(text)
-    except OSError as error:
-        raise IsolatorError(str(folder), f"cannot be written: {error.strerror}") from None
+    files = [*map(str, (add if more else write)(folder, hosts))]
     if as_json:
-        print_json({"files": [str(folder / name) for name in files]})
+        print_json({"files": files})
     else:
-        click.echo("\n".join(str(folder / name) for name in files))
+        click.echo("\n".join(files))
 
 
 @cluster.command(
@@ -183,8 +166,9 @@ def place(
     """Say where a plugin of the cluster runs; what is left out stays.
 
     A plugin that was added on a host of the cluster runs on one at a time. Labels are
-    those of [cluster] in host.toml. --all, --one and --shards take --anew, which alone
-    gives up what waits and leaves the rest as it is.
+    those of [cluster] in host.toml: a holder that lacks one drains and releases it.
+    --all, --one and --shards take --anew, which alone gives up what waits and leaves
+    the rest as it is.
     """
     placement = None if everywhere is None else "all" if everywhere else "one"
     wanted = list(labels) if labels or no_labels else None
@@ -198,6 +182,8 @@ def place(
     where = "on every host" if found["placement"] == "all" else f"on one host at a time, in {found['shards']} shards"
     only = f", only with {safe(', '.join(found['labels']))}" if found["labels"] else ""
     click.echo(f"{safe(found['name'])}: {where}{only}")
+    if found["problem"]:
+        click.echo(f"PROBLEM unheld: {safe(found['problem'])}")
 
 
 @cluster.command(epilog="\b\nExamples:\n  sudo isolator cluster leave\n  sudo isolator cluster leave --force --json")
@@ -266,7 +252,7 @@ def _row(host: Mapping[str, Any], found: Mapping[str, Any]) -> list[Any]:
     name = f"{host['name']}{' (this)' if host['here'] else ''}"
     clock = "" if host["clock_ahead"] is None else f"{round(host['clock_ahead'], 1) + 0.0:+.1f} s"  # never -0.0
     behind = max(0, found["place"] - host["place"])
-    state = "alive" if host["alive"] else "SILENT"
+    state = "alive" if host["alive"] else "stopped" if host["stopped"] else "SILENT"
     return [name, state, host["version"], len(host["holds"]), behind, clock, ", ".join(host["labels"])]
 
 

@@ -32,6 +32,7 @@ MAX_NUMBER: Final = (1 << 53) - 1
 """The largest whole number that every JSON reader keeps exactly."""
 
 Stream = Literal["ev", "ctl"]
+Parting = Literal["", "stopped", "left"]
 Name = Annotated[str, StringConstraints(max_length=1024)]
 Whole = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 _SUBJECT = re.compile(r"iso\.(ev|ctl)\.([a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?)\Z")
@@ -131,7 +132,8 @@ class Beat:
     """A host's sign of life. ``place`` and ``digest`` say how far its fold is, and what it came to there.
 
     ``ready`` names the plugins that it could hold: it has the cluster's version of them, and they are enabled;
-    ``lacking`` those that it does not take, because it does not have the events that wait for them.
+    ``lacking`` those that it does not take, because it does not have the events that wait for them. A host that ends
+    its part says so with its last one (``parting``): it has ``stopped``, or has ``left`` the cluster.
     """
 
     labels: tuple[Name, ...] = ()
@@ -142,6 +144,7 @@ class Beat:
     ready: tuple[Name, ...] = ()
     lacking: tuple[Name, ...] = ()
     positions: tuple[Position, ...] = ()
+    parting: Parting = ""
     kind: Literal["beat"] = "beat"
 
 

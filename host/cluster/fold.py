@@ -11,7 +11,7 @@ higher one is passed over until its sender, which reads its own entries back, ha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Protocol, TypeVar
 
@@ -115,6 +115,10 @@ class Incarnation:
 
     plugin: Plugin
     began: int
+
+    def fits(self, labels: Collection[str]) -> bool:
+        """Whether a host with these labels may hold it."""
+        return {*self.plugin.labels} <= {*labels}
 
 
 @dataclass(slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +14,9 @@ from host.cluster.problems import Kind
 from host.database.store import Store
 from isolator import __version__
 from isolator.base.lean import give_asyncio_tls
-from isolator.errors import IsolatorError, UnavailableError
-from isolator.policy.cluster import Cluster
+from isolator.errors import UnavailableError
+from isolator.policy.authority import context_of
+from isolator.policy.cluster import Cluster, stranger_in
 
 if TYPE_CHECKING:
     from host.cluster.nats import Access, NatsLog
@@ -53,11 +53,9 @@ def access_of(servers: tuple[str, ...], secret: str, *, tls: bool, ca: str, host
     context = None
     if tls:
         give_asyncio_tls()
-        try:
-            context = ssl.create_default_context(cafile=ca or None)
-        except OSError as error:
-            remedy = "[cluster] ca names a file of certificates, which every user can read"
-            raise IsolatorError(ca, f"cannot be used: {error.strerror or error}", remedy) from None
+        context = context_of(ca)
     user, _, password = secret.partition(":")
     inbox = inbox_of(host) if host else "_ISO"
-    return Access(addresses(servers, tls), user, password, context, inbox)
+    stranger = stranger_in(secret, host) if host else None
+    refusal = f"[cluster] credentials {stranger[0]}: {stranger[1]}" if stranger is not None else ""
+    return Access(addresses(servers, tls), user, password, context, inbox, refusal)

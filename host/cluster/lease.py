@@ -115,7 +115,7 @@ class Watch:
         for name, known in state.plugins.items():
             if known.plugin.placement != "one":
                 continue
-            ready = [host for host in alive if _fits(state, host, name)]
+            ready = [host for host in alive if could_hold(state, host, name)]
             for number in range(known.plugin.shards):
                 shard = (name, number)
                 if self._is_free(state, shard, now) and pick(shard, ready) == self._host:
@@ -133,6 +133,7 @@ class Watch:
         return self._freed.get(shard, (0, self._began))[1] + SILENCE
 
 
-def _fits(state: State, host: str, name: str) -> bool:
+def could_hold(state: State, host: str, name: str) -> bool:
+    """Whether a host has said that it could hold a plugin, and has the labels that this one wants."""
     beat = state.member(host).beat
-    return name in beat.ready and {*state.plugins[name].plugin.labels} <= {*beat.labels}
+    return name in beat.ready and state.plugins[name].fits(beat.labels)

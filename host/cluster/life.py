@@ -20,6 +20,7 @@ from host.cluster.entries import (
     Claim,
     Message,
     Number,
+    Parting,
     Plugin,
     Release,
     UnknownFormatError,
@@ -40,12 +41,16 @@ TICK: Final = 0.25
 """Seconds between two readings, should nobody wake this host."""
 EXAMINE: Final = 10.0
 """Seconds between two looks at the log's bounds."""
+PUT_BACK: Final = (
+    "this host's database is an earlier copy: the log has events of this host that it does not know; it goes on under "
+    "new numbers, and events that it had accepted after that copy and not sent are lost"
+)
 
 
 class Life:
-    """What this host knows by what it has read in this life. ``leaving``: it is about to leave the cluster."""
+    """What this host knows by what it has read in this life. ``parting``: how it is about to end its part, if it is."""
 
-    def __init__(self, parts: Parts, leaving: Callable[[], bool]) -> None:
+    def __init__(self, parts: Parts, parting: Callable[[], Parting]) -> None:
         self._parts, self._host, self._log, self._clock = parts, parts.host, parts.log, parts.clock
         self._footing, self._database, self._follower = parts.footing, parts.database, parts.follower
         self._holding, self._outbox = parts.holding, parts.outbox
@@ -53,7 +58,7 @@ class Life:
         self._agreement = Agreement()
         fence = parts.holding.fence = Fence()
         self.watch = Watch(parts.host, parts.clock.now())
-        self.beats = Beats(parts, self.watch, fence, leaving)
+        self.beats = Beats(parts, self.watch, fence, parting)
         self.decisions = Decisions(
             parts.host, parts.log, fence, parts.clock, self._rest, self.beats.due, parts.troubles.writes
         )
@@ -102,6 +107,9 @@ class Life:
         parts = self._parts
         own = parts.footing.state.member(parts.host)
 
+        if self._database.read(lambda db: parts.outbox.is_earlier_copy(db, own)):
+            self._problems.begin("put_back", PUT_BACK)
+
         def write(db: sqlite3.Connection) -> int:
             session = next_session(max(own.decisions.series, kept(db).session), parts.random(20))
             db.execute("UPDATE cluster_self SET session=?", (session,))
@@ -122,6 +130,7 @@ class Life:
         now = self._clock.now()
         if not self._holding.fence.is_steady(now):
             return
+        self._problems.end("put_back")
         self.unheld.look(self._state, self.watch.alive(self._state, now), now)
         line = self.unheld.line
         if line is None:
@@ -194,7 +203,8 @@ class Life:
         if taken and message.stream == "ev" and not self._outbox.is_own(taken):
             if self.decisions.session:
                 raise StoppedError("twin", self._twin("an event"))
-            # This database is an earlier copy: it has given numbers again that the log has.
+            # It has given numbers again that the log has.
+            self._problems.begin("put_back", PUT_BACK)
             await self._footing.write(self._outbox.renew)
         await self._keep(message, applied, taken, mark)
         now = self._clock.now()

@@ -54,6 +54,8 @@ class Access:
     tls: ssl.SSLContext | None = None
     inbox: str = "_ISO"
     """The prefix of the subjects on which answers come; a host's own, so that no other can read them."""
+    refusal: str = ""
+    """Why nothing is to be told to any server."""
 
 
 class _Client(Client):
@@ -230,6 +232,8 @@ class NatsLog:
 
     async def _connect(self, url: str) -> Any:
         access, client = self._access, _Client()
+        if access.refusal:
+            raise LogRefusedError(access.refusal)
         self._complaint = ""
         try:
             async with asyncio.timeout(_CONNECT):

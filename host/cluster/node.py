@@ -19,18 +19,18 @@ from typing import Final
 
 from host.cluster.clock import Clock
 from host.cluster.decisions import AGAIN
-from host.cluster.entries import Entry, Event, EventRef, Release, Replay
+from host.cluster.entries import Beat, Entry, Event, EventRef, Parting, Release, Replay
 from host.cluster.events import Events
 from host.cluster.fold import Applied, Shard, State
 from host.cluster.follower import Fences, Follower
 from host.cluster.footing import RETRY, Footing
 from host.cluster.holding import Holding
-from host.cluster.lease import HOLD
+from host.cluster.lease import HOLD, could_hold
 from host.cluster.life import Life
 from host.cluster.log import Facts, Log, LogUnavailableError
 from host.cluster.outbox import Outbox, OutboxFullError
 from host.cluster.parts import Parts, Settings
-from host.cluster.problems import FINAL, Kind, LogTroubles, Problems, StoppedError
+from host.cluster.problems import FINAL, HARMLESS, Kind, LogTroubles, Problems, StoppedError
 from host.cluster.snapshots import EVERYBODY, Snapshots, subject_of
 from host.cluster.store import keep_log, make_tables
 from host.database.store import Store as Database
@@ -38,6 +38,8 @@ from isolator.errors import IsolatorError
 
 ANSWER: Final = 2.0
 """Seconds for an answer of another host."""
+STOP: Final = 5.0
+"""Seconds that a host which stops has for its releases."""
 QUESTION: Final = 4096
 """Bytes of a question that is answered."""
 _logger = logging.getLogger(__name__)
@@ -80,12 +82,12 @@ class Node:
             settings, log, database, follower, fences, clock, random, self.problems, troubles, self._footing,
             self._outbox, self._events, self._holding, copies,
         )  # fmt: skip
-        self._leaving = False
+        self._parting: Parting = ""
         self._task: asyncio.Task[None] | None = None
         self._life = self._new_life()
 
     def _new_life(self) -> Life:
-        return Life(self._parts, lambda: self._leaving)
+        return Life(self._parts, lambda: self._parting)
 
     # For the rest of this host
 
@@ -192,6 +194,11 @@ class Node:
         """How many events of this host wait for the log, and their bytes."""
         return self._outbox.waiting()
 
+    def kept_back(self) -> str:
+        """Why the log takes no event of this host at the moment; empty if it does, as far as is known."""
+        line = next((line for kind, line in self.problems.lines.items() if kind not in HARMLESS), "")
+        return line or ("" if self.is_member else "nothing that this host wrote has come back from the log lately")
+
     def is_silent(self, host: str) -> bool:
         """Whether nothing new has come of a host for so long that others take its shards."""
         return self._life.watch.is_silent(host, self._parts.clock.now())
@@ -228,17 +235,14 @@ class Node:
         Every shard is released when nothing of it is in flight, the outbox is emptied, and the fold forgotten: the next
         start joins as a new host does, be it another cluster. Raises LogUnavailableError, and goes on as before.
         """
-        self._leaving = True
         try:
-            for shard, epoch in self.held.items():
-                await self._parts.follower.drain(shard)
-                await self.decide(Release(*shard, epoch))
+            await self._part("left", self.held)
             async with self._parts.clock.limit(HOLD):
                 while self.waiting()[0]:
                     await self._parts.clock.event(self._events.back, AGAIN)
         except (LogUnavailableError, TimeoutError) as error:
             if not force:
-                self._leaving = False
+                self._parting = ""
                 why = str(error) or f"{self.waiting()[0]} events of this host are not in the log yet"
                 raise LogUnavailableError(why) from None
         plugins = [*self.state.plugins]
@@ -253,6 +257,38 @@ class Node:
         for plugin in plugins:
             self._parts.fences.free(plugin)
         return self.waiting()[0]
+
+    async def stop(self) -> None:
+        """Give what another living host can hold to it, since this host stops: nothing of its plugins runs any more.
+
+        What the log does not take in ``STOP`` seconds, and what no other host can hold, stays this host's.
+        """
+        others = [host for host in self.alive() if host != self.host]
+        if self.is_member and others:
+            shards = {
+                shard: epoch for shard, epoch in self.held.items()
+                if any(could_hold(self.state, host, shard[0]) for host in others)
+            }  # fmt: skip
+            with contextlib.suppress(LogUnavailableError, TimeoutError):
+                async with self.limit(STOP):
+                    await self._part("stopped", shards)
+
+    async def _part(self, parting: Parting, shards: Mapping[Shard, int]) -> None:
+        """Say that this host ends its part, and release shards of which nothing is in flight then.
+
+        Raises LogUnavailableError.
+        """
+        self._parting = parting
+        await asyncio.gather(*(self._parts.follower.drain(shard) for shard in shards))
+        releases = (self.decide(Release(*one, epoch)) for one, epoch in shards.items())
+        await asyncio.gather(*releases, self.say())
+
+    async def say(self) -> None:
+        """Return once the log has what this host is like now, and all before that was read; raises LogUnavailableError.
+
+        Of two hosts that change at once, the one that stands later there knows of the other.
+        """
+        await self.decide(Beat(parting=self._parting))  # one with the rest ends the message
 
     def _forget(self, db: sqlite3.Connection) -> None:
         self._footing.store.reset(db)

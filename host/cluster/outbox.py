@@ -118,11 +118,15 @@ class Outbox:
 
     def is_fit(self, db: sqlite3.Connection, log: Member) -> bool:
         """Whether this generation can go on behind what the log has."""
-        if self.generation in log.retired:
+        if self.is_earlier_copy(db, log):
             return False
         last = self._last(log)
         first = db.execute("SELECT MIN(number) FROM cluster_outbox WHERE number>?", (last,)).fetchone()[0]
-        return last <= self.emitted(db) and first in (None, last + 1)
+        return first in (None, last + 1)
+
+    def is_earlier_copy(self, db: sqlite3.Connection, log: Member) -> bool:
+        """Whether the log has more of this host than its database knows: an earlier copy was put back."""
+        return self.generation in log.retired or self._last(log) > self.emitted(db)
 
     @staticmethod
     def emitted(db: sqlite3.Connection) -> int:

@@ -14,10 +14,12 @@ LASTS: Final = 3.0
 Kind = Literal[
     "unreachable", "unwritable", "refused", "full", "settings", "another_log", "trimmed", "log_lost", "twin",
     "diverged", "newer_version", "left", "failed", "outbox_full", "unreadable", "unheld",
-    "events_lost",
+    "events_lost", "put_back",
 ]  # fmt: skip
 FINAL: frozenset[Kind] = frozenset({"twin", "diverged", "newer_version", "left", "failed"})
 """Those after which this host takes no part until its daemon is started again."""
+HARMLESS: frozenset[Kind] = frozenset({"outbox_full", "unreadable", "unheld", "events_lost", "put_back"})
+"""Those beside which the log takes events of this host."""
 
 
 _EACH: frozenset[Kind] = frozenset({"unheld", "events_lost"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from host.cluster.fold import State
 from host.cluster.node import Node
 
 _OF_THE_LOG = ("first", "last", "created", "replicas", "bytes", "max_bytes")
@@ -23,9 +24,15 @@ def standing(node: Node, now: float) -> dict[str, Any]:
         else None,
         "outbox": {"events": events, "bytes": waiting, "max_bytes": node.settings.outbox},
         "problems": [{"kind": kind, "line": line} for kind, line in node.problems.lines.items()],
-        "hosts": [_host(node, name) for name in sorted(state.members)],
+        "hosts": [_host(node, name) for name in sorted(state.members) if _is_listed(state, name)],
         "plugins": [plugin(node, name) for name in sorted(state.plugins)],
     }
+
+
+def _is_listed(state: State, name: str) -> bool:
+    """A host that has left is listed no more, until it writes again or while it still holds something."""
+    left = state.members[name].beat.parting == "left"
+    return not left or any(lease.holder == name for lease in state.leases.values())
 
 
 def _host(node: Node, name: str) -> dict[str, Any]:
@@ -34,7 +41,8 @@ def _host(node: Node, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "here": name == node.host,
-        "alive": node.is_member if name == node.host else not node.is_silent(name),
+        "alive": node.is_member if name == node.host else not (beat.parting or node.is_silent(name)),
+        "stopped": beat.parting == "stopped",
         "labels": list(beat.labels),
         "version": beat.version,
         "place": beat.place,

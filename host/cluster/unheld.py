@@ -23,7 +23,7 @@ class Unheld:
 
     def look(self, state: State, alive: Collection[str], now: float) -> None:
         """Look who could hold what; ``alive``: the hosts that are not silent, ``now`` by this host's clock."""
-        found = {name: line for name in state.plugins if (line := _why(state, name, alive)) is not None}
+        found = {name: line for name in state.plugins if (line := why_unheld(state, name, alive)) is not None}
         self._since = {name: self._since.get(name, now) for name in found}
         self.lines = {name: found[name] for name in sorted(found) if now - self._since[name] >= LASTS}
 
@@ -35,23 +35,26 @@ class Unheld:
         return "; ".join(lines[:_SHOWN]) + more if lines else None
 
 
-def _why(state: State, name: str, alive: Collection[str]) -> str | None:
+def why_unheld(state: State, name: str, alive: Collection[str]) -> str | None:
     """The reason why no living host can hold a plugin, and what to do; None if one can, or holds all of it."""
-    plugin = state.plugins[name].plugin
+    known = state.plugins[name]
+    plugin = known.plugin
     if plugin.placement != "one":
         return None
     leases = [state.leases.get((name, shard)) for shard in range(plugin.shards)]
-    if all(lease is not None and lease.holder in alive for lease in leases):
-        return None
     beats = {host: member.beat for host, member in state.members.items()}
+    fitting = [host for host in alive if host in beats and known.fits(beats[host].labels)]
+    if all(lease is not None and lease.holder in fitting for lease in leases):
+        return None
     having = [host for host in alive if host in beats and name in beats[host].ready]
-    if any({*plugin.labels} <= {*beats[host].labels} for host in having):
+    if any(host in fitting for host in having):
         return None
     nobody = f"nobody holds plugin {name}, and its events wait: "
     if having:
         labels = ", ".join(plugin.labels)
         why = f"no living host that has it ({_some(having)}) has the labels {labels}"
-        return f"{nobody}{why}; isolator cluster place {name} with other labels"
+        remedy = f"isolator cluster place {name} with other labels, or give a host these: [cluster] labels in host.toml"
+        return f"{nobody}{why}; {remedy}"
     lacking = [host for host in alive if host in beats and name in beats[host].lacking]
     if lacking:
         have = "has" if len(lacking) == 1 else "have"

@@ -274,6 +274,7 @@ class Host:
             messages.NewAuditSocket.on_fds(self._audit_source),
             messages.AlarmsChanged.on(self._alarms_changed),
             messages.ServeCallers.on(self._serve_callers),
+            messages.GiveUp.on(self._give_up),
             messages.Leave.on(self._leave),
         )
 
@@ -318,6 +319,10 @@ class Host:
         self._logs.take_over(state.logs, descriptors)
         await self._api.take_over(state.api, descriptors)
         self._lifecycle.take_over(state.starts)
+
+    async def _give_up(self, _: messages.GiveUp) -> None:
+        if self._member is not None and self._member.node is not None:
+            await self._member.node.stop()
 
     async def _serve_callers(self, _: messages.ServeCallers) -> None:
         await self._control.begin()

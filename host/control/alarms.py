@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from host.database.store import Store
+from host.queue import rows
 from host.queue.missing import missing
-from host.queue.sqlite import newest_number
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import DatabaseDamaged
 from isolator.policy.host import without_trail
@@ -33,7 +33,7 @@ class Alarms:
 
     def hold_against_the_trail(self, trail: Path) -> int:
         """Return the number of the newest accepted event, by the trail; an alarm if the database does not have it."""
-        held = newest_number(self._store)
+        held = self._store.read(rows.newest_number)
         lost = missing(trail, held)
         if not lost.count:
             return held

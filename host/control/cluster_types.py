@@ -34,11 +34,15 @@ class ClusterProblem(TypedDict):
 
 
 class ClusterHost(TypedDict):
-    """A host by its newest beat; ``clock_ahead`` in seconds, by this host's wall clock."""
+    """A host by its newest beat; ``clock_ahead`` in seconds, by this host's wall clock.
+
+    ``stopped``: its daemon was ended in order, and has given its plugins to others.
+    """
 
     name: str
     here: bool
     alive: bool
+    stopped: bool
     labels: list[str]
     version: str
     place: int
@@ -90,10 +94,13 @@ class ClusterStatus(Request, verb="cluster.status", role="viewer", result=Cluste
 
 
 class PlacedPlugin(TypedDict):
+    """``problem``: why nobody can hold it with these labels, and what to do."""
+
     name: str
     placement: str
     shards: int
     labels: list[str]
+    problem: str | None
 
 
 class ClusterPlace(Request, verb="cluster.place", role="operator", recorded=True, result=PlacedPlugin):

@@ -57,6 +57,7 @@ class ClusterVerbs:
     async def place(self, request: ClusterPlace, _: Caller) -> PlacedPlugin:
         node = self._here()
         from host.cluster.placing import place
+        from host.cluster.unheld import why_unheld
 
         wanted = request.placement
         if wanted is not None and wanted not in ("one", "all"):
@@ -73,6 +74,7 @@ class ClusterVerbs:
             "placement": placed.placement,
             "shards": placed.shards,
             "labels": list(placed.labels),
+            "problem": why_unheld(node.state, placed.name, node.alive()) if placed.labels else None,
         }
 
     async def leave(self, request: ClusterLeave, _: Caller) -> ClusterLeft:

@@ -64,10 +64,13 @@ class Event(TypedDict):
 
 
 class Emitted(TypedDict):
+    """``kept_back``: why the event waits in this host's outbox, where the cluster's log takes none at the moment."""
+
     id: str
     plugins: list[str]
     overflowed: list[str]
     duplicate: bool
+    kept_back: NotRequired[str]
 
 
 class Events(TypedDict):

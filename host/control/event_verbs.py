@@ -49,12 +49,14 @@ class EventVerbs:
             if accepted is None:
                 reply(None, error)
                 return
-            answer = {
+            answer: dict[str, Any] = {
                 "id": accepted.event.id,
                 "plugins": list(accepted.plugins),
                 "overflowed": list(accepted.overflowed),
                 "duplicate": accepted.duplicate,
             }
+            if kept_back := self._queue.kept_back():
+                answer["kept_back"] = kept_back
             reply(answer, None)
 
         person = request.on_behalf_of

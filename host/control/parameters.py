@@ -216,6 +216,7 @@ class Request:
 
     spec: ClassVar[Spec]
     _fields: ClassVar[dict[str, Field[Any]]]
+    _defaults: ClassVar[dict[str, Any]]
 
     def __init_subclass__(
         cls, *, verb: str, role: Role, result: type[Any], recorded: bool = False, repeatable: bool | None = None
@@ -226,14 +227,18 @@ class Request:
         for name in vars(cls).get("__annotations__", {}):
             given = cls.__dict__.get(name, MISSING)
             cls._fields[name] = given if isinstance(given, Field) else field(default=given)
+        cls._defaults = {name: one.default for name, one in cls._fields.items() if one.default is not MISSING}
 
     def __init__(self, **values: Any) -> None:
-        for name, one in self._fields.items():
-            if name not in values:
-                values[name] = one.default if one.default_factory is MISSING else one.default_factory()
-        if len(values) > len(self._fields) or MISSING in values.values():
-            raise TypeError(f"{self.spec.verb} has the parameters {', '.join(self._fields)}")
-        self.__dict__.update(values)
+        made = self.__dict__
+        made.update(self._defaults)
+        made.update(values)
+        if made.keys() != self._fields.keys():
+            for name, one in self._fields.items():
+                if name not in made and one.default_factory is not MISSING:
+                    made[name] = one.default_factory()
+            if made.keys() != self._fields.keys():
+                raise TypeError(f"{self.spec.verb} has the parameters {', '.join(self._fields)}")
 
     def __repr__(self) -> str:
         shown = (f"{name}={self.__dict__[name]!r}" for name, one in self._fields.items() if one.repr)

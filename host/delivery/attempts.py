@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from host.queue.interface import Delivery, Queue
 from isolator.audit.client import AuditClient
@@ -19,8 +19,7 @@ from isolator.audit.schema import EventDispatched
 from isolator.ipc.tasks import essential
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(NamedTuple):
     """A delivery that is about to be tried; ``send`` writes the request at once and never raises."""
 
     delivery: Delivery

@@ -200,9 +200,11 @@ class OneshotDelivery:
         return self._current is not None and self._current.exchange.reply.done()
 
     def pass_on(self, departure: Departure) -> OneshotState:
-        """Hand on the request that is in flight, and the connection that was prepared."""
+        """Hand on the request that is in flight, and the connection that was made and not written to."""
         current, request = self._current, None
-        if current is not None and current.exchange.unanswered:
+        if current is not None and not current.exchange.sent_ns:
+            self._keep(current.exchange.sock.dup(), current.run)  # counting it takes longer than the host waits
+        elif current is not None and current.exchange.unanswered:
             exchange = current.exchange.pass_on(departure)
             request = RequestState(seq=current.delivery.seq, run=current.run, exchange=exchange)
         prepared, run = self._take_prepared()

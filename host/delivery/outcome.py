@@ -12,7 +12,8 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from host.channel.reply import Outcome, shown
 from host.delivery.attempts import Attempt, Attempts
@@ -39,8 +40,7 @@ LATENCIES = 256
 """Newest attempts of a plugin among which its slowest hundredth is looked for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Attempted:
+class Attempted(NamedTuple):
     """The newest attempt that has ended; ``at`` in Unix time. As listings show it."""
 
     event_id: str
@@ -139,7 +139,7 @@ class Outcomes:
         """Return the state of attempts and crashes for the successor of this process."""
         run, delivery, at = self._crash_candidate or ("", None, 0.0)
         return OutcomeState(
-            last=AttemptedState(**asdict(self.last)) if self.last is not None else None,
+            last=AttemptedState(**self.last._asdict()) if self.last is not None else None,
             failing_since=self.failing_since,
             in_flight={str(seq): of for seq, of in self._in_flight.items()},
             overlapped=tuple(self._overlapped),

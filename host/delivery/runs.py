@@ -67,8 +67,10 @@ class Runs:
         return made
 
     def _send(self, request: Request[Any], answered: Callable[[asyncio.Future[Message]], None]) -> None:
+        # The supervisor has the deadline, and may have to come to rest and be reloaded first. A connection that
+        # nobody waited for any more would be closed without a request.
         try:
-            answer = self._supervisor.begin(request, timeout=CONNECT_DEADLINE + 5)
+            answer = self._supervisor.begin(request)
         except IsolatorError as error:
             answer = self._loop.create_future()
             answer.set_exception(error)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -125,7 +124,7 @@ class Worker:
         """Return how the attempts went and when the next is due (``ListedPlugin`` of the control socket's verbs)."""
         last, failing_since = self._outcomes.last, self._outcomes.failing_since
         return {
-            "last": dataclasses.asdict(last) if last is not None else None,
+            "last": last._asdict() if last is not None else None,
             "failing_since": failing_since,
             "next_attempt": self._consumer.next_attempt,
             "attempts_ended": self._outcomes.ended,

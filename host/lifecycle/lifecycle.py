@@ -108,9 +108,8 @@ class PluginLifecycle:
 
     async def removed(self, name: str) -> None:
         """Forget a plugin that a command has removed; if this host was the last to have it, so does the cluster."""
-        if self.member is not None:
-            await self.member.removed(name)
-        await self.forget(name)
+        ended = [self.member.removed(name)] if self.member is not None else []
+        await asyncio.gather(self.forget(name), *ended)
 
     async def end_in_cluster(self, name: str) -> None:
         """Have the cluster end with a plugin; of one that this host has, the removal here does it (``removed``).

@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from host.channel.reply import LostError, NotSentError, shown
+from host.events import new_event_id
 from host.fence.fences import Fences
 from host.mcp.calls import CALLS, CallState, Sent, cancelled, keep_until_asked_for, under_way
 from host.mcp.pins import Pins
@@ -26,7 +27,6 @@ from host.mcp.session import Progress, Reply, Session, SessionState
 from host.mcp.tools import INSTRUCTIONS, Compared, Item, compare, digest_of, is_unchanged, offered, permits
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import Redactor
-from host.queue.sqlite import new_event_id
 from host.wire import mcp as protocol
 from host.wire.mcp import Era
 from isolator.audit.client import AuditClient

@@ -157,9 +157,8 @@ class Member:
 
     async def removed(self, name: str) -> None:
         """End a plugin in the cluster if no other host has it; a command removed it here. Safe on disk."""
-        known = self._state.plugins.get(name)
-        if known is not None and not self._others(name):
-            await self._wish(Described(name, known.plugin.digest, removed=True))
+        if name in self._state.plugins:
+            await self.end(name)
 
     def check_alone(self, name: str) -> None:
         """Raise UsageError for a plugin that another living host has, too, or that is none of the cluster."""
@@ -171,7 +170,7 @@ class Member:
             raise UsageError(f"plugin {name}", why, "remove it there: the cluster forgets it with its last host")
 
     async def end(self, name: str) -> None:
-        """End a plugin in the cluster, whoever has it. Safe on disk."""
+        """End a plugin in the cluster, as soon as the log says that no living host has it. Safe on disk."""
         await self._wish(Described(name, self._state.plugins[name].plugin.digest, removed=True))
 
     def _others(self, name: str) -> list[str]:
@@ -210,11 +209,23 @@ class Member:
                 await self._wished.wait()
                 continue
             try:
-                await self._decide(_DESCRIBED.validate_json(row[1]))
+                entry = _DESCRIBED.validate_json(row[1])
+                if not entry.removed or await self._has_ended(entry.name):
+                    await self._decide(entry)
             except LogUnavailableError:
                 await asyncio.sleep(AGAIN)
                 continue
             await self._store.run(_forget(row))
+
+    async def _has_ended(self, name: str) -> bool:
+        """Whether no living host has a plugin, and this one has said so; raises LogUnavailableError.
+
+        Without the log nobody seems alive; and of hosts that lose it at once, the last one to say so ends it.
+        """
+        if self.node is None:
+            raise LogUnavailableError("this host is being started")
+        await self.node.say()
+        return self._registry.get(name) is None and not self._others(name)
 
     def _described(self, entry: Described) -> None:
         """Have a plugin that one host has act on none before it is claimed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,6 +28,14 @@ class Accepting:
     """The event that already has this ``dedupe_key``."""
     others: tuple[str, ...] = ()
     """Plugins that get it later, from the log of a cluster."""
+
+    def answer(self, accepted: Accepted | None, error: Exception | None) -> None:
+        """Tell the caller; what goes wrong there keeps nobody else from an answer."""
+        try:
+            self.done(accepted, error)
+        except Exception as failure:
+            context = {"message": "the answer to an event's emitter failed", "exception": failure}
+            asyncio.get_running_loop().call_exception_handler(context)
 
     def accepted(self) -> Accepted:
         """The answer to the caller, once it is safe."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from isolator.base.pacing import Backoff
 from isolator.ipc.body import Body
@@ -28,8 +28,7 @@ RETRY_BACKOFF = Backoff(1.0, 600.0, spread=0.2)
 """Pauses before a failed delivery's next attempt: 1·2ⁿ seconds, at most ten minutes, ±20 %."""
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """An accepted event; ``payload`` is compact JSON, times are Unix seconds."""
 
     seq: int
@@ -43,8 +42,7 @@ class Event:
     trace: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class NewEvent:
+class NewEvent(NamedTuple):
     """An event as ``accept`` takes it; ``ttl`` in seconds, ``payload`` compact JSON."""
 
     name: str
@@ -58,16 +56,14 @@ class NewEvent:
     """The person for whom ``by`` emits it, on the caller's word."""
 
 
-@dataclass(frozen=True, slots=True)
-class Subscriber:
+class Subscriber(NamedTuple):
     """A plugin that gets the event; ``key`` is None where no order is kept."""
 
     plugin: str
     key: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(NamedTuple):
     """The outcome of ``accept``; ``overflowed`` names the plugins whose queue was full (their delivery is dead)."""
 
     event: Event
@@ -124,8 +120,7 @@ class Delivery:
             self.event_id = event.id
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(NamedTuple):
     """How an attempt ended, as it is stored: ``reply`` is already redacted and cut."""
 
     state: State

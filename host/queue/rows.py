@@ -131,6 +131,27 @@ def waiting(db: sqlite3.Connection, name: str) -> int:
     return count
 
 
+def replay(
+    db: sqlite3.Connection, seq: int, plugin: str | None, now: float, expires: float
+) -> list[tuple[str, str | None, int]]:
+    """Queue an event's deliveries again that were given up, with ``plugin`` also one that has ended there.
+
+    (plugin, key, attempts before) of each; the event expires at the Unix time ``expires`` at the earliest.
+    """
+    states = GIVEN_UP if plugin is None else "('dead', 'expired', 'quarantined', 'ok', 'skipped', 'cancelled')"
+    found = db.execute(
+        f"SELECT plugin, key, attempts FROM deliveries WHERE seq=? AND state IN {states} AND (? IS NULL OR plugin=?)",
+        (seq, plugin, plugin),
+    ).fetchall()
+    db.executemany(
+        "UPDATE deliveries SET state='queued', attempts=0, crashes=0, due=0, detail='replayed', updated=?"
+        " WHERE seq=? AND plugin=?",
+        [(now, seq, name) for name, _, _ in found],
+    )
+    db.execute("UPDATE events SET expires=max(expires, ?) WHERE seq=?", (expires, seq))
+    return found
+
+
 def pending(db: sqlite3.Connection) -> list[tuple[Any, ...]]:
     """The deliveries that are not final, as ``SqliteQueue`` takes them up at its start, in the order of their events.
 
@@ -143,7 +164,7 @@ def pending(db: sqlite3.Connection) -> list[tuple[Any, ...]]:
 
 
 def newest_number(db: sqlite3.Connection) -> int:
-    """Number of the newest event, which is never pruned; 0 if there is none."""
+    """Number of the newest event in the database, which is never pruned; 0 if there is none."""
     return int(db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
 
 

@@ -19,15 +19,13 @@ as dead with the reason ``queue_full``, where it can be seen and replayed.
 from __future__ import annotations
 
 import asyncio
-import os
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 from host.database.store import Store
-from host.events import format_time
+from host.events import format_time, new_event_id
 from host.queue import rows
 from host.queue.accepting import Accepting, Answer
 from host.queue.consumer import SqliteConsumer
@@ -105,8 +103,10 @@ class SqliteQueue(Listing):
         self._watchers: dict[str, set[Watcher]] = {}
         self._outcomes: _Outcomes | None = None
         self._accepting: list[Accepting] | None = None
-        self._seq = max(after, newest_number(store))
+        self._seq = max(after, store.read(rows.newest_number))
         self._since_prune = self._pruned = 0
+        self.kept_back: Callable[[], str] = str
+        """Why events of this host reach no other at the moment; empty if they do, and where there is no other."""
         self.unreadable = 0
         """Deliveries whose rows are damaged; they are left alone."""
         self._recover(in_flight or {})
@@ -139,7 +139,7 @@ class SqliteQueue(Listing):
             seq=self._seq,
             id=self._id_of(event, now),
             name=event.name,
-            time=format_time(datetime.fromtimestamp(now, UTC)),
+            time=format_time(now),
             accepted=now,
             expires=now + event.ttl,
             payload=event.payload,
@@ -198,16 +198,20 @@ class SqliteQueue(Listing):
         if self._accepting is batch:
             self._accepting = None
         now = self._loop.time()
+        # The answers are given now and written in the next turn, before the workers run that waited for these events.
         for entry in batch:
             for _, consumer in entry.admitted:
                 consumer.reserved -= 1
-            if error is None and entry.earlier is None:
-                self._on_accepted(entry.new, entry.accepted())
-                self._enter_lanes(entry, now)
-        # In the next turn run the workers that waited for these events, then their attempts, then the answers.
+            accepted = entry.accepted() if error is None else None
+            if accepted is not None and entry.earlier is None:
+                self._on_accepted(entry.new, accepted)
+            entry.answer(accepted, error)
+        if error is None:
+            for entry in batch:
+                if entry.earlier is None:
+                    self._enter_lanes(entry, now)
+        # In the next turn run the workers, then their attempts.
         self._on_ready()
-        for entry in batch:
-            self._loop.call_soon(entry.done, entry.accepted() if error is None else None, error)
         self._since_prune += len(batch)
         if self._since_prune >= _PRUNE_EVERY:
             self._since_prune = 0
@@ -341,22 +345,7 @@ class SqliteQueue(Listing):
         now = time.time()
 
         def requeue(db: sqlite3.Connection) -> list[Requeued]:
-            states = (
-                "('dead', 'expired', 'quarantined')"
-                if plugin is None
-                else "('dead','expired','quarantined','ok','skipped','cancelled')"
-            )
-            found = db.execute(
-                "SELECT plugin, key, attempts FROM deliveries"
-                f" WHERE seq=? AND state IN {states} AND (? IS NULL OR plugin=?)",
-                (event.seq, plugin, plugin),
-            ).fetchall()
-            db.executemany(
-                "UPDATE deliveries SET state='queued', attempts=0, crashes=0, due=0, detail='replayed', updated=?"
-                " WHERE seq=? AND plugin=?",
-                [(now, event.seq, name) for name, _, _ in found],
-            )
-            db.execute("UPDATE events SET expires=max(expires, ?) WHERE seq=?", (now + REPLAY_TTL, event.seq))
+            found = rows.replay(db, event.seq, plugin, now, now + REPLAY_TTL)
             beside(db, [Changed(name, attempts) for name, _, attempts in found])
             return [(event, Subscriber(name, key)) for name, key, _ in found]
 
@@ -456,7 +445,7 @@ class SqliteQueue(Listing):
                     watcher.begin()
                     # An outcome wakes its watchers at once and is written in the loop's next turn: the row must include
                     # outcomes from before we watched, or nothing would ever wake us.
-                    await self._written()
+                    await self.store.committed()
                     row = self.show(event_id)
                     if all(delivery.state in FINAL for delivery in row.deliveries):
                         return row
@@ -467,11 +456,6 @@ class SqliteQueue(Listing):
             watchers.discard(watcher)
             if not watchers:
                 self._watchers.pop(event_id, None)
-
-    async def _written(self) -> None:
-        future: asyncio.Future[None] = self._loop.create_future()
-        self.store.submit(lambda _: None, lambda _, __: None if future.done() else future.set_result(None))
-        await future
 
     def depths(self) -> dict[str, int]:
         """Number of pending deliveries by plugin."""
@@ -515,13 +499,3 @@ class SqliteQueue(Listing):
                 # The clock may have been set back meanwhile.
                 delivery.due = loop_now + min(max(0.0, due - now), LONGEST_WAIT)
             self._consumer(plugin).add(delivery)
-
-
-def newest_number(store: Store) -> int:
-    """Number of the newest event in the database, which is never pruned; 0 if there is none."""
-    return store.read(rows.newest_number)
-
-
-def new_event_id(now: float) -> str:
-    """Make an event id: ``ev_``, 12 hex digits of milliseconds, 16 random ones. Sorts by time, cannot be guessed."""
-    return f"ev_{int(now * 1000):012x}{os.urandom(8).hex()}"

@@ -8,6 +8,7 @@ import socket
 from typing import Any, Self
 
 from isolator.ipc.body import Body
+from isolator.ipc.channel import MAX_PACKET
 from isolator.ipc.succession import Departure, Descriptors
 
 
@@ -30,6 +31,8 @@ class Source:
         self.name, self.sock = name, sock
         self.received = self.acked = 0
         self.open = True
+        self.resting = False
+        """It is left alone for a moment, as few records come by it."""
         self.held = False
         """Not read yet, so that another source's records come first."""
         self.reading = False
@@ -37,6 +40,19 @@ class Source:
         self.alarm: str | None = None
         self._sent_state: tuple[int, str | None, str | None] = (0, None, None)
         self._loop = asyncio.get_running_loop()
+
+    def receive(self) -> bytes | None:
+        """The next packet; None when there is none, or none will come any more: then it is no longer ``open``."""
+        if not self.open:
+            return None
+        try:
+            packet = self.sock.recv(MAX_PACKET)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError:
+            packet = b""
+        self.open = bool(packet)
+        return packet or None
 
     def report(self, *, acked: int | None = None, blocked: str | None, alarm: str | None) -> None:
         """Report progress and trouble; a source that does not read gets the latest state once it does."""

@@ -38,7 +38,6 @@ from isolator.audit.record import GAUGES, Incoming, RejectedError, parse_incomin
 from isolator.audit.schema import BROKER, HOST, RETENTION, SENDERS, AuditGap
 from isolator.audit.source import Source, SourceState
 from isolator.errors import IsolatorError
-from isolator.ipc import channel as ipc
 from isolator.ipc.body import Body
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.ipc.tasks import essential
@@ -47,6 +46,9 @@ from isolator.paths import Paths
 MAX_WAITING = 8 << 20
 """Bytes of records that wait for the disk before the sockets are left alone."""
 _PACKETS = 16
+_FEW, _REST = 64, 0.002
+"""Records, seconds: a socket that had so few and is empty is left alone for a moment, and what comes meanwhile is read
+together. A packet by itself wakes this process, which costs more than its records do, and its sender waits for that."""
 _DRAIN = 4096
 """More packets than a socket's buffer can hold: reading so many empties it of what was there before."""
 _RETRY = 0.5
@@ -196,11 +198,15 @@ class Writer:
             source.held = False
         self._update_reading()
 
+    @property
+    def _has_room(self) -> bool:
+        return self._chain is not None and self._chain.bytes < MAX_WAITING and not self._leaving
+
     def _update_reading(self) -> None:
         """Listen to the sockets unless there is no chain yet or too much waits for the disk."""
-        room = self._chain is not None and self._chain.bytes < MAX_WAITING and not self._leaving
+        room = self._has_room
         for source in self._sources:
-            wanted = room and source.open and not source.held
+            wanted = room and source.open and not source.held and not source.resting
             if wanted and not source.reading:
                 self._loop.add_reader(source.sock, self._readable, source)
             elif source.reading and not wanted:
@@ -208,37 +214,35 @@ class Writer:
             source.reading = wanted
 
     def _readable(self, source: Source) -> None:
+        before = source.received
         for _ in range(_PACKETS):
-            packet = self._receive(source)
+            packet = source.receive()
             if packet is None:
+                if source.open and 0 < source.received - before < _FEW:
+                    source.resting = True
+                    self._loop.call_later(_REST, self._rested, source)
                 break
             if source.name != HOST:
                 for host in self._sources:
                     if host.name == HOST:
                         self._drain(host)
             self._handle(source, packet)
-        self._wake.set()
+        if source.received > before or not source.open:
+            self._wake.set()
         self._update_reading()
+
+    def _rested(self, source: Source) -> None:
+        source.resting = False
+        if self._has_room and source in self._sources and source.open and not source.held:
+            self._readable(source)
+        else:
+            self._update_reading()
 
     def _drain(self, source: Source) -> None:
         for _ in range(_DRAIN):
-            if self._chain is None or (packet := self._receive(source)) is None:
+            if self._chain is None or (packet := source.receive()) is None:
                 return
             self._handle(source, packet)
-
-    def _receive(self, source: Source) -> bytes | None:
-        if not source.open:
-            return None
-        try:
-            packet = source.sock.recv(ipc.MAX_PACKET)
-        except (BlockingIOError, InterruptedError):
-            return None
-        except OSError:
-            packet = b""
-        if not packet:
-            source.open = False
-            return None
-        return packet
 
     def _handle(self, source: Source, packet: bytes) -> None:
         assert self._chain is not None

@@ -137,12 +137,15 @@ class Pipe:
 
     def pass_on(self) -> PipeState:
         """Take the pipe off the loop, and return its state for another broker."""
+        rest, gate = bytes(self._rest), self.gate
+        if gate is not None and (waited := gate.opened()) is not None:  # and no byte of the client's has come since
+            rest, gate = rest + waited, None
         state = PipeState(
             total=self.total,
             touched=self.touched,
-            rest=to_text(self._rest),
+            rest=to_text(rest),
             ended=self.ended.done(),
-            gate=self.gate.pass_on() if self.gate is not None else None,
+            gate=gate.pass_on() if gate is not None else None,
             answers=self._answers is not None,
         )
         self.stop()
@@ -158,8 +161,10 @@ class Pipe:
         elif state.rest:
             self._keep(memoryview(to_bytes(state.rest)))
             self._loop.add_writer(self._out, self._writable)
-        elif gate is None or not gate.waiting:
+        elif gate is None:
             self._read(True)
+        elif not gate.waiting:
+            self._loop.call_soon(self._go_on)  # with what waited for an answer that has just come
 
     def end_incomplete(self, before: float) -> None:
         """End the pipe if its gate has held half of something since ``before``, on the event loop's clock."""

@@ -369,10 +369,10 @@ class Cage:
         cage._layers = [layer for layer in cage._layers if layer.name in kept]
         for layer in cage._layers:
             layer.adopt(spec, kept[layer.name])
-        cage._proc.leaf = cage._cgroup.leaf
+        cage._proc.leaf = cage.leaf
         network = cage._network.network
         cage._spare = Spare.spent(spec.leaf, kept_by, runtime.journal, before.status, cage._proc.folder, network)
-        cage._processes = CageProcesses.adopt(before, cage._cgroup.leaf)
+        cage._processes = CageProcesses.adopt(before, cage.leaf)
         cage._process = Process(before.pid)
         cage._kept_by = kept_by
         return cage, without

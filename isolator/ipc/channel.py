@@ -144,9 +144,9 @@ class Channel:
                 answer.result().close()  # it came at that very moment
             raise
 
-    def begin(self, request: Request[Any], *, timeout: float) -> asyncio.Future[Message]:
+    def begin(self, request: Request[Any]) -> asyncio.Future[Message]:
         """Send a request now, not when a coroutine runs; its answer, or ``ask``'s error, is for whoever begins it."""
-        return self._begin_call({"op": request.op, **request.to_json()}, (), timeout)
+        return self._begin_call({"op": request.op, **request.to_json()}, (), None)
 
     def _begin_call(
         self, message: dict[str, Any], fds: Sequence[int], timeout: float | None

@@ -167,6 +167,8 @@ class TicketState(Body):
     token: str
     uid: int
     connection: int = field(metadata=_DESCRIPTOR)
+    until: float | None = omitted(default=None)
+    """when it expires"""
 
 
 class TicketsState(Body):
@@ -257,6 +259,10 @@ class DaemonState(Body):
     found: tuple[FoundEntry, ...]
     staged: tuple[StagedState, ...] = omitted(default=())
     runners: RunnersState | None = omitted(default=None)
+    alarm_ends: dict[str, float] = field(default_factory=dict)
+    """when those of the alarms end whose cause is over"""
+    control_opens: float | None = omitted(default=None)
+    """until when only users with a role may connect to the control socket"""
 
 
 def descriptors(body: Body) -> Iterator[int]:

@@ -25,9 +25,11 @@ class Child:
         """Reap it if it has ended; returns its ``returncode``."""
         if self.returncode is None:
             try:
+                if self.pid <= 0:  # it would mean any child
+                    raise ChildProcessError
                 pid, status = os.waitpid(self.pid, os.WNOHANG)
-            except ChildProcessError:
-                self.returncode = 0  # reaped before; Popen supposes the same
+            except (ChildProcessError, OverflowError):
+                self.returncode = 0  # reaped before, or none of ours; Popen supposes the same
                 return 0
             if pid:
                 self.returncode = os.waitstatus_to_exitcode(status)

@@ -47,3 +47,17 @@ def parse_label(text: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", text):
         raise ValueError(f'"{text}" is not a label: small letters, digits, dots, hyphens and underscores')
     return text
+
+
+def stranger_in(secret: str, name: str) -> tuple[str, str] | None:
+    """Why ``USER:PASSWORD`` is not the host's of that name, and what to do; None if it is, or there is none.
+
+    Servers know a host by its user, and what an administrator's may do no host is to be able to.
+    """
+    user = secret.partition(":")[0]
+    if not secret or user == name:
+        return None
+    return (
+        f"is of the user {user[:64]!a}, and this host is {name}",
+        f"put {name}.secret of 'isolator cluster users' there",
+    )

@@ -7,9 +7,8 @@ recognised by a pid.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import os
-import signal
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from isolator.base.structs import struct_class
 from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.cgroup.subtree import find_hierarchies
 from isolator.linux import mount
+from isolator.linux.child import Child, ended
 from isolator.linux.files import remove_tree
 from isolator.paths import Paths
 from isolator.recovery.journal import Entry, Journal
@@ -84,19 +84,18 @@ def clear(paths: Paths, journal: Journal) -> list[Leftover]:
     return found
 
 
-def clear_cage(journal: Journal, name: str, pid: int) -> None:
+async def clear_cage(journal: Journal, name: str, pid: int) -> None:
     """End one cage by its groups and its pid 1, a child of this process, when nothing else of it can be taken over."""
-    entry = journal.open.get(name)
+    entry, child = journal.open.get(name), Child(pid)
+    leaves = [Leaf(Path(folder)) for folder in entry.folders] if entry is not None else []
+    for leaf in leaves:
+        leaf.kill()
+    child.kill()
+    await ended(child)
+    for leaf in leaves:
+        await asyncio.to_thread(leaf.wait_empty, 10.0)
+        leaf.remove()
     if entry is not None:
-        leaves = [Leaf(Path(folder)) for folder in entry.folders]
-        for leaf in leaves:
-            leaf.kill()
-        with contextlib.suppress(ChildProcessError, ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        for leaf in leaves:
-            leaf.wait_empty(10.0)
-            leaf.remove()
         journal.forget(name)
 
 

@@ -166,16 +166,18 @@ class Registrar(Proposals):
         from isolator.registration import carried
 
         for one in before:
-            staged, source = carried.staged_of(one)
+            staged = None
             try:
+                staged, source = carried.staged_of(one)
                 registration = self.store.load(staged.name) if one.update else None
                 candidate = replace(self._candidate(staged, source, registration, one.by), faults=one.faults)
                 if carried.shown(candidate) != one.shown:
                     raise UsageError(f"plugin {staged.name}", "its policy or the host's ceiling has changed")
                 self._staged[staged.token] = candidate
-            except (IsolatorError, OSError) as error:
+            except Exception as error:  # whatever it was, the daemon goes on without
                 logger.warning("what was staged has expired: %s", error)
-                staging.discard(staged)
+                if staged is not None:
+                    staging.discard(staged)
 
     def candidate(self, token: str) -> Candidate:
         """A staged plugin; raises NotFoundError when it was discarded meanwhile."""

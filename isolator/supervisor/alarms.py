@@ -39,11 +39,20 @@ class Alarms:
         """The lines by their keys, for ``adopt``."""
         return dict(self._lines)
 
-    def adopt(self, before: dict[str, str]) -> None:
-        """Show the alarms from before this process's exec. Whether a cause is over shows; until then they stand."""
+    @property
+    def ends(self) -> dict[str, float]:
+        """Loop times at which those end whose cause is over, by key."""
+        return {key: end.when() for key, end in self._ends.items()}
+
+    def adopt(self, before: dict[str, str], ends: dict[str, float]) -> None:
+        """Show the alarms from before this process's exec, until their ``ends``.
+
+        Whether a cause that was not over is so by now shows; until then that one stands.
+        """
+        loop = asyncio.get_running_loop()
         self._lines = dict(before)
         for key in before:
-            self.settle(key)
+            self._ends[key] = loop.call_at(ends.get(key, loop.time() + STANDS), self._drop, key)
 
     def raise_(self, key: str, line: str) -> None:
         """Show a line, in place of the one that ``key`` had, until ``settle``."""

@@ -99,6 +99,11 @@ class BrokerLink:
         """Know of a cage whose sockets the broker has since before this process's exec."""
         self._attached[run] = _Attached(plugin, network, policy, terminate)
 
+    def forget(self, run: str) -> None:
+        """Have the broker close what it has of a cage from before this process's exec that is ended."""
+        self._attached.pop(run, None)
+        self.process.tell(DetachCage(run=run))
+
     async def detach(self, run: str) -> None:
         """Let the broker close a cage's listeners and flows; harmless when it is not attached."""
         if self._attached.pop(run, None) is not None:

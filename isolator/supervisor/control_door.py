@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 
 
 class ControlDoor:
-    """The name of the control socket. Whether it is shut is forgotten by a new supervisor, which opens it."""
+    """The name of the control socket. Whether it is shut is handed over, and forgotten when the supervisor dies."""
 
     def __init__(self, paths: Paths, config: HostConfig, audit: AuditClient) -> None:
         self._path, self._config, self._audit = paths.control_socket, config, audit
@@ -39,19 +39,34 @@ class ControlDoor:
 
     async def shut(self, request: messages.ShutOut) -> None:
         """Let in only users with a role, for a while; they are let in without a moment between."""
-        if self._opens is not None:
-            return
-        self._opens = asyncio.get_running_loop().call_later(SHUT, self.open)
-        try:
-            allow_only(self._path, self._config.known())
-        except OSError as error:
-            _logger.warning("%s: cannot keep out users without a role: %s", self._path, error.strerror)
+        if self._opens is not None or not self._shut_until(asyncio.get_running_loop().time() + SHUT):
             return
         _logger.warning(
             "uid %d floods the control socket and has no role: for %.0f s only users with one can connect",
             request.uid, SHUT,
         )  # fmt: skip
         self._audit.record(ControlShut(uid=request.uid, seconds=SHUT))
+
+    def _shut_until(self, until: float) -> bool:
+        self._opens = asyncio.get_running_loop().call_at(until, self.open)
+        try:
+            allow_only(self._path, self._config.known())
+        except OSError as error:
+            _logger.warning("%s: cannot keep out users without a role: %s", self._path, error.strerror)
+            return False
+        return True
+
+    @property
+    def opens(self) -> float | None:
+        """Loop time at which it opens; None while it is open."""
+        return self._opens.when() if self._opens is not None else None
+
+    def adopt(self, opens: float | None) -> None:
+        """Go on with a door that was ``opens`` before this process's exec; who has a role may have changed."""
+        if opens is None:
+            self.open()
+        else:
+            self._shut_until(opens)
 
     def open(self) -> None:
         """Let in everybody again; nothing where there is no socket."""

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from isolator.audit.client import AuditClient
@@ -31,6 +30,8 @@ from isolator.supervisor.service import ChildProcess
 
 DRAIN_SECONDS = 3.0
 """Time in which the host drains a run that is to stop; the host itself allows less."""
+GIVE_UP_SECONDS = 8.0
+"""Time in which the host gives its plugins to other hosts; the host itself allows less."""
 _MAX_FILES = 8 << 20
 """Bytes of the files of one plugin's config, as JSON."""
 _ENVIRONMENT_SECONDS = 10.0
@@ -92,17 +93,24 @@ class HostLink:
         config: dict[str, Any] = self._config.model_dump(mode="json")
         cluster = self._config.cluster
         if cluster is not None and cluster.credentials:
-            from isolator.supervisor.secret_file import secrets_of
+            from isolator.supervisor.cluster_files import credentials_of
 
             alarm = "credentials of [cluster]"
             try:
-                form = "one line: USER:PASSWORD"
-                found = secrets_of(Path(cluster.credentials), "put USER:PASSWORD for the servers there", form)
-                config["cluster"]["secret"] = found[0] if found else ""
+                config["cluster"]["secret"] = credentials_of(cluster)
                 self._alarms.settle(alarm, 0.0)
             except IsolatorError as error:  # the host does without the cluster until it is there
                 self._alarms.raise_(alarm, str(error))
         return config
+
+    async def give_up(self) -> None:
+        """Let the host give its plugins to other hosts of the cluster; returns in bounded time, whatever becomes of it.
+
+        Nothing of them may run any more.
+        """
+        if self._config.cluster is not None and self.process.running and self.process.channel is not None:
+            with contextlib.suppress(IsolatorError):
+                await self.process.channel.ask(messages.GiveUp(), timeout=GIVE_UP_SECONDS)
 
     def serve_callers(self) -> None:
         """Have a host that took another's place serve callers, now that it knows all that the other one knew."""

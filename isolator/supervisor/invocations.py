@@ -19,7 +19,7 @@ from isolator.audit.snapshots import snapshot
 from isolator.cage.processes import CageExit
 from isolator.errors import ExecError, IsolatorError, UnavailableError, UsageError
 from isolator.ipc.messages import InvocationEnded, InvocationStarted, Origin, StartInvocation
-from isolator.ipc.tasks import Tasks
+from isolator.ipc.tasks import Tasks, unless
 from isolator.layers.ledger import EVERY_LAYER
 from isolator.linux.descriptors import FdSet
 from isolator.linux.memfd import is_sealed
@@ -97,8 +97,8 @@ class Invocation:
         try:
             with self.waits:
                 await self._wait(run)
-                if self._context.rest.coming:
-                    await self._context.rest.opened()
+                if self._context.rest.coming:  # who stops it is waited for, and so is not to wait for that
+                    await unless(self._stop, self._context.rest.opened())
             end = await run.ended()
             origin = Origin.OPERATOR if self._stop.is_set() and end.cause == "stopped" else run.origin
             self._record_end(run, end, origin)
@@ -305,15 +305,16 @@ class Invocations:
         effective: EffectivePolicy,
         states: Iterable[InvocationState],
         kept_by: Launcher,
-    ) -> str:
-        """Go on with the invocations from before the exec; returns why one of them does not go on, if there is one."""
-        problem = ""
+    ) -> dict[str, str]:
+        """Go on with the invocations from before the exec; returns why some do not go on, by run."""
+        problems = {}
         for state in states:
             invocation = Invocation(self._context, registration, effective, state.run.id)
-            problem = invocation.take_over(state, kept_by) or problem
-            assert invocation.run is not None
-            self._own(invocation, invocation.watch(invocation.run))
-        return problem
+            if problem := invocation.take_over(state, kept_by):
+                problems[invocation.id] = problem
+            if invocation.run is not None:
+                self._own(invocation, invocation.watch(invocation.run))
+        return problems
 
     def _own(self, invocation: Invocation, life: Coroutine[Any, Any, None]) -> None:
         self._invocations[invocation.id] = invocation

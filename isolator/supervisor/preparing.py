@@ -15,6 +15,7 @@ from isolator.base.structs import struct_class
 from isolator.cage.cage import Cage, Stdio
 from isolator.errors import ConfinementError, DeniedError, ExecError, IsolatorError, NotFoundError, UsageError
 from isolator.ipc.messages import Origin
+from isolator.ipc.tasks import report
 from isolator.layers.base import CageSpec
 from isolator.layers.network import namespace as network_layer
 from isolator.layers.user import plugin_gid
@@ -45,11 +46,12 @@ class Input:
 class Adopted(NamedTuple):
     """A run from before this process's exec."""
 
-    run: Run
+    run: Run | None
+    """None: nothing of it was taken over."""
     without: tuple[str, ...]
     """The layers that its cage came without."""
     problem: str
-    """Why it does not go on: it did not hold, and is being ended."""
+    """Why it does not go on: it did not hold, and is being ended, or there is none."""
 
 
 def adopt_run(
@@ -57,8 +59,18 @@ def adopt_run(
 ) -> Adopted:
     """A run that began before this process's exec; it holds every descriptor of ``before``.
 
-    ``kept_by``: the launcher of then.
+    ``kept_by``: the launcher of then. A fault is this run's alone.
     """
+    try:
+        return _adopt_run(context, registration, effective, before, kept_by)
+    except Exception as error:  # whatever it was, the others go on
+        report(asyncio.get_running_loop(), f"take-over of run {before.id} of plugin {registration.name}", error)
+        return Adopted(None, (), reason_of(error))
+
+
+def _adopt_run(
+    context: RunContext, registration: Registration, effective: EffectivePolicy, before: RunState, kept_by: Launcher
+) -> Adopted:
     name = registration.name
     # Its program and environment are its own by now: only the names and the policy are needed from here on.
     spec = CageSpec(name, before.id, before.uid, before.gid, registration.user, effective, context.paths, [], {})

@@ -23,7 +23,7 @@ from isolator.errors import UnavailableError
 from isolator.ipc.body import Handler, Request
 from isolator.ipc.channel import ALIVE, Channel, pair
 from isolator.ipc.messages import ServiceEntry
-from isolator.ipc.tasks import Tasks
+from isolator.ipc.tasks import Tasks, report
 from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.cgroup.subtree import Subtree
 from isolator.linux.child import Child, ended
@@ -160,16 +160,31 @@ class ChildProcess:
         self.up.set()
 
     def adopt(self, before: ServiceState, ways: Ways) -> None:
-        """Keep the process running that is there since before this process's exec."""
+        """Keep the process running that is there since before this process's exec.
+
+        One that cannot be taken over is ended, and another is started as after a crash.
+        """
         self.ways = ways
         self.starts, self.generations = before.starts, before.generations
-        end = socket.socket(fileno=before.channel.socket)
-        channel = Channel(end, ways.handlers, name=self.spec.name, before=before.channel)
+        try:
+            end = socket.socket(fileno=before.channel.socket)
+            channel = Channel(end, ways.handlers, name=self.spec.name, before=before.channel)
+        except Exception as error:  # whatever it was, the other processes go on
+            report(asyncio.get_running_loop(), f"take-over of {self.spec.name}", error)
+            end, other = pair()
+            other.close()
+            channel, self.blame = Channel(end, name=self.spec.name), f"it was not taken over: {error}"
         self.current = Generation(Child(before.pid), channel, Leaf(self._subtree.unified / before.leaf))
         self._alive.append(self.current)
         self._adopted = self.current
         self.up.set()
         self._tasks.keep(f"watch over {self.spec.name}", self._keep)
+
+    def give_up(self, why: str) -> None:
+        """End the process that runs, and start another as after a crash."""
+        self.blame = why
+        if self.current is not None:
+            self.current.channel.close()
 
     @property
     def as_before(self) -> bool:

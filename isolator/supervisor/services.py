@@ -24,6 +24,7 @@ from isolator.errors import IsolatorError
 from isolator.ipc.body import Handler
 from isolator.ipc.channel import Channel
 from isolator.ipc.messages import Outdated, ServiceEntry
+from isolator.ipc.tasks import report
 from isolator.layers.user import add_service_user
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
@@ -39,7 +40,7 @@ from isolator.supervisor.service import ChildProcess, ServiceSpec, Ways
 from isolator.supervisor.zygote import Zygotes
 
 if TYPE_CHECKING:
-    from isolator.ipc.handover import ServiceState
+    from isolator.ipc.handover import AuditState, ServiceState
     from isolator.supervisor.console_link import ConsoleLink
 
 logger = logging.getLogger(__name__)
@@ -99,12 +100,14 @@ class Services:
         return self.audit.process, self.broker.process, self.host.process, *console
 
     async def start(
-        self, table: PluginTable, handlers: Mapping[str, Handler], before: Mapping[str, ServiceState] | None = None
-    ) -> None:
+        self, table: PluginTable, handlers: Mapping[str, Handler], before: Mapping[str, ServiceState] | None = None,
+        links: AuditState | None = None,
+    ) -> None:  # fmt: skip
         """Start the services; returns when the host accepts commands, which ``handlers`` serve.
 
-        With the states ``before`` this process's exec, by name, those that run go on, the console aside
-        (``start_console``), and nothing is awaited: the host is served from the next turn of the loop on.
+        With the states ``before`` this process's exec, by name, and that of the ``links`` to the audit process, those
+        that run go on, the console aside (``start_console``), and nothing is awaited: the host is served from the next
+        turn of the loop on.
         """
         audit, broker, host = self.audit, self.broker, self.host
 
@@ -143,9 +146,14 @@ class Services:
         )  # fmt: skip
         if before is not None:
             audit.process.adopt(before["audit"], of_audit)
+            try:
+                assert links is not None
+                audit.adopt(links)
+            except Exception as error:  # whatever it was: another process gets links of its own
+                report(asyncio.get_running_loop(), "take-over of the links to audit", error)
+                audit.process.give_up(f"its links were not taken over: {error}")
             broker.process.adopt(before["broker"], of_broker)
             host.process.adopt(before["host"], of_host)
-            host.door.open()  # nobody knows how long it was to be shut
             return
         async with self._zygotes.ready():  # one for all
             for process, ways in ((audit.process, of_audit), (broker.process, of_broker), (host.process, of_host)):

@@ -24,7 +24,7 @@ from isolator.audit import schema
 from isolator.audit.client import AWAY, AuditClient
 from isolator.cage.runtime import CageRuntime
 from isolator.errors import IsolatorError
-from isolator.ipc.messages import InvocationEnded, Origin
+from isolator.ipc.messages import Origin
 from isolator.ipc.tasks import Tasks
 from isolator.launcher.client import Launcher
 from isolator.layers.cgroup.subtree import open_subtree
@@ -118,11 +118,12 @@ async def running_daemon(
             subtree = open_subtree(paths.named("isolator"), optional=optional)
             journal.record(Entry("subtree", "subtree", tuple(map(str, subtree.folders()))))
         else:
-            from isolator.supervisor.reload import adopt as adoption
+            from isolator.supervisor.reload import adopt
+            from isolator.supervisor.reload.adoption import Adoption
 
-            hanging = adoption.end_unnamed_children(before)
-            subtree = adoption.subtree(before.subtree, optional)
-            kept_by = adoption.launcher(before)
+            hanging = adopt.end_unnamed_children(before)
+            subtree = adopt.subtree(before.subtree, optional)
+            kept_by = adopt.launcher(before)
             stack.callback(kept_by.close)
         if "cpu" not in subtree.on_v2:  # where it is, the services' groups have a greater weight: Leaf.prefer
             go_first()
@@ -202,17 +203,18 @@ async def running_daemon(
                 tasks.run("note of the restore", _forget_restored(audit, paths))
         else:
             assert kept_by is not None
-            services.audit.adopt(before.audit)
-            alarms.adopt(before.alarms)
+            alarms.adopt(before.alarms, before.alarm_ends)
             tickets.adopt(before.tickets)
             served = {one.name: one for one in before.services}
-            await services.start(table, handlers, served)
+            await services.start(table, handlers, served, before.audit)
+            services.host.door.adopt(before.control_opens)
             # Until every plugin is as it was, nothing is awaited: what the host asks for would begin a run anew.
             registrar.adopt(before.staged)
-            adopted = _adopt_plugins(table, context, before, kept_by)
+            adoption = Adoption(context, before, kept_by)
+            adopted = adoption.plugins(table)
             fences.go_on()
-            adopted += _adopt_runs(runners, context, before, kept_by)
-            await _change_launchers(table, runners, runtime, kept_by)
+            adopted += adoption.runs(runners)
+            await adoption.change_launchers(table, runners)
             table.expect_starts(others=runners is not None)
             audit.record(
                 schema.DaemonReloaded(
@@ -241,58 +243,6 @@ async def running_daemon(
         yield Daemon(runtime, notifier, services, table, runners, tickets, alarms, rest, reloads, fences)
 
 
-def _adopt_plugins(table: PluginTable, context: RunContext, before: DaemonState, kept_by: Launcher) -> int:
-    """Have every plugin go on from where it was; returns the number of runs that do."""
-    adopted = 0
-    for one in before.plugins:
-        plugin = table.plugins.get(one.name)
-        try:
-            problem = plugin.take_over(one, kept_by) if plugin is not None else "it cannot be read any more"
-        except Exception as error:  # whatever it was, the others go on
-            problem = f"{type(error).__name__}: {error}"
-            plugin = None
-        if problem:
-            logger.error("plugin %s was not taken over: %s", one.name, problem)
-        runs = [*([one.run] if one.run is not None else []), *(invocation.run for invocation in one.invocations)]
-        for run in runs if plugin is None else ():
-            recovery.clear_cage(context.runtime.journal, f"{one.name}.{run.id}", run.cage.pid)
-            ended = schema.PluginStopped(cause=f"not taken over when the daemon was reloaded: {problem}"[:512])
-            context.audit.record(ended, plugin=one.name, run=run.id)
-        for invocation in one.invocations if plugin is None else ():
-            lost = InvocationEnded(
-                name=one.name, run=invocation.run.id, exit_code=None, signal=None, cause=problem, origin=Origin.DAEMON
-            )
-            context.host.invocation_ended(lost)
-        adopted += len(runs) if not problem else 0
-    return adopted
-
-
-def _adopt_runs(runners: Runners | None, context: RunContext, before: DaemonState, kept_by: Launcher) -> int:
-    """Have the runs of users go on; returns the number of those that do."""
-    adopted = 0
-    if runners is not None and before.runners is not None:
-        for one, problem in runners.take_over(before.runners, kept_by):
-            adopted += not problem
-            if problem:
-                name = f"_run.{one.uid}"
-                logger.error("run %s of %s was not taken over: %s", one.id, name, problem)
-                recovery.clear_cage(context.runtime.journal, f"{name}.{one.id}", one.cage.pid)
-                ended = schema.RunEnded(cause=f"not taken over when the daemon was reloaded: {problem}"[:512])
-                context.audit.record(ended, plugin=name, run=one.id)
-    return adopted
-
-
-async def _change_launchers(
-    table: PluginTable, runners: Runners | None, runtime: CageRuntime, before: Launcher
-) -> None:
-    """Have the new launcher keep every cage, and end the one before, which keeps none then."""
-    cages = [run.cage for plugin in table.plugins.values() for run in plugin.runs]
-    for cage in (*cages, *(runners.cages if runners is not None else ())):
-        with contextlib.suppress(FileNotFoundError):  # it has ended, and its group is gone
-            await cage.be_kept_by(runtime.launcher)
-    before.close()
-
-
 def _runners(context: RunContext, config: HostConfig, before: DaemonState | None) -> Runners | None:
     """The runs of runners; None, and nothing of it loaded, where nobody has that role, or a run from when it had."""
     if not config.roles.runner and (before is None or before.runners is None):
@@ -314,6 +264,7 @@ async def _stop(table: PluginTable, services: Services, audit: AuditClient) -> N
     """Stop every plugin, then the services in reverse; the trail's last record is the daemon's stop."""
     started = time.monotonic()
     await table.close()
+    await services.host.give_up()
     if services.console is not None:
         await services.console.process.stop()
     await services.host.process.stop()

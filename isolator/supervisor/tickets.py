@@ -95,7 +95,9 @@ class Tickets:
         return TicketsState(
             listener=self._listener,
             open=tuple(
-                TicketState(token=token, uid=ticket.uid, connection=ticket.connection.fileno())
+                TicketState(
+                    token=token, uid=ticket.uid, connection=ticket.connection.fileno(), until=self._timers[token].when()
+                )
                 for token, ticket in self._open.items()
             ),
         )
@@ -103,8 +105,15 @@ class Tickets:
     def adopt(self, before: TicketsState) -> None:
         """Go on from the state before this process's exec, in place of ``start``."""
         for one in before.open:
-            self._keep(one.token, Ticket(one.uid, socket.socket(fileno=one.connection)))
-        self._listen(socket.socket(fileno=before.listener))
+            with contextlib.suppress(OSError):  # of that caller alone
+                self._keep(one.token, Ticket(one.uid, socket.socket(fileno=one.connection)), one.until)
+        try:
+            listener = socket.socket(fileno=before.listener)
+        except OSError as error:
+            logger.error("%s: listens anew: %s", self._path, error.strerror)
+            self.start()
+        else:
+            self._listen(listener)
 
     def close(self) -> None:
         """Stop listening and drop every ticket."""
@@ -160,10 +169,11 @@ class Tickets:
         self._keep(token, ticket)
         _send(connection, {"ticket": token})
 
-    def _keep(self, token: str, ticket: Ticket) -> None:
+    def _keep(self, token: str, ticket: Ticket, until: float | None = None) -> None:
+        loop = asyncio.get_running_loop()
         self._open[token] = ticket
         self._of_uid[ticket.uid] += 1
-        self._timers[token] = asyncio.get_running_loop().call_later(SECONDS, self._expire, token)
+        self._timers[token] = loop.call_at(loop.time() + SECONDS if until is None else until, self._expire, token)
 
     def _check(self, uid: int) -> None:
         if self._config.role_of(uid) != "operator":

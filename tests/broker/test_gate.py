@@ -154,6 +154,17 @@ def test_bytes_behind_an_accepted_upgrade_pass(size: int) -> None:
         assert made.feed(OTHER_GET) == b"\x82\x05" + OTHER_GET and made.done
 
 
+@pytest.mark.parametrize("waits", [b"", b"\x82\x05"])
+def test_gate_is_open_for_another_broker_as_soon_as_the_server_has_taken_the_upgrade(waits: bytes) -> None:
+    """Before the client says anything more: a quiet websocket may do so hours later."""
+    made = gate()
+    assert made.opened() is None
+    assert made.feed(SOCKET + waits) == SOCKET
+    assert made.opened() is None
+    made.answered(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
+    assert made.opened() == waits and made.done
+
+
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 426 Upgrade\r\n", b"nonsense and more", b""])
 def test_request_behind_a_refused_upgrade_is_held_to_the_name(answer: bytes) -> None:
     made = gate()

@@ -138,6 +138,7 @@ class SimHost:
         """Runs of each plugin's cage: what an earlier one had is gone."""
         self.fences = SimFences(self)
         self.plugins: dict[str, Plugin] = {}
+        self.labels: tuple[str, ...] = ()
         self.problems: dict[Kind, str] = {}
         self.losses: list[Loss] = []
         self.faults = Faults()
@@ -173,7 +174,7 @@ class SimHost:
         log = self.log = FaultyLog(cluster.servers, self.clock, (cluster.faults, self.faults), cluster.random)
         self._connect()
         self.node = Node(
-            Settings(self.name, outbox=cluster.outbox, snapshots=self.path.with_suffix(".folds")),
+            Settings(self.name, self.labels, outbox=cluster.outbox, snapshots=self.path.with_suffix(".folds")),
             log, self.store, _Watched(self), self.fences, clock=self.clock,
             notice=self._notice, random=cluster.random.getrandbits,
         )  # fmt: skip

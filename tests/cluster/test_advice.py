@@ -79,3 +79,59 @@ def test_settings_of_a_cluster_that_are_of_no_use_are_told_by_its_commands() -> 
             refused = d.cli("cluster", *words, code=1).stderr
             assert "/etc/isolator/no-such.pem: cannot be used: No such file or directory" in refused, words
         wait_for(lambda: any("no-such.pem" in line for line in d.json("status", code=None)["alarms"]))
+
+
+def test_reload_with_files_that_the_cluster_cannot_use_is_refused_in_one_line_and_changes_nothing(
+    tmp_path: Path, users: Path
+) -> None:
+    with daemon(host_toml="# none yet") as d:
+        etc = d.root / "etc/isolator"
+        secret, ca = etc / "cluster.secret", etc / "ca.pem"
+
+        def refused(credentials: bytes | None, certificates: bytes | None, mode: int = 0o644) -> str:
+            for path, content, its in ((secret, credentials, 0o600), (ca, certificates, mode)):
+                path.unlink(missing_ok=True)
+                if content is not None:
+                    path.write_bytes(content)
+                    path.chmod(its)
+            (etc / "host.toml").write_text(
+                f'[cluster]\nname = "h1"\nservers = ["127.0.0.1:1"]\ncredentials = "{secret}"\nca = "{ca}"\n'
+            )
+            done = d.cli("reload", code=1)
+            assert len(done.stderr.splitlines()) == 1, done.stderr
+            assert not any(record["type"] == "daemon.reloaded" for record in d.records())
+            assert "no [cluster] in host.toml" in d.cli("cluster", "status", code=None).stderr
+            return done.stderr
+
+        good, admin = (users / "h1.secret").read_bytes(), (users / "admin.secret").read_bytes()
+        pem = tmp_path / "ca.pem"
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
+             "-subj", "/CN=ca", "-keyout", tmp_path / "ca.key", "-out", pem],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        certificates = pem.read_bytes()
+        assert f"{secret}: No such file or directory; put h1.secret" in refused(None, certificates)
+        assert "is not one line, USER:PASSWORD" in refused(b"", certificates)
+        assert "is of the user 'admin', and this host is h1; put h1.secret" in refused(admin, certificates)
+        assert f"{ca}: cannot be used: No such file or directory" in refused(good, None)
+        assert f"{ca}: cannot be used: it holds no certificate" in refused(good, b"none")
+        assert f"{ca}: cannot be used: Permission denied" in refused(good, certificates, 0o600)
+        ca.chmod(0o644)
+        d.cli("reload")
+        wait_for(lambda: not d.cli("cluster", "status", code=None).stderr, what="a cluster")
+
+
+def test_administrators_credentials_are_no_hosts(tmp_path: Path, users: Path) -> None:
+    config = '[cluster]\nname = "h1"\nservers = ["127.0.0.1:1"]\ntls = false\ncredentials = "{}"\n'
+    with daemon(host_toml="# none yet", start=False) as d:
+        secret = d.root / "etc/isolator/cluster.secret"
+        secret.touch(0o600)
+        secret.write_bytes((users / "admin.secret").read_bytes())
+        (d.root / "etc/isolator/host.toml").write_text(config.format(secret))
+        d.start()
+        line = wait_for(
+            lambda: next((one for one in d.json("cluster", "status", code=None)["problems"]), None), what="a problem"
+        )
+        assert line["kind"] == "refused" and "is of the user 'admin', and this host is h1" in line["line"]
+        assert "put h1.secret of 'isolator cluster users' there" in line["line"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -17,6 +19,8 @@ from click.testing import CliRunner, Result
 from host.cli.root import cli
 from host.cluster import command
 from host.cluster.joining import connect
+from host.cluster.log import LogUnavailableError
+from host.cluster.nats import Access, NatsLog, addresses
 from host.cluster.node import Node
 from host.cluster.parts import Settings
 from host.cluster.standing import standing
@@ -53,6 +57,61 @@ def test_users_are_written_for_servers_and_hosts_and_no_file_is_replaced(tmp_pat
     assert "is there already" in str(again) and (tmp_path / "new/h1.secret").read_text() == before
     for names in (("h1", "h1"), ("admin",), ("H1",)):
         assert isinstance(_error("users", "--dir", tmp_path / "other", *names), UsageError)
+
+
+def test_host_is_added_to_the_users_of_a_cluster_and_those_of_the_others_stay(
+    served: tuple[Server, Path], tmp_path: Path
+) -> None:
+    server, users = served
+    folder, conf = tmp_path / "users", "users.conf"
+    shutil.copytree(users, folder)
+    before = {path.name: path.read_text() for path in folder.iterdir()}
+    (folder / conf).chmod(0o640)
+    done = json.loads(_run("users", "--dir", folder, "--add", "h2", "h3", "--json").output)
+    assert [Path(name).name for name in done["files"]] == [conf, "h2.secret", "h3.secret"]
+    after = {path.name: path.read_text() for path in folder.iterdir()}
+    assert {*after} == {*before, "h2.secret", "h3.secret"} and (folder / conf).stat().st_mode & 0o777 == 0o640
+    assert all(after[name] == text for name, text in before.items() if name != conf)
+    for path in (folder / "h2.secret", folder / "h3.secret"):
+        assert path.stat().st_mode & 0o777 == 0o600
+
+    # Every user is known to a server of this configuration, and it reads the new ones without a restart.
+    configured = server.config.read_text()
+    assert before[conf] in configured
+    server.config.write_text(configured.replace(before[conf], after[conf]))
+    server.signal(signal.SIGHUP)
+    for name in ("h1", "h2", "h3", "admin"):
+        secret = (folder / f"{name}.secret").read_text().strip()
+        _until_accepted(server, secret)
+    server.config.write_text(configured)
+    server.signal(signal.SIGHUP)
+
+    for names, why in ((("h2",), "a user h2 already"), (("h1",), "a user h1 already"), (("h4", "h4"), "of its own")):
+        assert why in str(_error("users", "--dir", folder, "--add", *names))
+    (folder / "h4.secret").write_text("")
+    assert "is there already" in str(_error("users", "--dir", folder, "--add", "h4"))
+    assert {path.name: path.read_text() for path in folder.iterdir() if path.name != "h4.secret"} == after
+    assert "cannot be read" in str(_error("users", "--dir", tmp_path / "none", "--add", "h5"))
+    (folder / conf).write_text("# nothing\n")
+    assert "has no list of users" in str(_error("users", "--dir", folder, "--add", "h5"))
+    assert not (folder / "h5.secret").exists()
+
+
+def _until_accepted(server: Server, secret: str) -> None:
+    user, _, password = secret.partition(":")
+    log = NatsLog(Access(addresses([f"127.0.0.1:{server.port}"], tls=False), user, password, inbox=f"_ISO.{user}"))
+
+    async def connect() -> None:
+        async with asyncio.timeout(seconds(30)):
+            while True:
+                try:
+                    await log._connected()
+                    break
+                except LogUnavailableError:
+                    await asyncio.sleep(0.05)
+        await log.close()
+
+    asyncio.run(connect())
 
 
 @pytest.fixture

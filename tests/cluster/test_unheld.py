@@ -97,7 +97,7 @@ async def test_plugin_that_is_removed_is_no_problem_and_begins_anew_without_what
 def _state(*ready: str, labels: tuple[str, ...] = (), held: bool = False) -> State:
     """The state after hosts have said what they could hold; ``a`` holds it."""
     log = Log()
-    log.put("a", Plugin("p", "d", labels=("eu",)), *([Claim("p", 0, "d")] if held else []), Beat())
+    log.put("a", Plugin("p", "d", labels=("eu",)), *([Claim("p", 0, "d")] if held else []), Beat(labels=labels))
     for host in ready:
         log.put(host, Beat(ready=("p",), labels=labels), first=1, series=2)
     return log.state
@@ -111,7 +111,8 @@ def _state(*ready: str, labels: tuple[str, ...] = (), held: bool = False) -> Sta
         (_state("b"), "ab", "no living host that has it (b) has the labels eu; isolator cluster place p"),
         (_state("b", labels=("eu",)), "ab", None),
         (_state("b", labels=("eu",)), "a", "(b had it, and is silent)"),
-        (_state(held=True), "ab", None),
+        (_state(held=True, labels=("eu",)), "ab", None),
+        (_state(held=True), "ab", "no living host has the version d enabled;"),
         (_state(held=True), "b", "no living host has the version d enabled;"),
     ],
 )

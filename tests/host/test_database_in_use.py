@@ -13,9 +13,10 @@ import pytest
 
 from host.database import files
 from host.database.store import Store
+from host.queue import rows
 from host.queue.interface import NewEvent, Subscriber
 from host.queue.missing import missing
-from host.queue.sqlite import SqliteQueue, newest_number
+from host.queue.sqlite import SqliteQueue
 from isolator.audit.client import utc_now
 from isolator.audit.record import GENESIS, Incoming, spell
 
@@ -163,5 +164,5 @@ async def test_newest_event_is_never_pruned_and_numbers_go_on_after_it(tmp_path:
     for _ in range(5):
         queue._start_prune()
         await store.committed()
-    assert newest_number(store) == last.event.seq == 1011
+    assert store.read(rows.newest_number) == last.event.seq == 1011
     await store.close()

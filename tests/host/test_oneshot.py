@@ -19,6 +19,7 @@ from host.events import Catalogue
 from host.fence.fences import NO_LEASE
 from host.queue.interface import Delivery, Event
 from isolator.ipc.fence import LOST, Fence
+from isolator.ipc.succession import Departure, Descriptors
 from isolator.linux.boottime import boottime
 from tests.host.test_runs import Supervisor
 
@@ -117,6 +118,24 @@ async def test_connection_is_kept_if_a_request_may_not_be_begun_once_it_is_there
     link.paused, link.leaving, link._draining = False, False, None
     await answered(delivery, plugin)
     assert outcomes.concluded == ["ok"]
+
+
+async def test_connection_over_which_a_request_is_not_written_yet_goes_to_the_next_host() -> None:
+    delivery, link, plugin, outcomes = made()
+    counted = asyncio.Event()
+    outcomes.begin = lambda *_: counted.set()  # type: ignore[method-assign] # and is not recorded yet
+    task = asyncio.create_task(deliver(delivery))
+    await counted.wait()
+    departure = Departure()
+    state = delivery.pass_on(departure)
+    assert state.request is None and state.prepared_run == "run"
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    following, its_link, _, _ = made()
+    its_link.run = link.run
+    with Descriptors(departure._fds.release_all()) as descriptors:
+        assert following.take_over(None, None, state, descriptors) is None
+    await answered(following, plugin)
 
 
 async def test_connection_that_is_kept_is_closed_when_its_run_has_ended() -> None:

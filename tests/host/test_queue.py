@@ -43,6 +43,22 @@ async def test_many_accepts_share_few_syncs(store: Store) -> None:
     assert store.syncs <= 20
 
 
+async def test_answer_that_fails_keeps_no_other_emitter_from_its_own(store: Store) -> None:
+    failures: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context["exception"]))
+    queue, answers = SqliteQueue(store), list[object]()
+    broken = RuntimeError("broken")
+
+    def fail(_: object, __: object) -> None:
+        raise broken
+
+    queue.submit(_event("a"), [Subscriber("p", "k")], fail)
+    queue.submit(_event("b"), [Subscriber("p", "k")], lambda accepted, _: answers.append(accepted))
+    assert (await queue.consumer("p").take()).seq == 1
+    assert len(answers) == 1
+    assert failures == [broken]
+
+
 async def test_listing_has_a_bound_and_says_what_it_leaves_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     queue = SqliteQueue(store)
     for name in ("old", "new"):

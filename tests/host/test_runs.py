@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 import pytest
 
+from host.delivery import runs
 from host.delivery.runs import AT_ONCE, Runs, connection
 from isolator.errors import DeniedError, UnavailableError
 from isolator.ipc import messages
 from isolator.ipc.body import WithFds, by_op
-from isolator.ipc.channel import Channel, pair
+from isolator.ipc.channel import ALIVE, Channel, pair
 
 
 class Supervisor:
@@ -90,6 +91,19 @@ async def test_a_connection_that_nobody_waits_for_is_closed() -> None:
     with pytest.raises(asyncio.CancelledError):
         await waiting[1]
     assert len(supervisor.far) == 2 and supervisor.all_closed()
+
+
+async def test_connection_that_a_supervisor_makes_late_is_still_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes to rest and is reloaded meanwhile; simple plugins die of a connection without a request."""
+    monkeypatch.setattr(runs, "CONNECT_DEADLINE", -5.0)
+    supervisor = Supervisor()
+    supervisor.channel.hold()
+    waiting = asyncio.ensure_future(supervisor.connected("kept"))
+    for _ in range(3):
+        await supervisor.runs._supervisor.call(ALIVE)
+    supervisor.channel.go_on()
+    os.close(await waiting)
+    assert supervisor.all_closed()
 
 
 async def test_each_is_asked_for_alone_where_the_supervisor_is_of_another_version() -> None:

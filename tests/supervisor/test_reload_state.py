@@ -17,17 +17,7 @@ from hypothesis import strategies as st
 
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body
-from isolator.ipc.handover import (
-    CageState,
-    DaemonState,
-    FenceState,
-    PluginKept,
-    RunnersState,
-    RunnerState,
-    RunState,
-    descriptors,
-)
-from isolator.ipc.messages import PluginState
+from isolator.ipc.handover import DaemonState, RunState, TicketsState, TicketState, descriptors
 from isolator.linux.memfd import make_sealed
 from isolator.supervisor.reload import formats
 from tests.supervisor.test_reload_trial import STATE
@@ -91,9 +81,34 @@ def test_every_descriptor_of_a_run_is_named(run: RunState) -> None:
 def test_state_of_another_format_is_refused_in_one_line(number: object) -> None:
     fd = make_sealed(json.dumps({"format": number, "state": {}}).encode())
     try:
-        with pytest.raises(IsolatorError, match="this version reads 2, 1") as caught:
+        with pytest.raises(IsolatorError, match="this version reads 3, 2") as caught:
             formats.read(fd)
         assert "\n" not in str(caught.value)
+    finally:
+        os.close(fd)
+
+
+def _places(value: Any) -> list[tuple[Any, Any]]:
+    """Each list or object in a value with each of its keys."""
+    keys: Any = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    return [(value, key) for key in keys] + [place for key in keys for place in _places(value[key])]
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_value_of_any_type_in_a_state_is_read_or_refused_in_one_line(data: st.DataObject) -> None:
+    state = data.draw(values(DaemonState))
+    whole = json.loads(json.dumps({"format": 3, "state": state.to_json(), "host_toml": ""}))
+    place, key = data.draw(st.sampled_from(_places(whole)))
+    if data.draw(st.booleans()):
+        del place[key]
+    else:
+        place[key] = data.draw(JSON | st.dictionaries(st.text(max_size=3), JSON, max_size=2))
+    fd = make_sealed(json.dumps(whole).encode())
+    try:
+        formats.read(fd)
+    except IsolatorError as error:
+        assert "\n" not in str(error)
     finally:
         os.close(fd)
 
@@ -108,33 +123,24 @@ def test_file_that_somebody_could_still_change_is_refused() -> None:
         os.close(fd)
 
 
-def test_daemon_with_runs_of_users_is_not_handed_to_a_version_that_would_end_them() -> None:
-    cage = CageState(pid=1, pidfd=-1, status=-1, oom=-1, oom_seen=False, started=0.0, layers=())
-    run = RunnerState(
-        id="4f", uid=1000, gid=1000, groups=(), connection=-1, cage=cage, effective={}, lease=1, lock=-1, listener=-1,
-        theirs=(), shown=(),
-    )  # fmt: skip
-    with_runs = RunnersState(listener=-1, waiting=(), runs=(run,), theirs=())
-    with pytest.raises(IsolatorError, match="and these go on: run 4f of uid 1000"):
-        formats.write(dataclasses.replace(STATE, runners=with_runs), 1)
-    fd = formats.write(dataclasses.replace(STATE, runners=dataclasses.replace(with_runs, runs=())), 1)
-    try:
-        assert formats.read(fd) == (STATE, "")
-    finally:
-        os.close(fd)
+def test_version_before_gets_no_times_that_it_does_not_know() -> None:
+    ticket = TicketState(token="t", uid=0, connection=-1, until=5.0)
+    found = {"tickets": TicketsState(listener=-1, open=(ticket,)), "alarms": {"a": "line"}}
+    present = dataclasses.replace(STATE, **found, alarm_ends={"a": 7.0}, control_opens=9.0)
+    before = dataclasses.replace(STATE, **found | {"tickets": _without_end(ticket)})
+    for number, expected in ((3, present), (2, before)):
+        fd = formats.write(present, number)
+        try:
+            assert formats.read(fd) == (expected, "")
+        finally:
+            os.close(fd)
 
 
-def test_plugin_with_a_deadline_is_not_handed_to_a_version_that_would_forget_it() -> None:
-    kept = PluginKept(
-        name="held", state=PluginState.RUNNING, error="", notice="", outdated="", wanted=True, reason="event",
-        restarts=0, ends=(), others_ends=0, crashes=(), backoff_until=None, effective=None, run=None,
-        fence=FenceState(until=1.0, frozen=None),
-    )  # fmt: skip
-    with pytest.raises(IsolatorError, match="knows no leases, and these plugins have one: held"):
-        formats.write(dataclasses.replace(STATE, plugins=(kept,)), 1)
+def _without_end(ticket: TicketState) -> TicketsState:
+    return TicketsState(listener=-1, open=(dataclasses.replace(ticket, until=None),))
 
 
 def test_newest_format_that_both_sides_know_is_written() -> None:
-    assert [formats.newest_common(others) for others in ([1], [2, 1], [3, 2])] == [1, 2, 2]
-    with pytest.raises(IsolatorError, match=r"takes over states of format 3, 4, this one hands over 2"):
-        formats.newest_common([4, 3])
+    assert [formats.newest_common(others) for others in ([2], [3, 2], [4, 3])] == [2, 3, 3]
+    with pytest.raises(IsolatorError, match=r"takes over states of format 4, 5, this one hands over 3"):
+        formats.newest_common([5, 4])

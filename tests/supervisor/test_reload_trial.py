@@ -85,12 +85,12 @@ def test_no_thread_but_the_main_one_executes() -> None:
 
 
 async def test_answer_of_the_program_decides(shared_dir: Path) -> None:
-    assert await trial.try_out(script(shared_dir, """echo '{"formats": [3, 2, 1]}'"""), STATE) == 2
-    refusing = """echo '{"formats": [1], "error": {"what": "host.toml", "why": "line 3", "remedy": "mend it"}}'"""
+    assert await trial.try_out(script(shared_dir, """echo '{"formats": [4, 3, 2]}'"""), STATE) == 3
+    refusing = """echo '{"formats": [2], "error": {"what": "host.toml", "why": "line 3", "remedy": "mend it"}}'"""
     with pytest.raises(IsolatorError, match=r"host\.toml: line 3"):
         await trial.try_out(script(shared_dir, refusing), STATE)
     unreadable = """echo '{"formats": [7], "error": {"what": "state", "why": "format 1", "remedy": ""}}'"""
-    with pytest.raises(IsolatorError, match="takes over states of format 7, this one hands over 2"):
+    with pytest.raises(IsolatorError, match="takes over states of format 7, this one hands over 3"):
         await trial.try_out(script(shared_dir, unreadable), STATE)
     for body in ("true", "echo no JSON", "echo '[]'", "kill -9 $$"):
         with pytest.raises(IsolatorError, match="it gave no answer"):

@@ -67,4 +67,8 @@ def test_flood_of_connections_meets_the_kernel_and_nobody_else_does(d: Daemon) -
     record = json.loads(wait_for(lambda: d.cli("audit", "query", "--type", "control.shut", "--json").stdout))
     assert (record["data"]["uid"], record["data"]["seconds"]) == (STRANGER, 60)
     assert d.cli("reload").returncode == 0
+    assert "EACCES" in _as(d, STRANGER, ASK).stderr, "a reload has opened the door"
+    assert "result" in json.loads(_as(d, VIEWER, ASK).stdout)
+    d.kill()
+    d.start()
     assert json.loads(_as(d, STRANGER, ASK).stdout)["error"]["data"]["code"] == "denied"  # a new supervisor opens it

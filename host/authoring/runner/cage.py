@@ -11,8 +11,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -169,7 +169,7 @@ class Run:
                 self._end = end
             elif line:
                 self._last[name] = line
-                now = format_time(datetime.now(UTC))
+                now = format_time(time.time())
                 self._trial.log.append({"time": now, "run": None, "stream": name, "line": line})
         stream.close()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 from host.authoring.runner.cage import Cage
@@ -71,9 +70,7 @@ class RunnerTrials:
             return Answer(name, payload, "withheld", "its manifest or its policy keeps this event from it")
         valid = self._catalogue.validate(name, payload)
         now = time.time()
-        event = Event(
-            1, f"ev_test_{os.urandom(8).hex()}", event_type.name, format_time(datetime.now(UTC)), now, now, valid.json
-        )
+        event = Event(1, f"ev_test_{os.urandom(8).hex()}", event_type.name, format_time(now), now, now, valid.json)
         key = manifest.delivery.order_key(event_type.order_by, payload) or ""
         outcome, latency = attempt(send, Sending(event, hook, event_type, key, self._plan.timeout))
         return Answer(name, payload, outcome.kind, outcome.detail, outcome.text or None, latency)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final, NamedTuple
 
 from host.events import MAX_PAYLOAD, NAME, format_time
@@ -38,7 +38,7 @@ def write(event: Event, new: NewEvent, source: str) -> str:
         "source": source,
         "type": event.name,
         "time": event.time,
-        "expirytime": format_time(datetime.fromtimestamp(event.expires, UTC)),
+        "expirytime": format_time(event.expires),
         "datacontenttype": "application/json",
     }
     others = {"subject": event.subject, "traceparent": event.trace, "by": new.by}

@@ -93,7 +93,7 @@ class QueueFollower:
         queue.replies = Replies(queue.store, node)
         queue.on_final, queue.subscribers = self._on_final, self._subscriptions
         queue.is_of_one, queue.is_cut_off = self._is_of_one, lambda: not self._acting
-        queue.has_ended = self.has_ended
+        queue.has_ended, queue.kept_back = self.has_ended, node.kept_back
 
     def close(self) -> None:
         """Wait for no decision any more."""
@@ -367,8 +367,9 @@ class QueueFollower:
         self._own[plugin].catch_up()
 
     def look(self) -> None:
-        """Release the shards of plugins that this host can no longer hold."""
-        ready = set(self._ready())
+        """Release the shards of plugins that this host can no longer hold, or lacks the labels for."""
+        state, labels = self._node.state, {*self._node.settings.labels}
+        ready = {name for name in self._ready() if name not in state.plugins or state.plugins[name].fits(labels)}
         for held in [*self._held.values()]:
             if held.plugin not in ready and held.shard not in self._draining:
                 self._draining.add(held.shard)

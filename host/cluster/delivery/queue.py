@@ -105,6 +105,7 @@ class ClusterQueue(SqliteQueue):
         """Who asks other hosts about deliveries, once this one has joined."""
         self._settled = asyncio.Event()
         super().__init__(store, **options)
+        self.kept_back = lambda: "this host is being started, and has not joined its cluster yet"
 
     # Emitting
 

@@ -74,6 +74,10 @@ class Gate:
             gate._watch = HttpWatch.taken_over(judge, state.http)
         return gate
 
+    def opened(self) -> bytes | None:
+        """The bytes that waited, once an answer of the server's lets everything pass; None while it does not."""
+        return self._behind(self._watch, b"") if self._watch is not None and self._watch.done else None
+
     @property
     def waiting(self) -> bool:
         """Whether nothing more may pass before the server has answered."""

@@ -102,6 +102,7 @@ from isolator.ipc.messages.to_host import (
     Environment,
     GetEnvironment,
     GetStderrTail,
+    GiveUp,
     HostHello,
     InvocationBegun,
     InvocationEnded,
@@ -121,6 +122,7 @@ DIRECTIONS: dict[str, tuple[type[Request[Any]], ...]] = {
     "S → H": (
         HostHello, AlarmsChanged, ServeCallers, PluginChanged, GetEnvironment, RunStarted, DrainRun, RunEnded,
         InvocationBegun, InvocationEnded, GetStderrTail, NewAuditSocket,
+        GiveUp,
     ),
     "H → S": (
         RaiseAlarm, ShutOut, EnsureRun, ConnectRun, ConnectRuns, BreakOff, RunReady, StartInvocation, StopRun,
@@ -165,6 +167,7 @@ __all__ = [
     "GetGeneration",
     "GetLedger",
     "GetStderrTail",
+    "GiveUp",
     "HoldPlugin",
     "HostHello",
     "InvocationBegun",

@@ -36,6 +36,11 @@ class AlarmsChanged(Request[None], op="alarms"):
     alarms: tuple[str, ...]
 
 
+class GiveUp(Request[None], op="give.up"):
+    """Give what this host holds in its cluster to other hosts: S stops, and has ended every cage. Answered when the log
+    has it, or does not take it in time."""
+
+
 class ServeCallers(Request[None], op="serve.callers"):
     """Serve the control socket: all that waited while H took another's place has been sent before."""
 

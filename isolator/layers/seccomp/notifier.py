@@ -108,8 +108,8 @@ class SeccompNotifier:
         Returns a token for ``listener_of``.
         """
         with self._lock:
-            watched = self._cages[listener] = _Watched(report)
             self._epoll.register(listener, select.EPOLLIN)
+            watched = self._cages[listener] = _Watched(report)
         return watched
 
     def listener_of(self, token: object) -> int:

@@ -53,6 +53,14 @@ class Life:
         life = self._supervise(reason, run, backoff_until)
         self._task = self._tasks.run(f"life of plugin {self._plugin.name}", life)
 
+    def begin_again(self, why: str) -> float | None:
+        """Begin the task after a fault of this daemon; returns the seconds until the start."""
+        self.wanted = True
+        pause = self._after_fault(why)
+        if pause is not None:
+            self.begin("restart after a crash", backoff_until=asyncio.get_running_loop().time() + pause)
+        return pause
+
     async def ended(self) -> None:
         """Wait for the end of the task."""
         if self._task is not None:

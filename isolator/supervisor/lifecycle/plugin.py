@@ -21,8 +21,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from isolator.audit.schema import Resources
+from isolator.cage.processes import CageExit
 from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError
-from isolator.ipc.messages import PluginState, StartInvocation
+from isolator.ipc.messages import Origin, PluginState, StartInvocation
 from isolator.ipc.tasks import Tasks, report
 from isolator.supervisor.ends import Ends
 from isolator.supervisor.invocations import MODE as EXEC
@@ -289,12 +290,13 @@ class Plugin:
             fence=self._context.fences.hand_over(self.name),
         )
 
-    def take_over(self, before: PluginKept, kept_by: Launcher) -> str:
-        """Go on from the state before the exec; returns why its run does not go on, if it had one that does not.
+    def take_over(self, before: PluginKept, kept_by: Launcher) -> dict[str, str]:
+        """Go on from the state before the exec; returns why runs do not go on, by id, of those that do not.
 
-        A run that does not hold is ended, as by a drift, and started again. ``kept_by``: the launcher of then.
+        A run that does not hold is among ``runs``: it is ended, as by a drift, and started again. Of one that is not,
+        nothing was taken over. ``kept_by``: the launcher of then.
         """
-        problem = ""
+        problems: dict[str, str] = {}
         if before.fence is not None:
             self._context.fences.adopt(self.name, before.fence)
         if before.effective is not None:
@@ -308,15 +310,28 @@ class Plugin:
         if before.run is not None:
             assert self.effective is not None
             run, without, problem = adopt_run(self._context, self.registration, self.effective, before.run, kept_by)
+            if problem:
+                problems[before.run.id] = problem
             if without:
                 self.lacking = f"runs without {', '.join(without)}, which came with an update; restart it"
         if before.invocations:
             assert self.effective is not None
-            problem = self.invocations.take_over(self.registration, self.effective, before.invocations, kept_by)
-        if before.wanted:
+            problems |= self.invocations.take_over(self.registration, self.effective, before.invocations, kept_by)
+        if before.wanted and (run is not None or before.run is None):
             self.run = run
             self._life.begin(before.reason, run, before.backoff_until)
-        return problem
+        return problems
+
+    def start_again(self, run: str | None, why: str) -> None:
+        """Start the sidecar after a back-off: its ``run`` from before the exec was lost by a fault of this daemon."""
+        pause = self._life.begin_again(why) if self.effective is not None else None
+        if pause is None:
+            self.set_state(self.idle_state())
+        if run is not None:
+            end = CageExit(None, None, why, 0.0)
+            self._context.host.run_ended(
+                self.name, run, end, origin=Origin.DAEMON, state=self.state, expected=False, retry_in=pause
+            )
 
     def set_state(self, state: PluginState) -> None:
         """Take a state, and notify whoever waits for one."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from isolator.errors import IsolatorError
 from isolator.ipc.handover import DaemonState, SubtreeState, descriptors
 from isolator.launcher.client import Launcher
 from isolator.layers.cgroup.subtree import Subtree
@@ -77,7 +78,11 @@ def launcher(before: DaemonState) -> Launcher:
 
 
 def subtree(before: SubtreeState, optional: frozenset[str]) -> Subtree:
-    """The daemon's own control groups, as they were found at its first start."""
+    """The daemon's own control groups, as found at its first start; raises IsolatorError for other folders."""
+    optional_ones = [folder for folder in (before.blkio, before.cpuset) if folder is not None]
+    for folder in (before.unified, *before.v1.values(), *optional_ones):
+        if not folder.startswith("/") or not os.path.isdir(folder):
+            raise IsolatorError("state of the daemon before", f"{folder!r} is no control group", "start it again")
     return Subtree(
         Path(before.unified),
         {name: Path(path) for name, path in before.v1.items()},

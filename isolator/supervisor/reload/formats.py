@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from isolator.errors import IsolatorError, UnavailableError
+from isolator.errors import IsolatorError
 from isolator.ipc.body import Json
 from isolator.ipc.formats import Formats
 from isolator.ipc.handover import DaemonState
@@ -17,19 +17,14 @@ from isolator.linux.memfd import make_sealed, read_sealed
 _MOST = 512 << 20
 
 
-def _without_users_own(body: Json) -> Json:
-    """Format 1: runs of users and deadlines cannot be handed over, and what was staged has expired."""
-    if bound := [plugin["name"] for plugin in body["plugins"] if "fence" in plugin]:
-        why = f"the installed version knows no leases, and these plugins have one: {', '.join(bound)}"
-        raise UnavailableError("reload", why, "install a version that does, or restart the daemon")
-    if runs := (body.get("runners") or {}).get("runs"):
-        named = ", ".join(f"run {run['id']} of uid {run['uid']}" for run in runs)
-        why = f"the installed version does not take over what users run, and these go on: {named}"
-        raise UnavailableError("reload", why, "ask again when they have ended")
-    return {key: value for key, value in body.items() if key not in ("staged", "runners")}
+def _without_times(body: Json) -> Json:
+    """Format 2: what ends by itself begins its time anew."""
+    opened = [{key: value for key, value in one.items() if key != "until"} for one in body["tickets"]["open"]]
+    kept = {key: value for key, value in body.items() if key not in ("alarm_ends", "control_opens")}
+    return kept | {"tickets": {**body["tickets"], "open": opened}}
 
 
-FORMATS = Formats(DaemonState, 2, up=lambda body: body, down=_without_users_own)
+FORMATS = Formats(DaemonState, 3, up=lambda body: body, down=_without_times)
 
 
 def newest_common(others: Iterable[int]) -> int:

@@ -200,6 +200,8 @@ def daemon_state(daemon: Daemon, generation: int, began: float) -> DaemonState:
         audit=services.audit.hand_over(),
         tickets=daemon.tickets.hand_over(),
         alarms=daemon.alarms.hand_over(),
+        alarm_ends=daemon.alarms.ends,
+        control_opens=services.host.door.opens,
         found=tuple(found.entry() for found in daemon.table.discovery.found.values()),
         staged=daemon.table.registrar.hand_over(),
         runners=daemon.runners.hand_over() if daemon.runners is not None else None,

@@ -17,6 +17,7 @@ from typing import Any
 import isolator
 from isolator.errors import IsolatorError, UnavailableError, UsageError
 from isolator.ipc.handover import DaemonState
+from isolator.layers.user import add_service_user
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 from isolator.policy.model import EffectivePolicy
@@ -96,6 +97,10 @@ def _check(paths: Paths, host_config: HostConfig, state: DaemonState) -> None:
     from isolator.supervisor.supervisor import check_host
 
     check_host(paths, host_config)
+    if host_config.cluster is not None:
+        from isolator.supervisor.cluster_files import check
+
+        check(host_config.cluster, *add_service_user(paths.named("isolator-host"), comment="Isolator host"))
     registrar = Registrar(paths, host_config)
     registrar.read_ahead()
     runs = state.runners.runs if state.runners is not None else ()

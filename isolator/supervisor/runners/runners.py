@@ -148,22 +148,31 @@ class Runners:
         """Go on with the runs from before the exec, and listen; each run comes with why it does not go on, if so."""
         for one in before.runs:
             yield one, self._take_over(one, kept_by)
-        left = self._own(self._closers.close(NOBODY, before.theirs))
-        self._answered.add(left)
-        left.add_done_callback(self._answered.discard)
+        self._left(before.theirs)
         listener = socket.socket(fileno=before.listener) if before.listener >= 0 else None
         self.start(listener)
         if self._accept is None and listener is not None:
             listener.close()
             self._context.paths.run_socket.unlink(missing_ok=True)
         for fd in before.waiting:
-            connection = socket.socket(fileno=fd)
-            connection.setblocking(False)
-            self._accepted(connection)
+            with contextlib.suppress(OSError):  # of that one alone
+                connection = socket.socket(fileno=fd)
+                connection.setblocking(False)
+                self._accepted(connection)
+
+    def _left(self, theirs: Sequence[int]) -> None:
+        """Close descriptors of callers of whom nobody waits any more."""
+        left = self._own(self._closers.close(NOBODY, theirs))
+        self._answered.add(left)
+        left.add_done_callback(self._answered.discard)
 
     def _take_over(self, before: RunnerState, kept_by: Launcher) -> str:
         caller, theirs = (before.uid, before.gid, before.groups), list(before.theirs)
-        connection = socket.socket(fileno=before.connection)
+        try:
+            connection = socket.socket(fileno=before.connection)
+        except OSError as error:
+            self._left(before.theirs)
+            return f"its connection: {error.strerror}"
         connection.setblocking(False)
         run = RunnerRun(self._context, self._config, connection, caller, self._reading, theirs, before.id)
         try:

@@ -63,6 +63,7 @@ class Faults:
             "server gone": (4, self._gone),
             "servers, one way": (4, self._partition_one_way),
             "kill -9 daemon": (5, lambda: self._of_host("kill -9 daemon", self._killed)),
+            "daemon stopped in order": (4, lambda: self._of_host("daemon stopped in order", self._ended)),
             "kill -9 process": (6, lambda: self._of_host("kill -9 process", self._process_killed)),
             "SIGSTOP process": (6, lambda: self._of_host("SIGSTOP process", self._process_stopped)),
             "SIGSTOP daemon": (5, lambda: self._of_host("SIGSTOP daemon", self._daemon_stopped)),
@@ -157,6 +158,15 @@ class Faults:
     @contextlib.contextmanager
     def _killed(self, host: Host) -> Iterator[None]:
         host.daemon.kill()
+        try:
+            yield
+        finally:
+            host.daemon.start(seconds(90))
+
+    @contextlib.contextmanager
+    def _ended(self, host: Host) -> Iterator[None]:
+        """Stop a daemon as an operator does: it hands over what it holds."""
+        assert host.daemon.stop(seconds(90)) == 0
         try:
             yield
         finally:

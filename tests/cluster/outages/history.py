@@ -95,7 +95,7 @@ class History:
                     event = cloudevent.read(one.entry.cloudevent)
                     if event.id not in seen:  # a database that was put back has sent it again, under another number
                         seen.add(event.id)
-                        found.events[json.loads(event.payload)["project_id"]].append(event.id)
+                        found.events[json.loads(event.payload).get("project_id", "")].append(event.id)
                 elif isinstance(one.entry, KeyValue) and one.void:
                     found.late.append(one.entry)
                 elif isinstance(one.entry, Claim) and not one.void:

@@ -1,18 +1,22 @@
 """``isolator serve`` with a hand on its reloads: kills itself at a named step of one, or does something at the exec.
 
 Run by ``FaultyDaemon`` in place of the command, and again by each exec. What to do stands in files below the root, and
-is done once: in ``kill-at`` a step, in ``at-exec`` words, see ``_at_exec``.
+is done once: in ``kill-at`` a step, in ``at-exec`` words, see ``_at_exec``. ``state.json`` has the state of the last
+exec.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +24,12 @@ from typing import Any
 from isolator.cage.cage import Cage
 from isolator.errors import UnavailableError
 from isolator.ipc.handover import CageState
+from isolator.linux.memfd import make_sealed, read_sealed
 from isolator.paths import Paths
 from isolator.recovery import daemon as recovery
 from isolator.supervisor import services, supervisor
 from isolator.supervisor.lifecycle.plugin import Plugin
-from isolator.supervisor.reload import adopt, reloader, trial
+from isolator.supervisor.reload import adopt, adoption, formats, reloader, trial
 from isolator.supervisor.service import ChildProcess
 from tests.system.daemon import Daemon
 
@@ -55,6 +60,23 @@ class FaultyDaemon(Daemon):
         """The next exchange of this service fails before anything is done."""
         (self.root / "keep-service").write_text(name)
 
+    def hang_at(self, step: str) -> None:
+        """The next reload hangs there."""
+        (self.root / "kill-at").write_text(f"{step} and hang")
+
+    def fail_for(self, plugin: str) -> None:
+        """The next image finds a fault of its own when it has read the layers of this plugin's cages back."""
+        (self.root / "fail-for").write_text(plugin)
+
+    def hand_over_with(self, path: Sequence[str | int], value: Any) -> None:
+        """The next exec hands over a state with ``value`` in the place that keys and indexes lead to."""
+        (self.root / "with").write_text(json.dumps([path, value]))
+
+    @property
+    def handed_over(self) -> Any:
+        """The state of the last exec, as JSON, without what ``hand_over_with`` has put there."""
+        return json.loads((self.root / "state.json").read_text())
+
     def hand_over_without(self, layer: str) -> None:
         """The next reload comes from a version whose cages have no such layer."""
         (self.root / "without").write_text(layer)
@@ -69,7 +91,8 @@ def _take(path: Path) -> str:
 def _at_exec(root: Path, words: str) -> None:
     """``fail``: as if the program were gone; ``term``, ``hup``: a signal comes; ``kill PID``; ``pause SECONDS``;
     ``leak``: a descriptor, a child and a zombie that nobody names; ``loosen PLUGIN``: its cap on tasks is lifted;
-    ``spoil``: host.toml is half written."""
+    ``spoil``: host.toml is half written; ``another thread``: not the main one executes; ``unlink KEY``: the
+    other end of the socket that the state has there is told its end."""
     for line in words.splitlines():
         word, _, value = line.partition(" ")
         if word == "fail":
@@ -83,6 +106,10 @@ def _at_exec(root: Path, words: str) -> None:
             for folder in recovery.subtree_folders(Paths.of(root)):
                 for cap in folder.glob(f"{value}.*/pids.max"):
                     cap.write_text("max")
+        if word == "unlink":
+            mine, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            other.close()
+            os.dup2(mine.fileno(), json.loads((root / "state.json").read_text())[value], inheritable=True)
         if word == "spoil":
             Paths.of(root).host_toml.write_text("[roles\n")
         if word == "pause":
@@ -99,9 +126,15 @@ def main() -> None:
     order = root / "kill-at"
 
     def reached(step: str) -> None:
-        if order.exists() and order.read_text() == step:
+        if not step or not order.exists():
+            return
+        if order.read_text() == step:
             order.unlink()
             signal.raise_signal(signal.SIGKILL)
+        if order.read_text() == f"{step} and hang":
+            order.unlink()
+            (root / "hangs").touch()
+            threading.Event().wait()
 
     def wrap(owner: Any, name: str, *, before: str = "", after: str = "") -> None:
         whole: Callable[..., Any] = getattr(owner, name)
@@ -130,7 +163,39 @@ def main() -> None:
     wrap(supervisor.Services, "start", after="services")
     wrap(Plugin, "take_over", after="adopted")
     wrap(Cage, "be_kept_by", after="kept")
-    wrap(supervisor, "_change_launchers", after="exchanged")
+    wrap(adoption.Adoption, "change_launchers", after="exchanged")
+    confirm = Cage.confirm
+
+    def confirm_or_fail(cage: Cage) -> None:
+        confirm(cage)
+        if (fails := root / "fail-for").exists() and fails.read_text() == cage.spec.name:
+            raise RuntimeError("a fault of this image")
+
+    Cage.confirm = confirm_or_fail  # type: ignore[method-assign]
+    write, execute_state = formats.write, reloader.execute
+
+    def write_changed(*arguments: Any) -> int:
+        fd = write(*arguments)
+        body = json.loads(read_sealed(fd, 1 << 30))
+        (root / "state.json").write_text(json.dumps(body["state"]))
+        if not (changed := _take(root / "with")):
+            return fd
+        os.close(fd)
+        (*path, key), value = json.loads(changed)
+        place = body["state"]
+        for one in path:
+            place = place[one]
+        place[key] = value
+        return make_sealed(json.dumps(body).encode())
+
+    def execute_with_changed(*arguments: Any, **further: Any) -> None:
+        formats.write = write_changed
+        try:
+            execute_state(*arguments, **further)
+        finally:
+            formats.write = write
+
+    reloader.execute = execute_with_changed
     hand_over = Cage.hand_over
 
     def hand_over_as_an_older_version(cage: Cage) -> CageState:
@@ -162,7 +227,12 @@ def main() -> None:
 
     def execute(*arguments: Any) -> None:
         reached("exec")
-        _at_exec(root, _take(root / "at-exec"))
+        words = _take(root / "at-exec")
+        _at_exec(root, words)
+        if words == "another thread":
+            thread = threading.Thread(target=execve, args=arguments)
+            thread.start()
+            thread.join()
         execve(*arguments)
 
     os.execve = execute  # type: ignore[assignment]

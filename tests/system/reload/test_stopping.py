@@ -112,3 +112,24 @@ def test_reload_waits_for_whoever_was_asked_to_end(shared_dir: Path, mode: str) 
         (end,) = wait_for(lambda: [one for one in d.records() if kinds.get(one["type"]) == mode])
         assert end["data"]["exit_code"] == 0 and end["data"]["cause"].startswith(("no socket", "no end"))
         assert (state / "asked").read_text().split() == ["once"], "it was asked to end again"
+
+
+def test_reload_ends_though_an_invocation_that_is_being_stopped_ends_meanwhile(shared_dir: Path) -> None:
+    """Its stop is waited for, which waits for its end."""
+    with daemon(host_toml=HOST_TOML, kind=GatedDaemon) as made:
+        d = cast(GatedDaemon, made)
+        more = {"transport": {"mode": "exec"}, "delivery": {"timeout": "10m"}}
+        folder = write_plugin(shared_dir / "late", ENDS_LATE, sandbox={"filesystem": {"state": "1M"}}, **more)
+        state = add_patient(d, folder)
+        d.cli("event", "emit", "deploy.completed", event(1))
+        wait_for(lambda: [one for one in d.records() if one["type"] == "exec.started"], what=d.log.read_text())
+        stopping = d.begin("plugin", "disable", "late")
+        wait_for((state / "asked").exists, what=d.log.read_text())
+        d.wait_at("nowhere")
+        reloading = d.begin("reload", "--no-wait")
+        wait_for(lambda: "at rest" in d.notes, what=d.log.read_text())
+        (state / "go").touch()
+        for command in (reloading, stopping):
+            out, errors = command.communicate(timeout=seconds(90))
+            assert command.returncode == 0, (command.args, out, errors, d.log.read_text())
+        assert d.json("plugin", "show", "late")["state"] == "disabled"

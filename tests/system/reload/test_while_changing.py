@@ -1,0 +1,81 @@
+"""Reloads that come at a bad moment: a version is on trial, another plugin is being installed, the disk is full."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from pathlib import Path
+
+from tests.support.timeouts import seconds
+from tests.system.daemon import ECHO, daemon, event, wait_for, write_plugin
+from tests.system.reload.test_reload import STATE, running
+
+ROOM = 96 << 20
+SLOW = ECHO.replace(
+    "import json, os, socket",
+    """import json, os, socket, time
+    open(os.environ["PLUGIN_STATE_DIR"] + "/waits", "w").close()
+    while not os.path.exists(os.environ["PLUGIN_STATE_DIR"] + "/go"):
+        time.sleep(0.02)""",
+)
+"""Makes its socket once the file ``go`` is there."""
+
+
+def test_reload_waits_for_a_version_on_trial_and_for_an_installation(shared_dir: Path) -> None:
+    with daemon() as d:
+        for name in ("tried", "stays"):
+            d.cli("plugin", "add", str(write_plugin(shared_dir / name, sandbox=STATE)), "--yes")
+            d.cli("plugin", "start", name)
+        before, state = running(d), d.root / "var/lib/isolator/state/tried/mnt/state"
+        write_plugin(shared_dir / "tried", SLOW, sandbox=STATE, version="2.0.0")
+        updating = d.begin("plugin", "update", "tried", "--yes")
+        wait_for((state / "waits").exists, what="the trial has not begun")
+        reloading = d.begin("reload")
+        adding = d.begin("plugin", "add", str(write_plugin(shared_dir / "late", sandbox=STATE)), "--yes")
+        (state / "go").touch()
+        for command in (updating, reloading, adding):
+            out, errors = command.communicate(timeout=seconds(120))
+            assert command.returncode == 0, (command.args, out, errors, d.log.read_text())
+        shown = d.json("plugin", "show", "tried")
+        assert (shown["version"], shown["state"], shown["on_trial"]) == ("2.0.0", "running", False)
+        assert running(d)["stays"] == before["stays"]
+        types = [(one["type"], one["plugin"]) for one in d.records()]
+        assert types.count(("daemon.reloaded", None)) == 1
+        assert types.count(("plugin.started", "tried")) == 2, "the version on trial was begun anew"
+        assert not [one for one in types if one[0] == "plugin.rolled_back"]
+        d.cli("event", "emit", "deploy.completed", event(1), "--wait")
+        assert set(running(d)) == {"tried", "stays", "late"}
+
+
+def test_reload_with_a_full_disk_stops_nobody_and_loses_nothing(shared_dir: Path) -> None:
+    with daemon(start=False) as d:
+        place = d.root / "var"
+        place.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM},mode=755", "tmpfs", str(place)], check=True)
+        try:
+            d.start()
+            d.cli("plugin", "add", str(write_plugin(shared_dir / "echo", sandbox=STATE)), "--yes")
+            d.cli("event", "emit", "deploy.completed", event(1), "--wait")
+            before, ballast = running(d), place / "ballast"
+            with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while file.write(bytes(1 << 16)):
+                    pass
+            d.cli("event", "emit", "deploy.completed", event(2), code=None)
+            d.cli("reload", "--timeout", "30", code=None)
+            assert running(d) == before, d.log.read_text()
+            ballast.unlink()
+            wait_for(lambda: d.cli("event", "emit", "deploy.completed", event(3), "--wait", code=None).returncode == 0)
+            d.cli("reload")
+            assert running(d) == before
+            d.cli("event", "emit", "deploy.completed", event(4), "--wait")
+            kinds = [one["type"] for one in d.records()]
+            assert not {"plugin.crashed", "plugin.stopped"} & set(kinds)
+            assert kinds.count("daemon.reloaded") >= 1
+            d.cli("audit", "verify")
+            assert d.stop() == 0
+        finally:
+            if d.process is not None:
+                d.stop()
+            while os.path.ismount(place):
+                subprocess.run(["umount", "-l", str(place)], check=True)
