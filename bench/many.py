@@ -66,20 +66,20 @@ def measure(rounds: int) -> Report:
             peer()
         except (OSError, RuntimeError) as error:
             peer, skipped = None, [Skipped("bubblewrap + seccomp", str(error))]
-        registered = _memory(running)  # before the first start: what has grown once is not given back
+        registered = memory(running)  # before the first start: what has grown once is not given back
         files = _open_files(running)
-        first = _for_all(running, names, "plugin.start")  # makes the images, which happens once in a plugin's life
-        _for_all(running, names, "plugin.stop")
+        first = for_all(running, names, "plugin.start")  # makes the images, which happens once in a plugin's life
+        for_all(running, names, "plugin.stop")
         ours: list[float] = []
         theirs: list[float] = []
         idle: dict[str, float] = {}
         inits = 0.0
         held = 0
         for _ in range(rounds):
-            ours.append(_for_all(running, names, "plugin.start"))
-            idle, inits = _memory(running), _inits(running, names)
+            ours.append(for_all(running, names, "plugin.start"))
+            idle, inits = memory(running), _inits(running, names)
             held = _open_files(running) - files
-            _for_all(running, names, "plugin.stop")
+            for_all(running, names, "plugin.stop")
             if peer is not None:
                 theirs.append(_at_once(peer))
     series = [Series(f"isolator, {COUNT} plugins", "everything, and they stay", "ms", tuple(ours))]
@@ -103,20 +103,24 @@ def measure(rounds: int) -> Report:
     )
 
 
-def register(running: Daemon, work: Path) -> list[str]:
-    """Add the plugins; returns their names."""
+def register(running: Daemon, work: Path, count: int = COUNT, at_once: int = 1) -> list[str]:
+    """Add the plugins, so many at one time; returns their names."""
     source, program = work / "sidecar.c", work / "sidecar"
     source.write_text(SIDECAR)
     subprocess.run([shutil.which("gcc") or "cc", "-O2", "-static", "-o", str(program), str(source)], check=True)
-    names = [f"idle-{number:03}" for number in range(COUNT)]
-    for name in names:
+
+    def add(name: str) -> None:
         folder = write_plugin(work / name, "", sandbox={"network": {"egress": [{"host": "hooks.example.com"}]}})
         shutil.copy(program, folder / "main")
         running.cli("plugin", "add", str(folder), "--yes")
+
+    names = [f"idle-{number:03}" for number in range(count)]
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(add, names))
     return names
 
 
-def _for_all(running: Daemon, names: Iterable[str], method: str) -> float:
+def for_all(running: Daemon, names: Iterable[str], method: str) -> float:
     """Call a verb for all plugins at once; returns the milliseconds until the last answer."""
 
     def ask(name: str) -> None:
@@ -136,7 +140,7 @@ def _at_once(once: Callable[[], None]) -> float:
         return (time.perf_counter() - began) * 1e3
 
 
-def _memory(running: Daemon) -> dict[str, float]:
+def memory(running: Daemon) -> dict[str, float]:
     """Return the KiB of each of the daemon's processes."""
     assert running.process is not None
     modules = {"audit": "isolator.audit.service", "broker": "isolator.broker.service", "host": "host.service"}

@@ -126,7 +126,7 @@ def _daemon() -> Iterator[Row]:
             began = time.perf_counter()
             running.start()
             walls.append((time.perf_counter() - began) * 1e3)
-            used.append((_used(running), bare))
+            used.append((spent(running), bare))
             time.sleep(REST_SECONDS)
             memory.append(sum(map(pss, _processes(running))) / 1024)
             anonymous.append(sum(pss(pid, "Pss_Anon") for pid in _processes(running)) / 1024)
@@ -138,9 +138,9 @@ def _daemon() -> Iterator[Row]:
         # Pages of the interpreter and the libraries are shared with every other Python process of this machine.
         yield Row("daemon: memory (PSS), no plugin", statistics.median(memory), "MiB")
         yield Row("daemon: of it no file's pages", statistics.median(anonymous), "MiB")
-        before = _used(running)
+        before = spent(running)
         time.sleep(IDLE_SECONDS)
-        yield Row("daemon: processor time at rest", (_used(running) - before) / IDLE_SECONDS / 10, "% of one")
+        yield Row("daemon: processor time at rest", (spent(running) - before) / IDLE_SECONDS / 10, "% of one")
         with Client(running.root) as client:
             samples, _, _, _ = one_at_a_time(running, client, EVENTS)
     series = {name: Series(name, "", "µs", tuple(taken)) for name, taken in samples.items()}
@@ -161,7 +161,7 @@ def _processes(running: Daemon) -> list[int]:
     return found
 
 
-def _used(running: Daemon) -> float:
+def spent(running: Daemon) -> float:
     """Milliseconds of processor time that the daemon's processes have used."""
     threads = [thread for pid in _processes(running) for thread in Path(f"/proc/{pid}/task").iterdir()]
     return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e6

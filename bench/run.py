@@ -27,6 +27,7 @@ BENCHMARKS = {
 LONG = {
     "soak": "200 000 events: memory",
     "reload": "a daemon that is reloaded under load: pauses, losses",
+    "registered": "1 000 plugins registered, 200 running: start of the daemon, listing, memory, work at rest",
     "console": "the console before 200 plugins and a million records: first page, a denial until it is seen, memory",
 }
 """Run only when they are named."""

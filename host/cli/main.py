@@ -61,7 +61,7 @@ def main() -> None:
     if values is not None:
         from isolator.base.lean import import_asyncio
 
-        import_asyncio()
+        import_asyncio(without=("ssl", "_hashlib"))
         try:
             from isolator.cli.daemon import run_daemon
 

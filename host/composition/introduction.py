@@ -6,12 +6,12 @@ import json
 import os
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from host.delivery.dispatch import SidecarLinks
 from host.delivery.sidecar import SidecarLink
 from host.host_api.api import HostApi
+from isolator.base.structs import struct_class
 from isolator.ipc.messages import (
     HostHello,
     PluginEntry,
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     pass
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Introduction:
     """The supervisor's ``hello``, read."""
 
@@ -59,7 +59,7 @@ class Introduction:
         )
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class HostParts:
     """Parts of a host that another program may put in its own place: ``isolator certify`` does."""
 

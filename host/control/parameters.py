@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field
+from dataclasses import MISSING, Field, field
 from typing import Any, ClassVar, Protocol, Self, dataclass_transform, get_type_hints
 
+from isolator.base.structs import struct_class
 from isolator.errors import UsageError
 from isolator.policy.host import Role
 
@@ -29,7 +30,7 @@ class Kind(Protocol):
         """JSON Schema of the value."""
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Text:
     """Text of ``least`` to ``most`` characters; null is None where ``nullable``."""
 
@@ -50,7 +51,7 @@ class Text:
         return _nullable({"type": "string", "minLength": self.least, "maxLength": self.most}, self.nullable)
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class OneOf:
     """One of several texts; null is None."""
 
@@ -65,7 +66,7 @@ class OneOf:
         return {"type": ["string", "null"], "enum": [*self.values, None]}
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Number:
     """A number from 0 to ``most``, as float; null is None where ``nullable``."""
 
@@ -83,7 +84,7 @@ class Number:
         return _nullable({"type": "number", "minimum": 0, "maximum": self.most}, self.nullable)
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Whole:
     """A whole number from 0 to ``most``; a fraction is cut off."""
 
@@ -98,7 +99,7 @@ class Whole:
         return {"type": "integer", "minimum": 0, "maximum": self.most}
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Flag:
     """True or false; null is false."""
 
@@ -111,7 +112,7 @@ class Flag:
         return _nullable({"type": "boolean"}, True)
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Texts:
     """A list of texts; null is None."""
 
@@ -124,7 +125,7 @@ class Texts:
         return _nullable({"type": "array", "items": {"type": "string"}}, True)
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Object:
     """A JSON object of any content; ``what`` and ``why`` are those of the error, where they differ from the key's."""
 
@@ -140,7 +141,7 @@ class Object:
         return {"type": "object"}
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Objects:
     """A list of JSON objects of any content; null is None."""
 
@@ -153,7 +154,7 @@ class Objects:
         return _nullable({"type": "array", "items": {"type": "object"}}, True)
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class ConfigValues:
     """Config values by key, at most 64; null is none."""
 
@@ -167,7 +168,7 @@ class ConfigValues:
         return _nullable({"type": "object", "additionalProperties": {"type": "string"}, "maxProperties": 64}, True)
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Json:
     """Any JSON value."""
 
@@ -182,7 +183,7 @@ def _nullable(schema: dict[str, Any], nullable: bool) -> dict[str, Any]:
     return schema | {"type": [schema["type"], "null"]} if nullable else schema
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Spec:
     """Everything about a verb but its parameters."""
 
@@ -197,7 +198,7 @@ class Spec:
     """Whether a call that was not answered may be made again, by the host that takes the place of this one."""
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Parameter:
     """One parameter of a verb."""
 

@@ -7,7 +7,6 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 from host.control import plugin_types
@@ -23,6 +22,7 @@ from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import ConfigStore
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ConfigChanged, PackageResolved
+from isolator.base.structs import struct_class
 from isolator.errors import IsolatorError, UsageError, nearest
 from isolator.ipc import messages
 from isolator.ipc.body import Json
@@ -32,7 +32,7 @@ from isolator.linux.descriptors import close_all
 from isolator.policy.request import MAX_BYTES
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class _Staged:
     """A plugin that was shown and is not registered yet."""
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
 
 from host.channel.reply import LostError, NotSentError
 from host.delivery.worker import Worker
@@ -21,6 +20,7 @@ from host.plugins.registry import Plugin, Registry
 from host.wire.strict_json import WireError
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import PluginHealth
+from isolator.base.structs import struct_class
 from isolator.errors import IsolatorError
 from isolator.ipc.channel import Channel
 from isolator.ipc.messages import RestartRun, StopRun
@@ -30,7 +30,7 @@ from isolator.linux.boottime import boottime
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Pinged:
     """The newest ping of a plugin that ended while the run lived: at ``at`` (Unix time)."""
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from host.delivery.outcome import Outcomes
@@ -22,6 +21,7 @@ from host.plugins.logs import Logs
 from host.plugins.registry import Plugin
 from host.plugins.secrets import ConfigStore
 from host.queue.interface import Delivery
+from isolator.base.structs import struct_class
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body
 from isolator.ipc.channel import Channel
@@ -39,7 +39,7 @@ _CLASSES = {
 """Module and class by ``transport.mode``."""
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Parts:
     """The parts of one plugin's delivery that a mode works with."""
 

@@ -25,7 +25,6 @@ import sqlite3
 import time
 import urllib.parse
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from host.database.store import Store
@@ -39,6 +38,7 @@ from host.plugins.manifest import (
     check_value,
     environment_names,
 )
+from isolator.base.structs import field, struct_class
 from isolator.errors import IsolatorError, NotFoundError, UsageError
 from isolator.policy.parse.strict import did_you_mean
 
@@ -87,7 +87,7 @@ class Redactor:
         return at
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Environment:
     """Config as a sidecar gets it; ``secrets`` are the names of the variables that hold secrets."""
 
@@ -96,7 +96,7 @@ class Environment:
     secrets: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class ConfigItem:
     """Line of a listing; ``value`` is None for secrets, always."""
 
@@ -109,7 +109,7 @@ class ConfigItem:
     default: str | None = None
 
 
-@dataclass
+@struct_class()
 class _Value:
     """A value of a plugin's config."""
 

@@ -8,9 +8,9 @@ rather than ignored, so that no rule goes unchecked.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
+from isolator.base.structs import field, struct_class
 from isolator.errors import UsageError
 
 KINDS = ("string", "integer", "number", "boolean", "object")
@@ -23,7 +23,7 @@ _NOTES = {"title", "description", "default", "examples", "deprecated", "$comment
 """Keywords that restrict nothing."""
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Scalar:
     """One of ``KINDS``, within ``LIMITS``."""
 
@@ -34,14 +34,14 @@ class Scalar:
     """Further check of a value that fits; returns the value to go on with, or raises ValueError."""
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Choice:
     """One of several values."""
 
     values: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Many:
     """A list, within ``SIZES``."""
 
@@ -49,14 +49,14 @@ class Many:
     limits: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Table:
     """An object with any keys, and values of one shape."""
 
     value: Shape
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Property:
     """One field of a record."""
 
@@ -66,7 +66,7 @@ class Property:
     examples: list[Any] | None = None
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Record:
     """An object with these fields and no others."""
 

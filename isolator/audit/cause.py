@@ -18,10 +18,10 @@ order in which they ended, so that the old ones leave at one end and a search st
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from dataclasses import dataclass, field
 
 from isolator.audit import schema
 from isolator.audit.record import Incoming
+from isolator.base.structs import field, struct_class
 from isolator.ipc.body import Body
 
 TAGGED = frozenset(type for type, kind in schema.RECORDS.items() if kind.CAUSED)
@@ -66,7 +66,7 @@ class CauseState(Body):
     flows: tuple[FlowCause, ...]
 
 
-@dataclass
+@struct_class()
 class Window:
     """One delivery in flight; times are CLOCK_MONOTONIC in ns."""
 
@@ -77,7 +77,7 @@ class Window:
     end: int = _FOREVER
 
 
-@dataclass
+@struct_class()
 class _Windows:
     """Windows of one plugin."""
 

@@ -16,12 +16,12 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from isolator.audit import schema
 from isolator.audit.files import LIVE, begun, first_line, hash_of, last_line, prev_of, rotated, seq_of
 from isolator.audit.record import GENESIS, Incoming, Record, own_hash_fits, parse
+from isolator.base.structs import field, struct_class
 from isolator.linux.files import read_plain
 
 HEAD_NAME = "head.json"
@@ -36,7 +36,7 @@ _DELIVERY_MARKS = tuple(
 _WINDOW = 4 << 20
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Head:
     """The last record that is durably on disk."""
 
@@ -44,7 +44,7 @@ class Head:
     hash: str
 
 
-@dataclass
+@struct_class()
 class ChainEnd:
     """End of the chain on disk: the next record continues here."""
 

@@ -13,7 +13,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from isolator.audit.failures import failure
 from isolator.audit.reader import Query, query
 from isolator.audit.record import Record
 from isolator.audit.text import printable, value_text
+from isolator.base.structs import struct_class
 
 WIDTH = 80
 _SLACK = 3600.0
@@ -36,7 +36,7 @@ Deliveries = Sequence[Mapping[str, Any]]
 _SENTENCE = re.compile(r"[\w ,.;:()/'-]*", re.ASCII)
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Line:
     """One line of a story; ``bad``: of something that went wrong or was denied."""
 

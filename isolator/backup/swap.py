@@ -10,12 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 from isolator.errors import IsolatorError
 from isolator.layers.user import remove_user
-from isolator.linux.files import read_plain
+from isolator.linux.files import read_plain, remove_tree
 from isolator.paths import Paths
 from isolator.registration.durable import replace_file, sync_folder
 from isolator.registration.store import Store
@@ -73,7 +72,7 @@ def finish(paths: Paths) -> None:
         remove_user(user)
     for staged in staged_folders(paths):
         if staged.is_dir():
-            shutil.rmtree(staged)
+            remove_tree(staged)
     made, last = paths.host_database.exists(), any(paths.audit_log.glob("audit*.jsonl"))
     for marker, there in ((paths.database_begun, made), (paths.trail_begun, last)):
         if there:
@@ -98,7 +97,7 @@ def _discard(paths: Paths) -> None:
                 remove_user(user)
     for staged in staged_folders(paths):
         if staged.is_dir() and not staged.is_symlink():
-            shutil.rmtree(staged)
+            remove_tree(staged)
 
 
 def restored(paths: Paths) -> dict[str, str] | None:

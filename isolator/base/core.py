@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pydantic_core import PydanticSerializationError, SchemaError, SchemaValidator, ValidationError, to_json
 
 _PACKAGE = "pydantic_core"
+_RARE = {"decimal": "Decimal", "fractions": "Fraction", "uuid": "UUID"}
 __all__ = ["PydanticSerializationError", "SchemaError", "SchemaValidator", "ValidationError", "from_json", "to_json"]
 
 
@@ -54,3 +55,16 @@ from_json = _caching("none")
 """Values are nearly all new strings, which cost a third of their reading to look up in a cache."""
 from_json_of_few_keys = _caching("keys")
 """For documents that all have the same keys: a third faster, for 260 KiB of the process that uses it."""
+
+
+def write_no_rare_types() -> None:
+    """Have ``to_json`` write no Decimal, Fraction or UUID in this process.
+
+    It would import their modules with its first use, half a MiB for what no record and no answer has.
+    """
+    absent = {name: {kind: type(kind, (), {})} for name, kind in _RARE.items() if name not in sys.modules}
+    for name, kinds in absent.items():
+        vars(sys.modules.setdefault(name, types.ModuleType(name))).update(kinds)
+    _core.to_json(None)
+    for name in absent:
+        del sys.modules[name]

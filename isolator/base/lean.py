@@ -14,6 +14,7 @@ from types import FunctionType, MethodType, ModuleType
 
 TYPE_CHECKING = False  # typing, which has it too, takes longer to import than all else here; mypy goes by the name
 if TYPE_CHECKING:
+    import hashlib
     from collections.abc import Callable, Collection, Iterator
     from typing import Any
 
@@ -58,13 +59,21 @@ def put_off_for_a_command() -> None:
 
     A daemon logs, and starts programs.
     """
-    _put_off(_OF_A_COMMAND)
+    _put_off(_OF_ASYNCIO | _OF_A_COMMAND)
 
 
 def import_hashlib(*, without: Collection[str]) -> None:
     """Import hashlib, as ``import_asyncio`` does."""
     with _absent(without):
         __import__("hashlib")
+
+
+def sha256_of_much() -> hashlib._Hash:
+    """A SHA-256, as of hashlib, for what may be large: OpenSSL's, which a process without it loads at the first use."""
+    import _hashlib
+
+    made: hashlib._Hash = _hashlib.openssl_sha256()
+    return made
 
 
 def _put_off(modules: dict[str, dict[str, Any]]) -> None:
@@ -148,11 +157,11 @@ def _later(module: str, name: str) -> Callable[..., Any]:
 _OF_ASYNCIO: dict[str, dict[str, Any]] = {
     "linecache": {}, "tokenize": {}, "textwrap": {}, "locale": {}, "asyncio.sslproto": {}, "asyncio.staggered": {},
     "inspect": _OF_INSPECT,
+    "traceback": {"extract_stack": _later("traceback", "extract_stack")},
+    "urllib.parse": {"quote_from_bytes": _later("urllib.parse", "quote_from_bytes")},
 }  # fmt: skip
 _OF_A_COMMAND: dict[str, dict[str, Any]] = {
     "logging": {"getLogger": _LoggerLater, "StreamHandler": lambda: None, "DEBUG": 10},
     "subprocess": {"PIPE": -1, "STDOUT": -2, "DEVNULL": -3},
-    "traceback": {"extract_stack": _later("traceback", "extract_stack")},
-    "urllib.parse": {"quote_from_bytes": _later("urllib.parse", "quote_from_bytes")},
 }
 """Modules by name, each with what is taken of it at once."""

@@ -19,11 +19,11 @@ import socket
 import struct
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 
 from isolator.base.pacing import TokenBucket
+from isolator.base.structs import struct_class
 from isolator.broker import wire
 from isolator.broker.wire import Code, Reply
 from isolator.ipc.fence import Fence
@@ -52,7 +52,7 @@ OVER_TCP = 4
 _SIOCGIFINDEX = 0x8933
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Answer:
     """Addresses of a name; ``exists`` is False for NXDOMAIN."""
 
@@ -68,7 +68,7 @@ class Overworked(ResolveError):
     """The answers of this cage have cost more CPU time than it has; nothing was asked."""
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Server:
     """One upstream server; ``scope``: the interface of a link-local address."""
 
@@ -275,7 +275,7 @@ class Resolver:
             self._work.take(time.thread_time() - started)
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class _Step:
     """One answer on the way from a name to its addresses."""
 

@@ -6,7 +6,6 @@ promise is the ledger's business.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from isolator.layers.base import Layer
@@ -59,7 +58,7 @@ def mode_sentence(proposal: Proposal) -> dict[str, str]:
 def proposal_json(proposal: Proposal, *, policy_file: str | None = None) -> dict[str, Any]:
     """A proposal as it crosses process borders (``docs/internals.md``); ``policy_file``: where it will be written."""
     return {
-        "lines": [asdict(line) for line in proposal.lines],
+        "lines": [dict(vars(line)) for line in proposal.lines],
         "policy_text": proposal.policy_text,
         "policy_file": proposal.policy_file or policy_file,
         "needs_approval": proposal.needs_approval,

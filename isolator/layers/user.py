@@ -31,7 +31,7 @@ _USERADD = (
     "--shell", "/usr/sbin/nologin",
 )  # fmt: skip
 _LOCKED_EXITS = {1, 10}  # useradd(8), userdel(8): "can't update" the password or the group file, also when it is locked
-_UID_TAKEN = 4
+_TAKEN = 4  # useradd(8): the uid; also when no gid is free
 
 
 class UserSection(Section, kind="user"):
@@ -95,7 +95,9 @@ def add_user(name: str, uid_range: tuple[int, int], *, comment: str, avoid: froz
         if uid in taken or os.path.exists(f"{LOCKS}/{uid}"):
             continue
         # Another daemon may have taken the same number since the users were read: useradd decides, under its lock.
-        if _account_tool([*_USERADD, "--uid", str(uid), "--comment", comment, name], name, accepted=_UID_TAKEN) == 0:
+        # Its group gets the same number: of those that a system keeps for itself there are nine hundred.
+        numbers = ("--uid", f"{uid}", "-K", f"SYS_GID_MIN={uid}", "-K", f"SYS_GID_MAX={uid}")
+        if _account_tool([*_USERADD, *numbers, "--comment", comment, name], name, accepted=_TAKEN) == 0:
             return uid
     raise _range_full(uid_range)
 

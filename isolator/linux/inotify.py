@@ -6,8 +6,8 @@ import contextlib
 import ctypes
 import os
 import struct
-from dataclasses import dataclass
 
+from isolator.base.structs import struct_class
 from isolator.linux._libc import call, libc
 
 IN_MODIFY = 0x2
@@ -25,7 +25,7 @@ IN_DONT_FOLLOW = 0x02000000
 _HEADER = struct.Struct("iIII")
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Event:
     """A change: ``name`` is the entry in the watched directory, empty for the directory itself."""
 

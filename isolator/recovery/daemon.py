@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+from isolator.base.structs import struct_class
 from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.cgroup.subtree import find_hierarchies
 from isolator.linux import mount
@@ -25,7 +25,7 @@ _KINDS = {"leaf": "cage", "service": "service", "spare": "spare"}
 """Names for people of the journal's entries that are control groups."""
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Leftover:
     """A leftover: ``cage NAME.RUN``, ``service NAME``, ``spare NAME``, ``group PATH``, ``mount PATH``,
     ``run TOKEN``, ``uid lock UID``."""

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import pwd
 import socket
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from isolator.base.lean import sha256_of_much
+from isolator.base.structs import field, struct_class
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc import folder_stream as stream
 from isolator.linux.descriptors import FdSet
@@ -36,7 +36,7 @@ MOST_GROUPS = 4096
 _MOST_SIGNATURES = 8
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Offer:
     """A connection over which a caller handed over a folder, a file or both, and whose rights they are read with.
 
@@ -88,7 +88,7 @@ def close_apart(connection: socket.socket) -> None:
         threading.Thread(target=os.close, args=(fd,), name="close", daemon=True).start()
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Collected:
     """Content of an offer: the digest of the copied folder, and identity of the single file; empty or None: not there.
 
@@ -156,7 +156,7 @@ def _start(offer: Offer, *, packages: bool) -> subprocess.Popen[bytes]:
         offer.close()
 
 
-@dataclass
+@struct_class()
 class _Copy:
     """One bounded copy of a stranger's folder."""
 
@@ -248,7 +248,7 @@ class _Copy:
 
     def _content(self, target: int, name: str, mtime_ns: int, *, executable: bool) -> str:
         """Make a file of what comes; returns its SHA-256."""
-        content = hashlib.sha256()
+        content = sha256_of_much()
         fd = openat2(target, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode=0o600)
         with os.fdopen(fd, "wb") as out:
 

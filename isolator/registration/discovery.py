@@ -16,10 +16,10 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from isolator.base.structs import field, struct_class
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.messages import FoundEntry, PluginState
 from isolator.ipc.tasks import Tasks
@@ -38,7 +38,7 @@ _packed: dict[tuple[int, ...], bytes | UsageError] = {}
 """Content of each package that was looked at, by the file's identity: a reader is a process."""
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Found:
     """One folder with a manifest. ``name`` is the manifest's, or one to show it by when it has none of its own."""
 

@@ -7,9 +7,9 @@ import errno
 import os
 import stat
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 
+from isolator.base.structs import struct_class
 from isolator.errors import UsageError
 from isolator.layers.filesystem import host_folders
 from isolator.linux.descriptors import FdSet
@@ -23,7 +23,7 @@ _MOST_STEPS = 1000
 _CORRECT = 'correct "binary" in plugin.json'
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class CageView:
     """Files that a plugin will see at the place where its program runs."""
 

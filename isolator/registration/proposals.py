@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from isolator.base.structs import field, replace, struct_class
 from isolator.errors import IsolatorError, NeedsApprovalError, NotFoundError
 from isolator.ipc.messages import PendingVersion
 from isolator.layers.explain import proposal_json
@@ -24,7 +24,7 @@ from isolator.registration.staging import hash_binary
 from isolator.registration.store import Registration, Release, Store
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Loaded:
     """A registration with its manifest and effective policy as of now; ``error`` when one is unusable."""
 

@@ -19,9 +19,9 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
+from isolator.base.structs import struct_class
 from isolator.errors import IsolatorError, UsageError
 from isolator.layers.user import UidLease
 from isolator.linux.unprivileged import service_command
@@ -47,7 +47,7 @@ _KEPT_BYTES = 8 << 20
 """Of the texts whose answers are kept; what is made of them takes several times as much."""
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class ReadManifest:
     """One manifest as the reader understands it."""
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from isolator.base.lean import sha256_of_much
 from isolator.errors import UsageError
 from isolator.linux.descriptors import FdSet
 from isolator.linux.files import open_nofollow, openat2, remove_tree
@@ -276,7 +277,7 @@ def _identity(fd: int) -> tuple[int, ...]:
 
 
 def _hash(fd: int) -> str:
-    digest = hashlib.sha256()
+    digest = sha256_of_much()
     offset = 0
     while chunk := os.pread(fd, _CHUNK, offset):
         digest.update(chunk)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from isolator.base.pacing import Backoff
+from isolator.base.structs import field, struct_class
 from isolator.cage.processes import CageExit
 from isolator.ipc.messages import Origin
 from isolator.supervisor.run import NO_ANSWER, NO_SOCKET
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _BACKOFF_SPREAD = 0.2
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Ended:
     """End of a run, or of its start: then ``exit`` is None and ``problem`` the reason."""
 
@@ -44,7 +44,7 @@ class Ended:
         return end.cause
 
 
-@dataclass
+@struct_class()
 class Ends:
     """The ends of one plugin's runs that nobody wanted."""
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from isolator.audit.schema import PluginPending, PluginRejected
 from isolator.errors import DeniedError, IsolatorError, NeedsApprovalError, NotFoundError, UnavailableError
 from isolator.ipc.messages import PendingVersion, PluginEntry, PluginState, RegisteredEntry, StartInvocation
+from isolator.layers.ledger import EVERY_LAYER
 from isolator.registration.discovery import Discovery, Found
 from isolator.registration.proposals import Loaded
 from isolator.registration.registrar import Registrar
@@ -57,6 +58,11 @@ class PluginTable:
                 continue
             if plugin.error:
                 logger.error("plugin %s is rejected: %s", name, plugin.error)
+
+    def expect_starts(self, *, others: bool = False) -> None:
+        """Make a cage ahead, unless nobody can start one: then it would only take memory. ``others``: users may."""
+        if self.plugins or others:
+            self._context.runtime.pool.begin(EVERY_LAYER)
 
     async def close(self) -> None:
         """Let nothing begin any more, end what is in progress, and stop every plugin."""

@@ -7,11 +7,11 @@ import functools
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from isolator.audit.schema import PluginStarted
+from isolator.base.structs import struct_class
 from isolator.cage.cage import Cage, Stdio
 from isolator.errors import ConfinementError, DeniedError, ExecError, IsolatorError, NotFoundError, UsageError
 from isolator.ipc.messages import Origin
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from isolator.registration.store import Registration, Release
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Input:
     """Things that an invocation gets beyond a plugin's other runs. The descriptor stays the caller's."""
 

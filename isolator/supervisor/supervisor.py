@@ -28,7 +28,7 @@ from isolator.ipc.messages import Origin
 from isolator.ipc.tasks import Tasks
 from isolator.launcher.client import Launcher
 from isolator.layers.cgroup.subtree import open_subtree
-from isolator.layers.ledger import EVERY_LAYER, ledger, missing, optional_controllers
+from isolator.layers.ledger import check_in_a_copy, ledger, missing, optional_controllers
 from isolator.layers.seccomp.notifier import SeccompNotifier
 from isolator.linux.child import Child, ended
 from isolator.linux.files import remove_tree
@@ -180,7 +180,7 @@ async def running_daemon(
             progress("starting the services")
             tickets.start()
             await services.start(table, handlers)
-            runtime.pool.begin(EVERY_LAYER)
+            table.expect_starts(others=runners is not None)
             if restored is not None:
                 audit.record(schema.BackupRestored(**restored))
             elif cleared or not services.audit.found.ended:
@@ -215,7 +215,7 @@ async def running_daemon(
             fences.go_on()
             adopted += adoption.runs(runners)
             await adoption.change_launchers(table, runners)
-            runtime.pool.begin(EVERY_LAYER)
+            table.expect_starts(others=runners is not None)
             audit.record(
                 schema.DaemonReloaded(
                     from_=before.version,
@@ -281,6 +281,7 @@ def check_host(paths: Paths, config: HostConfig) -> None:
     """Raise IsolatorError when this host or this root cannot carry a daemon; changes nothing."""
     if os.geteuid() != 0:
         raise IsolatorError("isolator serve", "it builds cages and has to run as root", "run it with sudo")
+    check_in_a_copy()
     lacking = missing(frozenset(config.may_degrade))
     if lacking:
         first = lacking[0]

@@ -15,10 +15,11 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from isolator.audit import schema
+from isolator.base.structs import struct_class
 from isolator.errors import DeniedError, IsolatorError, UsageError
 from isolator.ipc.messages import PluginState
 from isolator.linux.descriptors import FdSet
@@ -46,7 +47,7 @@ _EXCHANGED: dict[str, type[schema.PluginUpdated | schema.PluginRolledBack]] = {
 }
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Updated:
     """Outcome of an update that did not fail."""
 
@@ -59,7 +60,7 @@ class Updated:
     """Its demands beyond those of the version before."""
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class _Exchange:
     """Why a version is exchanged, for the trail."""
 
@@ -131,6 +132,7 @@ class Updates:
             await asyncio.to_thread(self._registrar.finish_removal, name, self._forget_state)
             registration = await asyncio.to_thread(self._registrar.add, token)
             plugin = self._table.add(await self._read(registration))
+            self._table.expect_starts()
             added = schema.PluginAdded(
                 new=registration.digest,
                 version=registration.version,

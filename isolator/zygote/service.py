@@ -21,6 +21,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
+from isolator.base.core import write_no_rare_types
 from isolator.base.lean import import_asyncio
 from isolator.ipc.packet import receive_packet, send_packet
 from isolator.linux.arguments import overwrite_arguments
@@ -43,6 +44,9 @@ _SHARED = (
     "isolator.policy.host",
 )
 """Modules that services share, and those of this package: as root they are imported, and nothing of them is called."""
+
+_FIRST = ("AuditHello", "AuditReady", "RecordSource", "ServeMetrics", "NewAuditSocket", "BrokerHello", "HostHello")
+"""Messages of every start, whose types are worked out here."""
 
 
 class Service:
@@ -86,6 +90,13 @@ def serve(sock: socket.socket) -> Service | None:
         close_all(fds)
 
 
+def _work_out_types() -> None:
+    from isolator.ipc import messages  # not before import_asyncio
+    from isolator.ipc.body import make_ready
+
+    make_ready(*(getattr(messages, name) for name in _FIRST))
+
+
 def main() -> None:
     """Entry point."""
     open_standard_streams()
@@ -94,6 +105,8 @@ def main() -> None:
     import_asyncio()
     for name in _SHARED:
         import_module(name)
+    write_no_rare_types()
+    _work_out_types()
     gc.enable()
     gc.freeze()  # a collection in a copy would write to every object, and so own its page
     service = None

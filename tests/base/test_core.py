@@ -28,3 +28,13 @@ def test_package_of_another_layout_is_imported(tmp_path: Path) -> None:
     names = "PydanticSerializationError SchemaError SchemaValidator ValidationError from_json to_json"
     (package / "__init__.py").write_text("".join(f"{name} = 'whole'\n" for name in names.split()))
     assert printed("from isolator.base import core; print(core.to_json)", tmp_path).strip() == "whole"
+
+
+def test_rare_types_are_not_imported_for_what_is_written_and_are_themselves_later() -> None:
+    code = (
+        "from isolator.base import core; core.write_no_rare_types()\n"
+        "print(core.to_json({'a': [1.5, None, 'x']}).decode())\n"
+        "print({'decimal', 'fractions', 'uuid', 'platform'} & {*sys.modules})\n"
+        "import decimal; print(decimal.Decimal('1.50'))"
+    )
+    assert printed(code).splitlines() == ['{"a":[1.5,null,"x"]}', "set()", "1.50"]

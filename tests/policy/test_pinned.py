@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
 
 import pytest
 
@@ -93,7 +92,7 @@ def test_host_settings_keep_their_digest(host: HostConfig, digest: str) -> None:
 
 def test_explanation_and_written_policy_keep_their_text() -> None:
     proposals = [meet(WIDE, grant, host) for grant in (None, policy(), GRANT) for host in (DEFAULT, OPEN, STRICT)]
-    shown = [[*map(asdict, proposal.lines), proposal.policy_text] for proposal in proposals]
+    shown = [[*map(vars, proposal.lines), proposal.policy_text] for proposal in proposals]
     text = json.dumps(shown, sort_keys=True)
     assert (
         hashlib.sha256(text.encode()).hexdigest() == "7d173155126c30ac91e3324975b476795a364a6396399ecfeb2614f07e020ab3"

@@ -8,8 +8,7 @@ default posture, and exactly the names that are requested; an operator has to ap
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+from isolator.base.structs import replace
 from isolator.policy import names
 from isolator.policy.grant import PluginPolicy
 from isolator.policy.host import HostConfig

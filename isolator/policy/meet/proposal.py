@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
+from isolator.base.structs import struct_class
 from isolator.policy.model import EffectivePolicy
 from isolator.policy.request import MODES
 
@@ -15,7 +15,7 @@ DEFAULT_GRANT = "default grant"
 Verdict = Literal["granted", "pending", "refused"]
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Line:
     """One thing that was requested or granted, and its effective value."""
 
@@ -36,7 +36,7 @@ class Line:
     """The author's reason, or why it was refused."""
 
 
-@dataclass(frozen=True)
+@struct_class(frozen=True)
 class Proposal:
     """The outcome of a meet. ``needs_approval``: no operator has agreed to anything yet."""
 

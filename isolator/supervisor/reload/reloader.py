@@ -18,7 +18,6 @@ from pathlib import Path
 import isolator
 from isolator.errors import IsolatorError, UnavailableError
 from isolator.ipc.handover import DaemonState, SubtreeState, descriptors
-from isolator.layers.ledger import EVERY_LAYER
 from isolator.linux.systemd import notify
 from isolator.supervisor.reload import formats, trial
 from isolator.supervisor.reload.program import ADOPT, Program
@@ -174,7 +173,7 @@ def _go_on(daemon: Daemon) -> None:
             service.channel.go_on()
     daemon.runtime.pool.reopen()
     daemon.rest.go_on()
-    daemon.runtime.pool.begin(EVERY_LAYER)
+    daemon.table.expect_starts(others=daemon.runners is not None)
     daemon.fences.go_on()
 
 

@@ -1,0 +1,133 @@
+"""Modules of each process of a daemon: nothing that is not turned on is loaded, nor what no plugin needs yet."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.timeouts import seconds
+from tests.system.daemon import Daemon, daemon, write_plugin
+
+LIST = signal.SIGRTMIN + 3
+HOOK = f"""
+import json, os, signal, sys
+def tell(*_):
+    os.write(2, b"modules " + json.dumps([sys.argv[0], sorted(sys.modules)]).encode() + b"\\n")
+signal.signal({int(LIST)}, tell)
+"""
+SUPERVISOR = """
+sys.executable = os.environ["PYTHON_OF_SERVICES"]
+from host.cli.main import main
+sys.exit(main())
+"""
+SERVICE = """
+import runpy
+at = sys.argv.index("-m") if "-m" in sys.argv else 0
+if not at:
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])  # the launcher: tests/launcher/test_standard_library.py
+sys.argv[:] = sys.argv[at + 1 :]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+NOWHERE = (
+    # Not turned on: console, several hosts, MCP, encrypted or signed things, HTTP.
+    "starlette", "uvicorn", "jinja2", "h11", "anyio", "nats", "host.console", "host.cluster", "host.membership",
+    "host.mcp", "host.channel.http", "isolator.supervisor.console_link", "ssl", "_ssl", "cryptography",
+    "securesystemslib", "http", "email",
+    # What only commands use, and what is needed for no value that is ever written.
+    "click", "rich", "psutil", "tomlkit", "pydantic", "pydantic_core.core_schema", "host.authoring", "decimal", "uuid",
+    "fractions",
+)  # fmt: skip
+SUPERVISOR_ONLY = (
+    # Of the check of the host, of cages, and of what somebody registers.
+    "pyseccomp",
+    "_hashlib",
+    "shutil",
+    "tempfile",
+)
+LIBRARIES = ("libnftables", "libseccomp", "libcrypto")
+
+
+class Listing(Daemon):
+    """Its processes write their modules into the log at a signal."""
+
+    def command(self) -> list[str]:
+        return [f"{self.root}/python", f"{self.root}/supervisor.py", "--root", str(self.root), "serve"]
+
+    def start(self, timeout: float = seconds(30)) -> None:
+        python = Path(shutil.which("isolator") or "").with_name("python3")
+        for name, body in (("supervisor", SUPERVISOR), ("service", SERVICE)):
+            (self.root / f"{name}.py").write_text(HOOK + body)
+        for name, arguments in (("python", '-I "$@"'), ("services", f'-I {self.root}/service.py "$@"')):
+            program = self.root / name
+            program.write_text(f"#!/bin/sh\nPYTHON_OF_SERVICES={self.root}/services exec {python} {arguments}\n")
+            program.chmod(0o755)
+        super().start(timeout)
+
+    def modules(self, pid: int) -> list[str]:
+        """What that process has imported."""
+        size = self.log.stat().st_size
+        os.kill(pid, LIST)
+
+        def told() -> str:
+            lines = self.log.read_bytes()[size:].decode().splitlines(keepends=True)
+            return next((line for line in lines if line.startswith("modules ") and line.endswith("\n")), "")
+
+        deadline = time.monotonic() + seconds(30)
+        while not (line := told()):
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.01)
+        found: list[str] = json.loads(line.removeprefix("modules "))[1]
+        return found
+
+
+@pytest.fixture(scope="module")
+def listing() -> Iterator[Listing]:
+    """One that has been started before: the first start compiles filters, which later ones find."""
+    with daemon(start=False, kind=Listing) as made:
+        assert isinstance(made, Listing)
+        made.start()
+        made.stop()
+        made.start()
+        yield made
+
+
+def among(found: list[str], names: tuple[str, ...]) -> list[str]:
+    return [one for one in found if any(one == name or one.startswith(f"{name}.") for name in names)]
+
+
+@pytest.mark.parametrize("service", ["isolator.audit.service", "isolator.broker.service", "host.service"])
+def test_services_of_a_plain_daemon_have_nothing_that_is_not_turned_on(listing: Listing, service: str) -> None:
+    found = listing.modules(listing.service_pid(service))
+    assert service in found and not among(found, NOWHERE)
+
+
+def test_supervisor_without_plugins_has_nothing_that_only_cages_need(listing: Listing) -> None:
+    assert listing.process is not None
+    found = listing.modules(listing.process.pid)
+    assert "isolator.supervisor.supervisor" in found and not among(found, NOWHERE + SUPERVISOR_ONLY)
+    mapped = Path(f"/proc/{listing.process.pid}/maps").read_text()
+    assert not [library for library in LIBRARIES if library in mapped]
+
+
+def test_cage_is_made_ahead_once_there_is_a_plugin_that_may_start(tmp_path: Path) -> None:
+    with daemon() as running:
+        running.cli("plugin", "list")
+        assert _launchers(running) == 1
+        running.cli("plugin", "add", str(write_plugin(tmp_path / "echo")), "--yes")
+        deadline = time.monotonic() + seconds(30)
+        while _launchers(running) != 2:  # the launcher, and its copy that is parked
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def _launchers(running: Daemon) -> int:
+    assert running.process is not None
+    children = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children").read_text().split()
+    return sum(b"isolator.launcher.server" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children)
