@@ -20,7 +20,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from isolator.linux.ed25519 import PrivateKey, PublicKey
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
 from isolator.linux.files import read_plain
 
 KEY_NAME = "seal.key"
@@ -35,7 +37,7 @@ def message(first: int, last: int, last_hash: str) -> bytes:
     return f"isolator audit seal\n{first} {last} {last_hash}\n".encode()
 
 
-def fingerprint(key: PublicKey) -> str:
+def fingerprint(key: Ed25519PublicKey) -> str:
     """The first 16 hex digits of the SHA-256 of the raw public key."""
     return hashlib.sha256(key.public_bytes_raw()).hexdigest()[:16]
 
@@ -44,7 +46,7 @@ def fingerprint(key: PublicKey) -> str:
 class Signer:
     """The private key; ``notes``, on how it came about, go into the trail."""
 
-    key: PrivateKey
+    key: Ed25519PrivateKey
     notes: tuple[str, ...] = ()
 
     @property
@@ -61,7 +63,7 @@ def load_signer(lib: Path, log: Path) -> Signer:
     notes: list[str] = []
     known = _read(lib / PUBLIC_NAME) or b""
     try:
-        key: PrivateKey | None = _read_key(lib / KEY_NAME)
+        key: Ed25519PrivateKey | None = _read_key(lib / KEY_NAME)
         if key is None and known:
             notes.append("the signing key was missing")
     except ValueError as error:
@@ -69,7 +71,7 @@ def load_signer(lib: Path, log: Path) -> Signer:
         notes.append(f"the signing key {error}")
         os.rename(lib / KEY_NAME, lib / f"{KEY_NAME}.distrusted")
     if key is None:
-        key = PrivateKey.generate()
+        key = Ed25519PrivateKey.generate()
         _replace(lib / KEY_NAME, _pem("PRIVATE", _PRIVATE + key.private_bytes_raw()), 0o600)
         if notes:
             notes[-1] += f"; from here on the key {fingerprint(key.public_key())} signs"
@@ -85,24 +87,24 @@ def load_signer(lib: Path, log: Path) -> Signer:
     return Signer(key, tuple(notes))
 
 
-def load_public(path: Path) -> dict[str, PublicKey]:
+def load_public(path: Path) -> dict[str, Ed25519PublicKey]:
     """The public keys in a file by fingerprint, oldest first; raises OSError, ValueError when there is none."""
     keys = {}
     for pem in _PEM.findall(path.read_bytes()):
         der = _der(pem)
         if der.startswith(_PUBLIC) and len(der) == len(_PUBLIC) + 32:
-            key = PublicKey(der[-32:])
+            key = Ed25519PublicKey.from_public_bytes(der[-32:])
             keys[fingerprint(key)] = key
     if not keys:
         raise ValueError(f"{path} holds no Ed25519 public key")
     return keys
 
 
-def signature_fits(key: PublicKey, first: int, last: int, last_hash: str, signature: str) -> bool:
+def signature_fits(key: Ed25519PublicKey, first: int, last: int, last_hash: str, signature: str) -> bool:
     """Whether ``signature`` (hex) is the key's over that range."""
     try:
         key.verify(bytes.fromhex(signature), message(first, last, last_hash))
-    except ValueError:
+    except (InvalidSignature, ValueError):
         return False
     return True
 
@@ -119,7 +121,7 @@ def _read(path: Path) -> bytes | None:
     return read_plain(path, most=1 << 20)
 
 
-def _read_key(path: Path) -> PrivateKey | None:
+def _read_key(path: Path) -> Ed25519PrivateKey | None:
     """The key, None when there is no file; raises ValueError with the reason when it must not be used."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -144,7 +146,7 @@ def _read_key(path: Path) -> PrivateKey | None:
         raise ValueError("could not be read as a key")
     if not der.startswith(_PRIVATE) or len(der) != len(_PRIVATE) + 32:
         raise ValueError("was not an Ed25519 key")
-    return PrivateKey(der[-32:])
+    return Ed25519PrivateKey.from_private_bytes(der[-32:])
 
 
 def _pem(kind: str, der: bytes) -> bytes:

@@ -21,7 +21,7 @@ from isolator.audit.record import GENESIS, HASH_TAIL, PREV_TAIL, Record, own_has
 from isolator.audit.schema import AUDIT, RETENTION, AuditGap, AuditSeal
 
 if TYPE_CHECKING:
-    from isolator.linux.ed25519 import PublicKey
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 SEAL_EVERY = 1000
 _MAX_MISFITS = 100
@@ -84,7 +84,7 @@ class Verifier:
     """
 
     def __init__(
-        self, keys: Mapping[str, PublicKey], anchors: Mapping[int, str], *, whole: bool,
+        self, keys: Mapping[str, Ed25519PublicKey], anchors: Mapping[int, str], *, whole: bool,
         advance: Callable[[int], None] = lambda _: None,
     ) -> None:  # fmt: skip
         self.report = Report()
@@ -278,7 +278,7 @@ def _time_of(line: bytes) -> str:
 
 def verify(
     paths: list[Path],
-    keys: Mapping[str, PublicKey],
+    keys: Mapping[str, Ed25519PublicKey],
     anchors: Mapping[int, str] | None = None,
     *,
     whole: bool = True,

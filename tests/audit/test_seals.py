@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from isolator.audit import files
 from isolator.audit.log import Chain, Limits, Trail
@@ -14,7 +15,6 @@ from isolator.audit.record import GENESIS, MAX_DEPTH, MAX_TEXT, Incoming, Reject
 from isolator.audit.recover import HEAD_NAME, read_head
 from isolator.audit.seal import KEY_NAME, PUBLIC_NAME, Signer, fingerprint, load_public, load_signer, message
 from isolator.audit.verify import SEAL_EVERY, anchors_of, verify
-from isolator.linux.ed25519 import PrivateKey
 from tests.audit.test_verify import TIME, Written
 
 LIMITS = Limits(seal_records=10)
@@ -69,7 +69,7 @@ def test_seal_is_checked_in_each_of_its_parts(tmp_path: Path) -> None:
     ):
         misfits = written.verify_lines(forged(written, signer, **changed)).misfits
         assert misfits and why in misfits[0].why, changed
-    stranger = Signer(PrivateKey.generate())
+    stranger = Signer(Ed25519PrivateKey.generate())
     assert "not among the known" in written.verify_lines(forged(written, stranger)).misfits[0].why
     # Under the name of the real key: the name proves nothing.
     lie = forged(written, stranger, key=signer.name)
@@ -91,7 +91,7 @@ def test_records_beyond_the_last_seal_are_at_most_as_many_as_one_covers(tmp_path
             lines.append(line)
         path = tmp_path / "audit.jsonl"
         path.write_bytes(b"".join(lines))
-        key = PrivateKey.generate().public_key()
+        key = Ed25519PrivateKey.generate().public_key()
         misfits = verify([path], {fingerprint(key): key}).misfits
         assert (not misfits) is fits, count
         assert fits or misfits[0].seq == SEAL_EVERY + 1
