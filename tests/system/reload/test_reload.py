@@ -58,6 +58,12 @@ def held(d: Daemon) -> tuple[int, int]:
     return len(os.listdir(place / "fd")), len(os.listdir(place / "task"))
 
 
+def wait_until_parked(d: Daemon) -> None:
+    """Return once there is the parked process, which is made when all is quiet, and has descriptors, too."""
+    if find_hierarchies().v1:
+        wait_for(lambda: any(any(group.glob("_spare.*")) for group in leaves(d.root)), what="no process is parked")
+
+
 def memory(d: Daemon) -> int:
     """KiB of memory that the supervisor and its services have for themselves."""
     assert d.process is not None
@@ -154,8 +160,7 @@ def reload_under_events(
     """Reload while events come all the time: sidecars stay, and each event reaches each of them once."""
     before = running(d)
     assert set(before) == {"quick", "slow", "streams"}
-    if find_hierarchies().v1:  # a parked process, which is made when all is quiet, has descriptors, too
-        wait_for(lambda: any(any(group.glob("_spare.*")) for group in leaves(d.root)), what="no process is parked")
+    wait_until_parked(d)
     files, threads = held(d)
     with Emitter(d, pause) as emitter:
         for number in range(times):
