@@ -64,22 +64,24 @@ def wait_until_parked(d: Daemon) -> None:
         wait_for(lambda: any(any(group.glob("_spare.*")) for group in leaves(d.root)), what="no process is parked")
 
 
-def memory(d: Daemon) -> int:
-    """KiB of memory that the supervisor and its services have for themselves."""
+def used(d: Daemon) -> list[int]:
+    """What the supervisor and its services have together: KiB of memory of their own, descriptors, threads."""
     assert d.process is not None
     modules = ("audit.service", "broker.service", "host.service", "isolator.launcher.server")
-    found = private(d.process.pid)
+    found = [used_by(d.process.pid)]
     for module in modules:  # of one that has just been exchanged, the process before may be found, and end
-        found += wait_for(lambda module=module: private(d.service_pid(module)), what=module)
-    return found
+        found.append(wait_for(lambda module=module: used_by(d.service_pid(module)), what=module))
+    return list(map(sum, zip(*found, strict=True)))
 
 
-def private(pid: int) -> int:
-    """KiB of memory that a process has for itself; 0 when it has ended."""
+def used_by(pid: int) -> tuple[int, ...]:
+    """The same of one process; empty when it has ended."""
+    place = Path(f"/proc/{pid}")
     with contextlib.suppress(OSError):
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-        return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
-    return 0
+        lines = (place / "smaps_rollup").read_text().splitlines()[1:]
+        own = sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+        return own, len(os.listdir(place / "fd")), len(os.listdir(place / "task"))
+    return ()
 
 
 def seen(d: Daemon, plugin: str) -> Counter[str]:
@@ -209,15 +211,16 @@ def test_sidecars_and_their_events_go_on_over_reloads(shared_dir: Path) -> None:
 @pytest.mark.wide
 @pytest.mark.timeout(seconds(1800))
 def test_nothing_grows_over_many_reloads(shared_dir: Path) -> None:
-    sizes: list[int] = []
+    sizes: list[list[int]] = []
 
     def reload_and_measure(d: Daemon, number: int) -> None:
         reload_once(d, number)
-        sizes.append(memory(d))
+        sizes.append(used(d))
 
     with loaded_daemon(shared_dir) as d:
         reload_under_events(d, 100, 1.0, reload_and_measure)
-    assert max(sizes[-20:]) <= 1.1 * max(sizes[:20]), sizes
+    for kind in zip(*sizes, strict=True):
+        assert max(kind[-20:]) <= 1.1 * max(kind[:20]), kind
 
 
 def test_killed_supervisor_takes_its_adopted_cages_along(shared_dir: Path) -> None:
