@@ -111,6 +111,10 @@ class SimFences:
     def hold(self, plugin: str, until: float) -> None:
         self.until[plugin] = until
 
+    def bind(self, plugin: str) -> None:
+        if self.until.get(plugin, _UNBOUND) == _UNBOUND:
+            self.until[plugin] = 0.0
+
     def free(self, plugin: str) -> None:
         self.until[plugin] = _UNBOUND
 
@@ -172,8 +176,7 @@ class SimHost:
             self.catalogue.register(event_type)
         self.types = ClusterTypes(self.store, self.catalogue, lambda: self.node.state, self._decide)
         self.follower = QueueFollower(
-            self.queue, self._subscribers, lambda: [*self.plugins], self.losses.extend, types=self.types,
-            ended=self.fences.lost,
+            self.queue, self._subscribers, lambda: [*self.plugins], self.fences, self.losses.extend, self.types,
         )  # fmt: skip
         cluster = self.cluster
         log = self.log = FaultyLog(cluster.servers, self.clock, (cluster.faults, self.faults), cluster.random)
@@ -188,7 +191,7 @@ class SimHost:
         self.types.follow()
         self.follower.tell()
         for plugin in self.plugins:
-            self.follower.serve(plugin)
+            self.follower.serve(plugin, before=True)
             self._work_for(plugin)
 
     async def _decide(self, entry: Entry) -> Applied:
