@@ -80,9 +80,7 @@ class Member:
         """By plugin, what it has lost since this process started."""
         self.node: Node | None = None
         self.types = ClusterTypes(store, catalogue, lambda: self._state, self._decide)
-        self.follower = QueueFollower(
-            queue, self._subscriptions, self._ready, fences, self._lost_events, self.types
-        )
+        self.follower = QueueFollower(queue, self._subscriptions, self._ready, fences, self._lost_events, self.types)
         self.values = ClusterKeyValue(store, self.follower, self._decide)
 
     def problems(self) -> Sequence[str]:
