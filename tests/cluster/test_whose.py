@@ -125,3 +125,13 @@ async def test_own_plugin_that_the_cluster_gets_ends_what_it_has_begun(make: Mak
     await hosts.until(lambda: hosts.all_handled("p"))
     await hosts.passes(30.0)
     assert {act.epoch > 0 for act in hosts.witness.handled} == {True, False}
+
+
+async def test_plugin_that_waits_for_the_log_is_its_hosts_own_once_that_has_left(make: Make) -> None:
+    hosts, away = await _beside(make, ONE)
+    await hosts.passes(20.0)
+    assert not away.fences.may_act("p")
+    await hosts.during(away.node.leave(force=True))
+    assert away.fences.may_act("p")
+    away.serve(ONE)
+    assert away.fences.may_act("p"), "it is started anew after it was freed"

@@ -357,7 +357,7 @@ class QueueFollower:
         if self._acting or self.has_ended(plugin):
             self._look_whose(plugin)
         self._begin_own(plugin)
-        if not self.may_act(plugin):
+        if not self.may_act(plugin) and "left" not in self._node.problems.lines:
             self._fences.bind(plugin)
         self._gate(plugin)
         self.look()
