@@ -179,9 +179,7 @@ def place(
     if as_json:
         print_json(found)
         return
-    where = "on every host" if found["placement"] == "all" else f"on one host at a time, in {found['shards']} shards"
-    only = f", only with {safe(', '.join(found['labels']))}" if found["labels"] else ""
-    click.echo(f"{safe(found['name'])}: {where}{only}")
+    click.echo(_where(found))
     if found["problem"]:
         click.echo(f"PROBLEM unheld: {safe(found['problem'])}")
 
@@ -206,6 +204,13 @@ def leave(root: str | None, force: bool, as_json: bool) -> None:
         click.echo(
             f"accepted here and not in the log: {events}, which stay in the outbox until it joins a cluster again"
         )
+
+
+def _where(found: Mapping[str, Any]) -> str:
+    one = f"on one host at a time, in {_counted(found['shards'], 'shards')}"
+    where = "on every host" if found["placement"] == "all" else one
+    only = f", only with {safe(', '.join(found['labels']))}" if found["labels"] else ""
+    return f"{safe(found['name'])}: {where}{only}"
 
 
 def _show(found: Mapping[str, Any]) -> None:
@@ -256,7 +261,7 @@ def _row(host: Mapping[str, Any], found: Mapping[str, Any]) -> list[Any]:
     return [name, state, host["version"], len(host["holds"]), behind, clock, ", ".join(host["labels"])]
 
 
-_ONE: Final = {"events": "event", "copies": "copy"}
+_ONE: Final = {"events": "event", "copies": "copy", "shards": "shard"}
 
 
 def _counted(number: int, what: str) -> str:

@@ -16,6 +16,9 @@ class Fences(Protocol):
     def hold(self, plugin: str, until: float) -> None:
         """Let a plugin act until a time of CLOCK_BOOTTIME; each later call moves it on."""
 
+    def bind(self, plugin: str) -> None:
+        """Let a plugin that is bound to no time act on none, until it is held or freed."""
+
     def free(self, plugin: str) -> None:
         """Bind a plugin to no time: it is not the cluster's any more, or runs on all hosts."""
 
@@ -57,6 +60,9 @@ class Follower(Protocol):
     def left(self, db: sqlite3.Connection) -> None:
         """Keep as this host's own what it has from the cluster and needs without it: it leaves, ``again`` follows."""
 
+    def read_up(self) -> None:
+        """Know that the log was read to the end that it had; what this host emits in this life stands behind."""
+
     def held(self, shard: Shard, epoch: int, position: Position) -> None:
         """Begin with a shard: the own claim was read back, or, after a start, the lease from before it still stands.
 
@@ -80,6 +86,9 @@ class Follower(Protocol):
 
         After ``held`` the shard's position counts as changed.
         """
+
+    def here(self) -> Sequence[str]:
+        """Names of the plugins that this host has, the cluster's or not."""
 
     def ready(self) -> Sequence[str]:
         """Names of the plugins that this host could hold: it has the cluster's version, and they are enabled."""

@@ -72,6 +72,7 @@ class Life:
         """Read up to the log's ``end``, begin a session, and follow the log; raises StoppedError."""
         parts = self._parts
         await self._read(end)
+        self._follower.read_up()
         await self._begin_session()
         tasks = [
             asyncio.create_task(self.decisions.run()),

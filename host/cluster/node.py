@@ -243,7 +243,7 @@ class Node:
                 self._parting = ""
                 why = str(error) or f"{self.waiting()[0]} events of this host are not in the log yet"
                 raise LogUnavailableError(why) from None
-        plugins = [*self.state.plugins]
+        plugins = {*self.state.plugins, *self._parts.follower.here()}
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)

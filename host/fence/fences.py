@@ -42,6 +42,11 @@ class Fences:
         self._move(plugin, until)
         self._tell(HoldPlugin(name=plugin, until=until))
 
+    def bind(self, plugin: str) -> None:
+        """Let a plugin that is bound to no time act on none, until it is held or freed."""
+        if self.of(plugin).until is None:
+            self.hold(plugin, LOST)
+
     def free(self, plugin: str) -> None:
         """Bind a plugin to no time any more."""
         self._move(plugin, None)

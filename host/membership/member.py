@@ -80,9 +80,7 @@ class Member:
         """By plugin, what it has lost since this process started."""
         self.node: Node | None = None
         self.types = ClusterTypes(store, catalogue, lambda: self._state, self._decide)
-        self.follower = QueueFollower(
-            queue, self._subscriptions, self._ready, self._lost_events, self._described, self.types, fences.lost
-        )
+        self.follower = QueueFollower(queue, self._subscriptions, self._ready, fences, self._lost_events, self.types)
         self.values = ClusterKeyValue(store, self.follower, self._decide)
 
     def problems(self) -> Sequence[str]:
@@ -109,11 +107,9 @@ class Member:
         await node.start()
         self.types.follow()
         self.follower.tell()
-        for name, known in node.state.plugins.items():
-            if known.plugin.placement == "one" and self._fences.of(name).until is None:
-                self._fences.hold(name, 0.0)
+        wishes = self._store.read(lambda db: db.execute("SELECT plugin FROM cluster_wishes").fetchall())
         for plugin in self._registry:
-            self.follower.serve(plugin.name)
+            self.follower.serve(plugin.name, before=(plugin.name,) not in wishes)
         self._tasks.keep("wishes for the cluster", self._fulfil)
         self._tasks.run("event types for the cluster", self.types.share())
 
@@ -226,11 +222,6 @@ class Member:
             raise LogUnavailableError("this host is being started")
         await self.node.say()
         return self._registry.get(name) is None and not self._others(name)
-
-    def _described(self, entry: Described) -> None:
-        """Have a plugin that one host has act on none before it is claimed."""
-        if entry.placement == "one" and not entry.removed and not self.follower.holds(entry.name):
-            self._fences.hold(entry.name, 0.0)
 
     @property
     def _state(self) -> State:

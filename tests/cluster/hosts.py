@@ -67,6 +67,9 @@ class Following:
     def left(self, db: sqlite3.Connection) -> None:
         pass
 
+    def read_up(self) -> None:
+        pass
+
     def held(self, shard: Shard, epoch: int, position: Position) -> None:
         self.held_now[shard] = (epoch, position)
 
@@ -87,11 +90,17 @@ class Following:
         changed, self.changed = self.changed, []
         return changed
 
+    def here(self) -> Sequence[str]:
+        return ()
+
     def ready(self) -> Sequence[str]:
         return self.names
 
     def hold(self, plugin: str, until: float) -> None:
         self.until[plugin] = max(until, self.until.get(plugin, 0.0))
+
+    def bind(self, plugin: str) -> None:
+        self.until.setdefault(plugin, 0.0)
 
     def free(self, plugin: str) -> None:
         self.until.pop(plugin, None)

@@ -22,7 +22,7 @@ from host.cluster.delivery.queue import ClusterQueue
 from host.cluster.delivery.unread import Loss
 from host.cluster.entries import Entry, Plugin, Position
 from host.cluster.entries import Event as LogEvent
-from host.cluster.fold import Applied, Shard
+from host.cluster.fold import Applied, Incarnation, Shard
 from host.cluster.log import LogUnavailableError
 from host.cluster.node import Node
 from host.cluster.parts import Settings
@@ -38,6 +38,7 @@ from tests.cluster.stepped_clock import SteppedClock, View
 
 T = TypeVar("T")
 
+_UNBOUND = float("inf")
 MOST_AT_ONCE = 4
 """Events that a plugin has at a time."""
 
@@ -72,9 +73,9 @@ class Witness:
     _latest: dict[Shard, tuple[int, str]] = field(default_factory=dict)
 
     def act(self, act: Act, shard: Shard) -> None:
-        """One actor: nobody acts in an epoch after somebody has acted in a later one."""
-        epoch, host = self._latest.get(shard, (0, ""))
-        if 0 < act.epoch < epoch:  # an own copy has no epoch; nobody waits for the task that acts, so it is kept
+        """One actor: nobody acts without an epoch, or in one after somebody has acted in a later one."""
+        epoch, host = self._latest.get(shard, (1, ""))
+        if act.epoch < epoch:  # nobody waits for the task that acts, so it is kept
             self.wrong.append(f"{act.host} acts on {shard} in epoch {act.epoch} after {host} in {epoch}")
         self._latest[shard] = max((epoch, host), (act.epoch, act.host))
 
@@ -110,15 +111,19 @@ class SimFences:
     def hold(self, plugin: str, until: float) -> None:
         self.until[plugin] = until
 
+    def bind(self, plugin: str) -> None:
+        if self.until.get(plugin, _UNBOUND) == _UNBOUND:
+            self.until[plugin] = 0.0
+
     def free(self, plugin: str) -> None:
-        self.until[plugin] = float("inf")
+        self.until[plugin] = _UNBOUND
 
     def lost(self, plugin: str) -> None:
-        self.until.pop(plugin, None)
+        self.until[plugin] = 0.0
         self._host.kill(plugin)
 
     def may_act(self, plugin: str) -> bool:
-        return self._host.clock.now() < self.until.get(plugin, 0.0)
+        return self._host.clock.now() < self.until.get(plugin, _UNBOUND)
 
 
 @dataclass
@@ -171,8 +176,7 @@ class SimHost:
             self.catalogue.register(event_type)
         self.types = ClusterTypes(self.store, self.catalogue, lambda: self.node.state, self._decide)
         self.follower = QueueFollower(
-            self.queue, self._subscribers, lambda: [*self.plugins], self.losses.extend, types=self.types,
-            ended=self.fences.lost,
+            self.queue, self._subscribers, lambda: [*self.plugins], self.fences, self.losses.extend, self.types,
         )  # fmt: skip
         cluster = self.cluster
         log = self.log = FaultyLog(cluster.servers, self.clock, (cluster.faults, self.faults), cluster.random)
@@ -187,7 +191,7 @@ class SimHost:
         self.types.follow()
         self.follower.tell()
         for plugin in self.plugins:
-            self.follower.serve(plugin)
+            self.follower.serve(plugin, before=True)
             self._work_for(plugin)
 
     async def _decide(self, entry: Entry) -> Applied:
@@ -279,7 +283,7 @@ class SimHost:
             return
         act = Act(self.cluster.clock.time, plugin, self.name, delivery.epoch, delivery.event_id, delivery.key)
         acts.append(act)
-        known = self.node.state.plugins.get(plugin)
+        known = self.cluster.described(plugin, self)
         if known is not None and known.plugin.placement == "one":
             shards = known.plugin.shards
             self.cluster.witness.act(act, (plugin, cursor.shard_of_event(delivery.event_id, delivery.key, shards)))
@@ -362,6 +366,11 @@ class Hosts:
     async def emit(self, host: SimHost, key: str | None, **more: Any) -> None:
         """Emit an event; it counts as accepted when its caller is answered."""
         self.accepted.append(await host.emit(key, **more))
+
+    def described(self, plugin: str, host: SimHost) -> Incarnation | None:
+        """A plugin as a host has read of it, or else any other that is up."""
+        folds = [one.node.state for one in (host, *self.hosts) if one.is_up]
+        return next((state.plugins[plugin] for state in folds if plugin in state.plugins), None)
 
     def holder(self, plugin: str, shard: int = 0) -> SimHost | None:
         """Who holds a shard, as a host that is up has it."""

@@ -206,6 +206,21 @@ async def test_verbs_refuse_where_there_is_no_cluster_and_load_nothing_of_it(dae
 
 
 @pytest.mark.parametrize(
+    ("placed", "where"),
+    [
+        ({"placement": "one", "shards": 1, "labels": []}, "p: on one host at a time, in 1 shard"),
+        (
+            {"placement": "one", "shards": 4, "labels": ["eu", "big"]},
+            "p: on one host at a time, in 4 shards, only with eu, big",
+        ),
+        ({"placement": "all", "shards": 1, "labels": []}, "p: on every host"),
+    ],
+)
+def test_place_says_where_the_plugin_runs(placed: dict[str, Any], where: str) -> None:
+    assert command._where({"name": "p", **placed}) == where
+
+
+@pytest.mark.parametrize(
     ("module", "names"),
     [("host.composition.host", ("nats", "host.cluster")), ("host.cluster.command", ("nats", "host.cluster.n"))],
 )

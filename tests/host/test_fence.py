@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from host.delivery.outcome import Outcomes
-from host.fence.fences import NO_LEASE
+from host.fence.fences import NO_LEASE, Fences
 from isolator.ipc.fence import LOST, Fence
+from isolator.ipc.messages import FreePlugin, HoldPlugin
 from isolator.linux.boottime import boottime
 from tests.host.fake_supervisor import Daemon, Sidecar
 from tests.support import sidecars
@@ -131,6 +132,18 @@ async def until_there(daemon: Daemon, event: dict[str, Any], **expected: tuple[s
             if all((found[name]["state"], found[name]["attempts"]) == end for name, end in expected.items()):
                 return
             await asyncio.sleep(0.02)
+
+
+def test_only_a_plugin_that_is_bound_to_no_time_is_bound() -> None:
+    told: list[object] = []
+    fences, later = Fences(told.append), boottime() + 600
+    fences.bind("p")
+    assert fences.of("p").lost
+    fences.hold("p", later)
+    fences.bind("p")
+    assert not fences.of("p").closed
+    fences.free("p")
+    assert told == [HoldPlugin(name="p", until=LOST), HoldPlugin(name="p", until=later), FreePlugin(name="p")]
 
 
 async def test_plugin_past_its_deadline_is_sent_nothing_until_that_is_moved(made: FencedDaemon) -> None:

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Protocol
 
 from host.cluster.delivery.cursor import MOST_ENDED, Cursor, Held, Own
-from host.cluster.delivery.mine import Mine
+from host.cluster.delivery.mine import Names
 from host.cluster.delivery.places import BEGIN, END, Subscriptions
 from host.cluster.delivery.queue import ClusterQueue
 from host.cluster.delivery.replies import Replies
 from host.cluster.delivery.unread import GONE, UNREAD, Loss, bounded, lose, losses, ranges, since, told
 from host.cluster.entries import Beat, Ended, Event, EventRef, Lost, Plugin, Position, Range, Release, Replay
 from host.cluster.fold import Applied, Shard, State
+from host.cluster.follower import Fences
 from host.cluster.log import LogUnavailableError
 from host.cluster.node import Node
 from host.queue.interface import Delivery, Result
@@ -55,9 +56,7 @@ class QueueFollower:
     """Keeps the cursors and lanes of this host in step with the log.
 
     ``ready`` names the plugins that this host could hold: it has the version that the cluster uses. ``lost_events``
-    gets what its plugins will never get, ``described`` what the log says of a plugin anew, ``ended`` the name of one
-    that this host has and the cluster no more.
-    ``types`` follows the log beside it.
+    gets what its plugins will never get. ``types`` follows the log beside it.
     """
 
     def __init__(
@@ -65,20 +64,22 @@ class QueueFollower:
         queue: ClusterQueue,
         subscriptions: Subscriptions,
         ready: Callable[[], Sequence[str]],
+        fences: Fences,
         lost_events: Callable[[Sequence[Loss]], None] = lambda _: None,
-        described: Callable[[Plugin], None] = lambda _: None,
         types: TypesFollower | None = None,
-        ended: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._queue, self._subscriptions, self._ready = queue, subscriptions, ready
-        self._lost_events, self._news, self._types, self._ended = lost_events, described, types, ended
+        self._queue, self._subscriptions, self._ready, self._fences = queue, subscriptions, ready, fences
+        self._lost_events, self._types = lost_events, types
         self._here: set[str] = set()
         """Plugins that this host has."""
-        self._mine = Mine(queue.store)
+        self._before: set[str] = set()
+        """Those of them that are its own unless the log knows them."""
+        self._mine, self._alone = Names(queue.store, "cluster_mine"), Names(queue.store, "cluster_alone")
+        """Plugins here that are, or were, the cluster's; and those that the log did not know when it was read."""
         self._node: Node
         self._held: dict[Shard, Held] = {}
         self._own: dict[str, Own] = {}
-        self._acting = False
+        self._acting = self._is_read = False
         self._place = 0
         self._draining: set[Shard] = set()
         self._lacking: dict[str, list[Range]] = {}
@@ -93,7 +94,7 @@ class QueueFollower:
         queue.replies = Replies(queue.store, node)
         queue.on_final, queue.subscribers = self._on_final, self._subscriptions
         queue.is_of_one, queue.is_cut_off = self._is_of_one, lambda: not self._acting
-        queue.has_ended, queue.kept_back = self.has_ended, node.kept_back
+        queue.may_act, queue.has_ended, queue.kept_back = self.may_act, self.has_ended, node.kept_back
 
     def close(self) -> None:
         """Wait for no decision any more."""
@@ -101,7 +102,9 @@ class QueueFollower:
 
     def may_act(self, plugin: str) -> bool:
         """Whether a plugin may be sent anything at the moment."""
-        return not self._is_of_one(plugin) or (self._acting and self.holds(plugin))
+        if self._is_of_one(plugin):
+            return self._acting and self.holds(plugin)
+        return plugin in self._node.state.plugins or plugin in self._alone
 
     def holds(self, plugin: str) -> bool:
         """Whether this host has the work of a plugin: it holds a shard of it, or every host has its own copy."""
@@ -127,6 +130,7 @@ class QueueFollower:
         self._place = place
         if self._node.state is not self._state:
             self._state = self._node.state
+            self._consider()
             self.tell()
         if self._types is not None:
             self._types.kept(entries)
@@ -159,15 +163,39 @@ class QueueFollower:
             self._lose(plugin.name, bounded(self._lacking.pop(plugin.name, [])), UNREAD)
             self._forget_own(plugin.name)
             self._look_whose(plugin.name)
-        elif plugin.placement == "one":
-            self._hand_over(plugin.name)
         else:
-            self._begin_own(plugin.name)
-        if not plugin.removed and self._acting:
-            self._look_whose(plugin.name)
-        self._news(plugin)
+            self._follow(plugin)
+            if self._acting:
+                self._look_whose(plugin.name)
         self._gate(plugin.name)
         self.look()
+
+    def _follow(self, plugin: Plugin) -> None:
+        """Go by what the log has of a plugin."""
+        if plugin.placement != "one":
+            self._begin_own(plugin.name)
+            return
+        if not self.holds(plugin.name):
+            # What a copy of its own has begun goes on in no epoch.
+            (self._fences.lost if plugin.name in self._own else self._fences.bind)(plugin.name)
+        self._hand_over(plugin.name)
+
+    def _consider(self) -> None:
+        """Go by a fold that was not read entry by entry."""
+        state = self._node.state
+        for name in self._here:
+            if name in state.plugins:
+                self._follow(state.plugins[name].plugin)
+                if state.plugins[name].plugin.placement == "all":
+                    self._fences.free(name)
+            self._gate(name)
+
+    def read_up(self) -> None:
+        """See ``Follower``."""
+        self._is_read = True
+        self._consider()
+        for plugin in self._here:
+            self._begin_own(plugin)
 
     def held(self, shard: Shard, epoch: int, position: Position) -> None:
         """See ``Follower``."""
@@ -220,7 +248,8 @@ class QueueFollower:
 
     def left(self, db: sqlite3.Connection) -> None:
         """See ``Follower``."""
-        self._mine.left(db)
+        self._mine.clear(db)
+        self._alone.clear(db)
         if self._types is not None:
             self._types.left(db)
 
@@ -232,7 +261,7 @@ class QueueFollower:
         if not over:
             for plugin in self._here:
                 self._look_whose(plugin)
-        for plugin in {shard[0] for shard in self._held}:
+        for plugin in {*self._here, *(shard[0] for shard in self._held)}:
             self._gate(plugin)
         self._queue.look()
 
@@ -252,6 +281,10 @@ class QueueFollower:
     def positions(self) -> Sequence[Position]:
         """See ``Follower``."""
         return [position for held in self._held.values() if (position := held.to_write()) is not None]
+
+    def here(self) -> Sequence[str]:
+        """See ``Follower``."""
+        return [*self._here]
 
     def ready(self) -> Sequence[str]:
         """See ``Follower``."""
@@ -308,21 +341,33 @@ class QueueFollower:
             self._mine.add(plugin)
         elif plugin in self._mine:
             self._forget_own(plugin)
-            self._ended(plugin)
+            self._fences.lost(plugin)
+        elif plugin in self._before:
+            self._alone.add(plugin)
+            self._fences.free(plugin)
 
-    def serve(self, plugin: str) -> None:
-        """Take note of a plugin that this host has, or that has changed."""
+    def serve(self, plugin: str, *, before: bool = False) -> None:
+        """Take note of a plugin that this host has, or that has changed.
+
+        ``before``: it was here when this process began, and no command has given it to the cluster.
+        """
         self._here.add(plugin)
+        if before:
+            self._before.add(plugin)
         if self._acting or self.has_ended(plugin):
             self._look_whose(plugin)
         self._begin_own(plugin)
+        if not self.may_act(plugin) and "left" not in self._node.problems.lines:
+            self._fences.bind(plugin)
         self._gate(plugin)
         self.look()
 
     def forget(self, plugin: str) -> None:
         """Take note of a plugin that this host has no more."""
         self._here.discard(plugin)
+        self._before.discard(plugin)
         self._mine.discard(plugin)
+        self._alone.discard(plugin)
         self._forget_own(plugin)
 
     def _forget_own(self, plugin: str) -> None:
@@ -361,6 +406,8 @@ class QueueFollower:
         began = known.began if known is not None else state.place
         at = self._queue.places.own(plugin)
         if at is None:
+            if known is None and not self._is_read:
+                return  # nobody knows where the log ends
             at = (began, END)
             self._queue.places.begin_own(plugin, at)
         self._own[plugin] = Own(plugin, self._queue, self._subscriptions, at)

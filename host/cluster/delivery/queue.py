@@ -97,6 +97,8 @@ class ClusterQueue(SqliteQueue):
         self.subscribers: Subscriptions = lambda _: {}
         self.is_of_one: Callable[[str], bool] = lambda _: True
         """Whether one host has the work of a plugin, or of each of its shards."""
+        self.may_act: Callable[[str], bool] = lambda _: False
+        """Whether a plugin may be sent anything at the moment."""
         self.has_ended: Callable[[str], bool] = lambda _: False
         """Whether a plugin that this host has is the cluster's no more: no event is for it."""
         self.is_cut_off: Callable[[], bool] = lambda: False
@@ -130,7 +132,7 @@ class ClusterQueue(SqliteQueue):
 
     def submit(self, event: NewEvent, subscribers: Sequence[Subscriber], done: Answer) -> None:
         subscribers = [one for one in subscribers if not self.has_ended(one.plugin)]
-        here = [one for one in subscribers if self.is_cut_off() and not self.is_of_one(one.plugin)]
+        here = [one for one in subscribers if self.is_cut_off() and self.may_act(one.plugin)]
         super().submit(event, here, done)
         assert self._accepting is not None
         self._accepting[-1].others = tuple(one.plugin for one in subscribers if one not in here)
