@@ -23,7 +23,7 @@ def close_all(fds: Iterable[int]) -> None:
 
 
 def check_open(fds: Iterable[int]) -> None:
-    """Raise OSError or OverflowError for a number that is no open descriptor; never waits for what it leads to."""
+    """Raise OSError, OverflowError or ValueError for what is no open descriptor; waits for nothing that it leads to."""
     import fcntl
 
     for fd in fds:
