@@ -71,9 +71,13 @@ def adopt_run(
 def _adopt_run(
     context: RunContext, registration: Registration, effective: EffectivePolicy, before: RunState, kept_by: Launcher
 ) -> Adopted:
+    from datetime import datetime
+
     from isolator.ipc.handover import descriptors
 
     name = registration.name
+    if before.started_at:  # an invocation has none
+        datetime.fromisoformat(before.started_at)
     check_open((before.directory, before.stdout, before.stderr, *before.streams.values(), *descriptors(before)))
     # Its program and environment are its own by now: only the names and the policy are needed from here on.
     spec = CageSpec(name, before.id, before.uid, before.gid, registration.user, effective, context.paths, [], {})

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from isolator.base.pacing import Backoff
-from isolator.errors import UnavailableError
+from isolator.errors import UnavailableError, UsageError
 from isolator.ipc.body import Handler, Request
 from isolator.ipc.channel import ALIVE, Channel, pair
 from isolator.ipc.messages import ServiceEntry
@@ -166,7 +167,11 @@ class ChildProcess:
         """
         self.ways = ways
         self.starts, self.generations = before.starts, before.generations
+        own = re.fullmatch(rf"service\.{self.spec.name}\.\d+", before.leaf) is not None
+        leaf = before.leaf if own else f"service.{self.spec.name}.{self.generations}"
         try:
+            if not own:  # others' processes may be in there
+                raise UsageError(f"the state of {self.spec.name}", f"{before.leaf!r} is no leaf of its own")
             end = socket.socket(fileno=before.channel.socket)
             channel = Channel(end, ways.handlers, name=self.spec.name, before=before.channel)
         except Exception as error:  # whatever it was, the other processes go on
@@ -174,7 +179,7 @@ class ChildProcess:
             end, other = pair()
             other.close()
             channel, self.blame = Channel(end, name=self.spec.name), f"it was not taken over: {error}"
-        self.current = Generation(Child(before.pid), channel, Leaf(self._subtree.unified / before.leaf))
+        self.current = Generation(Child(before.pid), channel, Leaf(self._subtree.unified / leaf))
         self._alive.append(self.current)
         self._adopted = self.current
         self.up.set()

@@ -27,7 +27,9 @@ ALWAYS = (
     ("plugins", 0, "run", "id"),
     ("plugins", 1, "wanted"),
     ("services", 0, "starts"),
+    ("services", 1, "leaf"),
     ("plugins", 0, "run", "stdout"),
+    ("plugins", 1, "run", "started_at"),
     ("plugins", 1, "run", "directory"),
     ("launcher_pid",),
 )
