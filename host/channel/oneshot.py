@@ -135,13 +135,3 @@ class Exchange:
     def _fail(self, why: str, *, crash: bool = False, answered: bool = False) -> None:
         if not self.reply.done():
             self.reply.set_exception(LostError(why, crash=crash, answered=answered))
-
-
-async def exchange(sock: socket.socket, request: bytes, timeout: float) -> bytes:
-    """Send one request and return the reply's line, in at most ``timeout`` seconds; raises LostError."""
-    pending = Exchange(sock, request, timeout)
-    pending.send()
-    try:
-        return await pending.reply
-    finally:
-        pending.close()

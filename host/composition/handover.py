@@ -31,14 +31,18 @@ class HostState(Body):
 
 
 def _settled(body: Json) -> Json:
-    """Format 2: what is greeted and has not answered is cut off, and nobody reads from what is being started."""
+    """Format 2: pings and what is greeted are cut off unanswered, and nobody reads from what is being started."""
 
     def worker(one: Json) -> Json:
         session, modes = one["session"], one["modes"]
         if "exec" in modes:
             runs = [{key: run[key] for key in run if key != "beginning"} for run in modes["exec"]["invocations"]]
             modes = {**modes, "exec": {"invocations": runs}}
-        return {**one, "session": None if session is not None and "hello" in session else session, "modes": modes}
+        if "http" in modes:
+            modes = {**modes, "http": {"posts": modes["http"]["posts"]}}
+        oneshot = {key: one["oneshot"][key] for key in one["oneshot"] if key != "ping"}
+        session = None if session is not None and "hello" in session else session
+        return {**one, "oneshot": oneshot, "session": session, "modes": modes}
 
     mcp = body["mcp"]
     if mcp is not None:

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from host.channel.cloud_events import GONE, event_headers, outcome_of, sign
-from host.channel.http import Headers, HttpExchange, HttpState, request, write_request
+from host.channel.http import Headers, HttpExchange, HttpState, Response, write_request
 from host.channel.reply import STREAM_MESSAGE, LostError, NotSentError, params_text
 from host.delivery.modes import Mode, Parts
 from host.plugins.manifest import Transport
 from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
 from isolator.errors import IsolatorError
-from isolator.ipc.body import Body
+from isolator.ipc.body import Body, omitted
 from isolator.ipc.messages import DisablePlugin
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.ipc.tasks import Tasks
@@ -37,6 +37,7 @@ class HttpDeliveryState(Body):
     """The requests of a plugin on their way to another host."""
 
     posts: tuple[PostState, ...]
+    pings: tuple[HttpState, ...] = omitted(default=())
 
 
 @dataclass(eq=False)
@@ -57,6 +58,7 @@ class HttpDelivery(Mode):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         self._posts: set[_Post] = set()
+        self._pings: set[HttpExchange] = set()
         self._connecting = 0
         self._slot = asyncio.Event()
         self._tasks = Tasks()
@@ -91,10 +93,21 @@ class HttpDelivery(Mode):
 
     async def ping(self, plugin: Plugin, timeout: float) -> None:
         sock, _ = await self._connect(plugin)
-        with sock:
-            response = await request(sock, "GET", write_request("GET", HEALTH_PATH, []), timeout)
+        ping = HttpExchange(sock, "GET", write_request("GET", HEALTH_PATH, []), timeout)
+        ping.send()
+        response = await self._pong(ping)
         if not 200 <= response.status < 300:
             raise LostError(f"{HEALTH_PATH} answered {response.status}")
+
+    async def _pong(self, ping: HttpExchange) -> Response:
+        """Wait for the answer to a ping; the connection is closed then. Raises LostError."""
+        self._pings.add(ping)
+        try:
+            return await ping.reply
+        finally:
+            self._pings.discard(ping)
+            ping.close()
+            ping.sock.close()
 
     async def _connect(self, plugin: Plugin) -> tuple[socket.socket, str]:
         assert plugin.manifest is not None
@@ -176,8 +189,9 @@ class HttpDelivery(Mode):
             for post in self._posts
             if post.exchange.unanswered
         )
+        pings = tuple(ping.pass_on(departure) for ping in self._pings if ping.unanswered)
         self.close()
-        return HttpDeliveryState(posts=posts)
+        return HttpDeliveryState(posts=posts, pings=pings)
 
     @classmethod
     def in_flight(cls, state: Any) -> Sequence[int]:
@@ -186,6 +200,9 @@ class HttpDelivery(Mode):
     async def take_over(
         self, plugin: Plugin | None, deliveries: Mapping[int, Delivery], state: Any, descriptors: Descriptors
     ) -> None:
+        for ping in state.pings:
+            exchange = HttpExchange.taken_over(socket.socket(fileno=descriptors.take(ping.socket)), ping)
+            self._tasks.run(f"ping of {self.parts.sidecar.name}", self._pong(exchange), expected=(LostError,))
         for one in state.posts:
             delivery = deliveries.get(one.seq)
             if plugin is not None and delivery is not None:

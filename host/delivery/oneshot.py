@@ -8,7 +8,7 @@ import socket
 import time
 from dataclasses import dataclass
 
-from host.channel.oneshot import Exchange, ExchangeState, exchange
+from host.channel.oneshot import Exchange, ExchangeState
 from host.channel.reply import LostError, NotSentError, oneshot_request, read_reply
 from host.delivery.outcome import Outcomes
 from host.delivery.sidecar import RENEWED, SidecarLink
@@ -17,7 +17,7 @@ from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
 from host.wire.strict_json import line, parse_object
 from isolator.errors import IsolatorError
-from isolator.ipc.body import Body
+from isolator.ipc.body import Body, omitted
 from isolator.ipc.succession import Departure, Descriptors
 
 _PING = line({"jsonrpc": "2.0", "method": "ping", "params": {}, "id": 1})
@@ -38,6 +38,7 @@ class OneshotState(Body):
     prepared: int
     """a connection that was made and not used; -1: none"""
     prepared_run: str
+    ping: ExchangeState | None = omitted(default=None)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ class OneshotDelivery:
         """Held while a request is on its way: the plugin serves one connection at a time."""
         self._prepared: asyncio.Future[tuple[socket.socket, str]] | None = None
         self._current: _Request | None = None
-        """The request on its way, a ping excepted."""
+        """The event's request on its way."""
+        self._ping: Exchange | None = None
+        """The ping on its way."""
         self._connecting = False
 
     @property
@@ -127,9 +130,20 @@ class OneshotDelivery:
         """Send ``ping``; any JSON object is a pong. Raises LostError, NotSentError, WireError, IsolatorError."""
         async with self._turn:
             sock, _ = await self._connection()
-            with sock:
-                reply = await exchange(sock, _PING, timeout)
+            ping = Exchange(sock, _PING, timeout)
+            ping.send()
+            reply = await self._pong(ping)
         parse_object(reply)
+
+    async def _pong(self, ping: Exchange) -> bytes:
+        """Wait for the reply to a ping; the connection is closed then. Raises LostError."""
+        self._ping = ping
+        try:
+            return await ping.reply
+        finally:
+            self._ping = None
+            ping.close()
+            ping.sock.close()
 
     def prepare(self) -> bool:
         """Connect for an event that is being synced; returns whether it can be sent as soon as that is done.
@@ -190,26 +204,23 @@ class OneshotDelivery:
         return self._connecting or (self._prepared is not None and not self._prepared.done())
 
     @property
-    def unsettled(self) -> bool:
-        """Whether something is under way that cannot be handed on: a connect, or a ping."""
-        return self.connecting or (self._current is None and self._turn.locked())
-
-    @property
     def replied(self) -> bool:
         """Whether a reply is there that is not concluded yet."""
         return self._current is not None and self._current.exchange.reply.done()
 
     def pass_on(self, departure: Departure) -> OneshotState:
-        """Hand on the request that is in flight, and the connection that was made and not written to."""
-        current, request = self._current, None
+        """Hand on the request or ping that is in flight, and the connection that was made and not written to."""
+        current, request, ping = self._current, None, None
         if current is not None and not current.exchange.sent_ns:
             self._keep(current.exchange.sock.dup(), current.run)  # counting it takes longer than the host waits
         elif current is not None and current.exchange.unanswered:
             exchange = current.exchange.pass_on(departure)
             request = RequestState(seq=current.delivery.seq, run=current.run, exchange=exchange)
+        if self._ping is not None and self._ping.unanswered:
+            ping = self._ping.pass_on(departure)
         prepared, run = self._take_prepared()
         number = departure.add(prepared.detach()) if prepared is not None else -1
-        return OneshotState(request=request, prepared=number, prepared_run=run)
+        return OneshotState(request=request, prepared=number, prepared_run=run, ping=ping)
 
     def _take_prepared(self) -> tuple[socket.socket | None, str]:
         prepared, self._prepared = self._prepared, None
@@ -223,18 +234,24 @@ class OneshotDelivery:
 
     def take_over(
         self, plugin: Plugin | None, delivery: Delivery | None, state: OneshotState, descriptors: Descriptors
-    ) -> _Request | None:
-        """Go on with what another host had; returns the request in flight, which is of ``delivery``, for ``go_on``."""
+    ) -> None:
+        """Take over what another host had, the request in flight, which is of ``delivery``; ``go_on`` is to follow."""
         if state.prepared >= 0:
             prepared = socket.socket(fileno=descriptors.take(state.prepared))
             self._keep(prepared, state.prepared_run)
-        if state.request is None or plugin is None or delivery is None:
-            return None
-        sock = socket.socket(fileno=descriptors.take(state.request.exchange.socket))
-        self._sidecar.take_request()
-        return _Request(plugin, delivery, state.request.run, Exchange.taken_over(sock, state.request.exchange))
+        if state.ping is not None:
+            self._ping = Exchange.taken_over(socket.socket(fileno=descriptors.take(state.ping.socket)), state.ping)
+        if state.request is not None and plugin is not None and delivery is not None:
+            sock = socket.socket(fileno=descriptors.take(state.request.exchange.socket))
+            self._sidecar.take_request()
+            exchange = Exchange.taken_over(sock, state.request.exchange)
+            self._current = _Request(plugin, delivery, state.request.run, exchange)
 
-    async def go_on(self, request: _Request) -> None:
-        """Wait for the reply to a request of another host's, and conclude it."""
+    async def go_on(self) -> None:
+        """Wait for the reply to what another host has sent; that to a request concludes it."""
         async with self._turn:
-            await self._finish(request)
+            if self._ping is not None:
+                with contextlib.suppress(LostError):  # a watch counts its own pings
+                    await self._pong(self._ping)
+            if self._current is not None:
+                await self._finish(self._current)

@@ -272,7 +272,7 @@ class Worker:
     def unsettled(self) -> bool:
         """Whether something is under way that cannot be handed on, and may soon be over."""
         modes = any(mode.unsettled for mode in self._modes.values())
-        return modes or self._oneshot.unsettled or self._stream.unsettled
+        return modes or self._oneshot.connecting or self._stream.unsettled
 
     @property
     def connecting(self) -> bool:
@@ -321,10 +321,9 @@ class Worker:
             await self._mode(name).take_over(plugin, deliveries, state, descriptors)
         request = before.oneshot.request
         delivery = deliveries.get(request.seq) if request is not None else None
-        taken = self._oneshot.take_over(plugin, delivery, before.oneshot, descriptors)
+        self._oneshot.take_over(plugin, delivery, before.oneshot, descriptors)
         self._resumed.set_result(None)
-        if taken is not None:
-            await self._oneshot.go_on(taken)
+        await self._oneshot.go_on()
 
     async def _begin(self) -> None:
         before, self._before = self._before, None

@@ -1,7 +1,7 @@
 """Home of the service's code: a root-owned environment that nothing but ``isolator install`` changes.
 
-A wheel in a virtual environment of root's is such a place already and is used as it is. A copy of a clone (what
-``./dev exec`` runs from) is not: it is replaced with every change of the clone. Then its code and the runtime
+A copy of a clone (what ``./dev exec`` runs from) is replaced with every change of the clone, and pip writes over a
+virtual environment, while a daemon imports late: the code of its own reload, say. So the code and the runtime
 dependencies are copied into ``/opt/isolator/env.XXXXXX``, and the symbolic link ``/opt/isolator/current`` is switched
 to it in one step. A running daemon keeps seeing the environment that it was started from (its interpreter is named by
 the real path), and the old ones are removed after the service runs from the new one.
@@ -47,21 +47,20 @@ def shipped(name: str) -> Path:
 
 
 def program() -> Path:
-    """The ``isolator`` command that the unit names: our own, or the one that ``make_stable`` makes."""
-    made_here = Path(sys.prefix).parent == BASE and Path(sys.prefix).name.startswith("env.")
-    return CURRENT / "bin/isolator" if made_here or not _is_installed() else Path(sys.prefix) / "bin/isolator"
+    """The ``isolator`` command that the unit names, which ``make_stable`` makes."""
+    return CURRENT / "bin/isolator"
 
 
 def make_stable() -> None:
-    """Make the environment of ``program()`` if we run from a clone's copy.
+    """Make the environment of ``program()``, unless we run from one that was made so.
 
     Raises IsolatorError when somebody other than root could change what root would run.
     """
-    if not _is_installed():
-        _make_environment()
-    check_owned_by_root(program().resolve())
     if _is_installed():
         check_owned_by_root(_CODE)
+    if Path(sys.prefix).parent != BASE or not Path(sys.prefix).name.startswith("env."):
+        _make_environment()
+    check_owned_by_root(program().resolve())
 
 
 def _is_installed() -> bool:
@@ -102,16 +101,17 @@ def _in_use(environment: Path) -> bool:
     return False
 
 
-def remove_all() -> bool:
-    """Delete the environments that ``install`` made; a virtual environment of the operator's own stays."""
+def remove_all() -> list[Path]:
+    """Delete the environments that ``install`` made, and return them; one of the operator's own stays."""
     if not CURRENT.is_symlink():
-        return False
+        return []
     CURRENT.unlink()
-    for path in BASE.glob("env.*"):
+    made = list(BASE.glob("env.*"))
+    for path in made:
         shutil.rmtree(path)
     if not any(BASE.iterdir()):
         BASE.rmdir()
-    return True
+    return made
 
 
 def _make_environment() -> None:
@@ -155,7 +155,7 @@ def _packages(environment: Path) -> Path:
 
 
 def fill(new: Path, python: str = "python3") -> None:
-    """Copy the code of this clone, and every distribution that it needs, to a folder; ``python``: its interpreter."""
+    """Copy our code, and every distribution that it needs, to a folder; ``python``: its interpreter."""
     new.chmod(0o755)
     packages = _packages(new)
     packages.mkdir(parents=True)
@@ -163,8 +163,9 @@ def fill(new: Path, python: str = "python3") -> None:
     (new / "bin/python3").symlink_to(Path(sys.base_prefix) / "bin" / python)
     (new / "pyvenv.cfg").write_text(f"home = {sys.base_prefix}/bin\ninclude-system-site-packages = false\n")
     for package in _PACKAGES:
-        shutil.copytree(_CODE / package, packages / Path(package).name)
-    shutil.copytree(_CODE / "policies", new / _SHARED / "policies")
+        name = Path(package).name
+        shutil.copytree(_CODE / (name if _is_installed() else package), packages / name)
+    shutil.copytree(shipped("policies"), new / _SHARED / "policies")
     for name in _closure(_requirements()):
         _copy_distribution(name, packages)
     for path in (new, *new.rglob("*")):
@@ -182,6 +183,10 @@ def write_program(environment: Path, place: Path) -> Path:
 
 
 def _requirements() -> list[str]:
+    """What is to come along; with a marker, which of a wheel's extras only the ``;`` is left: if it is installed."""
+    if _is_installed():
+        found = (one.partition("extra ==") for one in metadata.requires("isolator") or ())
+        return [one.partition(";")[0] + ";" * bool(mark) for one, mark, extra in found if "dev" not in extra]
     project = tomllib.loads((_CODE / "pyproject.toml").read_text())["project"]
     extras = [requirement for extra in _EXTRAS for requirement in project["optional-dependencies"][extra]]
     return [str(requirement) for requirement in (*project["dependencies"], *extras)]
@@ -190,7 +195,7 @@ def _requirements() -> list[str]:
 def _closure(requirements: Iterable[str]) -> set[str]:
     """The installed distributions that the requirements need, theirs included; extras are nobody's need here."""
     wanted: set[str] = set()
-    left = [(requirement, True) for requirement in requirements]
+    left = [(requirement, ";" not in requirement) for requirement in requirements]
     while left:
         requirement, mandatory = left.pop()
         found = re.match(r"[A-Za-z0-9._-]+", requirement)

@@ -39,8 +39,8 @@ _REFUSED, _OUTDATED = "refused, and nothing has changed", "goes on as before the
 def install(root: str | None, start: bool, print_unit: bool) -> None:
     """Install the systemd service, its users, folders, host.toml, completions, man pages.
 
-    From a copy of a clone, the code and its dependencies go to /opt/isolator first; a virtual environment of root's is
-    used as it is. Repeat it to upgrade: host.toml and policies stay as they are.
+    The code and its dependencies are copied to a folder of their own below /opt/isolator first, from which the service
+    runs. Repeat it to upgrade: host.toml and policies stay as they are.
     """
     from isolator.cli import environment
     from isolator.cli.unit import unit
@@ -221,8 +221,8 @@ def _remove_program() -> None:
         path.unlink(missing_ok=True)
     if LINK.is_symlink() and "isolator" in str(LINK.readlink()):
         LINK.unlink()
-    if environment.remove_all():
-        click.echo(f"removed {environment.BASE}")
+    for place in environment.remove_all():
+        click.echo(f"removed {place}")
 
 
 def _need_root(what: str) -> None:

@@ -12,14 +12,22 @@ if TYPE_CHECKING:
 
 
 def close_all(fds: Iterable[int]) -> None:
-    """Close descriptors; those that are closed already are passed over. A list is emptied."""
+    """Close descriptors; those that are closed already, or no such numbers, are passed over. A list is emptied."""
     for fd in list(fds):
         try:  # noqa: SIM105  # a start that counts does without contextlib
             os.close(fd)
-        except OSError:
+        except (OSError, OverflowError):
             pass
     if isinstance(fds, list):
         fds.clear()
+
+
+def check_open(fds: Iterable[int]) -> None:
+    """Raise OSError, OverflowError or ValueError for what is no open descriptor; waits for nothing that it leads to."""
+    import fcntl
+
+    for fd in fds:
+        fcntl.fcntl(fd, fcntl.F_GETFD)
 
 
 def open_standard_streams() -> None:

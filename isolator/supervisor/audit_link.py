@@ -105,7 +105,7 @@ class AuditLink:
         """Go on with the links from before this process's exec."""
         self._ends = {name: socket.socket(fileno=fd) for name, fd in before.sources.items()}
         self._made_for = dict(before.made_for)
-        self._introduced = max(before.made_for.values())  # nothing is handed over before it has answered
+        self._introduced = self.process.starts  # nothing is handed over before it has answered
         self._client.adopt(before.client)
 
     def _renew(self, sender: ChildProcess) -> None:

@@ -19,7 +19,7 @@ from isolator.ipc.tasks import report
 from isolator.layers.base import CageSpec
 from isolator.layers.network import namespace as network_layer
 from isolator.layers.user import plugin_gid
-from isolator.linux.descriptors import FdSet
+from isolator.linux.descriptors import FdSet, check_open
 from isolator.registration.staging import hash_binary
 from isolator.supervisor.cage_spec import plugin_spec
 from isolator.supervisor.run import Run, RunContext, identity
@@ -71,7 +71,10 @@ def adopt_run(
 def _adopt_run(
     context: RunContext, registration: Registration, effective: EffectivePolicy, before: RunState, kept_by: Launcher
 ) -> Adopted:
+    from isolator.ipc.handover import descriptors
+
     name = registration.name
+    check_open((before.directory, before.stdout, before.stderr, *before.streams.values(), *descriptors(before)))
     # Its program and environment are its own by now: only the names and the policy are needed from here on.
     spec = CageSpec(name, before.id, before.uid, before.gid, registration.user, effective, context.paths, [], {})
     cage, without = Cage.adopt(spec, context.runtime, before.cage, kept_by)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import email
 import json
 import re
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
@@ -186,7 +187,7 @@ def test_the_main_wheel_depends_on_it_and_a_wheelhouse_brings_both(wheelhouse: P
     assert {path.name for path in packages.glob("isolator*")} >= {"isolator", "isolator_client"}
     _runs(tmp_path)
     unit = subprocess.run([tmp_path / "bin/isolator", "install", "--print-unit"], check=True, capture_output=True)
-    assert f"{tmp_path}/bin/isolator" in unit.stdout.decode()
+    assert f"ExecStart={environment.CURRENT}/bin/isolator" in unit.stdout.decode()
 
 
 def test_an_environment_made_from_a_clone_brings_both(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +195,26 @@ def test_an_environment_made_from_a_clone_brings_both(shared_dir: Path, monkeypa
     monkeypatch.setattr(environment, "CURRENT", shared_dir / "opt/current")
     environment.make_stable()
     _runs(shared_dir / "opt/current")
+
+
+def test_service_of_a_virtual_environment_runs_from_a_copy_that_pip_never_writes_over(
+    wheelhouse: Path, shared_dir: Path
+) -> None:
+    virtual, base = shared_dir / "virtual", shared_dir / "opt"
+    wheels.install(wheelhouse, virtual)
+    code = f"""
+from pathlib import Path
+from isolator.cli import environment
+environment.BASE = Path({str(base)!r})
+environment.CURRENT = environment.BASE / "current"
+environment.make_stable()
+print(environment.program())
+"""
+    made = subprocess.run([virtual / "bin/python3", "-I", "-c", code], capture_output=True, text=True, check=True)
+    assert Path(made.stdout.strip()) == base / "current/bin/isolator"
+    shutil.rmtree(virtual)
+    _runs(base / "current")
+    assert (base / "current/share/isolator/policies/host.toml").exists()
 
 
 def _runs(prefix: Path) -> None:

@@ -134,8 +134,33 @@ async def test_connection_over_which_a_request_is_not_written_yet_goes_to_the_ne
     following, its_link, _, _ = made()
     its_link.run = link.run
     with Descriptors(departure._fds.release_all()) as descriptors:
-        assert following.take_over(None, None, state, descriptors) is None
+        following.take_over(None, None, state, descriptors)
     await answered(following, plugin)
+
+
+async def test_ping_that_is_unanswered_goes_to_the_next_host_and_the_one_after() -> None:
+    delivery, _, plugin, _ = made()
+    pinging = asyncio.create_task(delivery.ping(60.0))
+    while not plugin.ends:  # noqa: ASYNC110 # a turn or two
+        await asyncio.sleep(0)
+    (end,) = plugin.ends
+    assert b'"method":"ping"' in await asyncio.get_running_loop().sock_recv(end, 4096)
+    for _ in range(2):
+        departure, following = Departure(), made()[0]
+        state = delivery.pass_on(departure)
+        with Descriptors(departure._fds.release_all()) as descriptors:
+            following.take_over(None, None, state, descriptors)
+        pinging.cancel()
+        await asyncio.gather(pinging, return_exceptions=True)
+        delivery, pinging = following, asyncio.create_task(following.go_on())
+        await asyncio.sleep(0)
+        assert delivery.busy and not delivery.connecting
+    with pytest.raises(BlockingIOError):
+        end.recv(1)
+    end.sendall(b"{}\n")
+    await pinging
+    assert not delivery.busy and end.recv(1) == b""
+    end.close()
 
 
 async def test_connection_that_is_kept_is_closed_when_its_run_has_ended() -> None:

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from isolator.linux.descriptors import FdSet, close_all
+from isolator.linux.descriptors import FdSet, check_open, close_all
 
 
 def is_open(fd: int) -> bool:
@@ -41,3 +41,11 @@ def test_close_all_empties_a_list_and_passes_over_what_is_closed() -> None:
     still = fds[1]
     close_all(fds)
     assert fds == [] and not is_open(still)
+
+
+@pytest.mark.parametrize("number", [-1, 1 << 30, 1 << 40])
+def test_number_of_no_open_descriptor_is_told_and_is_nothing_to_close(number: int) -> None:
+    check_open([0])
+    with pytest.raises((OSError, OverflowError, ValueError)):
+        check_open([0, number])
+    close_all([number])

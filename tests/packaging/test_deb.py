@@ -111,7 +111,7 @@ for left in /etc/isolator /var/lib/isolator /var/log/isolator /usr/lib/isolator 
     [ ! -e $left ] || echo "left: $left"
 done
 getent passwd plugin-kept isolator-host || echo "no user"
-""")  # fmt: skip
+""", "-p", "--fork", "--mount-proc", "--kill-child")  # fmt: skip
     lines = out.splitlines()
     assert lines[0].startswith("version: isolator, version ")
     assert lines[1:3] == ["1", "extras"]

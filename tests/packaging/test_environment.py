@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from isolator.cli import environment
+
 # No guard of __main__, as the command itself has none, and workers that import their main module anew, as those of
 # Python 3.13 and later are.
 PROGRAM = """
@@ -32,3 +36,19 @@ def test_bytecode_is_written_whatever_starts_the_workers_of_python(tmp_path: Pat
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
     found = {path.name.split(".")[0] for path in tmp_path.rglob("*.pyc")}
     assert found == {"one", "two"}
+
+
+def test_environment_stays_as_long_as_a_process_runs_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "BASE", tmp_path)
+    monkeypatch.setattr(environment, "CURRENT", tmp_path / "current")
+    old, current = tmp_path / "env.old", tmp_path / "env.new"
+    for folder in (old, current):
+        folder.mkdir()
+    environment.CURRENT.symlink_to(current.name)
+    command = [sys.executable, "-c", "input()", old / "bin/isolator"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        environment.remove_old()
+        assert old.exists() and current.exists()
+        process.communicate(b"\n")
+    environment.remove_old()
+    assert current.exists() and not old.exists()

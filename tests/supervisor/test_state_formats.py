@@ -33,7 +33,7 @@ STATES: dict[str, tuple[Formats[Any], tuple[type[Body], ...], str]] = {
     "supervisor": (formats.FORMATS, (), "3 44cf07194129"),
     "audit": (audit.FORMATS, (), "2 4f929ffa3263"),
     "broker": (broker.FORMATS, (), "1 cb7584dc6a2c"),
-    "host": (FORMATS, (*MODES.values(), ServersState), "3 4cae0d0cdddf"),
+    "host": (FORMATS, (*MODES.values(), ServersState), "3 7336f49c3113"),
     "console": (console.FORMATS, (), "1 9cf9ff02496f"),
 }
 """By process: its formats, the types that its own has as JSON, and the number of the present format with a digest of
@@ -111,3 +111,5 @@ def test_host_of_before_gets_nothing_that_it_does_not_know(state: HostState) -> 
     assert not any("hello" in session for session in sessions)
     modes = [worker["modes"]["exec"] for worker in body["workers"] if "exec" in worker["modes"]]
     assert not any("beginning" in run for mode in modes for run in mode["invocations"])
+    assert not any("ping" in worker["oneshot"] for worker in body["workers"])
+    assert not any("pings" in worker["modes"].get("http", {}) for worker in body["workers"])

@@ -20,6 +20,7 @@ from isolator.ipc.accept_loop import AcceptLoop
 from isolator.ipc.messages import Origin
 from isolator.ipc.packet import receive_anything
 from isolator.ipc.run_request import MAX_BYTES, error_fields, read_request
+from isolator.linux.descriptors import check_open
 from isolator.linux.peer import allow_only, peer_groups, peer_ids
 from isolator.linux.readable import readable
 from isolator.registration.collecting import MOST_GROUPS
@@ -167,6 +168,8 @@ class Runners:
         left.add_done_callback(self._answered.discard)
 
     def _take_over(self, before: RunnerState, kept_by: Launcher) -> str:
+        from isolator.ipc.handover import descriptors
+
         caller, theirs = (before.uid, before.gid, before.groups), list(before.theirs)
         try:
             connection = socket.socket(fileno=before.connection)
@@ -176,6 +179,7 @@ class Runners:
         connection.setblocking(False)
         run = RunnerRun(self._context, self._config, connection, caller, self._reading, theirs, before.id)
         try:
+            check_open(descriptors(before))
             caps = run.take_over(before, kept_by).resources
         except Exception as error:  # whatever it was, the others go on
             self._own(self._conclude(connection, before.uid, error_fields(_fault(error)), theirs))

@@ -26,6 +26,9 @@ ALWAYS = (
     ("plugins", 0, "run", "cage", "pidfd"),
     ("plugins", 0, "run", "id"),
     ("plugins", 1, "wanted"),
+    ("services", 0, "starts"),
+    ("plugins", 0, "run", "stdout"),
+    ("plugins", 1, "run", "directory"),
     ("launcher_pid",),
 )
 """Parts of a state that the default run spoils."""
