@@ -6,6 +6,8 @@ that this seal covers and HASH is the ``hash`` of record TO. The signature is Ed
 
 The key is made at first start and readable by the audit user alone. A key that somebody else could read, or that
 is missing or broken, is not used again: a new one takes over, a record says so, and ``public.pem`` holds both.
+
+The package ``cryptography`` is imported where a key is made: services are forked of a process that has this module.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from typing import TYPE_CHECKING
 
 from isolator.linux.files import read_plain
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 KEY_NAME = "seal.key"
 PUBLIC_NAME = "public.pem"
@@ -71,6 +74,8 @@ def load_signer(lib: Path, log: Path) -> Signer:
         notes.append(f"the signing key {error}")
         os.rename(lib / KEY_NAME, lib / f"{KEY_NAME}.distrusted")
     if key is None:
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
         key = Ed25519PrivateKey.generate()
         _replace(lib / KEY_NAME, _pem("PRIVATE", _PRIVATE + key.private_bytes_raw()), 0o600)
         if notes:
@@ -89,6 +94,8 @@ def load_signer(lib: Path, log: Path) -> Signer:
 
 def load_public(path: Path) -> dict[str, Ed25519PublicKey]:
     """The public keys in a file by fingerprint, oldest first; raises OSError, ValueError when there is none."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
     keys = {}
     for pem in _PEM.findall(path.read_bytes()):
         der = _der(pem)
@@ -102,6 +109,8 @@ def load_public(path: Path) -> dict[str, Ed25519PublicKey]:
 
 def signature_fits(key: Ed25519PublicKey, first: int, last: int, last_hash: str, signature: str) -> bool:
     """Whether ``signature`` (hex) is the key's over that range."""
+    from cryptography.exceptions import InvalidSignature
+
     try:
         key.verify(bytes.fromhex(signature), message(first, last, last_hash))
     except (InvalidSignature, ValueError):
@@ -146,6 +155,8 @@ def _read_key(path: Path) -> Ed25519PrivateKey | None:
         raise ValueError("could not be read as a key")
     if not der.startswith(_PRIVATE) or len(der) != len(_PRIVATE) + 32:
         raise ValueError("was not an Ed25519 key")
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     return Ed25519PrivateKey.from_private_bytes(der[-32:])
 
 

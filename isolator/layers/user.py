@@ -20,6 +20,8 @@ from isolator.layers.plan import Plan, Section
 from isolator.linux.lock import lock_file
 
 if TYPE_CHECKING:
+    from collections.abc import Set
+
     from isolator.policy.model import EffectivePolicy
 
 LOCKS = "/run/isolator-uids"
@@ -31,6 +33,7 @@ _USERADD = (
     "--shell", "/usr/sbin/nologin",
 )  # fmt: skip
 _LOCKED_EXITS = {1, 10}  # useradd(8), userdel(8): "can't update" the password or the group file, also when it is locked
+_BUSY = 8  # userdel(8): a process of the user's is there, perhaps one that has been killed and is not reaped yet
 _TAKEN = 4  # useradd(8): the uid; also when no gid is free
 
 
@@ -158,11 +161,14 @@ def remove_user(name: str) -> None:
     """Remove a system user and its group; no error when there is none."""
     with contextlib.suppress(KeyError):
         pwd.getpwnam(name)
-        _account_tool(["userdel", name], name)
+        _account_tool(["userdel", name], name, again=_LOCKED_EXITS | {_BUSY})
 
 
-def _account_tool(command: list[str], user: str, *, accepted: int = 0) -> int:
-    """Run a tool until it finds /etc/passwd unlocked; returns its exit code, which is 0 or ``accepted``."""
+def _account_tool(command: list[str], user: str, *, accepted: int = 0, again: Set[int] = _LOCKED_EXITS) -> int:
+    """Run a tool until it finds /etc/passwd unlocked; returns its exit code, which is 0 or ``accepted``.
+
+    It is run again after some seconds at most with the codes ``again``.
+    """
     import subprocess
 
     # Another tool may hold the lock of /etc/passwd for a moment; there is no event to wait for.
@@ -170,7 +176,7 @@ def _account_tool(command: list[str], user: str, *, accepted: int = 0) -> int:
         result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         if result.returncode in (0, accepted):
             return result.returncode
-        if result.returncode not in _LOCKED_EXITS or not wait:
+        if result.returncode not in again or not wait:
             break
         time.sleep(wait)
     raise IsolatorError(f"system user {user}", result.stderr.strip() or f"{command[0]} failed", "see /etc/passwd")

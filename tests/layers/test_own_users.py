@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import pwd
 import subprocess
+import threading
+
+import pytest
 
 from isolator.layers.user import add_user, remove_user
 
@@ -21,3 +24,21 @@ def test_group_has_the_number_of_its_user_and_one_that_a_stranger_has_is_passed_
     finally:
         remove_user(user)
         subprocess.run(["groupdel", stranger], check=True)
+
+
+def test_user_whose_last_process_is_just_ending_is_removed_once_it_has_ended() -> None:
+    """One that has been killed counts until its parent has reaped it."""
+    user = f"plugin-ending-{os.getpid()}"
+    uid = add_user(user, RANGE, comment="Isolator test")
+    last = subprocess.Popen(["sleep", "300"], user=uid)
+    try:
+        last.kill()  # nobody reaps it until the timer does
+        reaping = threading.Timer(0.5, last.wait)
+        reaping.start()
+        remove_user(user)
+        reaping.join()
+        with pytest.raises(KeyError):
+            pwd.getpwnam(user)
+    finally:
+        last.wait()
+        remove_user(user)

@@ -70,6 +70,8 @@ def _result(attempt: Attempt, promise: Promise) -> dict[str, Any]:
     elif status == -signal.SIGSYS:
         found |= {"outcome": "held", "detail": "killed at once (SIGSYS)"}
     else:
+        if attempt.alone and status == -signal.SIGKILL:
+            time.sleep(attempt.seconds)  # for want of memory the cage is about to end, which tells more
         found |= {"outcome": "broken", "detail": f"it ended with {status}"}
     found["succeeded"] = found["outcome"] == "through"
     return found
