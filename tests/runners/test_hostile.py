@@ -275,7 +275,8 @@ def lingering() -> Iterator[int]:
 @pytest.mark.parametrize("where", ["request", "unread request", "signal", "stream"])
 def test_descriptor_that_takes_minutes_to_close_holds_up_nobody(daemon: TakenOver, null: int, where: str) -> None:
     assert daemon.process is not None
-    with lingering() as fd, connect(daemon.root, ALICE) as sock:
+    # Connected before, as a stopped daemon accepts nobody.
+    with lingering() as fd, connect(daemon.root, ALICE) as sock, connect(daemon.root, ALICE) as other:
         # Stopped, so that the last close is the daemon's, and that an unread request is there when the one before it
         # ends the connection.
         daemon.process.send_signal(signal.SIGSTOP)
@@ -285,8 +286,7 @@ def test_descriptor_that_takes_minutes_to_close_holds_up_nobody(daemon: TakenOve
             else:
                 send(sock, pack([("argument", "sleep"), ("argument", "1000")]), [null] * 3)
             if where == "request":
-                with connect(daemon.root, ALICE) as other:
-                    send(other, TRUE, [null] * 3 + [fd])
+                send(other, TRUE, [null] * 3 + [fd])
             elif where == "unread request":
                 send(sock, b"no signal")
                 send(sock, b"x", [fd])
@@ -296,6 +296,7 @@ def test_descriptor_that_takes_minutes_to_close_holds_up_nobody(daemon: TakenOve
         finally:
             daemon.process.send_signal(signal.SIGCONT)
         sock.close()
+        other.close()
         for _ in range(3):
             assert bob_is_served(daemon)
         daemon.cli("plugin", "list")
