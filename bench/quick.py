@@ -139,7 +139,7 @@ def _daemon() -> Iterator[Row]:
         yield Row("daemon: memory (PSS), no plugin", statistics.median(memory), "MiB")
         yield Row("daemon: of it no file's pages", statistics.median(anonymous), "MiB")
         before = spent(running)
-        time.sleep(IDLE_SECONDS)
+        time.sleep(IDLE_SECONDS)  # the length of what is measured
         yield Row("daemon: processor time at rest", (spent(running) - before) / IDLE_SECONDS / 10, "% of one")
         with Client(running.root) as client:
             samples, _, _, _ = one_at_a_time(running, client, EVENTS)

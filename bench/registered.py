@@ -39,7 +39,7 @@ def measure(rounds: int) -> Report:
         with Client(running.root) as client:
             verbs = [_timed(lambda: client.call("plugin.list")) for _ in range(LISTS)]
         began = spent(running)
-        time.sleep(IDLE_SECONDS)
+        time.sleep(IDLE_SECONDS)  # the length of what is measured
         idle = (spent(running) - began) / IDLE_SECONDS / 10
         after = memory(running)
     figures = ", ".join(f"{name} {kib / 1024:.0f}" for name, kib in after.items())

@@ -70,7 +70,7 @@ def _measure_writes(d: Daemon, folder: Path, rounds: int) -> tuple[float, Series
         for number in range(rounds + 1):
             if number:
                 d.cli("reload")
-            time.sleep(0.5 if number else 1.0)
+            time.sleep(0.5 if number else 1.0)  # events go on for as long between two reloads
             longest.append(max(float(line) * 1000 for line in file.read().split()))
     assert running(d) == before, "the sidecar was started again"
     return longest[0], Series("writes", "longest write to stdout, of 10 MB a second", "ms", tuple(longest[1:]))

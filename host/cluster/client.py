@@ -15,7 +15,7 @@ from nats.aio.client import Client
 
 NO_TLS: Final = "offers no TLS, and [cluster] tls or --tls asks for it"
 HEADERS: Final = {"Isolator": "1"}
-"""What each host publishes its messages with."""
+"""Headers with which each host publishes its messages."""
 PUBLISHED: Final = "published"
 """In the headers of a stored message: not empty if a host has published it itself."""
 _ITS_OWN: Final = b"\r\nIsolator: 1"

@@ -48,7 +48,7 @@ PUT_BACK: Final = (
 
 
 class Life:
-    """What this host knows by what it has read in this life. ``parting``: how it is about to end its part, if it is."""
+    """Knowledge of this host by what it has read in this life. ``parting``: how it is about to end its part, if so."""
 
     def __init__(self, parts: Parts, parting: Callable[[], Parting]) -> None:
         self._parts, self._host, self._log, self._clock = parts, parts.host, parts.log, parts.clock

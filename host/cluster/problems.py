@@ -19,7 +19,7 @@ Kind = Literal[
 FINAL: frozenset[Kind] = frozenset({"twin", "diverged", "newer_version", "left", "failed"})
 """Those after which this host takes no part until its daemon is started again."""
 HARMLESS: frozenset[Kind] = frozenset({"outbox_full", "unreadable", "unheld", "events_lost", "put_back"})
-"""Those beside which the log takes events of this host."""
+"""Problems beside which the log takes events of this host."""
 
 
 _EACH: frozenset[Kind] = frozenset({"unheld", "events_lost"})

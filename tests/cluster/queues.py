@@ -69,7 +69,7 @@ class Witness:
     order: dict[str, int] = field(default_factory=dict)
     """By event, its place among those of the log."""
     wrong: list[str] = field(default_factory=list)
-    """What plugins did and must not."""
+    """Notes of what plugins did and must not."""
     _latest: dict[Shard, tuple[int, str]] = field(default_factory=dict)
 
     def act(self, act: Act, shard: Shard) -> None:

@@ -89,7 +89,7 @@ def _until_more(kept: Ledger) -> None:
 
 @contextlib.contextmanager
 def _nothing_is_lost(made: Site, kept: Ledger) -> Iterator[None]:
-    """What was accepted meanwhile, on any host, is handled, and nobody acts beside another."""
+    """Every event accepted meanwhile, on any host, is handled, and nobody acts beside another."""
     with platforms(made.roots, RATE) as emitting:
         made.emitting.update(zip(made.roots, emitting, strict=True))
         _until_more(kept)

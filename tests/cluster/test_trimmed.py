@@ -22,7 +22,7 @@ from tests.support.timeouts import seconds
 from tests.system.daemon import event, wait_for, write_plugin
 
 DISK = "4MB"
-"""What each server may keep."""
+"""Bytes that each server may keep."""
 LARGE, MESSAGES, AT_ONCE = 100, 60, 6
 """KiB of a message; how many fill the log more than once; how many of them everybody has read before more come."""
 

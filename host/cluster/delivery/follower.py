@@ -73,7 +73,7 @@ class QueueFollower:
         self._here: set[str] = set()
         """Plugins that this host has."""
         self._before: set[str] = set()
-        """Those of them that are its own unless the log knows them."""
+        """Plugins among them that are its own unless the log knows them."""
         self._mine, self._alone = Names(queue.store, "cluster_mine"), Names(queue.store, "cluster_alone")
         """Plugins here that are, or were, the cluster's; and those that the log did not know when it was read."""
         self._node: Node

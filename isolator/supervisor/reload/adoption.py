@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Adoption:
-    """What the new image takes over from the state ``before``; ``kept_by``: the launcher of then."""
+    """Take-over of the state ``before`` by the new image; ``kept_by``: the launcher of then."""
 
     def __init__(self, context: RunContext, before: DaemonState, kept_by: Launcher) -> None:
         self._context, self._before, self._kept_by = context, before, kept_by
