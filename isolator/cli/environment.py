@@ -183,7 +183,7 @@ def write_program(environment: Path, place: Path) -> Path:
 
 
 def _requirements() -> list[str]:
-    """Requirements to come along; with a marker, of which of a wheel's extras the ``;`` is left: if it is installed."""
+    """Requirements to come along; one of a wheel's extra, whose marker is cut to ``;``, only if it is installed."""
     if _is_installed():
         found = (one.partition("extra ==") for one in metadata.requires("isolator") or ())
         return [one.partition(";")[0] + ";" * bool(mark) for one, mark, extra in found if "dev" not in extra]
