@@ -27,6 +27,10 @@ class LogRefusedError(LogUnavailableError):
     """The log refuses this host until a person has changed something: credentials, permissions, no such stream."""
 
 
+class UnusableSettingsError(LogRefusedError):
+    """``[cluster]`` names what this host cannot use: its log is out of reach, and no server was asked."""
+
+
 class Entered(NamedTuple):
     """A message of the log: its place, Unix time by the servers' clock, subject and body.
 
@@ -80,3 +84,35 @@ class Log(Protocol):
 
     async def close(self) -> None:
         """End the connections."""
+
+
+class UnusableLog:
+    """Log of a host whose ``[cluster]`` is of no use: it refuses everything, with the reason.
+
+    So the host is one that is cut off, which is a state that it has anyway: it acts on nothing that is the cluster's.
+    """
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    async def append(self, subject: str, body: bytes) -> None:
+        """See ``Log``, as for the others."""
+        raise UnusableSettingsError(self._why)
+
+    async def after(self, place: int, subject: str = EVERYTHING) -> Entered | None:
+        raise UnusableSettingsError(self._why)
+
+    async def wait(self, seconds: float) -> None:
+        raise UnusableSettingsError(self._why)
+
+    async def facts(self) -> Facts:
+        raise UnusableSettingsError(self._why)
+
+    async def ask(self, subject: str, body: bytes) -> bytes:
+        raise UnusableSettingsError(self._why)
+
+    def answer(self, subject: str, handler: Callable[[bytes], bytes | None]) -> None:
+        """Nobody asks."""
+
+    async def close(self) -> None:
+        """Nothing is open."""

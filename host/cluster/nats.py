@@ -55,8 +55,6 @@ class Access:
     tls: ssl.SSLContext | None = None
     inbox: str = "_ISO"
     """The prefix of the subjects on which answers come; a host's own, so that no other can read them."""
-    refusal: str = ""
-    """Why nothing is to be told to any server."""
 
 
 Request = Callable[[Any, str, bytes], Awaitable[Any]]
@@ -258,8 +256,6 @@ class NatsLog:
 
     async def _connect(self, url: str) -> Any:
         access, client = self._access, MistrustfulClient()
-        if access.refusal:
-            raise LogRefusedError(access.refusal)
         self._complaint = ""
         try:
             async with asyncio.timeout(_CONNECT):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Final, Literal
 
 from host.cluster.clock import Clock
-from host.cluster.log import Facts, LogFullError, LogRefusedError, LogUnavailableError
+from host.cluster.log import Facts, LogFullError, LogRefusedError, LogUnavailableError, UnusableSettingsError
 
 LASTS: Final = 3.0
 """Seconds for which the log may be without an answer before that is a problem: elections of a leader take less."""
@@ -26,6 +26,8 @@ _EACH: frozenset[Kind] = frozenset({"unheld", "events_lost"})
 
 
 def _refusal(error: LogRefusedError) -> str:
+    if isinstance(error, UnusableSettingsError):
+        return str(error)
     return (
         f"the log refuses this host: {error}; [cluster] name, credentials and ca in host.toml have to fit users.conf "
         "and the certificates of the servers"

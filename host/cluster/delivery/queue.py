@@ -111,14 +111,6 @@ class ClusterQueue(SqliteQueue):
 
     # Emitting
 
-    def refuse(self, error: Exception) -> None:
-        """Accept no event, for this reason."""
-
-        def emit(_: sqlite3.Connection, __: LogEvent | Replay) -> EventRef:
-            raise error
-
-        self.emit = emit
-
     def _next(self) -> int:
         self._seq += 1
         return self._seq
