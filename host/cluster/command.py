@@ -198,7 +198,7 @@ def leave(root: str | None, force: bool, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    click.echo("left; remove [cluster] from host.toml, then run isolator reload")
+    click.echo("left; remove [cluster] from host.toml, if it is there, then run isolator reload")
     if found["left_behind"]:
         events = _counted(found["left_behind"], "events")
         click.echo(

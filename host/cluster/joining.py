@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from host.cluster.access import inbox_of
 from host.cluster.follower import Fences, Follower
@@ -22,12 +22,20 @@ from isolator.policy.cluster import Cluster, stranger_in
 if TYPE_CHECKING:
     from host.cluster.nats import Access
 
+NOT_LEFT: Final = (
+    "host.toml has no [cluster] any more, and this host has not left its cluster: isolator cluster leave (--force, as "
+    "the log is out of reach), or put [cluster] back; then run isolator reload"
+)
+
 
 def connect(settings: Cluster) -> Log:
     """The log of a host's cluster; nothing is connected yet. Settings that are of no use are a log that refuses."""
+    if not settings.servers:
+        return UnusableLog(NOT_LEFT)
     try:
         if settings.credentials and not settings.secret:
-            raise IsolatorError(settings.credentials, "cannot be used", "an alarm of 'isolator status' says why: mend it")
+            remedy = "an alarm of 'isolator status' says why: mend it"
+            raise IsolatorError(settings.credentials, "cannot be used", remedy)
         if stranger := stranger_in(settings.secret, settings.name):
             raise IsolatorError(settings.credentials or "[cluster] credentials", *stranger)
         access = access_of(settings.servers, settings.secret, tls=settings.tls, ca=settings.ca, host=settings.name)

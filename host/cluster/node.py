@@ -247,7 +247,7 @@ class Node:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        line = "this host has left its cluster: remove [cluster] from host.toml, then run isolator reload"
+        line = "this host has left its cluster: remove [cluster] from host.toml, if it is there, then run isolator reload"
         self.problems.begin("left", line)
         self._life.give_up(line)
         self.problems.end("unheld")
