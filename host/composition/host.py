@@ -304,7 +304,9 @@ class Host:
 
     async def _give_up(self, _: messages.GiveUp) -> None:
         if self._member is not None and self._member.node is not None:
-            await self._member.node.stop()
+            left = await self._member.node.stop()
+            if left:
+                _logger.warning("the cluster's log does not have %d events of this host: they wait for its start", left)
 
     async def _serve_callers(self, _: messages.ServeCallers) -> None:
         await self._control.begin()
