@@ -55,7 +55,7 @@ def join(
     folder: Path,
 ) -> Node:
     """This host's node, which has not begun; ``folder`` is for copies of the fold."""
-    here = Settings(settings.name, settings.labels, __version__, settings.outbox, folder)
+    here = Settings(settings.name, settings.labels, __version__, settings.outbox, folder, settings.distrusted)
     return Node(here, connect(settings), database, follower, fences, notice=notice)
 
 

@@ -23,6 +23,8 @@ class Cluster(Frozen):
     labels: tuple[str, ...] = ()
     outbox: int = OUTBOX
     """Bytes of accepted events that may wait for the log."""
+    distrusted: tuple[str, ...] = ()
+    """Hosts whose messages are passed over where this version cannot read them: it waits for an update otherwise."""
     secret: str = ""
     """What is in ``credentials``; the supervisor fills it in for the host alone."""
 
