@@ -95,6 +95,7 @@ class Footing:
     async def check(self) -> Facts:
         """The log's facts; raises StoppedError for a log that this host cannot follow from where it is."""
         facts = self.facts = await self._log.facts()
+        self._troubles.copies(facts)
         check_bounds(facts, self._database.read(kept).log, self.place)
         if self.place < facts.first:
             return facts

@@ -59,6 +59,8 @@ class Facts:
     bytes: int = 0
     max_bytes: int = 0
     wrong: tuple[str, ...] = field(default=())
+    behind: tuple[str, ...] = ()
+    """Names of servers that are away, or whose copy lacks entries."""
 
 
 class Log(Protocol):

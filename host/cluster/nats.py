@@ -150,7 +150,8 @@ class NatsLog:
                     1, 0, wrong=(f"there is no stream {STREAM}: an operator makes it with 'isolator cluster init'",)
                 )
             raise _error_of(text)
-        if not _is_in_touch(answer.get("cluster") or {}, int(answer["config"]["num_replicas"])):
+        cluster = answer.get("cluster") or {}
+        if not _is_in_touch(cluster, int(answer["config"]["num_replicas"])):
             if self._client is not None:
                 self._drop(self._client)  # another server may reach the one that leads now
             raise LogUnavailableError("the server that answers for the stream has lost touch with the others")
@@ -167,6 +168,13 @@ class NatsLog:
             bytes=int(state["bytes"]),
             max_bytes=int(config["max_bytes"]),
             wrong=(*_wrong(config), *too_old),
+            behind=tuple(
+                sorted(
+                    str(one.get("name"))[:64]
+                    for one in cluster.get("replicas") or ()
+                    if not one.get("current") or one.get("offline")
+                )
+            ),
         )
 
     async def ask(self, subject: str, body: bytes) -> bytes:

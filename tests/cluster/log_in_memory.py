@@ -23,6 +23,7 @@ class Servers:
         self.trimmed = 0
         """How many messages at the beginning are gone."""
         self.wrong: tuple[str, ...] = ()
+        self.behind: tuple[str, ...] = ()
         self.full = self.quorum_lost = False
         self.woken: set[asyncio.Event] = set()
         self.answers: dict[str, list[tuple[MemoryLog, Callable[[bytes], bytes | None]]]] = {}
@@ -80,7 +81,8 @@ class MemoryLog:
         await self._reach()
         servers = self.servers
         first = servers.trimmed + 1
-        return Facts(first, len(servers.messages) - self.lag, servers.created, 3, ("2.10.26",) * 3, wrong=servers.wrong)
+        last, versions = len(servers.messages) - self.lag, ("2.10.26",) * 3
+        return Facts(first, last, servers.created, 3, versions, wrong=servers.wrong, behind=servers.behind)
 
     async def ask(self, subject: str, body: bytes) -> bytes:
         await self._reach()

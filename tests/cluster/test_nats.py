@@ -91,6 +91,24 @@ async def test_messages_are_read_in_the_order_of_their_places_and_readers_are_wo
     await reader.close()
 
 
+async def test_servers_that_lack_what_the_log_has_are_named(log: NatsLog, servers: list[Server]) -> None:
+    async def until(behind: tuple[str, ...]) -> None:
+        async with asyncio.timeout(seconds(60)):
+            while True:
+                with contextlib.suppress(LogUnavailableError):
+                    if (await log.facts()).behind == behind:
+                        return
+                await asyncio.sleep(0.2)
+
+    await until(())
+    servers[1].kill()
+    try:
+        await until((servers[1].name,))
+    finally:
+        servers[1].start()
+    await until(())
+
+
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 async def test_log_goes_on_by_another_server_when_its_own_is_stopped_or_killed(
     log: NatsLog, servers: list[Server], number: int

@@ -56,7 +56,7 @@ RATE = 20
 """Events a second, of each host, at most."""
 EXPECTED = 11
 """Seconds that a fault takes, with the calm after it."""
-HARMLESS = {"unreachable", "unwritable", "outbox_full", "put_back"}
+HARMLESS = {"unreachable", "unwritable", "outbox_full", "put_back", "copies"}
 """Problems that outages and older copies cause; any other is a fault of this program's, or of the servers'."""
 
 
