@@ -30,7 +30,7 @@ from host.cluster.life import Life
 from host.cluster.log import QUESTION, Facts, Log, LogUnavailableError
 from host.cluster.outbox import Outbox, OutboxFullError
 from host.cluster.parts import Parts, Settings
-from host.cluster.problems import FINAL, HARMLESS, Kind, LogTroubles, Problems, StoppedError
+from host.cluster.problems import FINAL, HARMLESS, OF_THE_LOG, Kind, LogTroubles, Problems, StoppedError
 from host.cluster.snapshots import EVERYBODY, Snapshots, subject_of
 from host.cluster.store import keep_log, make_tables
 from host.database.store import Store as Database
@@ -134,8 +134,8 @@ class Node:
         Raises LogUnavailableError when that takes too long: whether it counts is unknown then, as after a lost reply.
         Raises ValueError for an entry that no message holds.
         """
-        if final := next((line for kind, line in self.problems.lines.items() if kind in FINAL), None):
-            raise LogUnavailableError(final)
+        if line := next((line for kind, line in self.problems.lines.items() if kind in FINAL | OF_THE_LOG), None):
+            raise LogUnavailableError(line)
         if isinstance(entry, Release):
             self._holding.release(entry)
         try:

@@ -20,6 +20,8 @@ Kind = Literal[
 ]  # fmt: skip
 FINAL: frozenset[Kind] = frozenset({"twin", "diverged", "newer_version", "left", "failed"})
 """Those after which this host takes no part until its daemon is started again."""
+OF_THE_LOG: frozenset[Kind] = frozenset({"refused", "settings", "another_log", "trimmed"})
+"""Problems that end once the log is another, or a person has changed something: until then nothing is decided."""
 HARMLESS: frozenset[Kind] = frozenset({"outbox_full", "unreadable", "unheld", "events_lost", "put_back", "copies"})
 """Problems beside which the log takes events of this host."""
 
