@@ -74,7 +74,7 @@ class Member:
         self._settings, self._store, self._folder = settings, store, folder
         self._registry, self._catalogue, self._fences, self._audit = registry, catalogue, fences, audit
         self._wished, self._tasks = asyncio.Event(), Tasks()
-        store.read(lambda db: db.execute(_WISHES))
+        store.make(_WISHES)
         self._lost: dict[str, str] = {}
         """By plugin, what it has lost since this process started."""
         self.node: Node | None = None
