@@ -50,7 +50,7 @@ def record_text(record: Record) -> str:
     who = printable(record.plugin or "-")
     parts = [f"{record.time[:10]} {record.time[11:23]}", f"{record.seq:>6}", f"{printable(record.type):<18}", who]
     if record.event_id:
-        parts.append(f"event={value_text(record.event_id)}")
+        parts.append(f"event_id={value_text(record.event_id)}")
     # Of a seal, what it covers; the signature is for verifiers.
     names = ("from", "to", "key") if record.type == AuditSeal.TYPE else record.data
     shown = ((name, record.data.get(name)) for name in names)
