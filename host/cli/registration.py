@@ -164,7 +164,7 @@ def _warn_of_history(staged: Mapping[str, Any], literal: list[str]) -> None:
 
 def _warn_of_missing(name: str, missing: Sequence[str]) -> None:
     for key in missing:
-        remedy = f"isolator plugin config {name} set {key}=VALUE"
+        remedy = f"isolator plugin config {name} set {key}=@FILE"
         click.echo(f"isolator: {name} cannot start before {key} is set: {remedy}", err=True)
 
 

@@ -39,7 +39,10 @@ def show(alarms: Sequence[str], notes: Sequence[str] = (), *, as_json: bool) -> 
 
 
 def render(controls: tuple[Control, ...]) -> list[str]:
-    """The ledger as lines of at most 80 columns, where no word is longer: state, control, the kernel's reason, and the remedy of a gap."""
+    """The ledger as lines: state, control, the kernel's reason, and the remedy of a gap.
+
+    They are as wide as the terminal, and at most 100 columns; longer only where a word is.
+    """
     width = min(shutil.get_terminal_size((_WIDTH, 24)).columns, 100)
     label = max(len(control.name) for control in controls)
     lines = []
