@@ -30,7 +30,6 @@ T = TypeVar("T")
 
 _AGO = re.compile(r"(\d+)\s*([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _BAD = (".denied", ".crashed", ".failed", ".dead", ".quarantined", ".rejected", ".gap")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 
