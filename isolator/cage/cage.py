@@ -493,7 +493,7 @@ def _exec_remedy(number: object) -> str:
     import errno
 
     return {
-        errno.ENOENT: "check the name; a cage sees /usr, a plugin's own files, and what a policy, --read or --write names",
+        errno.ENOENT: "check the name; a cage sees /usr, a plugin's files, and what its policy, --read or --write names",
         errno.EACCES: "make it executable (chmod +x) and readable by everyone",
         errno.E2BIG: "the kernel takes 2 MiB of arguments and variables, and 128 KiB in one of them",
         errno.ENOEXEC: "it is neither a program of this architecture nor a script that starts with #!",
