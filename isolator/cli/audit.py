@@ -18,7 +18,7 @@ import click
 
 from isolator.cli.colour import styled
 from isolator.cli.progress import Progress
-from isolator.errors import IsolatorError, NotFoundError, UsageError, nearest
+from isolator.errors import IsolatorError, NotFoundError, UsageError, nearest, printable
 from isolator.paths import Paths
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def _ago(seconds: float) -> str:
 def print_lines(lines: list[bytes], as_json: bool) -> None:
     """Lines of the trail on stdout, each as a line of text or as it is."""
     from isolator.audit.record import parse
-    from isolator.audit.text import printable, record_text
+    from isolator.audit.text import record_text
 
     texts = []
     for line in lines:

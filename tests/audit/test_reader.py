@@ -21,8 +21,7 @@ from isolator.audit import files, reader
 from isolator.audit.log import Limits
 from isolator.audit.record import Incoming, parse
 from isolator.audit.story import collect
-from isolator.audit.text import printable
-from isolator.errors import IsolatorError, NotFoundError, UsageError
+from isolator.errors import IsolatorError, NotFoundError, UsageError, printable
 from tests.audit.any_record import any_record
 from tests.audit.conftest import Daemon
 from tests.audit.test_service import check, durable
