@@ -415,9 +415,9 @@ while os.dup(0) < 1500:
     pass
 before = len(os.listdir("/proc/self/fd"))
 made = network.prepare(NetworkPolicy(), prefix="many")
-network.confirm(made, NetworkPolicy())
+network.confirm(made)
 network.watch(made)
-network.confirm(made, NetworkPolicy())
+network.confirm(made)
 assert os.read(0, 1) == b"x"  # only the threads' copies of the table lost it
 network.release(made)
 print("closed", len(os.listdir("/proc/self/fd")) - before)
