@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
-EVERYTHING: Final = "iso.>"
-EVENTS: Final = "iso.ev.*"
 QUESTION: Final = 4096
 """Bytes of a question of another host that is answered."""
 
@@ -69,8 +67,8 @@ class Log(Protocol):
     async def append(self, subject: str, body: bytes) -> None:
         """Have a message written. Neither its return nor an error says for sure whether it was."""
 
-    async def after(self, place: int, subject: str = EVERYTHING) -> Entered | None:
-        """The next message after a place, of the subjects that match; None: there is no newer one yet."""
+    async def after(self, place: int) -> Entered | None:
+        """The next message after a place; None: there is no newer one yet."""
 
     async def wait(self, seconds: float) -> None:
         """Return when somebody may have written something, or after a time."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 
 from host.cluster.clock import Clock
-from host.cluster.log import EVERYTHING, Entered, Facts, LogFullError, LogRefusedError, LogUnavailableError
+from host.cluster.log import Entered, Facts, LogFullError, LogRefusedError, LogUnavailableError
 
 _created = itertools.count(1)
 
@@ -66,13 +65,10 @@ class MemoryLog:
         if self.loses_answers:
             await self._no_answer()
 
-    async def after(self, place: int, subject: str = EVERYTHING) -> Entered | None:
+    async def after(self, place: int) -> Entered | None:
         await self._reach()
-        pattern = subject.replace(">", "*")
-        for entered in self.servers.messages[max(place, self.servers.trimmed) :]:
-            if fnmatchcase(entered.subject, pattern):
-                return self.sees(entered)
-        return None
+        newer = self.servers.messages[max(place, self.servers.trimmed) :]
+        return self.sees(newer[0]) if newer else None
 
     async def wait(self, seconds: float) -> None:
         await self.clock.event(self._woken, seconds)

@@ -186,7 +186,7 @@ class ClusterQueue(SqliteQueue):
 
     def lane(self, plugin: str) -> ClusterConsumer:
         """A plugin's lane."""
-        consumer = self._consumer(plugin)
+        consumer = self.consumer(plugin)
         assert isinstance(consumer, ClusterConsumer)
         return consumer
 
