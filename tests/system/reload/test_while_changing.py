@@ -1,14 +1,19 @@
-"""Reloads that come at a bad moment: a version is on trial, another plugin is being installed, the disk is full."""
+"""Reloads that come at a bad moment: a version is on trial, another plugin or program is being installed, the disk is
+full."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import subprocess
+import sys
 from pathlib import Path
+from typing import cast
 
 from tests.support.timeouts import seconds
 from tests.system.daemon import ECHO, daemon, event, wait_for, write_plugin
+from tests.system.reload import faulty
+from tests.system.reload.faulty import FaultyDaemon
 from tests.system.reload.test_reload import STATE, running
 
 ROOM = 96 << 20
@@ -46,6 +51,38 @@ def test_reload_waits_for_a_version_on_trial_and_for_an_installation(shared_dir:
         assert not [one for one in types if one[0] == "plugin.rolled_back"]
         d.cli("event", "emit", "deploy.completed", event(1), "--wait")
         assert set(running(d)) == {"tried", "stays", "late"}
+
+
+class Linked(FaultyDaemon):
+    """A daemon whose program is what a link leads to, as after an installation."""
+
+    def command(self) -> list[str]:
+        if not self.link.exists():
+            self.link.symlink_to(faulty.__file__)
+        return [sys.executable, "-I", str(self.link), str(self.root)]
+
+    @property
+    def link(self) -> Path:
+        return self.root / "program"
+
+
+def test_program_that_is_put_there_after_the_trial_is_not_executed(shared_dir: Path) -> None:
+    """Nobody has asked that one whether it takes over: of a version that does not, nothing would be left running."""
+    with daemon(kind=Linked) as made:
+        d = cast(Linked, made)
+        d.cli("plugin", "add", str(write_plugin(shared_dir / "echo", sandbox=STATE)), "--yes")
+        d.cli("plugin", "start", "echo")
+        before = running(d)
+        other = shared_dir / "other"
+        other.write_text("raise SystemExit('it takes nothing over')\n")
+        d.at_rest(f"run ln -sfT {other} {d.link}")
+        assert "reload: the program was exchanged after its trial; ask again" in d.cli("reload", code=1).stderr
+        assert "refused, and nothing has changed: " in d.cli("reload", code=1).stderr, "it is tried now"
+        d.link.unlink()
+        d.link.symlink_to(faulty.__file__)
+        d.cli("reload")
+        assert running(d) == before
+        d.cli("event", "emit", "deploy.completed", event(1), "--wait")
 
 
 def test_reload_with_a_full_disk_stops_nobody_and_loses_nothing(shared_dir: Path) -> None:
