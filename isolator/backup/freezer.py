@@ -31,6 +31,8 @@ _GONE = (errno.ENOENT, errno.ESRCH, errno.ENODEV)
 """Of a group that is removed: before it is opened, and afterwards."""
 _SECONDS = 10.0
 _ATTEMPTS = 5
+_TICK = 0.01
+"""Seconds: the longest tick (CONFIG_HZ=100) of the clock by which file systems stamp writes; before Linux 6.13 all."""
 
 
 def copy_state(paths: Paths, name: str, daemon: int | None, copy: Callable[[], T]) -> T:
@@ -47,6 +49,7 @@ def copy_state(paths: Paths, name: str, daemon: int | None, copy: Callable[[], T
             with _frozen(cages):
                 _sync(Path(f"/proc/{daemon}/root{paths.state / name}"))
                 before = _signs(image)
+                time.sleep(_TICK)  # what is written from here on has another time
                 made = copy()
                 if before == _signs(image) and cages == _cages(paths, name):
                     return made
