@@ -12,6 +12,8 @@ TYPE_CHECKING = False  # typing, which has it too, takes longer to import than a
 if TYPE_CHECKING:
     pass
 
+SILENT_ENDS = ("exit", "signal")
+"""Of a command: its exit code says all, and nothing is printed."""
 _STREAMS = (0, 1, 2)
 
 

@@ -123,13 +123,17 @@ class Daemon:
         return [json.loads(line) for line in written[: written.rfind(b"\n") + 1].splitlines()]
 
     def service_pid(self, module: str, *, missing_ok: bool = False) -> int:
-        """The pid of one of this daemon's processes, found among the supervisor's children."""
+        """The pid of one of this daemon's processes, found among the supervisor's children.
+
+        The process that is parked for the next cage has the launcher's command line, and a PID namespace of its own.
+        """
         assert self.process is not None
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):
                 words = (entry / "cmdline").read_bytes().split(b"\0")
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                if parent == self.process.pid and any(module.encode() in word for word in words):
+                named = parent == self.process.pid and any(module.encode() in word for word in words)
+                if named and os.path.samefile(entry / "ns/pid", f"/proc/{self.process.pid}/ns/pid"):
                     return int(entry.name)
         if missing_ok:
             return 0
