@@ -131,7 +131,9 @@ class WarmPool:
         self._disposals: set[asyncio.Task[None]] = set()
 
     async def take(self, layers: frozenset[str], network: NetworkPolicy) -> Spare:
-        """A spare for a cage with these layers: the one that waits if it fits, or a new one, with this one's rules.
+        """A spare for a cage with these layers: the one that waits if it fits, or a new one, without network rules.
+
+        The taker's own are loaded while the cage enters the rest, which is sooner than to wait for them here.
 
         Raises ConfinementError when this host cannot make it, UnavailableError while the launcher is away.
         """
@@ -143,7 +145,7 @@ class WarmPool:
                 if spare.layers == layers and spare.usable:
                     return spare
                 self._dispose(making)
-        return await self._made(self._begin(layers, hurried=True))
+        return await self._made(self._begin(layers, hurried=True, rules=False))
 
     async def _made(self, making: asyncio.Task[Spare]) -> Spare:
         """Wait for one; a taker that is cancelled does not end what is being made, which the next one gets."""
@@ -155,7 +157,7 @@ class WarmPool:
 
     def adopt(self, parking: Parking) -> None:
         """Go on with one whose process the launcher was asked for; before anything else."""
-        self._waiting = self._run(_make_spare(self._launcher(), parking, self._network, hurried=False))
+        self._waiting = self._run(_make_spare(self._launcher(), parking, self._rules(), hurried=False))
 
     def begin(self, layers: frozenset[str], *, hurried: bool = False) -> None:
         """Make one now, in the background, unless one waits already. ``hurried``: it may be taken at once."""
@@ -193,15 +195,21 @@ class WarmPool:
         """Make spares again after ``close``."""
         self._closed = False
 
-    def _begin(self, layers: frozenset[str], *, hurried: bool) -> asyncio.Task[Spare]:
-        return self._run(self._make(layers, hurried=hurried))
+    def _begin(self, layers: frozenset[str], *, hurried: bool, rules: bool = True) -> asyncio.Task[Spare]:
+        return self._run(self._make(layers, hurried=hurried, rules=rules))
 
     def _run(self, work: Coroutine[Any, Any, Spare]) -> asyncio.Task[Spare]:
         return self._tasks.run("making of a spare", work, expected=_EXPECTED)
 
-    async def _make(self, layers: frozenset[str], *, hurried: bool) -> Spare:
+    async def _make(self, layers: frozenset[str], *, hurried: bool, rules: bool = True) -> Spare:
         parking = new_parking(self._journal, self._subtree, layers)
-        return await _make_spare(self._launcher(), parking, self._network, hurried=hurried)
+        return await _make_spare(self._launcher(), parking, self._rules() if rules else None, hurried=hurried)
+
+    def _rules(self) -> NetworkPolicy:
+        """The policy whose rules a network gets ahead: the last taker's, or one that lets nothing out."""
+        from isolator.policy.model import NetworkPolicy
+
+        return self._network or NetworkPolicy(mode="none")
 
     def _give_back(self, making: asyncio.Task[Spare]) -> None:
         if self._waiting is None and not self._closed:
@@ -222,16 +230,14 @@ class WarmPool:
         task.add_done_callback(self._disposals.discard)
 
 
-async def _make_spare(launcher: Launcher, parking: Parking, network: NetworkPolicy | None, *, hurried: bool) -> Spare:
-    """A new spare, with the rules of ``network``, by default none that lets anything out.
+async def _make_spare(launcher: Launcher, parking: Parking, rules: NetworkPolicy | None, *, hurried: bool) -> Spare:
+    """A new spare, whose network has the rules of a policy, or none.
 
     Raises as ``WarmPool.take`` does, and nothing is left then, of what was made for it neither.
     Nobody cancels it: a process that was asked for comes, and a thread makes its network in any case.
     """
     from isolator.layers.network import namespace as network_layer
-    from isolator.policy.model import NetworkPolicy
 
-    rules = network or NetworkPolicy(mode="none")
     async with contextlib.AsyncExitStack() as undo:
         asking = asyncio.create_task(_ask(launcher, parking, hurried=hurried))
         undo.push_async_callback(_release_parked, asking, launcher, parking)

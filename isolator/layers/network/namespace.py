@@ -1,11 +1,11 @@
 """The content of the network layer: a namespace with only ``lo`` per cage, its ruleset, and the broker's sockets in it.
 
 ``make`` makes the namespace and the sockets, which are the same for every cage, in a thread of its own that unshares
-the network and ends: the namespace lives on in ``netns_fd`` and in the sockets. It loads a policy's ruleset, too; where
-the cage to come has another (``is_loaded``), nothing may run there until ``load`` has replaced it. The cage's process
-enters it with ``setns``; the broker gets the sockets, made inside but served from outside; whatever is not one of those
-sockets has no way out. When the last descriptor is closed the kernel removes the namespace with everything in it, so
-there is nothing to clear after a crash.
+the network and ends: the namespace lives on in ``netns_fd`` and in the sockets. It may load a policy's ruleset, too;
+where that is not the cage's own (``is_loaded``), nothing may run there until ``load`` has replaced it. The process of a
+cage enters it with ``setns``; the broker gets the sockets, made inside but served from outside; whatever is not one of
+those sockets has no way out. When the last descriptor is closed the kernel removes the namespace with everything in it,
+so there is nothing to clear after a crash.
 
 The kernel numbers each change of a namespace's rules (the generation): ``confirm`` asks whether it is still the one
 that loading made. ``watch`` reports a change when it happens, and reads the rules back, so that a change which was
@@ -68,17 +68,18 @@ class CageNetwork:
     """The ruleset as it was loaded, in nft's language."""
 
 
-def make(policy: NetworkPolicy) -> CageNetwork:
+def make(policy: NetworkPolicy | None = None) -> CageNetwork:
     """Make a namespace and the broker's sockets, and load the policy's ruleset, unless that fails; see ``is_loaded``.
 
     Raises ConfinementError. Safe in any thread; the caller's namespace does not change.
     """
-    text = _ruleset(policy)
+    text = _ruleset(policy) if policy is not None else ""
 
     def build() -> CageNetwork:
         network = _build()
-        with contextlib.suppress(OSError):  # ``load`` says why
-            _load(network, text)
+        if text:
+            with contextlib.suppress(OSError):  # ``load`` says why
+                _load(network, text)
         return network
 
     try:
