@@ -246,9 +246,9 @@ async def test_what_it_started_ends_with_it(shared_dir: Path) -> None:
 
 async def test_nothing_of_it_runs_once_it_is_silent(shared_dir: Path) -> None:
     """Pid 1 may still be on its way out then: the kernel takes its namespaces down."""
-    async with cage(shared_dir, ["sh", "-c", "while :; do echo x; done & while :; do echo y; done"]) as started:
-        while not started.out.stat().st_size:
-            await asyncio.sleep(0.01)
+    script = "echo ready; while :; do echo x; done & while :; do echo y; done"
+    async with cage(shared_dir, ["sh", "-c", script]) as started:
+        await _ready(started)
         await started.cage.processes.silence()
         assert {*started.cage.leaf.processes()} <= {started.cage.pid}
         written = started.out.stat().st_size

@@ -46,8 +46,8 @@ async def test_host_hears_of_the_end_before_the_removal_unless_something_may_sti
     monkeypatch.setattr(invocation, "_take_down", note("removed"))
     monkeypatch.setattr(invocation, "_record_end", lambda *_: seen.append("recorded"))
     monkeypatch.setattr(invocation, "_tell_host", lambda *_: seen.append("told"))
-    processes = SimpleNamespace(silence=note("silenced"))
-    run: Any = SimpleNamespace(ended=note("ended", end), origin=Origin.PLUGIN, cage=SimpleNamespace(processes=processes))
+    cage = SimpleNamespace(processes=SimpleNamespace(silence=note("silenced")))
+    run: Any = SimpleNamespace(ended=note("ended", end), origin=Origin.PLUGIN, cage=cage)
     await asyncio.wait([asyncio.create_task(invocation.watch(run))])
     last = ["removed", "told"] if fault else ["told", "removed"]
     assert seen == ["waited", "ended", "recorded", "silenced", *last]
