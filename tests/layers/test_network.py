@@ -33,7 +33,7 @@ def make() -> Iterator[Make]:
     made: list[network.CageNetwork] = []
 
     def prepare(policy: NetworkPolicy) -> network.CageNetwork:
-        made.append(network.prepare(policy, prefix="iso:test"))
+        made.append(network.prepare(policy))
         return made[-1]
 
     yield prepare
@@ -244,17 +244,17 @@ def test_a_flood_is_sampled_and_still_counted(make: Make) -> None:
 @pytest.mark.vm
 def test_confirm_notices_a_flushed_and_a_changed_ruleset(make: Make) -> None:
     cage = make(LISTED)
-    network.confirm(cage)
+    network.confirm(cage, LISTED)
 
     def nft(command: str) -> None:
         netns.in_network(cage.netns_fd, lambda: subprocess.run(["nft", *command.split()], check=True))
 
     nft("insert rule inet isolator final accept")
     with pytest.raises(ConfinementError, match="changed"):
-        network.confirm(cage)
+        network.confirm(cage, LISTED)
     nft("flush ruleset")
     with pytest.raises(ConfinementError, match="empty"):
-        network.confirm(cage)
+        network.confirm(cage, LISTED)
 
 
 def test_confirm_accepts_a_change_that_was_undone(make: Make) -> None:
@@ -263,7 +263,7 @@ def test_confirm_accepts_a_change_that_was_undone(make: Make) -> None:
     for cage in (make(LISTED), make(LISTED)):
         network.watch(cage)
         netns.in_network(cage.netns_fd, lambda: subprocess.run(nft, check=True))
-        network.confirm(cage)
+        network.confirm(cage, LISTED)
 
 
 def test_a_change_before_anybody_watched_counts(make: Make) -> None:
@@ -272,19 +272,19 @@ def test_a_change_before_anybody_watched_counts(make: Make) -> None:
     netns.in_network(cage.netns_fd, lambda: subprocess.run(nft, check=True))
     network.watch(cage)
     with pytest.raises(ConfinementError, match="changed"):
-        network.confirm(cage)
+        network.confirm(cage, LISTED)
 
 
 def test_a_watch_reports_a_change(make: Make) -> None:
     cage = make(LISTED)
     told = select.poll()
     told.register(network.watch(cage), select.POLLIN)
-    network.confirm(cage)
+    network.confirm(cage, LISTED)
     assert not told.poll(0)
     netns.in_network(cage.netns_fd, lambda: subprocess.run(["nft", "flush", "ruleset"], check=True))
     assert told.poll(seconds(2) * 1000)
     with pytest.raises(ConfinementError, match="empty"):
-        network.confirm(cage)
+        network.confirm(cage, LISTED)
     assert not told.poll(0), "it has read what it was told"
 
 
@@ -293,7 +293,7 @@ def test_more_changes_than_a_watch_has_room_for_are_one_change(make: Make) -> No
     network.watch(cage)
     nft = "; ".join(["add table inet other", "delete table inet other"] * 2000)
     netns.in_network(cage.netns_fd, lambda: subprocess.run(["nft", "-f", "-"], input=nft, text=True, check=True))
-    network.confirm(cage)
+    network.confirm(cage, LISTED)
 
 
 def test_settled_network_is_reached_through_its_socket(make: Make) -> None:
@@ -302,7 +302,7 @@ def test_settled_network_is_reached_through_its_socket(make: Make) -> None:
     (inside,) = network.connectors(cage, 1)
     with socket.socket(fileno=inside) as sock, pytest.raises(ConnectionRefusedError):
         sock.connect(("127.0.0.1", 9))
-    network.confirm(cage)
+    network.confirm(cage, LISTED)
     network.release(cage)
     with pytest.raises(UnavailableError, match="has ended"):
         network.connectors(cage, 1)
@@ -337,8 +337,8 @@ def test_a_port_below_1024_needs_no_privilege_inside(make: Make) -> None:
 def test_the_callers_namespace_is_untouched_and_nothing_leaks() -> None:
     before = os.readlink("/proc/self/ns/net"), len(os.listdir("/proc/self/fd"))
     for _ in range(5):
-        cage = network.prepare(PUBLIC, prefix="x")
-        network.confirm(cage)
+        cage = network.prepare(PUBLIC)
+        network.confirm(cage, PUBLIC)
         network.release(cage)
         network.release(cage)
     assert (os.readlink("/proc/self/ns/net"), len(os.listdir("/proc/self/fd"))) == before
@@ -348,32 +348,60 @@ def test_a_failed_prepare_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     before = len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(network, "RESOLVER", "999.1.1.1")
     with pytest.raises(ConfinementError):
-        network.prepare(PUBLIC, prefix="x")
+        network.prepare(PUBLIC)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_prefix_cannot_end_the_rule_it_stands_in() -> None:
-    cage = network.prepare(NetworkPolicy(mode="none"), prefix='x" accept; #' + "y" * 300)
-    try:
-        assert connect(cage, "1.1.1.1", 443) == "ECONNREFUSED"
-        assert [item.kind for item in denials(cage)] == ["refused"]
-    finally:
-        network.release(cage)
+def test_rules_of_two_cages_with_one_policy_are_the_same(make: Make) -> None:
+    one, other = make(LISTED), make(LISTED)
+    assert one.loaded == other.loaded
+    assert network.is_loaded(one, LISTED) and not network.is_loaded(one, PUBLIC)
+
+
+def test_rules_that_were_loaded_ahead_give_way_to_others(make: Make) -> None:
+    cage = make(PUBLIC)
+    with pytest.raises(ConfinementError, match="of another policy"):
+        network.confirm(cage, LISTED)
+    network.load(cage, LISTED)
+    assert network.is_loaded(cage, LISTED)
+    assert connect(cage, "1.1.1.1", 443) == "ECONNREFUSED"
+    assert connect(cage, "9.9.9.9", 8080) == "ok"
+    network.confirm(cage, LISTED)
+
+
+def test_rules_that_somebody_has_changed_are_not_taken_for_loaded(make: Make) -> None:
+    cage = make(LISTED)
+    netns.in_network(cage.netns_fd, lambda: subprocess.run(["nft", "flush", "ruleset"], check=True))
+    assert not network.is_loaded(cage, LISTED)
+    network.load(cage, LISTED)
+    network.confirm(cage, LISTED)
+
+
+def test_rules_that_cannot_be_loaded_ahead_are_refused_when_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(network, "_ruleset", lambda policy: "add nonsense")
+    cage = network.make(PUBLIC)
+    assert not network.is_loaded(cage, PUBLIC)
+    with pytest.raises(ConfinementError, match="syntax"):
+        network.load(cage, PUBLIC)
+    network.release(cage)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_rule_that_makes_no_sense_stops_the_start() -> None:
     with pytest.raises(UsageError):
-        network.prepare(NetworkPolicy(mode="listed", egress=(EgressRule(host="a b", ports=(1,)),)), prefix="x")
+        network.prepare(NetworkPolicy(mode="listed", egress=(EgressRule(host="a b", ports=(1,)),)))
 
 
 def test_many_different_rules_still_load(make: Make) -> None:
     rules = [f"n{i}.example.com:{443 + i},{1000 + i}" for i in range(60)] + [
         f"11.{i}.0.0/16:{i + 1}" for i in range(60)
     ]
-    cage = make(listed(*rules, connects_per_second=1000, connect_burst=1000))
+    policy = listed(*rules, connects_per_second=1000, connect_burst=1000)
+    cage = make(policy)
     assert connect(cage, "11.7.1.1", 8) == "ok"
     assert connect(cage, "11.7.1.1", 9) == "ECONNREFUSED"
-    network.confirm(cage)
+    network.confirm(cage, policy)
 
 
 def test_check_reports_the_layer_as_enforced() -> None:
@@ -414,10 +442,10 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
 while os.dup(0) < 1500:
     pass
 before = len(os.listdir("/proc/self/fd"))
-made = network.prepare(NetworkPolicy(), prefix="many")
-network.confirm(made)
+made = network.prepare(NetworkPolicy())
+network.confirm(made, NetworkPolicy())
 network.watch(made)
-network.confirm(made)
+network.confirm(made, NetworkPolicy())
 assert os.read(0, 1) == b"x"  # only the threads' copies of the table lost it
 network.release(made)
 print("closed", len(os.listdir("/proc/self/fd")) - before)

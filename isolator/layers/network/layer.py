@@ -74,15 +74,23 @@ class Network(Layer):
             return f"May connect to {PUBLIC}{besides}; {never}; names it asks for leave this host.{way}{sni}{inbound}"
         return f"May connect to {listing(listed)} and to nothing else; {never}.{way}{sni}{inbound}"
 
+    def is_loaded(self, spec: CageSpec) -> bool:
+        """Whether the policy's rules are in force already."""
+        from isolator.layers.network import namespace
+
+        assert self.network is not None
+        return namespace.is_loaded(self.network, spec.policy.network)
+
     def load(self, spec: CageSpec) -> None:
         """Put the policy's rules in force: after ``prepare``, before the exec. Blocks; safe in any thread."""
         from isolator.layers.network import namespace
 
         assert self.network is not None
-        namespace.load(self.network, spec.policy.network, prefix=spec.name)
+        namespace.load(self.network, spec.policy.network)
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         assert self.network is not None
+        self._policy = spec.policy.network
         plan.fds["netns"] = self.network.netns_fd
         plan.add(NetworkSection())
 
@@ -95,7 +103,7 @@ class Network(Layer):
     def adopt(self, spec: CageSpec, kept: Kept) -> None:
         from isolator.layers.network import namespace
 
-        self.network = namespace.adopt(kept)
+        self.network, self._policy = namespace.adopt(kept), spec.policy.network
 
     def confirm(self, process: Process) -> None:
         from isolator.layers.network import namespace
@@ -104,7 +112,7 @@ class Network(Layer):
         wanted, found = f"net:[{self.network.inode}]", process.namespace("net")
         if found != wanted:
             raise mismatch(self.name, "network namespace", wanted, found)
-        namespace.confirm(self.network)
+        namespace.confirm(self.network, self._policy)
 
     def release(self) -> None:
         from isolator.layers.network import namespace
