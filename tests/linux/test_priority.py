@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from isolator.linux.priority import FIRST, go_as_far_forward_as, go_behind, go_first, take_turns
+from isolator.linux.priority import (
+    FIRST,
+    SLICE_NS,
+    ask_for_little,
+    go_as_far_forward_as,
+    go_behind,
+    go_first,
+    take_turns,
+)
+from tests.support.slices import slice_of
 
 
 def nice() -> int:
@@ -108,3 +117,28 @@ def test_real_time_policy_is_given_up() -> None:
     if found == "none here":
         pytest.skip("this container allows no real-time policy")
     assert found == str(os.SCHED_OTHER)
+
+
+def test_slice_is_the_shortest_and_inherited_and_nothing_else_changes() -> None:
+    def work() -> object:
+        before = (nice(), os.sched_getscheduler(0))
+        ask_for_little()
+        return [
+            slice_of(os.getpid()),
+            in_a_child(lambda: slice_of(os.getpid())),
+            (nice(), os.sched_getscheduler(0)) == before,
+        ]
+
+    slice_of(os.getpid())  # a child cannot skip the test
+    assert begun_with(3, work) == str([SLICE_NS, str(SLICE_NS), True])
+
+
+def test_slice_needs_no_privilege_and_stays_with_precedence() -> None:
+    def work() -> object:
+        go_first()
+        os.setresuid(65534, 65534, 65534)
+        ask_for_little()
+        return [slice_of(os.getpid()), nice(), bool(os.sched_getscheduler(0) & os.SCHED_RESET_ON_FORK)]
+
+    slice_of(os.getpid())  # a child cannot skip the test
+    assert in_a_child(work) == str([SLICE_NS, FIRST, True])
