@@ -38,7 +38,7 @@ from isolator.linux import successor
 from isolator.linux.coredump import leave_memory_out
 from isolator.linux.descriptors import close_all, open_standard_streams
 from isolator.linux.namespaces import CLONE_PARENT, NAMESPACE_FILES, clone3
-from isolator.linux.priority import ask_for_little, take_turns
+from isolator.linux.priority import take_turns
 
 
 def serve(sock: socket.socket) -> None:
@@ -125,7 +125,6 @@ def run(sock: socket.socket) -> None:
     try:
         leave_memory_out()  # every cage inherits it
         take_turns()  # this, too
-        ask_for_little()  # so that no cage that computes keeps another, or the host, waiting for a tick
         build_template()
         learn_parts()
         successor.learn()

@@ -22,7 +22,7 @@ from isolator.linux._libc import syscall
 FIRST = -5
 """Nice value of whoever goes first: three times the share of what has none, where both want the whole processor."""
 SLICE_NS = 100_000
-"""Nanoseconds of processor time that somebody asks for at a time who is to run soon: the least that the kernel takes."""
+"""Nanoseconds of processor time that somebody asks for at a time who is to run soon: the kernel takes no less."""
 _AUTOGROUP = "/proc/self/autogroup"
 _ORDINARY = (os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE)
 
@@ -55,9 +55,14 @@ def go_behind(steps: int) -> None:
 
 
 def take_turns() -> None:
-    """Give up every precedence, a real-time policy included; a nice value above 0 stays."""
+    """Give up every precedence, a real-time policy and a slice included; a nice value above 0 stays.
+
+    Many threads with short slices that are woken all the time would interrupt whoever has none, threads of the kernel
+    included: a delivery, which waits for a disk, took ten times as long beside a plugin that sends single bytes.
+    """
     if os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK not in _ORDINARY:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    _ask_for(0)
     go_behind(0)
 
 
@@ -66,12 +71,17 @@ def ask_for_little() -> None:
 
     Nobody's share changes by it, and no privilege is needed. A kernel of before 6.12 has one slice for all.
     """
+    _ask_for(SLICE_NS)
+
+
+def _ask_for(nanoseconds: int) -> None:
+    """Set the slice of the calling thread; 0 for the kernel's own."""
     attributes = _Attributes()
     size = ctypes.sizeof(attributes)
     with contextlib.suppress(OSError):  # not in this container
         syscall("sched_getattr", 0, ctypes.byref(attributes), size, 0)
         if attributes.policy in _ORDINARY:
-            attributes.runtime_ns = SLICE_NS
+            attributes.runtime_ns = nanoseconds
             syscall("sched_setattr", 0, ctypes.byref(attributes), 0)
 
 

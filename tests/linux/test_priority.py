@@ -92,6 +92,11 @@ def test_precedence_is_given_up_and_a_value_behind_others_stays(before: int, aft
     assert begun_with(before, lambda: (take_turns(), nice())[1]) == str(after)
 
 
+def test_slice_is_given_up() -> None:
+    own = slice_of(os.getpid())
+    assert in_a_child(lambda: (ask_for_little(), take_turns(), slice_of(os.getpid()))[-1]) == str(own)
+
+
 @pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel groups no sessions")
 @pytest.mark.parametrize(("leads", "after"), [(True, f"nice {FIRST}"), (False, "nice 0")])
 def test_session_that_is_its_own_gets_the_precedence_too(leads: bool, after: str) -> None:
