@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import struct
 
 from isolator.linux._libc import syscall
 
@@ -23,6 +24,7 @@ FIRST = -5
 """Nice value of whoever goes first: three times the share of what has none, where both want the whole processor."""
 SLICE_NS = 100_000
 """Nanoseconds of processor time that somebody asks for at a time who is to run soon: the kernel takes no less."""
+_ATTRIBUTES, _POLICY, _RUNTIME = 48, struct.Struct("=I"), struct.Struct("=Q")  # struct sched_attr of Linux 3.14
 _AUTOGROUP = "/proc/self/autogroup"
 _ORDINARY = (os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE)
 
@@ -76,28 +78,12 @@ def ask_for_little() -> None:
 
 def _ask_for(nanoseconds: int) -> None:
     """Set the slice of the calling thread; 0 for the kernel's own."""
-    attributes = _Attributes()
-    size = ctypes.sizeof(attributes)
+    attributes = ctypes.create_string_buffer(_ATTRIBUTES)
     with contextlib.suppress(OSError):  # not in this container
-        syscall("sched_getattr", 0, ctypes.byref(attributes), size, 0)
-        if attributes.policy in _ORDINARY:
-            attributes.runtime_ns = nanoseconds
-            syscall("sched_setattr", 0, ctypes.byref(attributes), 0)
-
-
-class _Attributes(ctypes.Structure):
-    """struct sched_attr of Linux 3.14 (linux/sched/types.h)."""
-
-    _fields_ = (
-        ("size", ctypes.c_uint32),
-        ("policy", ctypes.c_uint32),
-        ("flags", ctypes.c_uint64),
-        ("nice", ctypes.c_int32),
-        ("priority", ctypes.c_uint32),
-        ("runtime_ns", ctypes.c_uint64),
-        ("deadline_ns", ctypes.c_uint64),
-        ("period_ns", ctypes.c_uint64),
-    )
+        syscall("sched_getattr", 0, attributes, _ATTRIBUTES, 0)
+        if _POLICY.unpack_from(attributes, 4)[0] in _ORDINARY:
+            _RUNTIME.pack_into(attributes, 24, nanoseconds)
+            syscall("sched_setattr", 0, attributes, 0)
 
 
 def _set(nice: int) -> None:
