@@ -5,26 +5,15 @@ starts, and a cage begins without any, whatever the daemon was started with.
 
 Between processes of different sessions the kernel goes by the nice values of their autogroups (sched(7)), if it has any
 and the root of the cpu hierarchy is where they are; a process's own counts within its session. A leader sets both.
-
-How soon somebody runs who is woken is another matter than his share. A long computation may keep a processor until its
-slice is over, or until the next tick, up to 4 ms. One whose slice is shorter interrupts it, unless he has had more than
-his share already (EEVDF, Linux 6.12 and later; the slice of a group is the shortest of those in it).
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import struct
-
-from isolator.linux._libc import syscall
 
 FIRST = -5
 """Nice value of whoever goes first: three times the share of what has none, where both want the whole processor."""
-SLICE_NS = 100_000
-"""Nanoseconds of processor time that somebody asks for at a time who is to run soon: the kernel takes no less."""
-_ATTRIBUTES, _POLICY, _RUNTIME = 48, struct.Struct("=I"), struct.Struct("=Q")  # struct sched_attr of Linux 3.14
 _AUTOGROUP = "/proc/self/autogroup"
 _ORDINARY = (os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE)
 
@@ -57,33 +46,10 @@ def go_behind(steps: int) -> None:
 
 
 def take_turns() -> None:
-    """Give up every precedence, a real-time policy and a slice included; a nice value above 0 stays.
-
-    Many threads with short slices that are woken all the time would interrupt whoever has none, threads of the kernel
-    included: a delivery, which waits for a disk, took ten times as long beside a plugin that sends single bytes.
-    """
+    """Give up every precedence, a real-time policy included; a nice value above 0 stays."""
     if os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK not in _ORDINARY:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-    _ask_for(0)
     go_behind(0)
-
-
-def ask_for_little() -> None:
-    """Have the calling thread, and whoever it starts, run soon when woken: its slice is as short as can be.
-
-    Nobody's share changes by it, and no privilege is needed. A kernel of before 6.12 has one slice for all.
-    """
-    _ask_for(SLICE_NS)
-
-
-def _ask_for(nanoseconds: int) -> None:
-    """Set the slice of the calling thread; 0 for the kernel's own."""
-    attributes = ctypes.create_string_buffer(_ATTRIBUTES)
-    with contextlib.suppress(OSError):  # not in this container
-        syscall("sched_getattr", 0, attributes, _ATTRIBUTES, 0)
-        if _POLICY.unpack_from(attributes, 4)[0] in _ORDINARY:
-            _RUNTIME.pack_into(attributes, 24, nanoseconds)
-            syscall("sched_setattr", 0, attributes, 0)
 
 
 def _set(nice: int) -> None:

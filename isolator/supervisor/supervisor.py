@@ -32,7 +32,7 @@ from isolator.layers.ledger import check_in_a_copy, ledger, missing, optional_co
 from isolator.layers.seccomp.notifier import SeccompNotifier
 from isolator.linux.child import Child, ended
 from isolator.linux.files import remove_tree
-from isolator.linux.priority import ask_for_little, go_first
+from isolator.linux.priority import go_first
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig, without_trail
 from isolator.recovery import daemon as recovery
@@ -127,7 +127,6 @@ async def running_daemon(
             stack.callback(kept_by.close)
         if "cpu" not in subtree.on_v2:  # where it is, the services' groups have a greater weight: Leaf.prefer
             go_first()
-        ask_for_little()
         stack.callback(journal.forget, "subtree")
         stack.callback(subtree.remove)
         runtime = CageRuntime(Launcher(), journal, subtree, keep_warm=True)

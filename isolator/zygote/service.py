@@ -26,7 +26,7 @@ from isolator.base.lean import import_asyncio
 from isolator.ipc.packet import receive_packet, send_packet
 from isolator.linux.arguments import overwrite_arguments
 from isolator.linux.descriptors import close_all, open_standard_streams
-from isolator.linux.priority import ask_for_little, go_as_far_forward_as
+from isolator.linux.priority import go_as_far_forward_as
 from isolator.linux.sibling import fork_sibling
 from isolator.linux.unprivileged import drop_privileges, inherited, module_command
 
@@ -63,7 +63,6 @@ class Service:
         """Become the service; returns when its ``main`` does. Raises OSError before anything of it is imported."""
         os.setsid()
         go_as_far_forward_as(self._nice)
-        ask_for_little()
         drop_privileges(self._uid, self._gid)
         command = module_command(self._module, self._descriptors)
         overwrite_arguments("\0".join(command))

@@ -10,16 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from isolator.linux.priority import (
-    FIRST,
-    SLICE_NS,
-    ask_for_little,
-    go_as_far_forward_as,
-    go_behind,
-    go_first,
-    take_turns,
-)
-from tests.support.slices import slice_of
+from isolator.linux.priority import FIRST, go_as_far_forward_as, go_behind, go_first, take_turns
 
 
 def nice() -> int:
@@ -92,11 +83,6 @@ def test_precedence_is_given_up_and_a_value_behind_others_stays(before: int, aft
     assert begun_with(before, lambda: (take_turns(), nice())[1]) == str(after)
 
 
-def test_slice_is_given_up() -> None:
-    own = slice_of(os.getpid())
-    assert in_a_child(lambda: (ask_for_little(), take_turns(), slice_of(os.getpid()))[-1]) == str(own)
-
-
 @pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel groups no sessions")
 @pytest.mark.parametrize(("leads", "after"), [(True, f"nice {FIRST}"), (False, "nice 0")])
 def test_session_that_is_its_own_gets_the_precedence_too(leads: bool, after: str) -> None:
@@ -122,28 +108,3 @@ def test_real_time_policy_is_given_up() -> None:
     if found == "none here":
         pytest.skip("this container allows no real-time policy")
     assert found == str(os.SCHED_OTHER)
-
-
-def test_slice_is_the_shortest_and_inherited_and_nothing_else_changes() -> None:
-    def work() -> object:
-        before = (nice(), os.sched_getscheduler(0))
-        ask_for_little()
-        return [
-            slice_of(os.getpid()),
-            in_a_child(lambda: slice_of(os.getpid())),
-            (nice(), os.sched_getscheduler(0)) == before,
-        ]
-
-    slice_of(os.getpid())  # a child cannot skip the test
-    assert begun_with(3, work) == str([SLICE_NS, str(SLICE_NS), True])
-
-
-def test_slice_needs_no_privilege_and_stays_with_precedence() -> None:
-    def work() -> object:
-        go_first()
-        os.setresuid(65534, 65534, 65534)
-        ask_for_little()
-        return [slice_of(os.getpid()), nice(), bool(os.sched_getscheduler(0) & os.SCHED_RESET_ON_FORK)]
-
-    slice_of(os.getpid())  # a child cannot skip the test
-    assert in_a_child(work) == str([SLICE_NS, FIRST, True])

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from isolator.layers.cgroup.subtree import find_hierarchies
-from isolator.linux.priority import FIRST, SLICE_NS
+from isolator.linux.priority import FIRST
 from tests.support.cage_fixture import leaves
-from tests.support.slices import slice_of
 from tests.system.daemon import Daemon, alive, daemon, wait_for, write_plugin
 
 SERVICES = ("audit", "broker", "host")
@@ -42,14 +40,14 @@ def of_services(d: Daemon) -> list[int]:
     return [nice(d.process.pid), *(nice(d.service_pid(f"{name}.service")) for name in SERVICES)]
 
 
-def of_cages(d: Daemon, plugin: str, figure: Callable[[int], int] = nice) -> set[int]:
-    """A figure of a plugin's processes, of the launcher, and of what a plugin could become."""
+def of_cages(d: Daemon, plugin: str) -> set[int]:
+    """The nice values of a plugin's processes, of the launcher, and of what a plugin could become."""
     pid = d.json("plugin", "show", plugin)["pid"]
-    found = {figure(pid), figure(d.service_pid("isolator.launcher.server"))}
-    found |= {figure(int(child)) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+    found = {nice(pid), nice(d.service_pid("isolator.launcher.server"))}
+    found |= {nice(int(child)) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
     for spare in (spare for group in leaves(d.root) for spare in group.glob("_spare.*")):
         with contextlib.suppress(OSError):  # it is somebody's cage by now
-            found |= {figure(int(one)) for one in (spare / "cgroup.procs").read_text().split()}
+            found |= {nice(int(one)) for one in (spare / "cgroup.procs").read_text().split()}
     return found
 
 
@@ -73,15 +71,3 @@ def test_services_go_before_plugins_and_still_do_after_a_reload(shared_dir: Path
         d.cli("plugin", "start", "two")
         assert of_services(d) == services
         assert of_cages(d, "one") == of_cages(d, "two") == {0}
-
-
-def test_services_run_soon_when_woken_and_no_plugin_has_their_slice(shared_dir: Path) -> None:
-    """Else many threads of a plugin could interrupt whoever has none, threads of the kernel too."""
-    with daemon() as d:
-        plugin = write_plugin(shared_dir / "one", sandbox={"filesystem": {"state": "4M"}})
-        d.cli("plugin", "add", str(plugin), "--yes")
-        d.cli("plugin", "start", "one")
-        assert d.process is not None
-        services = [d.process.pid, *(d.service_pid(f"{name}.service") for name in SERVICES)]
-        assert {slice_of(pid) for pid in services} == {SLICE_NS}
-        assert of_cages(d, "one", slice_of) == {slice_of(os.getpid())}

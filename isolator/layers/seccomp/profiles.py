@@ -36,7 +36,7 @@ _ALLOWED_NAMES = """
     recvmmsg recvmsg remap_file_pages removexattr rename renameat renameat2 restart_syscall rmdir rseq rt_sigaction
     rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait rt_tgsigqueueinfo
     sched_get_priority_max sched_get_priority_min sched_getaffinity sched_getattr sched_getparam sched_getscheduler
-    sched_rr_get_interval sched_setaffinity sched_setparam sched_setscheduler sched_yield select
+    sched_rr_get_interval sched_setaffinity sched_setattr sched_setparam sched_setscheduler sched_yield select
     semctl semget semop semtimedop sendfile sendmmsg sendmsg sendto set_robust_list set_thread_area set_tid_address
     setgid setgroups setitimer setpgid setpriority setregid setresgid setresuid setreuid setsid setuid
     setfsuid setfsgid setxattr shmat shmctl shmdt shutdown sigaltstack signalfd signalfd4 splice stat statfs statx
@@ -57,14 +57,12 @@ _DENIED_NAMES = """
     mq_getsetattr mq_notify mq_open mq_timedreceive mq_timedsend mq_unlink name_to_handle_at nfsservctl
     open_by_handle_at open_tree open_tree_attr perf_event_open pidfd_getfd pivot_root process_madvise
     process_mrelease process_vm_readv process_vm_writev ptrace putpmsg query_module quotactl quotactl_fd reboot
-    request_key sched_setattr seccomp security setdomainname sethostname setns settimeofday swapoff swapon sysfs
-    syslog tuxcall
+    request_key seccomp security setdomainname sethostname setns settimeofday swapoff swapon sysfs syslog tuxcall
     umount umount2 unshare uselib userfaultfd ustat vhangup vserver
 """
 _DENIED = tuple(_DENIED_NAMES.split())
 """Answered EPERM and recorded by name. Not among them: what programs ask ordinarily and do without, as on a kernel that
-lacks it: placing memory on NUMA nodes (mbind and its kin), statmount and listmount (they read mountinfo instead).
-sched_setattr sets the slice: with a short one many threads interrupt whoever has none, threads of the kernel too."""
+lacks it: placing memory on NUMA nodes (mbind and its kin), statmount and listmount (they read mountinfo instead)."""
 
 _CLONE_NEW = 0x20000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
 """Every namespace flag that clone(2) takes."""

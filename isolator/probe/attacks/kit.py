@@ -49,7 +49,6 @@ _OLD = {
     "quotactl": (179, 60),
     "reboot": (169, 142),
     "sethostname": (170, 161),
-    "sched_setattr": (314, 274),
     "setns": (308, 268),
     "shmctl": (31, 195),
     "shmget": (29, 194),

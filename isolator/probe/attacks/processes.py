@@ -9,7 +9,6 @@ import os
 import resource
 import signal
 import socket
-import struct
 import time
 from pathlib import Path
 
@@ -200,13 +199,6 @@ def raise_priority(promise: Promise) -> str:
 def real_time(promise: Promise) -> str:
     os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     return "SCHED_FIFO"
-
-
-@attempt("seccomp", "interrupt everybody else by a short slice")
-def short_slice(promise: Promise) -> str:
-    attributes = struct.pack("=IIQiIQQQ", 48, os.SCHED_OTHER, 0, 0, 0, 100_000, 0, 0)  # struct sched_attr
-    syscall("sched_setattr", 0, attributes, 0)
-    return "0.1 ms"
 
 
 @attempt("no_new_privs", "gain rights from a set-user-ID program")
