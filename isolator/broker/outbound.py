@@ -392,6 +392,8 @@ class Outbound:
                 return b""
             flow.first += b"" if again else part
             first = bytes(gate.feed(part))
+            if gate.pause:
+                await asyncio.sleep(gate.pause)
         return first
 
     def _read_refusals(self) -> None:

@@ -37,8 +37,8 @@ BULK = 512 * 1024
 SMALL = 32 * 1024
 BUDGET = 32 * 1024 * 1024
 """Bytes that all flows together may keep waiting; beyond it they read in small pieces."""
-WAKEUP = 20e-6
-"""Seconds of CPU time that the loop takes for one turn of a pipe, beside the turn itself."""
+WAKEUP = 40e-6
+"""Seconds of CPU time that one turn of a pipe costs beside itself: the loop's, and the wakeups at either end."""
 _LINGER_RESET = struct.pack("ii", 1, 0)
 _ROUNDS = 4
 _AT_ONCE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
@@ -287,9 +287,11 @@ class Pipe:
             asyncio.get_running_loop().call_soon(pipe._go_on)
 
     def _waits(self) -> bool:
-        if self.gate is None or not self.gate.waiting:
+        if self.gate is None or not (self.gate.waiting or self.gate.pause):
             return False
         self._read(False)
+        if not self.gate.waiting:
+            self._loop.call_later(self.gate.pause, self._turns.wait, self._in_turn)
         return True
 
     def _go_on(self) -> None:

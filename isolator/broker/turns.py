@@ -13,13 +13,17 @@ HOLD, LEAST = 0.001, 0.00025
 of its budget or more, and of one that has spent it."""
 PER_SECOND, AT_ONCE = 0.25, 0.25
 """Seconds of CPU time for carrying the bytes of one cage: a gigabyte or so for each second."""
+ENOUGH = 0.002
+"""Seconds of CPU time that there have to be again before a spent budget is used: what comes meanwhile, a byte at a time
+perhaps, is then read in one piece, and not at one wakeup of the broker for each."""
 
 
 class Turns:
     """Shares one cage's ``part`` of each turn of the event loop between its connections.
 
     Whoever finds the part ``over`` waits; in the next turn those who wait come first, one after the other. So what
-    another cage waits for grows with the number of cages that are busy, and not with their connections.
+    another cage waits for grows with the number of cages that are busy, and not with their connections. A turn begins
+    only once a part is used up: until then a cage of few or quiet connections costs the loop nothing.
 
     The cage also has a budget of the broker's CPU time, which no cap of its own counts. While that is spent, all wait;
     and the less is left of it the smaller is the part, as a burst is over soon and a flood never.
@@ -35,7 +39,7 @@ class Turns:
     @property
     def part(self) -> float:
         """Seconds of CPU time for the cage in one turn."""
-        return min(HOLD, max(LEAST, 2 * HOLD * self.budget.tokens / self.budget.burst))
+        return self._part(self.budget.tokens)
 
     @property
     def over(self) -> bool:
@@ -46,7 +50,8 @@ class Turns:
         """Count the CPU time of some work for the cage."""
         self._used += seconds
         self.budget.take(seconds)
-        self._plan()
+        if self._used_up:
+            self._plan()
 
     def wait(self, go_on: Callable[[], None]) -> None:
         """Call ``go_on`` in one of the next turns, after those that wait already."""
@@ -55,14 +60,18 @@ class Turns:
 
     @property
     def _used_up(self) -> bool:
-        return self.budget.tokens < 0 or self._used >= self.part
+        tokens = self.budget.tokens
+        return tokens < 0 or self._used >= self._part(tokens)
+
+    def _part(self, tokens: float) -> float:
+        return min(HOLD, max(LEAST, 2 * HOLD * tokens / self.budget.burst))
 
     def _plan(self) -> None:
         if not self._planned:
             self._planned = True
             loop = asyncio.get_running_loop()
             if self.budget.tokens < 0:
-                loop.call_later(self.budget.until(LEAST), self._next)
+                loop.call_later(self.budget.until(ENOUGH), self._next)
             else:
                 loop.call_soon(self._next)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from isolator.base.pacing import TokenBucket
-from isolator.broker.gate.gate import Gate
+from isolator.broker.gate.gate import FIRST_PAUSE, LONGEST_PAUSE, Gate
 from isolator.broker.gate.looking import ENOUGH, HOLD, LARGEST, READ, SMALLEST, Looking
 from isolator.broker.gate.tls import _RETRY
 from isolator.broker.guard import Denied, objection
@@ -372,6 +372,41 @@ async def test_what_comes_while_the_budget_is_spent_is_read_at_once(monkeypatch:
     clock[0] = 1.0
     assert await ends.hears(ends.server, len(GET)) == GET
     assert [size for size in read if size] == [len(GET)]
+    ends.close()
+
+
+def test_half_a_hello_that_comes_in_small_pieces_is_read_less_and_less_often() -> None:
+    one, pauses = gate(80), []
+    for at in range(8):
+        one.feed(GET[at : at + 1])
+        pauses.append(one.pause)
+    assert pauses == [min(LONGEST_PAUSE, FIRST_PAUSE * 2**at) for at in range(8)]
+    one.feed(b"")
+    assert not one.pause, "nothing has come: it is read on"
+    one.feed(GET[8:])
+    assert not one.pause
+    one.feed(GET[:1])
+    assert one.pause == FIRST_PAUSE, "the next request is another one"
+
+
+def test_half_a_hello_in_pieces_of_some_size_is_read_at_once() -> None:
+    one = gate(80)
+    for start in (b"GET / HTTP/1.1\r\n", *[b""] * 9):
+        one.feed(start + b"A: " + b"x" * SMALLEST + b"\r\n")
+        assert one.incomplete and not one.pause
+
+
+async def test_broker_is_not_woken_for_each_byte_of_a_hello(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isolator.broker.gate.gate.FIRST_PAUSE", LONGEST_PAUSE)
+    feed, read = Gate.feed, list[int]()
+    monkeypatch.setattr(Gate, "feed", lambda self, data: (read.append(len(data)), feed(self, data))[1])
+    ends, loop = Ends(gate(80)), asyncio.get_running_loop()
+    began = loop.time()
+    for at in range(len(GET)):
+        await ends.says(ends.client, GET[at : at + 1])
+        await asyncio.sleep(0.001)
+    assert await ends.hears(ends.server, len(GET)) == GET
+    assert sum(read) == len(GET) and len(read) <= 2 + (loop.time() - began) / LONGEST_PAUSE, read
     ends.close()
 
 

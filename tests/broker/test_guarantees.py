@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from isolator.broker.gate.gate import LONGEST_PAUSE
 from isolator.policy.denial import DenialRule
 from isolator.policy.model import AddressException, NetworkPolicy
 from tests.broker.conftest import MakeCage, assert_watched, listed
@@ -127,6 +128,35 @@ async def test_the_first_bytes_must_fit_the_name(
     assert await cage.client(f"{RAW}print({attempt})") in {"ECONNRESET", "closed"}
     denied = await broker.wait_for("net.denied", rule=rule)
     assert denied["name"] == "hooks.example.com" and denied["address"] == WEB
+
+
+@pytest.mark.parametrize("port", [80, 8080], ids=["first bytes are awaited", "the server may speak first"])
+async def test_request_a_byte_at_a_time_passes_and_does_not_wake_the_broker_for_each(
+    cages: MakeCage, broker: BrokerProcess, port: int
+) -> None:
+    cage = await cages(listed("hooks.example.com:80,8080"))
+    script = f"""
+import time
+data = b'GET / HTTP/1.1\\r\\nHost: hooks.example.com\\r\\nX: ' + b'x' * 1000 + b'\\r\\nConnection: close\\r\\n\\r\\n'
+with socket.create_connection(('hooks.example.com', {port}), 10) as s:
+    s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    began = time.monotonic()
+    for at in range(len(data)):
+        s.sendall(data[at:at + 1])
+        time.sleep(0.0005)
+    answer = s.recv(15)
+    print(answer.decode(), time.monotonic() - began)
+"""
+    before = _wakeups(broker)
+    *answer, took = (await cage.client(script)).split()
+    woken = _wakeups(broker) - before
+    assert answer == ["HTTP/1.1", "200", "OK"]
+    assert woken < 60 + 4 * float(took) / LONGEST_PAUSE
+
+
+def _wakeups(broker: BrokerProcess) -> int:
+    status = Path(f"/proc/{broker.process.pid}/status").read_text()
+    return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
 
 
 async def test_missing_server_name_can_be_allowed(cages: MakeCage) -> None:

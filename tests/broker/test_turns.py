@@ -12,7 +12,7 @@ import pytest
 from isolator.base.pacing import TokenBucket
 from isolator.broker import relay
 from isolator.broker.relay import WAKEUP, Pipe, Scratch
-from isolator.broker.turns import HOLD, LEAST, Turns
+from isolator.broker.turns import ENOUGH, HOLD, LEAST, Turns
 from isolator.ipc.fence import Fence
 from tests.support.timeouts import seconds
 
@@ -31,6 +31,18 @@ async def test_part_of_a_turn_is_used_up_and_there_again_in_the_next() -> None:
     assert not turns.over
     turns.took(HOLD / 2)
     assert turns.over
+    await asyncio.sleep(0)
+    assert not turns.over
+
+
+async def test_loop_is_not_woken_before_a_part_is_used_up() -> None:
+    turns = Turns()
+    for _ in range(3):
+        turns.took(HOLD / 4)
+        assert not turns._planned
+        await asyncio.sleep(0)
+    turns.took(HOLD / 4)
+    assert turns.over and turns._planned, "parts of several turns are one: others wait no longer than before"
     await asyncio.sleep(0)
     assert not turns.over
 
@@ -63,6 +75,14 @@ async def test_all_wait_while_the_budget_is_spent() -> None:
         while served != ["a", "b"]:  # noqa: ASYNC110 # a timer of the turns has to come
             await asyncio.sleep(0.001)
     assert turns.budget.tokens == pytest.approx(0.0)
+
+
+async def test_spent_budget_is_used_again_once_there_is_enough_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes meanwhile, a byte at a time perhaps, costs one wakeup of the broker and not many."""
+    turns, rests = Turns(TokenBucket(0.5, 1.0, clock=lambda: 0.0)), list[float]()
+    monkeypatch.setattr(asyncio.get_running_loop(), "call_later", lambda delay, *_: rests.append(delay))
+    turns.took(1.0 + HOLD)
+    assert rests == [pytest.approx((HOLD + ENOUGH) / 0.5)]
 
 
 def test_part_of_a_turn_is_the_smaller_the_less_is_left_of_the_budget() -> None:

@@ -18,7 +18,7 @@ import time
 from typing import Self
 
 from isolator.broker.gate.http import HttpState, HttpWatch
-from isolator.broker.gate.looking import Looking
+from isolator.broker.gate.looking import SMALLEST, Looking
 from isolator.broker.gate.tls import TlsState, TlsWatch
 from isolator.broker.gate.watch import Judge, Watch
 from isolator.broker.guard import Denied
@@ -26,6 +26,10 @@ from isolator.broker.sniff import Hello, Malformed, Sniffer, SnifferState
 from isolator.ipc.body import Body
 from isolator.ipc.succession import to_bytes, to_text
 from isolator.policy.denial import DenialRule
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.032
+"""Seconds before more of half a hello is read, once a piece of it was smaller than ``SMALLEST``: after that one, and at
+most; each piece doubles it. So one that comes a byte at a time does not wake the broker for each."""
 
 
 class GateState(Body):
@@ -51,6 +55,9 @@ class Gate:
         """Whether bytes have passed: the first hello fits, or it is another protocol's so far."""
         self.done = False
         """Whether everything passes from now on."""
+        self.pause = 0.0
+        """Seconds before more is to be read."""
+        self._next_pause = FIRST_PAUSE
 
     def pass_on(self) -> GateState:
         """The state for another broker, of a gate that is not done."""
@@ -100,6 +107,14 @@ class Gate:
         finally:
             if self.work is not None:
                 self.work.took(time.thread_time() - began, len(data))
+            self._pace(len(data))
+
+    def _pace(self, size: int) -> None:
+        self.pause = 0.0
+        if not self.incomplete:
+            self._next_pause = FIRST_PAUSE
+        elif 0 < size < SMALLEST or (size and self._next_pause > FIRST_PAUSE):
+            self.pause, self._next_pause = self._next_pause, min(LONGEST_PAUSE, 2 * self._next_pause)
 
     def answered(self, data: bytes | memoryview) -> bool:
         """Take note of the server's bytes, none at their end; False once they do not matter any more. Raises Denied.

@@ -50,10 +50,10 @@ class Looking:
     def took(self, seconds: float, size: int) -> None:
         """Count the CPU time of reading so many bytes."""
         self.budget.take(seconds + READ)
-        if not self._used:
-            asyncio.get_running_loop().call_soon(self._new_turn)
         self._used += seconds + READ
-        self.over = self._used >= HOLD
+        if self._used >= HOLD and not self.over:
+            self.over = True
+            asyncio.get_running_loop().call_soon(self._new_turn)
         if size and seconds > HOLD:
             self.piece = max(SMALLEST, int(min(size, self.piece) * HOLD / seconds))
         elif seconds < HOLD / 4 and size >= self.piece:
