@@ -154,7 +154,7 @@ class OneshotDelivery:
         """
         if self._turn.locked() or not self._sidecar.reached:
             return False
-        if self._prepared is None:
+        if self._prepared is None and not self._sidecar.connects_at_once:
             self._prepared = asyncio.get_running_loop().create_task(self._sidecar.connect())
         return True
 
