@@ -18,6 +18,7 @@ from host.delivery.stream import StreamDelivery
 from host.events import Catalogue
 from host.fence.fences import NO_LEASE
 from host.queue.interface import Delivery, Event
+from isolator.ipc.body import Message
 from isolator.ipc.fence import LOST, Fence
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.linux.boottime import boottime
@@ -43,6 +44,9 @@ class Plugin:
 
     def connect_soon(self, name: str, run: str) -> asyncio.Future[int]:
         return asyncio.ensure_future(self.connect(name, run))
+
+    def lend(self, name: str, run: str) -> asyncio.Future[Message]:
+        return asyncio.get_running_loop().create_future()  # each connection is asked for
 
 
 class Outcomes:
