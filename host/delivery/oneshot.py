@@ -154,9 +154,20 @@ class OneshotDelivery:
         """
         if self._turn.locked() or not self._sidecar.reached:
             return False
-        if self._prepared is None and not self._sidecar.connects_at_once:
-            self._prepared = asyncio.get_running_loop().create_task(self._sidecar.connect())
+        if self._prepared is None:
+            loop = asyncio.get_running_loop()
+            if self._sidecar.connects_at_once:
+                loop.call_soon(self._connect_ahead)  # when the sync is under way
+            else:
+                self._prepared = loop.create_task(self._sidecar.connect())
         return True
+
+    def _connect_ahead(self) -> None:
+        """Connect for the event that is being synced, in whose shadow that is; if it fails, it is tried again later."""
+        if self._prepared is None and not self._turn.locked() and self._sidecar.accepts:
+            made = self._sidecar.connect_at_once()
+            if made is not None:
+                self._keep(*made)
 
     def drop_prepared(self) -> None:
         """Close the prepared connection: its run has ended."""

@@ -76,6 +76,11 @@ class SidecarLink:
         """Whether a connection to the present run is most likely made without waiting for anybody."""
         return self._socket_file.leads_to(self.run)
 
+    def connect_at_once(self) -> tuple[socket.socket, str] | None:
+        """As ``connect``, if that is a matter of microseconds; None if it is not."""
+        sock = self._socket_file.connect(self.run)
+        return (sock, self.run) if sock is not None and self.run is not None else None
+
     async def connect(
         self, family: socket.AddressFamily = socket.AF_UNIX, *, lasting: bool = False
     ) -> tuple[socket.socket, str]:
@@ -84,10 +89,9 @@ class SidecarLink:
         One that is not ``lasting`` will be followed by others. Raises IsolatorError, NotSentError.
         """
         self._still_here()
-        sock = self._socket_file.connect(self.run)
-        if sock is not None:
-            assert self.run is not None
-            return sock, self.run
+        made = self.connect_at_once()
+        if made is not None:
+            return made
         self.connecting += 1
         try:
             run, fd = await self._connect(family)

@@ -14,10 +14,12 @@ import pytest
 
 from host.delivery import lent_socket
 from host.delivery.lent_socket import LentSocketFile
+from host.delivery.oneshot import OneshotDelivery
 from host.delivery.sidecar import SidecarLink
 from isolator.errors import UnavailableError
 from isolator.ipc.body import Message
-from isolator.ipc.fence import Fence
+from isolator.ipc.fence import LOST, Fence
+from isolator.linux.boottime import boottime
 
 ABSENT: Any = None
 
@@ -212,3 +214,47 @@ async def test_file_is_asked_for_where_connections_follow(plugin: SimpleNamespac
         assert (run, supervisor.connected) == ("run", 1)
         link.forget_run()
         assert not link.connects_at_once and not is_open(fd)
+
+
+async def test_connection_for_an_event_that_is_being_synced_is_made_and_kept(plugin: SimpleNamespace) -> None:
+    link = SidecarLink("x", cast("Any", plugin.supervisor), ABSENT, Fence())
+    oneshot = OneshotDelivery(link, ABSENT, ABSENT)
+    (await link.connect())[0].close()
+    plugin.server.accept()[0].close()
+    plugin.supervisor.answer()
+    await asyncio.sleep(0)
+    for _ in range(3):
+        assert oneshot.prepare()
+        await asyncio.sleep(0)
+    plugin.server.setblocking(False)
+    end, _ = plugin.server.accept()
+    with pytest.raises(BlockingIOError):
+        plugin.server.accept()
+    assert plugin.supervisor.connected == 1
+    sock, run = await oneshot._connection()
+    sock.send(b"event")
+    assert (end.recv(9), run) == (b"event", "run")
+    sock.close(), end.close()
+    link.forget_run()
+
+
+@pytest.mark.parametrize("why", ["it is paused", "the deadline has passed", "the run has ended"])
+async def test_no_connection_is_made_for_an_event_that_may_not_be_sent(plugin: SimpleNamespace, why: str) -> None:
+    link = SidecarLink("x", cast("Any", plugin.supervisor), ABSENT, Fence(boottime() + 600))
+    oneshot = OneshotDelivery(link, ABSENT, ABSENT)
+    (await link.connect())[0].close()
+    plugin.server.accept()[0].close()
+    plugin.supervisor.answer()
+    await asyncio.sleep(0)
+    assert oneshot.prepare()
+    if why == "it is paused":
+        link.paused = True
+    elif why == "the deadline has passed":
+        link.fence.move(LOST)
+    else:
+        link.forget_run()
+    await asyncio.sleep(0)
+    plugin.server.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        plugin.server.accept()
+    link.forget_run()

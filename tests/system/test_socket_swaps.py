@@ -135,7 +135,7 @@ def _lines(d: Daemon) -> list[str]:
 
 
 def _seen(d: Daemon) -> list[str]:
-    return [line.partition(" ")[0] for line in _lines(d)]
+    return [line.partition(" by ")[0] for line in _lines(d)]
 
 
 def _until_the_host_connects_by_itself(d: Daemon) -> None:
