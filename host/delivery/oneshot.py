@@ -102,7 +102,7 @@ class OneshotDelivery:
             self._keep(sock, run)  # until the pause is over, or whatever else it is
             raise
         exchange = Exchange(sock, request, plugin.timeout)
-        self._outcomes.begin(delivery, run, request, exchange.send, exchange.give_up)
+        self._outcomes.begin(delivery, run, request, exchange.send, exchange.give_up, exchange.listen)
         await self._finish(_Request(plugin, delivery, run, exchange))
 
     async def _finish(self, request: _Request) -> None:
@@ -132,6 +132,7 @@ class OneshotDelivery:
             sock, _ = await self._connection()
             ping = Exchange(sock, _PING, timeout)
             ping.send()
+            ping.listen()
             reply = await self._pong(ping)
         parse_object(reply)
 

@@ -56,11 +56,13 @@ class Outcomes:
         self.allowed = True
         self.concluded: list[str] = []
 
-    def begin(self, delivery: Any, run: str, request: bytes, send: Any, give_up: Any) -> None:
-        if self.allowed:
-            asyncio.get_running_loop().call_soon(send)
-        else:
-            asyncio.get_running_loop().call_soon(give_up, NO_LEASE)
+    def begin(self, delivery: Any, run: str, request: bytes, send: Any, give_up: Any, listen: Any = None) -> None:
+        def begin() -> None:
+            send() if self.allowed else give_up(NO_LEASE)
+            if listen is not None:
+                listen()
+
+        asyncio.get_running_loop().call_soon(begin)
 
     def conclude(self, plugin: Any, delivery: Any, run: str, outcome: Any, latency: int, *, broken: bool) -> None:
         self.concluded.append(outcome.kind)
