@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 _SECONDS = 10.0
 _ATTEMPTS = 5
+_TICK = 0.01
+"""Seconds: the longest tick (CONFIG_HZ=100) of the clock by which file systems stamp writes; before Linux 6.13 all."""
 
 
 def copy_state(paths: Paths, name: str, daemon: int | None, copy: Callable[[], T]) -> T:
@@ -43,6 +45,7 @@ def copy_state(paths: Paths, name: str, daemon: int | None, copy: Callable[[], T
         with contextlib.suppress(FileNotFoundError, ProcessLookupError), _frozen(cages):
             _sync(Path(f"/proc/{daemon}/root{paths.state / name}"))
             before = _signs(image)
+            time.sleep(_TICK)  # what is written from here on has another time
             made = copy()
             if before == _signs(image) and cages == _cages(paths, name):
                 return made

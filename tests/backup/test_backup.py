@@ -25,6 +25,7 @@ from isolator.backup.archive import Entry
 from isolator.backup.take import take
 from isolator.errors import IsolatorError
 from isolator.paths import Paths
+from tests.backup.plugins import BUSY
 from tests.support.timeouts import seconds
 from tests.system.daemon import ECHO, Daemon, daemon, event, wait_for, write_plugin
 
@@ -33,23 +34,6 @@ STATE = {"filesystem": {"state": "4M"}}
 CONFIG = {"token": {"type": "string", "required": True, "secret": True, "env": "TOKEN"}}
 STORE = "var/lib/isolator/plugins"
 TOKEN = "a-token-that-only-the-keys-open"
-BUSY = ECHO.replace(
-    "    while True:\n",
-    """\
-    import threading
-    def scribble():
-        number = 0
-        while True:
-            number += 1
-            with open(os.environ["PLUGIN_STATE_DIR"] + "/scribble", "w") as file:
-                file.write(str(number) * 5000)
-                file.flush()
-                os.fsync(file.fileno())
-    threading.Thread(target=scribble, daemon=True).start()
-    while True:
-""",
-    1,
-)
 
 
 @dataclass
@@ -94,7 +78,7 @@ def source() -> Iterator[Source]:
             d.cli("plugin", "add", str(folder), "--yes", "--config", f"token={TOKEN}")
         d.cli("plugin", "add", str(write_plugin(place / "later")), "--yes")
         d.cli("plugin", "disable", "later")
-        d.cli("event", "emit", "deploy.completed", event(0), "--wait", code=None)
+        deliver(d, 0)
         emitting = [d.begin("event", "emit", "deploy.completed", event(number)) for number in range(1, 9)]
         made = d.json("backup", str(place / "taken"), "--passphrase-file", str(passphrase))
         for one in emitting:
@@ -158,12 +142,18 @@ def test_restored_daemon_goes_on_and_delivers_nothing_that_had_ended(source: Sou
         assert not (d.root / "var/lib/isolator/restored").exists()
         # The plugin has its secret, or it would not start, and its state, under another uid.
         mine, theirs = (json.loads((r / STORE / "echo/plugin.state").read_text()) for r in (d.root, source.daemon.root))
-        answer = d.json("event", "emit", "deploy.completed", event("again"), "--wait", code=None)
-        assert (shown(d, answer["id"])["echo"], mine["uid"] != theirs["uid"]) == ("ok", True)
+        assert mine["uid"] != theirs["uid"]
+        deliver(d, "again")
         seen = d.root / "var/lib/isolator/state/echo/mnt/state/seen"
         assert seen.stat().st_uid == mine["uid"]
         assert {"d0", "dagain"} <= set(seen.read_text().split())
         assert d.stop() == 0
+
+
+def deliver(d: Daemon, number: int | str) -> None:
+    """Emit an event, and wait until echo has it; what a disabled plugin has of it waits on."""
+    emitted = d.json("event", "emit", "deploy.completed", event(number))["id"]
+    wait_for(lambda: shown(d, emitted)["echo"] == "ok")
 
 
 def shown(d: Daemon, event_id: str) -> dict[str, str]:
@@ -174,7 +164,7 @@ def test_backup_without_a_daemon_is_of_its_files(source: Source) -> None:
     with another_host() as first, folder_of_root() as place, another_host() as second:
         assert source.restore(first.root).returncode == 0
         first.start()
-        first.cli("event", "emit", "deploy.completed", event("offline"), "--wait", code=None)
+        deliver(first, "offline")
         first.stop()
         made = first.json("backup", str(place / "cold"), "--passphrase-file", str(source.passphrase))
         assert not made["live"]
@@ -397,30 +387,7 @@ def test_host_that_was_taken_over_names_no_file_but_its_copy(source: Source) -> 
         assert (source.daemon.root / "var/lib/isolator/host/host.db").exists()
 
 
-# --- frozen state --------------------------------------------------------------------------------------------------
-
-
-def snapshot(d: Daemon) -> Callable[[str], str]:
-    from host.client.client import Client
-
-    def call(backup_id: str) -> str:
-        with Client(d.root) as client:
-            return str(client.call("daemon.snapshot", id=backup_id)["file"])
-
-    return call
-
-
-def test_state_is_copied_only_while_its_plugin_is_frozen(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ablation: of a plugin that writes on there is no copy."""
-    d = source.daemon
-    d.cli("plugin", "start", "busy", code=None)
-    with folder_of_root() as place:
-        paths = Paths.of(d.root)
-        take(paths, place / "frozen", PASSPHRASE, snapshot(d))
-        monkeypatch.setattr(freezer, "_frozen", lambda groups: contextlib.nullcontext())
-        with pytest.raises(IsolatorError, match="changed each time"):
-            take(paths, place / "writing", PASSPHRASE, snapshot(d))
-        assert [path.name for path in place.iterdir()] == ["frozen"]
+# --- kills ---------------------------------------------------------------------------------------------------------
 
 
 KILLED = """
@@ -457,7 +424,7 @@ def test_kill_of_a_backup_leaves_no_plugin_frozen_and_no_backup(source: Source) 
         groups = freezer._cages(Paths.of(d.root), "busy")
         assert groups
         wait_for(lambda: all("frozen 0" in (group / "cgroup.events").read_text() for group in groups))
-        assert d.json("event", "emit", "deploy.completed", event("after"), "--wait", code=None)["id"]
+        deliver(d, "after")
         d.cli("backup", str(target), "--passphrase-file", str(source.passphrase))
         assert [path.name for path in place.iterdir()] == ["b"]
         assert not list((d.root / "var/lib/isolator/host").glob("snapshot-*"))
