@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from typing import Any
 
@@ -44,16 +46,23 @@ def reload(root: str | None, timeout: float, no_wait: bool, as_json: bool) -> No
 def _ask(root: str | None, end: float) -> tuple[int, int]:
     """Ask for a reload, once another that is under way is over: that one may have begun too early.
 
+    The one after that will do, whoever asked for it: while they come without end, none of them is this command's.
     Returns the generation that comes of it, and the pid of the host process before it.
     """
+    wanted, hosts = math.inf, list[int]()
     while True:
         with Client(root, timeout=max(1.0, end - time.monotonic())) as client:
-            before = client.call("status")["pid"]
+            hosts.append(client.call("status")["pid"])
             try:
-                return client.call("daemon.reload")["generation"], before
+                return client.call("daemon.reload")["generation"], hosts[-1]
             except UnavailableError as error:  # of the supervisor's: not now
                 if error.what != "reload" or time.monotonic() > end:
                     raise
+            with contextlib.suppress(UnavailableError):  # it is away for a moment
+                present = client.call("daemon.generation")["generation"]
+                wanted = min(wanted, present + 2)
+                if present >= wanted:
+                    return present, hosts[0]
         time.sleep(_LOOK)
 
 

@@ -225,6 +225,9 @@ class Connection(LineProtocol):
                 self._tasks[cast(asyncio.Task[None], asyncio.current_task())] = None
             self._answer(number, result=await endpoint.answer(request, caller))
         except IsolatorError as error:
+            repeated = self._tasks[cast(asyncio.Task[None], asyncio.current_task())] is not None
+            if self._server.leaving and repeated and isinstance(error, UnavailableError):
+                await asyncio.Event().wait()  # the supervisor has broken it off, and the successor begins it anew
             verdict = error.code
             self._answer(number, error=error)
         except Exception as error:  # the caller must get an answer whatever happened; the loop logs the rest

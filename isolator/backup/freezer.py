@@ -9,6 +9,7 @@ daemon has frozen stays so.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -26,6 +27,8 @@ from isolator.recovery.journal import read_entries
 
 T = TypeVar("T")
 
+_GONE = (errno.ENOENT, errno.ESRCH, errno.ENODEV)
+"""Of a group that is removed: before it is opened, and afterwards."""
 _SECONDS = 10.0
 _ATTEMPTS = 5
 _TICK = 0.01
@@ -42,13 +45,17 @@ def copy_state(paths: Paths, name: str, daemon: int | None, copy: Callable[[], T
         return copy()
     for _ in range(_ATTEMPTS):
         cages = _cages(paths, name)
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError), _frozen(cages):
-            _sync(Path(f"/proc/{daemon}/root{paths.state / name}"))
-            before = _signs(image)
-            time.sleep(_TICK)  # what is written from here on has another time
-            made = copy()
-            if before == _signs(image) and cages == _cages(paths, name):
-                return made
+        try:
+            with _frozen(cages):
+                _sync(Path(f"/proc/{daemon}/root{paths.state / name}"))
+                before = _signs(image)
+                time.sleep(_TICK)  # what is written from here on has another time
+                made = copy()
+                if before == _signs(image) and cages == _cages(paths, name):
+                    return made
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
         time.sleep(0.1)  # the daemon is about to start or stop it; nothing tells when that is done
     raise IsolatorError(f"state of {name}", "it changed each time that it was copied", "run the command again")
 
@@ -84,7 +91,7 @@ def _sync(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _frozen(groups: Sequence[Path]) -> Iterator[None]:
-    """Freeze control groups; raises FileNotFoundError when one of them is gone by then."""
+    """Freeze control groups; raises an OSError of ``_GONE`` when one of them is gone by then."""
     with contextlib.ExitStack() as stack:
         for group in groups:
             stack.enter_context(_one_frozen(group))

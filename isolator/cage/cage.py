@@ -21,7 +21,6 @@ import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from isolator.base.structs import struct_class
@@ -141,9 +140,7 @@ class Cage:
     async def __aenter__(self) -> Cage:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.release()
 
     async def start(self) -> None:
@@ -493,7 +490,7 @@ def _exec_remedy(number: object) -> str:
     import errno
 
     return {
-        errno.ENOENT: "check the name; only /usr, the plugin's files and the folders named in the policy are visible",
+        errno.ENOENT: "check the name; it sees /usr, a plugin's files, and what its policy, --read or --write names",
         errno.EACCES: "make it executable (chmod +x) and readable by everyone",
         errno.E2BIG: "the kernel takes 2 MiB of arguments and variables, and 128 KiB in one of them",
         errno.ENOEXEC: "it is neither a program of this architecture nor a script that starts with #!",

@@ -13,7 +13,7 @@ import sys
 
 from isolator.errors import ConfinementError, DeniedError, IsolatorError, UsageError
 from isolator.ipc.run_request import MAX_POLICY, OPTIONS, POLICY, POLICY_NAME, SIGNALS, SOCKET, TERMINAL, pack, unpack
-from isolator.standalone.streams import StreamsRestored
+from isolator.standalone.streams import SILENT_ENDS, StreamsRestored
 
 TYPE_CHECKING = False  # typing, which has it too, takes longer to import than all else here; mypy goes by the name
 if TYPE_CHECKING:
@@ -206,6 +206,6 @@ def _finish(options: RunOptions, end: dict[str, str]) -> int:
             "oom_kills": int(end["oom_kills"]), "task_denials": int(end["task_denials"]),
         }  # fmt: skip
         print(json.dumps(summary), file=sys.stderr)
-    elif end["end"] not in ("exit", "signal"):
+    elif end["end"] not in SILENT_ENDS:
         print(f"isolator: {options.command[0]} was ended: {end['end']}", file=sys.stderr)
     return code if code is not None else 128 + (number or 9)

@@ -7,6 +7,7 @@ import signal
 from typing import TYPE_CHECKING
 
 from isolator.linux.readable import readable
+from isolator.standalone.streams import SILENT_ENDS
 from isolator.standalone.terminal import CageTerminal
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ async def _wait(run: Run) -> dict[str, str]:
         await terminal.finish()
         return end
     finally:
+        if end is None or end["end"] not in SILENT_ENDS:
+            terminal.end_line()
         terminal.close()
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from isolator.linux.descriptors import close_all
 from isolator.standalone.session import StandaloneSession
+from isolator.standalone.streams import SILENT_ENDS, StreamsRestored
 from isolator.standalone.variables import variables
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def run_once(options: RunOptions, beginning: Beginning) -> int:
     end = asyncio.run(_run(options, env, beginning))
     if options.json:
         print(json.dumps(_summary(end)), file=sys.stderr)
-    elif end.cause not in ("exit", "signal"):
+    elif end.cause not in SILENT_ENDS:
         print(f"isolator: {options.command[0]} was ended: {end.cause}", file=sys.stderr)
     return end.returncode
 
@@ -84,7 +85,6 @@ async def _run(options: RunOptions, env: dict[str, str], beginning: Beginning) -
         from isolator.cage.cage import Stdio
         from isolator.standalone.records import Records
         from isolator.standalone.session import run_spec
-        from isolator.standalone.streams import StreamsRestored
 
         await asyncio.sleep(0)
         run_id = os.urandom(5).hex()
@@ -125,6 +125,8 @@ async def _run(options: RunOptions, env: dict[str, str], beginning: Beginning) -
                     records.record(CageStopped(**_summary(end)))
             if terminal is not None:
                 await terminal.finish()
+                if end.cause not in SILENT_ENDS:
+                    terminal.end_line()
             return end
 
 

@@ -39,6 +39,8 @@ class CageTerminal:
         self.stream = stream
         """The cage's end: its standard input, output and errors."""
         self._copies: list[asyncio.Task[None]] = []
+        self._within_line = False
+        """What was shown last has not ended its line, as a prompt does not."""
         self.resize()
 
     def resize(self) -> None:
@@ -65,6 +67,12 @@ class CageTerminal:
             keys.cancel()
             await asyncio.gather(keys, output, return_exceptions=True)
 
+    def end_line(self) -> None:
+        """End the line that the command has begun on the caller's terminal, before this process says something."""
+        if self._within_line and os.isatty(1):
+            with contextlib.suppress(OSError):  # closed, or nobody reads it
+                os.write(1, b"\r\n")
+
     def close(self) -> None:
         """Stop copying, and close every descriptor."""
         for task in self._copies:
@@ -85,6 +93,7 @@ class CageTerminal:
     async def _copy_output(self) -> None:
         try:
             while data := await _attempt(self._master, self._output):
+                self._within_line = not data.endswith(b"\n")
                 while data:
                     data = data[await _attempt(1, partial(os.write, 1, data[:_ATOMIC]), to_write=True) :]
         except OSError:  # nobody reads it: hang up, as a terminal does that is closed

@@ -7,13 +7,14 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
 from isolator.backup import freezer
 from isolator.backup.take import take
 from isolator.errors import IsolatorError
+from isolator.layers.cgroup.subtree import find_hierarchies
 from isolator.paths import Paths
 from tests.backup.plugins import BUSY
 from tests.system.daemon import Daemon, daemon, wait_for, write_plugin
@@ -96,3 +97,26 @@ def test_write_right_after_another_is_noticed_whatever_the_clock_of_the_file_sys
             freezer.copy_state(paths, "busy", os.getpid(), write)
     finally:
         subprocess.run(["umount", str(shared_dir)], check=True)
+
+
+def test_cage_that_ends_as_it_is_to_be_frozen_is_no_failure(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its group is open by then, and each call answers that there is no such device."""
+    own = find_hierarchies().unified
+    assert own is not None
+    group = own / f"isolator-test-{os.getpid()}"
+    group.mkdir()
+    start_thawer, copies = freezer._start_thawer, list[str]()
+
+    def after_its_end(*arguments: Any) -> int:
+        pid = start_thawer(*arguments)
+        group.rmdir()
+        return pid
+
+    monkeypatch.setattr(freezer, "_cages", lambda *_: [group] if group.exists() else [])
+    monkeypatch.setattr(freezer, "_start_thawer", after_its_end)
+    try:
+        freezer.copy_state(Paths.of(shared_dir), "echo", os.getpid(), lambda: copies.append("made"))
+        assert copies == ["made"]
+    finally:
+        if group.exists():
+            group.rmdir()

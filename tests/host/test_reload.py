@@ -78,3 +78,18 @@ def test_one_that_comes_during_another_is_asked_for_when_that_is_over(monkeypatc
     monkeypatch.setattr(Busy, "refusals", [UnavailableError("supervisor", "not running at the moment")])
     with pytest.raises(UnavailableError, match="not running"):
         _ask(None, time.monotonic() + 600)
+
+
+def test_one_that_others_have_asked_for_will_do_when_it_began_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a SIGHUP every moment there is always another one under way, and this command never had its turn."""
+    generations = iter([3, 3, 4, 5])
+
+    class Renewed(Busy):
+        def call(self, verb: str) -> dict[str, Any]:
+            if verb == "daemon.reload":
+                raise UnavailableError("reload", "another one is under way", "wait for it")
+            return {"pid": 7, "generation": next(generations) if verb == "daemon.generation" else 0}
+
+    monkeypatch.setattr(reloading, "Client", Renewed)
+    monkeypatch.setattr(reloading, "_LOOK", 0.001)
+    assert _ask(None, time.monotonic() + 600) == (5, 7)

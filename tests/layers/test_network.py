@@ -244,17 +244,17 @@ def test_a_flood_is_sampled_and_still_counted(make: Make) -> None:
 @pytest.mark.vm
 def test_confirm_notices_a_flushed_and_a_changed_ruleset(make: Make) -> None:
     cage = make(LISTED)
-    network.confirm(cage, LISTED)
+    network.confirm(cage)
 
     def nft(command: str) -> None:
         netns.in_network(cage.netns_fd, lambda: subprocess.run(["nft", *command.split()], check=True))
 
     nft("insert rule inet isolator final accept")
     with pytest.raises(ConfinementError, match="changed"):
-        network.confirm(cage, LISTED)
+        network.confirm(cage)
     nft("flush ruleset")
     with pytest.raises(ConfinementError, match="empty"):
-        network.confirm(cage, LISTED)
+        network.confirm(cage)
 
 
 def test_confirm_accepts_a_change_that_was_undone(make: Make) -> None:
@@ -263,7 +263,7 @@ def test_confirm_accepts_a_change_that_was_undone(make: Make) -> None:
     for cage in (make(LISTED), make(LISTED)):
         network.watch(cage)
         netns.in_network(cage.netns_fd, lambda: subprocess.run(nft, check=True))
-        network.confirm(cage, LISTED)
+        network.confirm(cage)
 
 
 def test_a_change_before_anybody_watched_counts(make: Make) -> None:
@@ -272,19 +272,19 @@ def test_a_change_before_anybody_watched_counts(make: Make) -> None:
     netns.in_network(cage.netns_fd, lambda: subprocess.run(nft, check=True))
     network.watch(cage)
     with pytest.raises(ConfinementError, match="changed"):
-        network.confirm(cage, LISTED)
+        network.confirm(cage)
 
 
 def test_a_watch_reports_a_change(make: Make) -> None:
     cage = make(LISTED)
     told = select.poll()
     told.register(network.watch(cage), select.POLLIN)
-    network.confirm(cage, LISTED)
+    network.confirm(cage)
     assert not told.poll(0)
     netns.in_network(cage.netns_fd, lambda: subprocess.run(["nft", "flush", "ruleset"], check=True))
     assert told.poll(seconds(2) * 1000)
     with pytest.raises(ConfinementError, match="empty"):
-        network.confirm(cage, LISTED)
+        network.confirm(cage)
     assert not told.poll(0), "it has read what it was told"
 
 
@@ -293,7 +293,7 @@ def test_more_changes_than_a_watch_has_room_for_are_one_change(make: Make) -> No
     network.watch(cage)
     nft = "; ".join(["add table inet other", "delete table inet other"] * 2000)
     netns.in_network(cage.netns_fd, lambda: subprocess.run(["nft", "-f", "-"], input=nft, text=True, check=True))
-    network.confirm(cage, LISTED)
+    network.confirm(cage)
 
 
 def test_settled_network_is_reached_through_its_socket(make: Make) -> None:
@@ -302,7 +302,7 @@ def test_settled_network_is_reached_through_its_socket(make: Make) -> None:
     (inside,) = network.connectors(cage, 1)
     with socket.socket(fileno=inside) as sock, pytest.raises(ConnectionRefusedError):
         sock.connect(("127.0.0.1", 9))
-    network.confirm(cage, LISTED)
+    network.confirm(cage)
     network.release(cage)
     with pytest.raises(UnavailableError, match="has ended"):
         network.connectors(cage, 1)
@@ -318,11 +318,11 @@ def test_listeners_reopen_after_the_broker_has_ended(make: Make) -> None:
     while (answer := connect(cage, "198.18.0.5", 443)) in left and time.monotonic() < deadline:
         pass
     assert answer == "ECONNREFUSED"
-    cage.sockets = network.reopen(cage, LISTED)
+    cage.sockets = network.reopen(cage)
     assert len(cage.sockets) == 5
     assert connect(cage, "198.18.0.5", 443) == "ok"
     with pytest.raises(ConfinementError, match="old broker"):
-        network.reopen(cage, LISTED)
+        network.reopen(cage)
 
 
 def test_a_port_below_1024_needs_no_privilege_inside(make: Make) -> None:
@@ -338,7 +338,7 @@ def test_the_callers_namespace_is_untouched_and_nothing_leaks() -> None:
     before = os.readlink("/proc/self/ns/net"), len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         cage = network.prepare(PUBLIC, prefix="x")
-        network.confirm(cage, PUBLIC)
+        network.confirm(cage)
         network.release(cage)
         network.release(cage)
     assert (os.readlink("/proc/self/ns/net"), len(os.listdir("/proc/self/fd"))) == before
@@ -373,7 +373,7 @@ def test_many_different_rules_still_load(make: Make) -> None:
     cage = make(listed(*rules, connects_per_second=1000, connect_burst=1000))
     assert connect(cage, "11.7.1.1", 8) == "ok"
     assert connect(cage, "11.7.1.1", 9) == "ECONNREFUSED"
-    network.confirm(cage, LISTED)
+    network.confirm(cage)
 
 
 def test_check_reports_the_layer_as_enforced() -> None:
@@ -415,9 +415,9 @@ while os.dup(0) < 1500:
     pass
 before = len(os.listdir("/proc/self/fd"))
 made = network.prepare(NetworkPolicy(), prefix="many")
-network.confirm(made, NetworkPolicy())
+network.confirm(made)
 network.watch(made)
-network.confirm(made, NetworkPolicy())
+network.confirm(made)
 assert os.read(0, 1) == b"x"  # only the threads' copies of the table lost it
 network.release(made)
 print("closed", len(os.listdir("/proc/self/fd")) - before)

@@ -153,3 +153,10 @@ def test_a_terminal_that_nobody_reads_hangs_up(shared_dir: Path) -> None:
         capture_output=True, text=True, check=False, timeout=seconds(60),
     )  # fmt: skip
     assert (done.stdout, done.returncode) == ("y\n", 128 + signal.SIGHUP), done.stderr
+
+
+def test_why_a_command_was_ended_has_a_line_of_its_own(shared_dir: Path) -> None:
+    script = "printf prompt; exec python3 -c 'bytearray([7]) * (1 << 30)'"
+    with terminal(_run(shared_dir, "--tty", "--memory", "32M", "--", "sh", "-c", script)) as one:
+        assert one.end() == 128 + signal.SIGKILL
+        assert one.rest().splitlines() == ["prompt", "isolator: sh was ended: out of memory"]

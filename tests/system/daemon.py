@@ -9,7 +9,6 @@ import select
 import shutil
 import signal
 import subprocess
-import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import commands
+from tests.support.leftovers import new_root
 from tests.support.timeouts import seconds
 
 EVENT = {"project_id": "p1", "deployment_id": "d1", "url": "https://app.example/", "duration_ms": 12}
@@ -123,13 +123,17 @@ class Daemon:
         return [json.loads(line) for line in written[: written.rfind(b"\n") + 1].splitlines()]
 
     def service_pid(self, module: str, *, missing_ok: bool = False) -> int:
-        """The pid of one of this daemon's processes, found among the supervisor's children."""
+        """The pid of one of this daemon's processes, found among the supervisor's children.
+
+        The process that is parked for the next cage has the launcher's command line, and a PID namespace of its own.
+        """
         assert self.process is not None
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):
                 words = (entry / "cmdline").read_bytes().split(b"\0")
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                if parent == self.process.pid and any(module.encode() in word for word in words):
+                named = parent == self.process.pid and any(module.encode() in word for word in words)
+                if named and os.path.samefile(entry / "ns/pid", f"/proc/{self.process.pid}/ns/pid"):
                     return int(entry.name)
         if missing_ok:
             return 0
@@ -151,8 +155,7 @@ def daemon(
     *, host_toml: str = "", start: bool = True, network: int | None = None, kind: type[Daemon] | None = None
 ) -> Iterator[Daemon]:
     """A running daemon that leaves nothing behind; in a network namespace of its own, or in that of a descriptor."""
-    root = Path(tempfile.mkdtemp(prefix="isolator-system-"))
-    root.chmod(0o755)
+    root = new_root("system")
     made = (kind or Daemon)(root, host_toml=host_toml, network=network)
     try:
         if start:

@@ -14,6 +14,7 @@ import pytest
 from pyseccomp import Arch, resolve_syscall
 
 from host.client.client import Client
+from isolator.cli.environment import program
 from isolator.cli.install import COMPLETIONS, LINK
 from isolator.layers.seccomp.profiles import DENY, rules
 from tests.support.timeouts import seconds
@@ -180,6 +181,43 @@ def test_nobody_notices_a_reload(service: Service, how: str) -> None:
     assert service.pid() == pid and service.property("ActiveState") == "active", service.journal()
     assert service.json("plugin", "show", "echo")["run"] == run, service.journal()
     assert HOST_TOML.read_text().endswith(NOTE), "what the operator wrote is gone"
+    service.cli("audit", "verify")
+
+
+# The loop of a new image does nothing any more in the middle of its adoption.
+HANGS = """
+if "--adopt" in sys.argv:
+    import time
+    from isolator.supervisor.reload import adopt
+    adopt.launcher = lambda before: time.sleep(1e6)
+"""
+
+
+def test_image_that_hangs_is_ended_by_the_units_watchdog_and_the_next_start_clears_everything(service: Service) -> None:
+    installed, restarts = program(), int(service.property("NRestarts"))
+    whole, hanging = installed.read_text(), installed.with_name("hanging")
+    service.cli("plugin", "start", "echo")
+    run, old, before = service.json("plugin", "show", "echo")["run"], service.pid(), service.processes()
+    hanging.write_text(whole.replace("\nfrom host.cli.main", f"{HANGS}\nfrom host.cli.main"))
+    hanging.chmod(0o755)
+    hanging.rename(installed)
+    try:
+        began = time.monotonic()
+        reload = subprocess.run(RELOADS["reload"], capture_output=True, text=True, check=False, timeout=seconds(120))
+        assert reload.returncode != 0 and time.monotonic() - began < 120, "it waited for more than its watchdog"
+        wait_for(lambda: service.property("ActiveState") == "active" and service.pid() not in (0, old), seconds(60))
+    finally:
+        hanging.write_text(whole)
+        hanging.chmod(0o755)
+        hanging.rename(installed)
+    assert int(service.property("NRestarts")) == restarts + 1
+    assert not [pid for pid in before if alive(pid)], "a process outlived its daemon"
+    journal = service.journal()
+    assert "Watchdog timeout" in journal and "cleared what an earlier daemon left: cage echo" in journal, journal
+    assert service.emit("after-hanging")
+    wait_for(lambda: "after-hanging" in service.seen(), seconds(30), "it delivers nothing")
+    assert service.json("plugin", "show", "echo")["run"] != run
+    subprocess.run(RELOADS["reload"], check=True, timeout=seconds(120))
     service.cli("audit", "verify")
 
 

@@ -83,7 +83,6 @@ class Network(Layer):
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         assert self.network is not None
-        self._policy = spec.policy.network
         plan.fds["netns"] = self.network.netns_fd
         plan.add(NetworkSection())
 
@@ -96,7 +95,7 @@ class Network(Layer):
     def adopt(self, spec: CageSpec, kept: Kept) -> None:
         from isolator.layers.network import namespace
 
-        self.network, self._policy = namespace.adopt(kept), spec.policy.network
+        self.network = namespace.adopt(kept)
 
     def confirm(self, process: Process) -> None:
         from isolator.layers.network import namespace
@@ -105,7 +104,7 @@ class Network(Layer):
         wanted, found = f"net:[{self.network.inode}]", process.namespace("net")
         if found != wanted:
             raise mismatch(self.name, "network namespace", wanted, found)
-        namespace.confirm(self.network, self._policy)
+        namespace.confirm(self.network)
 
     def release(self) -> None:
         from isolator.layers.network import namespace

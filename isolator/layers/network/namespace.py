@@ -106,7 +106,7 @@ def prepare(policy: NetworkPolicy, *, prefix: str) -> CageNetwork:
     return network
 
 
-def reopen(network: CageNetwork, policy: NetworkPolicy) -> list[int]:
+def reopen(network: CageNetwork) -> list[int]:
     """Fresh listeners and NFLOG socket for a new broker, in the order of ``sockets``; raises ConfinementError.
 
     The old broker's must be closed: the addresses are the same.
@@ -148,7 +148,7 @@ def connectors(network: CageNetwork, count: int, *, version: int = 4) -> list[in
         raise UnavailableError("sockets in the cage's network", error.strerror or str(error), "try again") from None
 
 
-def confirm(network: CageNetwork, policy: NetworkPolicy) -> None:
+def confirm(network: CageNetwork) -> None:
     """Read back that the ruleset is the one that was loaded; raises ConfinementError when it is not."""
     try:
         generation = network.generations.current()
@@ -253,11 +253,10 @@ def check() -> list[Control]:
     missing = nftables.available()
     if missing is not None:
         return [Control("network", "network", "unavailable", f"libnftables cannot be loaded: {missing}", INSTALL)]
-    policy = NetworkPolicy(mode="public")
     try:
-        network = prepare(policy, prefix="check")
+        network = prepare(NetworkPolicy(mode="public"), prefix="check")
         try:
-            confirm(network, policy)
+            confirm(network)
         finally:
             release(network)
     except ConfinementError as error:

@@ -41,10 +41,14 @@ class Program:
         code = (word for word in argv[1:] if path == sys.executable and os.path.isfile(word))
         return cls(path, tuple(argv), tuple(map(os.path.abspath, code)))
 
-    def check(self) -> None:
-        """Raise IsolatorError unless it is there and nobody but root could change it."""
+    def check(self) -> list[tuple[Path, int, int, int]]:
+        """What tells its files from any that were put in their place; by the name behind every link.
+
+        Raises IsolatorError unless it is there and nobody but root could change it.
+        """
         named = [Path(name) for name in (self.path, *self.code)]
-        for path in dict.fromkeys([*named, *(one.resolve() for one in named)]):
+        resolved = [one.resolve() for one in named]
+        for path in dict.fromkeys([*named, *resolved]):
             for part in (path, *path.parents):
                 try:
                     found = part.lstat()
@@ -56,6 +60,8 @@ class Program:
                         self.path, f"{part} can be written by somebody other than root, and root would run it",
                         "install it in a folder of root's: isolator install",
                     )  # fmt: skip
+        states = ((path, path.stat()) for path in resolved)
+        return [(path, found.st_dev, found.st_ino, found.st_ctime_ns) for path, found in states]
 
     def with_state(self, option: str, fd: int) -> list[str]:
         """The arguments with a state, as ``option`` has it."""

@@ -44,8 +44,8 @@ async def reload(
     ``settings``: its host.toml. What it holds now is tried, and is what the program goes on with. ``stopping``: whether
     the daemon was told to end, by a signal that is not to be lost.
     """
-    program.check()
     async with daemon.services.exchanging:
+        tried = program.check()
         began, host_toml = time.monotonic(), settings_text(settings)
         number = await trial.try_out(program, daemon_state(daemon, generation, began), host_toml)
         began = time.monotonic()
@@ -55,6 +55,8 @@ async def reload(
             # From here to the exec nothing is awaited.
             if stopping():
                 raise UnavailableError("reload", "the daemon stops", "start it again")
+            if program.check() != tried:
+                raise UnavailableError("reload", "the program was exchanged after its trial", "ask again")
             for service in daemon.services.every:
                 if service.channel is not None:
                     service.channel.leave_unread()

@@ -91,8 +91,8 @@ def _take(path: Path) -> str:
 def _at_exec(root: Path, words: str) -> None:
     """``fail``: as if the program were gone; ``term``, ``hup``: a signal comes; ``kill PID``; ``pause SECONDS``;
     ``leak``: a descriptor, a child and a zombie that nobody names; ``loosen PLUGIN``: its cap on tasks is lifted;
-    ``spoil``: host.toml is half written; ``another thread``: not the main one executes; ``unlink KEY``: the
-    other end of the socket that the state has there is told its end."""
+    ``spoil``: host.toml is half written; ``run COMMAND``: of a shell; ``another thread``: not the main one executes;
+    ``unlink KEY``: the other end of the socket that the state has there is told its end."""
     for line in words.splitlines():
         word, _, value = line.partition(" ")
         if word == "fail":
@@ -112,6 +112,8 @@ def _at_exec(root: Path, words: str) -> None:
             os.dup2(mine.fileno(), json.loads((root / "state.json").read_text())[value], inheritable=True)
         if word == "spoil":
             Paths.of(root).host_toml.write_text("[roles\n")
+        if word == "run":
+            subprocess.run(value, shell=True, check=True)
         if word == "pause":
             time.sleep(float(value))
         if word == "leak":

@@ -1,14 +1,28 @@
-"""Reloads that come at a bad moment: a version is on trial, another plugin is being installed, the disk is full."""
+"""Reloads that come at a bad moment: a version is on trial, another plugin or program is being installed, the disk is
+full, operators do whatever they do.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import signal
 import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
+
+import pytest
 
 from tests.support.timeouts import seconds
-from tests.system.daemon import ECHO, daemon, event, wait_for, write_plugin
+from tests.system.daemon import ECHO, Daemon, daemon, event, wait_for, write_plugin
+from tests.system.reload import faulty
+from tests.system.reload.faulty import FaultyDaemon
 from tests.system.reload.test_reload import STATE, running
 
 ROOM = 96 << 20
@@ -48,6 +62,38 @@ def test_reload_waits_for_a_version_on_trial_and_for_an_installation(shared_dir:
         assert set(running(d)) == {"tried", "stays", "late"}
 
 
+class Linked(FaultyDaemon):
+    """A daemon whose program is what a link leads to, as after an installation."""
+
+    def command(self) -> list[str]:
+        if not self.link.exists():
+            self.link.symlink_to(faulty.__file__)
+        return [sys.executable, "-I", str(self.link), str(self.root)]
+
+    @property
+    def link(self) -> Path:
+        return self.root / "program"
+
+
+def test_program_that_is_put_there_after_the_trial_is_not_executed(shared_dir: Path) -> None:
+    """Nobody has asked that one whether it takes over: of a version that does not, nothing would be left running."""
+    with daemon(kind=Linked) as made:
+        d = cast(Linked, made)
+        d.cli("plugin", "add", str(write_plugin(shared_dir / "echo", sandbox=STATE)), "--yes")
+        d.cli("plugin", "start", "echo")
+        before = running(d)
+        other = shared_dir / "other"
+        other.write_text("raise SystemExit('it takes nothing over')\n")
+        d.at_rest(f"run ln -sfT {other} {d.link}")
+        assert "reload: the program was exchanged after its trial; ask again" in d.cli("reload", code=1).stderr
+        assert "refused, and nothing has changed: " in d.cli("reload", code=1).stderr, "it is tried now"
+        d.link.unlink()
+        d.link.symlink_to(faulty.__file__)
+        d.cli("reload")
+        assert running(d) == before
+        d.cli("event", "emit", "deploy.completed", event(1), "--wait")
+
+
 def test_reload_with_a_full_disk_stops_nobody_and_loses_nothing(shared_dir: Path) -> None:
     with daemon(start=False) as d:
         place = d.root / "var"
@@ -79,3 +125,75 @@ def test_reload_with_a_full_disk_stops_nobody_and_loses_nothing(shared_dir: Path
                 d.stop()
             while os.path.ismount(place):
                 subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def commands(d: Daemon, folder: Path, backups: Path) -> dict[str, Callable[[int], list[list[str]]]]:
+    """What operators do, by who does it: the commands of one round."""
+    passphrase = folder / "passphrase"
+    passphrase.write_text("correct horse battery staple\n")
+    passphrase.chmod(0o600)
+
+    def add(number: int) -> list[list[str]]:
+        package = write_plugin(folder / f"late{number}", sandbox=STATE)
+        return [
+            ["plugin", "add", str(package), "--yes"], ["plugin", "start", package.name],
+            ["plugin", "remove", package.name, "--yes"],
+        ]  # fmt: skip
+
+    def update(number: int) -> list[list[str]]:
+        package = write_plugin(folder / "new", sandbox=STATE, version=f"1.0.{number}")
+        first = [["plugin", "add", str(package), "--yes"]]
+        return [["plugin", "update", "new", "--yes"], ["plugin", "rollback", "new"]] if number else first
+
+    return {
+        "adds": add,
+        "updates": update,
+        "backs up": lambda number: [["backup", str(backups / f"b{number}"), "--passphrase-file", str(passphrase)]],
+        "configures": lambda number: [
+            ["plugin", "config", "echo", "set", f"token=secret{number}"], ["config", "rotate-key"],
+        ],
+        "pauses": lambda _: [["plugin", "pause", "echo"], ["plugin", "resume", "echo"]],
+        "emits": lambda number: [["event", "emit", "deploy.completed", event(f"chaos{number}"), "--wait"]],
+        "reloads": lambda _: [["reload"]],
+        "reloads, too": lambda _: [["reload"]],
+    }  # fmt: skip
+
+
+@pytest.mark.wide
+@pytest.mark.timeout(seconds(900))
+def test_whatever_operators_do_is_done_while_reloads_come_without_end(shared_dir: Path) -> None:
+    backups = Path(tempfile.mkdtemp(prefix="isolator-backups-", dir="/var/tmp"))
+    done, failed = threading.Event(), list[str]()
+    with daemon() as d, ThreadPoolExecutor() as operators:
+        schema = {"token": {"type": "string", "secret": True}}
+        d.cli("plugin", "add", str(write_plugin(shared_dir / "echo", sandbox=STATE, config_schema=schema)), "--yes")
+        d.cli("plugin", "start", "echo")
+
+        def work(rounds: Callable[[int], list[list[str]]]) -> None:
+            for number in range(4):
+                for words in rounds(number):
+                    result = d.cli(*words, code=None)
+                    if result.returncode and "run the command again" not in result.stderr:  # a backup says so
+                        failed.append(f"{words}: {result.stderr}")
+
+        def hang_up() -> None:
+            while not done.wait(0.3):
+                assert d.process is not None
+                d.process.send_signal(signal.SIGHUP)
+
+        try:
+            storm = operators.submit(hang_up)
+            for one in [operators.submit(work, rounds) for rounds in commands(d, shared_dir, backups).values()]:
+                one.result()
+            done.set()
+            storm.result()
+            d.cli("reload")
+            assert not failed
+            bad = ("service.ended", "audit.gap", "plugin.crashed")
+            assert not [one for one in d.records() if one["type"] in bad]
+            d.cli("audit", "verify")
+            assert d.stop() == 0
+            assert d.json("gc", "--dry-run") == []
+        finally:
+            done.set()
+            shutil.rmtree(backups)
