@@ -62,8 +62,15 @@ class TappedLink(SidecarLink):
         self._uids: dict[int, int] = {}
         self._tasks = Tasks()
 
-    async def connect(self, family: socket.AddressFamily = socket.AF_UNIX) -> tuple[socket.socket, str]:
-        far, run = await super().connect(family)
+    @property
+    def connects_at_once(self) -> bool:
+        """False: a tap is laid first."""
+        return False
+
+    async def connect(
+        self, family: socket.AddressFamily = socket.AF_UNIX, *, lasting: bool = False
+    ) -> tuple[socket.socket, str]:
+        far, run = await super().connect(family, lasting=lasting)
         near, ours = socket.socketpair()
         near.setblocking(False)
         ours.setblocking(False)

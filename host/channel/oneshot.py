@@ -30,8 +30,8 @@ class ExchangeState(Body):
 class Exchange:
     """A request on a fresh non-blocking connection and its reply, without a task or a stream object: the hot path.
 
-    ``reply`` gets the reply's line, or LostError. The caller ends the exchange with ``close``, before it closes the
-    socket.
+    ``reply`` gets the reply's line, or LostError. The caller calls ``send``, and ``listen`` in the same turn of the
+    event loop; it ends the exchange with ``close``, before it closes the socket.
     """
 
     def __init__(self, sock: socket.socket, request: bytes, timeout: float) -> None:
@@ -48,7 +48,7 @@ class Exchange:
         self._size = 0
 
     def send(self) -> None:
-        """Send the request and await the reply for at most ``timeout`` seconds; an error is set on ``reply``."""
+        """Send the request; an error is set on ``reply``."""
         if self.reply.done():
             return
         self.sent_ns = time.perf_counter_ns()
@@ -58,8 +58,11 @@ class Exchange:
             self.sock.send(self._request)
         except OSError as error:
             self._fail(f"the plugin closed the connection at once: {error.strerror}", crash=True)
-            return
-        self._listen(self._loop.time() + self._timeout)
+
+    def listen(self) -> None:
+        """Await the reply to the request that was sent, for at most ``timeout`` seconds."""
+        if not self.reply.done():
+            self._listen(self._loop.time() + self._timeout)
 
     def _listen(self, deadline: float) -> None:
         self._deadline = deadline

@@ -156,7 +156,7 @@ class Store:
         if not lazy:
             self.flush_soon()
         elif not self._scheduled and self._lazy is None:
-            self._lazy = self._loop.call_later(LAZY, self._commit)
+            self._lazy = self._loop.call_later(LAZY, self._commit_lazy)  # not anew after each commit before it
 
     def flush_soon(self) -> None:
         """Commit all that is submitted in the loop's next turn, the lazy operations with the others."""
@@ -262,11 +262,12 @@ class Store:
             raise
         await asyncio.to_thread(files.copy, source, target)
 
+    def _commit_lazy(self) -> None:
+        self._lazy = None
+        self._commit()
+
     def _commit(self) -> None:
         self._scheduled = False
-        if self._lazy is not None:
-            self._lazy.cancel()
-            self._lazy = None
         if not self._ops or self._closed or self._held:
             return None
         ops, self._ops = self._ops, []

@@ -20,12 +20,16 @@ from isolator.ipc.tasks import essential
 
 
 class Attempt(NamedTuple):
-    """A delivery that is about to be tried; ``send`` writes the request at once and never raises."""
+    """A delivery that is about to be tried; ``send`` writes the request at once and never raises.
+
+    ``listen`` awaits the reply, once every request of this turn is written.
+    """
 
     delivery: Delivery
     run: str
     request: bytes
     send: Callable[[], None]
+    listen: Callable[[], None] | None = None
 
 
 class Attempts:
@@ -69,6 +73,9 @@ class Attempts:
             self._audit.flush()
         for attempt in attempts:
             attempt.send()
+        for attempt in attempts:
+            if attempt.listen is not None:
+                attempt.listen()
 
     def _record(self, attempt: Attempt) -> None:
         delivery = attempt.delivery

@@ -102,7 +102,7 @@ class OneshotDelivery:
             self._keep(sock, run)  # until the pause is over, or whatever else it is
             raise
         exchange = Exchange(sock, request, plugin.timeout)
-        self._outcomes.begin(delivery, run, request, exchange.send, exchange.give_up)
+        self._outcomes.begin(delivery, run, request, exchange.send, exchange.give_up, exchange.listen)
         await self._finish(_Request(plugin, delivery, run, exchange))
 
     async def _finish(self, request: _Request) -> None:
@@ -132,6 +132,7 @@ class OneshotDelivery:
             sock, _ = await self._connection()
             ping = Exchange(sock, _PING, timeout)
             ping.send()
+            ping.listen()
             reply = await self._pong(ping)
         parse_object(reply)
 
@@ -155,8 +156,19 @@ class OneshotDelivery:
         if self._turn.locked() or not self._sidecar.reached:
             return False
         if self._prepared is None:
-            self._prepared = asyncio.get_running_loop().create_task(self._sidecar.connect())
+            loop = asyncio.get_running_loop()
+            if self._sidecar.connects_at_once:
+                loop.call_soon(self._connect_ahead)  # when the sync is under way
+            else:
+                self._prepared = loop.create_task(self._sidecar.connect())
         return True
+
+    def _connect_ahead(self) -> None:
+        """Connect for the event that is being synced, in whose shadow that is; if it fails, it is tried again later."""
+        if self._prepared is None and not self._turn.locked() and self._sidecar.accepts:
+            made = self._sidecar.connect_at_once()
+            if made is not None:
+                self._keep(*made)
 
     def drop_prepared(self) -> None:
         """Close the prepared connection: its run has ended."""

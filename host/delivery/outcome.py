@@ -167,11 +167,13 @@ class Outcomes:
             self._crash_candidate = (state.candidate_run, candidate, state.candidate_at)
 
     def begin(
-        self, delivery: Delivery, run: str, request: bytes, send: Callable[[], None], give_up: Callable[[str], None]
-    ) -> None:
+        self, delivery: Delivery, run: str, request: bytes, send: Callable[[], None], give_up: Callable[[str], None],
+        listen: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
         """Begin an attempt: ``send`` is called when it may be written, and must not raise. ``conclude`` ends it.
 
-        ``give_up`` is called in its place, with the reason, if it may not be written after all.
+        ``give_up`` is called in its place, with the reason, if it may not be written after all. ``listen`` is called
+        after either, once all attempts that begin in this turn are written.
         """
 
         def written() -> None:
@@ -183,7 +185,7 @@ class Outcomes:
             self._in_flight[delivery.seq] = run
             send()
 
-        self._attempts.begin(Attempt(delivery, run, request, written))
+        self._attempts.begin(Attempt(delivery, run, request, written, listen))
 
     def conclude(
         self, plugin: Plugin, delivery: Delivery, run: str, outcome: Outcome, latency: int, *, broken: bool

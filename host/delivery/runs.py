@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any
 
 from isolator.errors import IsolatorError, UnavailableError
 from isolator.ipc.body import Message, Request
 from isolator.ipc.channel import Channel
-from isolator.ipc.messages import ConnectRun, ConnectRuns, EnsureRun, RunOf
+from isolator.ipc.messages import ConnectRun, ConnectRuns, EnsureRun, LendSocket, RunOf
 from isolator.linux.descriptors import close_all
 
 CONNECT_DEADLINE = 10.0
@@ -51,30 +50,34 @@ class Runs:
             self._loop.call_soon(self._ask)
         return made
 
+    def lend(self, name: str, run: str) -> asyncio.Future[Message]:
+        """Ask for the socket file of a run; the answer is one to ``run.socket``, or IsolatorError."""
+        return self._send(LendSocket(name=name, run=run))
+
     def _ask(self) -> None:
         wanted, self._gathered = self._gathered, []
         if len(wanted) == 1:
             self._begin(*wanted[0])
         elif wanted:
             request = ConnectRuns(runs=tuple(run for run, _ in wanted))
-            self._send(request, lambda answer: self._many_answered(wanted, answer))
+            self._send(request).add_done_callback(lambda answer: self._many_answered(wanted, answer))
 
     def _begin(self, run: RunOf, made: asyncio.Future[int] | None = None) -> asyncio.Future[int]:
         """Ask for one, and wait for its sidecar."""
         made = made or self._loop.create_future()
         request = ConnectRun(name=run.name, run=run.run, deadline=CONNECT_DEADLINE)
-        self._send(request, lambda answer: _answered(made, answer))
+        self._send(request).add_done_callback(lambda answer: _answered(made, answer))
         return made
 
-    def _send(self, request: Request[Any], answered: Callable[[asyncio.Future[Message]], None]) -> None:
+    def _send(self, request: Request[Any]) -> asyncio.Future[Message]:
         # The supervisor has the deadline, and may have to come to rest and be reloaded first. A connection that
         # nobody waited for any more would be closed without a request.
         try:
-            answer = self._supervisor.begin(request)
+            return self._supervisor.begin(request)
         except IsolatorError as error:
-            answer = self._loop.create_future()
+            answer: asyncio.Future[Message] = self._loop.create_future()
             answer.set_exception(error)
-        answer.add_done_callback(answered)
+            return answer
 
     def _many_answered(self, wanted: list[tuple[RunOf, asyncio.Future[int]]], answer: asyncio.Future[Message]) -> None:
         """Give each its connection or its error; one that has neither is asked for by itself."""

@@ -1,8 +1,9 @@
 """Link to one plugin's sidecar: its run, connections to it, the requests it has not answered yet.
 
 The sidecar is started by ``run.ensure`` (the first event does) and reached by ``run.connect``, which gives a connected
-socket. Before a sidecar is stopped, for whatever reason, the supervisor asks for a drain: from then on the run is sent
-nothing more, while it may still answer.
+socket; a mode that connects for each event does so by itself from then on (``lent_socket``). Before a sidecar is
+stopped, for whatever reason, the supervisor asks for a drain: from then on the run is sent nothing more, while it may
+still answer.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import socket
 
 from host.channel.reply import NotSentError
+from host.delivery.lent_socket import LentSocketFile
 from host.delivery.runs import Runs, connection
 from host.fence.fences import NO_LEASE
 from host.plugins.registry import Plugin
@@ -51,6 +53,7 @@ class SidecarLink:
         self.connecting = 0
         """Connects that are under way."""
         self._runs, self._audit = runs, audit
+        self._socket_file = LentSocketFile(name, runs)
         self._reached: str | None = None
         self._draining: str | None = None
         self._unanswered = 0
@@ -68,12 +71,27 @@ class SidecarLink:
         """Whether the present run has accepted a connection before, so that a new one is a matter of microseconds."""
         return self.run == self._reached
 
-    async def connect(self, family: socket.AddressFamily = socket.AF_UNIX) -> tuple[socket.socket, str]:
+    @property
+    def connects_at_once(self) -> bool:
+        """Whether a connection to the present run is most likely made without waiting for anybody."""
+        return self._socket_file.leads_to(self.run)
+
+    def connect_at_once(self) -> tuple[socket.socket, str] | None:
+        """As ``connect``, if that is a matter of microseconds; None if it is not."""
+        sock = self._socket_file.connect(self.run)
+        return (sock, self.run) if sock is not None and self.run is not None else None
+
+    async def connect(
+        self, family: socket.AddressFamily = socket.AF_UNIX, *, lasting: bool = False
+    ) -> tuple[socket.socket, str]:
         """Connect to the sidecar, started if need be; returns the non-blocking socket, of ``family``, and the run.
 
-        Raises IsolatorError, NotSentError.
+        One that is not ``lasting`` will be followed by others. Raises IsolatorError, NotSentError.
         """
         self._still_here()
+        made = self.connect_at_once()
+        if made is not None:
+            return made
         self.connecting += 1
         try:
             run, fd = await self._connect(family)
@@ -82,6 +100,8 @@ class SidecarLink:
         sock = socket.socket(family, socket.SOCK_STREAM, 0, fd)
         sock.setblocking(False)
         self._reached = run
+        if not lasting and family == socket.AF_UNIX:
+            self._socket_file.ask(run)
         return sock, run
 
     async def _connect(self, family: socket.AddressFamily) -> tuple[str, int]:
@@ -96,8 +116,13 @@ class SidecarLink:
             return run, await self._runs.connect(self.name, run)
         except IsolatorError:
             if not self.leaving:  # else it is still the run of the successor of this process
-                self.run = None  # it may have ended meanwhile: the next connection ensures one again
+                self.forget_run()  # it may have ended meanwhile: the next connection ensures one again
             raise
+
+    def forget_run(self) -> None:
+        """Deliver to no run."""
+        self.run = None
+        self._socket_file.drop()
 
     def _still_here(self) -> None:
         if self.leaving:  # a connection that is made from now on would be closed without a request

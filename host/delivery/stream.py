@@ -148,7 +148,7 @@ class StreamDelivery:
         return self._session
 
     async def _open(self, plugin: Plugin) -> _Session:
-        sock, run = await self._sidecar.connect()
+        sock, run = await self._sidecar.connect(lasting=True)
         foreign = self._sidecar.check_peer(sock, plugin, run)
         if foreign is not None:
             sock.close()

@@ -187,7 +187,7 @@ class Worker:
     def run_ended(self, run: str, *, crashed: bool) -> None:
         """Deliver no more to this run; if it ``crashed``, an event in flight may be responsible."""
         if self._sidecar.run == run:
-            self._sidecar.run = None
+            self._sidecar.forget_run()
             self._oneshot.drop_prepared()
         for mode in self._modes.values():
             mode.run_ended(run)
@@ -207,6 +207,7 @@ class Worker:
     async def close(self) -> None:
         """Stop; a delivery in flight counts as an attempt with an unknown outcome at the next start."""
         await self._tasks.close()
+        self._sidecar.forget_run()
         self._oneshot.drop_prepared()
         self._stream.close()
         for mode in self._modes.values():

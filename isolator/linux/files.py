@@ -54,6 +54,15 @@ def open_nofollow(path: str, flags: int = os.O_PATH) -> int:
         raise OSError(error.errno, error.strerror, path) from None
 
 
+def let_group_write(fd: int, gid: int) -> None:
+    """Make the group ``gid`` that of the file behind ``fd``, open with O_PATH at least, and let it write; OSError."""
+    status, path = os.fstat(fd), f"/proc/self/fd/{fd}"  # fchown and fchmod take no O_PATH
+    if status.st_gid != gid:
+        os.chown(path, -1, gid)
+    if not status.st_mode & stat.S_IWGRP:
+        os.chmod(path, stat.S_IMODE(status.st_mode) | stat.S_IWGRP)
+
+
 def check_access(fd: int, mode: int) -> None:
     """Raise OSError unless the calling process, as it is now, may use the file behind ``fd`` so (``os.W_OK``, ...)."""
     try:

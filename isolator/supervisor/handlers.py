@@ -48,6 +48,7 @@ class Handlers:
             messages.EnsureRun.on(self._ensure),
             messages.ConnectRun.on(self._connect),
             messages.ConnectRuns.on(self._connect_many),
+            messages.LendSocket.on(self._lend_socket),
             messages.StartInvocation.on_fds(self._start_invocation),
             messages.RunReady.on(self._ready),
             messages.StopRun.on(whole(self._stop)),
@@ -106,6 +107,11 @@ class Handlers:
                 if connection is not None:
                     made.add(connection.detach())
             return WithFds(messages.Connected(answers=tuple(answers)), made.release_all())
+
+    async def _lend_socket(self, request: messages.LendSocket) -> WithFds[messages.LentSocket]:
+        gid = self._services.host.process.spec.gid
+        fd, changed = await self._table.find(request.name).lend_socket(request.run, gid)
+        return WithFds(messages.LentSocket(changed_ns=changed), [fd])
 
     async def _ready(self, request: messages.RunReady) -> None:
         self._table.find(request.name).note_ready(request.run)

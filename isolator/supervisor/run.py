@@ -25,7 +25,7 @@ from isolator.cage.processes import CageExit
 from isolator.errors import DeniedError, UnavailableError
 from isolator.ipc.messages import Origin
 from isolator.linux.descriptors import FdSet
-from isolator.linux.files import openat2
+from isolator.linux.files import let_group_write, openat2
 from isolator.policy.denial import DenialRule
 from isolator.supervisor import ports
 from isolator.supervisor.cage_spec import SOCKET
@@ -53,6 +53,8 @@ CLOSED_SECONDS = 2.0
 """Time between the end of a sidecar's standard input, which asks it to end, and SIGTERM."""
 FROZEN_BEAT = 0.25
 """Seconds between two looks at whether a frozen cage goes on."""
+CTIME_STEP = 0.02
+"""Seconds after which a change of a file has another ``st_ctime``: two of the kernel's slowest ticks."""
 STEADY_SECONDS = 1.0
 """A new version whose socket has been there for so long is taken to be up."""
 _TMP = ("tmp_free", "tmp_files_free")
@@ -329,15 +331,8 @@ class Run:
 
     def connect_at_once(self, uid: int) -> socket.socket:
         """Connect to the sidecar's Unix socket; raises OSError when that takes longer, and as ``connect``."""
-        fd = openat2(self.directory, SOCKET, os.O_PATH | os.O_NOFOLLOW)
+        fd = self._own_socket(uid)
         try:
-            info = os.fstat(fd)
-            if not stat.S_ISSOCK(info.st_mode) or info.st_uid != uid:
-                denied = FsDenied(path=SOCKET, count=1, why="not a socket of the plugin's own")
-                self.context.audit.record(denied, plugin=self.plugin, run=self.id)
-                raise DeniedError(
-                    f"plugin {self.plugin}", "its socket was replaced by something else", "nothing was sent"
-                )
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             connection.setblocking(False)
             try:
@@ -348,12 +343,44 @@ class Run:
                 raise
             self.reached = True
             return connection
+        finally:
+            os.close(fd)
+
+    async def lend_socket(self, uid: int, gid: int, alive: Callable[[], bool]) -> tuple[int, int]:
+        """Open the sidecar's socket file for processes with the group ``gid``, which may connect from then on.
+
+        Returns a descriptor that is good for nothing else, and the file's ``st_ctime_ns``. Until that changes, the name
+        stands for this file: to rename, replace or remove it changes the time. Raises OSError, or as ``connect``.
+        """
+        fd = self._own_socket(uid)
+        try:
+            let_group_write(fd, gid)
+            before = os.fstat(fd)
+            await asyncio.sleep(CTIME_STEP)
+            if alive():
+                now = os.stat(SOCKET, dir_fd=self.directory, follow_symlinks=False)
+                if (identity(now), now.st_ctime_ns) == (identity(before), before.st_ctime_ns):
+                    return fd, now.st_ctime_ns
+            raise UnavailableError(f"plugin {self.plugin}", "its socket was just replaced", "ask again")
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def _own_socket(self, uid: int) -> int:
+        """Open what has the socket's name (O_PATH); raises DeniedError if it is no socket of the user's, OSError."""
+        try:
+            fd = openat2(self.directory, SOCKET, os.O_PATH | os.O_NOFOLLOW)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.EXDEV):
                 raise DeniedError(f"plugin {self.plugin}", "its socket is a link", "nothing was sent") from None
             raise
-        finally:
-            os.close(fd)
+        info = os.fstat(fd)
+        if stat.S_ISSOCK(info.st_mode) and info.st_uid == uid:
+            return fd
+        os.close(fd)
+        denied = FsDenied(path=SOCKET, count=1, why="not a socket of the plugin's own")
+        self.context.audit.record(denied, plugin=self.plugin, run=self.id)
+        raise DeniedError(f"plugin {self.plugin}", "its socket was replaced by something else", "nothing was sent")
 
     async def take_down(self) -> None:
         """Remove everything of the run; also after a start that failed half-way."""

@@ -130,6 +130,7 @@ class Daemon(FakeAudit):
                 messages.EnsureRun.on(self._ensure),
                 messages.ConnectRun.on(self._connect),
                 messages.ConnectRuns.on(self._connect_many),
+                messages.LendSocket.on(self._lend_socket),
                 messages.StopRun.on(self._stop),
                 messages.RestartRun.on(self._restart),
                 messages.ListPlugins.on(self._status),
@@ -402,6 +403,16 @@ class Daemon(FakeAudit):
             except IsolatorError as error:
                 answers.append(error.to_json())
         return WithFds(messages.Connected(answers=tuple(answers)), fds)
+
+    async def _lend_socket(self, request: messages.LendSocket) -> WithFds[messages.LentSocket]:
+        sidecar = self.find(request.name)
+        if sidecar.run != request.run:
+            raise UnavailableError(f"plugin {sidecar.name}", "that run has ended")
+        path = sidecar.socket_folder / "plugin.sock"
+        os.chown(path, -1, HOST_UID)
+        path.chmod(0o770)
+        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW)
+        return WithFds(messages.LentSocket(changed_ns=os.fstat(fd).st_ctime_ns), [fd])
 
     async def _stop(self, request: messages.StopRun) -> None:
         await self.stop_sidecar(self.find(request.name), request.reason)

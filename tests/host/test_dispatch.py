@@ -62,7 +62,8 @@ async def test_each_connection_carries_one_request(daemon: Daemon) -> None:
     for one in emitted:
         (delivery,) = (await daemon.outcome(one))["deliveries"]
         assert (delivery["state"], delivery["attempts"]) == ("ok", 1)
-    assert daemon.connected == 31 and daemon.sidecars["counts"].starts == 1
+    assert daemon.sidecars["counts"].starts == 1
+    assert daemon.connected == 1, "the host makes the others by itself"
 
 
 async def test_skipped_counts_as_success(daemon: Daemon) -> None:

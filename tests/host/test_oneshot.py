@@ -18,6 +18,7 @@ from host.delivery.stream import StreamDelivery
 from host.events import Catalogue
 from host.fence.fences import NO_LEASE
 from host.queue.interface import Delivery, Event
+from isolator.ipc.body import Message
 from isolator.ipc.fence import LOST, Fence
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.linux.boottime import boottime
@@ -44,6 +45,9 @@ class Plugin:
     def connect_soon(self, name: str, run: str) -> asyncio.Future[int]:
         return asyncio.ensure_future(self.connect(name, run))
 
+    def lend(self, name: str, run: str) -> asyncio.Future[Message]:
+        return asyncio.get_running_loop().create_future()  # each connection is asked for
+
 
 class Outcomes:
     """Sends a request at once, or not at all."""
@@ -52,11 +56,13 @@ class Outcomes:
         self.allowed = True
         self.concluded: list[str] = []
 
-    def begin(self, delivery: Any, run: str, request: bytes, send: Any, give_up: Any) -> None:
-        if self.allowed:
-            asyncio.get_running_loop().call_soon(send)
-        else:
-            asyncio.get_running_loop().call_soon(give_up, NO_LEASE)
+    def begin(self, delivery: Any, run: str, request: bytes, send: Any, give_up: Any, listen: Any = None) -> None:
+        def begin() -> None:
+            send() if self.allowed else give_up(NO_LEASE)
+            if listen is not None:
+                listen()
+
+        asyncio.get_running_loop().call_soon(begin)
 
     def conclude(self, plugin: Any, delivery: Any, run: str, outcome: Any, latency: int, *, broken: bool) -> None:
         self.concluded.append(outcome.kind)

@@ -358,15 +358,36 @@ MUTATIONS = (
         "isolator/supervisor/run.py",
         (
             "a socket of another owner is believed",
-            " or info.st_uid != uid:",
+            " and info.st_uid == uid:",
             ":",
             "system/test_socket_swaps.py::test_socket_of_another_owner_is_refused",
         ),
         (
             "a socket behind a link is used",
-            "fd = openat2(self.directory, SOCKET, os.O_PATH | os.O_NOFOLLOW)\n        try:\n            info",
-            "fd = os.open(SOCKET, os.O_PATH, dir_fd=self.directory)\n        try:\n            info",
+            "fd = openat2(self.directory, SOCKET, os.O_PATH | os.O_NOFOLLOW)\n        except",
+            "fd = os.open(SOCKET, os.O_PATH, dir_fd=self.directory)\n        except",
             "system/test_socket_swaps.py",
+        ),
+        (
+            "a socket file is lent that was replaced meanwhile",
+            "if (identity(now), now.st_ctime_ns) == (identity(before), before.st_ctime_ns):",
+            "if now:",
+            "supervisor/test_run_socket.py::test_socket_that_is_changed_while_it_is_lent_is_not",
+        ),
+    ),
+    *_mutations(
+        "host/delivery/lent_socket.py",
+        (
+            "a lent socket file is used whatever its name stands for by now",
+            "if os.fstat(self._fd).st_ctime_ns == self._changed_ns:",
+            "if self._fd >= 0:",
+            "host/test_lent_socket.py::test_supervisor_is_asked_once_the_name_may_stand_for_something_else",
+        ),
+        (
+            "a socket file that comes too late is used for another run",
+            "if run == self._run and self._fd < 0 and fds:",
+            "if self._fd < 0 and fds:",
+            "host/test_lent_socket.py::test_answer_for_another_run_is_closed",
         ),
     ),
     *_mutations(

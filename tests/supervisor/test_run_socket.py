@@ -1,10 +1,12 @@
-"""Root connects to a sidecar's socket only if it is a socket, and its own user's."""
+"""Root connects to a sidecar's socket, or lends it to the host, only if it is a socket, and its own user's."""
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +14,8 @@ from typing import Any
 import pytest
 
 from isolator.audit.schema import FsDenied
-from isolator.errors import DeniedError
+from isolator.errors import DeniedError, UnavailableError
+from isolator.supervisor import run as run_module
 from isolator.supervisor.cage_spec import SOCKET
 from isolator.supervisor.run import Run
 
@@ -56,3 +59,167 @@ def test_file_of_its_own_in_the_sockets_place_is_refused(scene: tuple[Run, Path,
     with pytest.raises(DeniedError, match="was replaced by something else"):
         run.connect_at_once(PLUGIN)
     assert len(records) == 1
+
+
+# --- a socket file that the host may connect to by itself ----------------------------------------------------------
+
+HOST, OTHER = 64997, 64998
+
+
+def _listen(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen(8)
+    os.chown(path, PLUGIN, PLUGIN)
+    path.chmod(0o700)
+    return listener
+
+
+def _lend(run: Run, *, alive: bool = True) -> tuple[int, int]:
+    return asyncio.run(run.lend_socket(PLUGIN, HOST, lambda: alive))
+
+
+def _as_user(uid: int, do: Callable[[], object]) -> str:
+    """What a process with this user and group, without any other right, gets for an answer."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+            do()
+            answer = "done"
+        except OSError as error:
+            answer = errno.errorcode[error.errno or 0]
+        os.write(writing, answer.encode())
+        os._exit(0)
+    os.close(writing)
+    os.waitpid(pid, 0)
+    with os.fdopen(reading) as file:
+        return file.read()
+
+
+def _connect(fd: int) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(f"/proc/self/fd/{fd}")
+
+
+def test_lent_socket_lets_the_hosts_group_connect_and_nobody_else(scene: tuple[Run, Path, list[Any]]) -> None:
+    run, path, records = scene
+    with _listen(path):
+        before = os.open(path, os.O_PATH)
+        assert _as_user(HOST, lambda: _connect(before)) == "EACCES", "it was not lent"
+        fd, changed = _lend(run)
+        assert _as_user(HOST, lambda: _connect(fd)) == "done"
+        assert _as_user(OTHER, lambda: _connect(fd)) == "EACCES"
+        assert (changed, records) == (os.fstat(fd).st_ctime_ns, [])
+        again, unchanged = _lend(run)
+        assert unchanged == changed, "what is open to the host is left as it is"
+        for one in (before, fd, again):
+            os.close(one)
+
+
+def test_lent_socket_is_good_for_connecting_alone(scene: tuple[Run, Path, list[Any]]) -> None:
+    run, path, _ = scene
+    with _listen(path):
+        fd, _ = _lend(run)
+        there = f"/proc/self/fd/{fd}"
+        tries: dict[str, Callable[[], object]] = {
+            "enter": lambda: os.fchdir(fd),
+            "leave upwards": lambda: os.open("..", os.O_PATH, dir_fd=fd),
+            "open": lambda: os.open(there, os.O_RDWR),
+            "open to all": lambda: os.chmod(there, 0o777),
+            "give away": lambda: os.chown(there, OTHER, OTHER),
+        }
+        done = [what for what, do in tries.items() if _as_user(HOST, do) == "done"]
+        assert not done
+        os.close(fd)
+
+
+def test_listener_that_is_gone_cannot_be_reached_by_its_lent_file(scene: tuple[Run, Path, list[Any]]) -> None:
+    run, path, _ = scene
+    with _listen(path):
+        fd, _ = _lend(run)
+    assert _as_user(HOST, lambda: _connect(fd)) == "ECONNREFUSED"
+    os.close(fd)
+
+
+@pytest.mark.parametrize("what", ["a file", "a link", "a socket of another user's"])
+def test_what_is_not_the_plugins_socket_is_not_lent_and_not_changed(
+    scene: tuple[Run, Path, list[Any]], what: str
+) -> None:
+    run, path, _ = scene
+    other = path.with_name("other")
+    with _listen(other):
+        os.chown(other, ANOTHER, ANOTHER)
+        if what == "a file":
+            path.write_text("")
+            os.chown(path, PLUGIN, PLUGIN)
+        elif what == "a link":
+            path.symlink_to(other)
+        else:
+            other.rename(path)
+        before = path.lstat(), path.stat()
+        descriptors = os.listdir("/proc/self/fd")
+        with pytest.raises(DeniedError):
+            _lend(run)
+        assert (path.lstat(), path.stat()) == before
+        assert os.listdir("/proc/self/fd") == descriptors
+
+
+@pytest.mark.parametrize("change", ["rename", "replace", "remove", "shut"])
+def test_socket_that_is_changed_while_it_is_lent_is_not(
+    scene: tuple[Run, Path, list[Any]], change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The change comes at the same time as the supervisor's own, so that the file's time may not show it."""
+    run, path, _ = scene
+    changes: dict[str, Callable[[], object]] = {
+        "rename": lambda: path.rename(path.with_name("gone")),
+        "replace": lambda: path.with_name("next").rename(path),
+        "remove": path.unlink,
+        "shut": lambda: path.chmod(0),
+    }
+    let = run_module.let_group_write
+
+    def let_and_change(fd: int, gid: int) -> None:
+        let(fd, gid)
+        changes[change]()
+
+    monkeypatch.setattr(run_module, "let_group_write", let_and_change)
+    with _listen(path), _listen(path.with_name("next")):
+        descriptors = os.listdir("/proc/self/fd")
+        if change == "shut":
+            fd, _ = _lend(run)
+            assert _as_user(HOST, lambda: _connect(fd)) == "EACCES", "it is shut for good, and the host asks"
+            os.close(fd)
+        else:
+            with pytest.raises((UnavailableError, FileNotFoundError)):
+                _lend(run)
+        assert os.listdir("/proc/self/fd") == descriptors
+
+
+def test_change_after_a_socket_was_lent_changes_its_time(scene: tuple[Run, Path, list[Any]]) -> None:
+    run, path, _ = scene
+    for change in (
+        lambda: path.rename(path.with_name("gone")),
+        lambda: path.with_name("next").rename(path),
+        path.unlink,
+        lambda: path.chmod(0o770),
+    ):
+        with _listen(path), _listen(path.with_name("next")):
+            fd, changed = _lend(run)
+            change()  # at once: the file's time has gone on since the supervisor looked
+            assert os.fstat(fd).st_ctime_ns != changed
+            os.close(fd)
+        for left in path.parent.iterdir():
+            left.unlink()
+
+
+def test_run_that_ends_meanwhile_lends_nothing(scene: tuple[Run, Path, list[Any]]) -> None:
+    run, path, _ = scene
+    with _listen(path):
+        descriptors = os.listdir("/proc/self/fd")
+        with pytest.raises(UnavailableError):
+            _lend(run, alive=False)
+        assert os.listdir("/proc/self/fd") == descriptors

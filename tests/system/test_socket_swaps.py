@@ -1,7 +1,8 @@
 """A plugin replaces its socket by something else while the host connects: root follows none of it.
 
 The socket's folder is the one place that both a plugin and root touch. What stands there is opened without following
-anything, looked at through the descriptor, and connected to through the same descriptor.
+anything, looked at through the descriptor, and connected to through the same descriptor; or that is lent to the host,
+which connects by itself until the plugin has done anything to the name.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ HONEST = ("hard-link", "renamed", "device")
 
 SCRIPT = """\
     #!/usr/bin/python3
-    import json, os, socket, stat, threading, time
+    import json, os, socket, stat, struct, threading, time
     path = os.environ["PLUGIN_SOCKET"]
     folder, state = os.path.dirname(path), os.environ["PLUGIN_STATE_DIR"]
     TRAP = "@TRAP@"
@@ -96,7 +97,8 @@ SCRIPT = """\
             swapping = threading.Thread(target=race)
         else:
             swapping = None
-        say(number)
+        _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        say(f"{number} by {uid}")
         connection.sendall(json.dumps(
             {"jsonrpc": "2.0", "id": request["id"], "result": {"status": "ok"}}).encode() + b"\\n")
         connection.close()
@@ -127,9 +129,24 @@ def scene(tmp_path: Path) -> Iterator[tuple[Daemon, socket.socket]]:
             yield d, trap
 
 
-def _seen(d: Daemon) -> list[str]:
+def _lines(d: Daemon) -> list[str]:
     path = d.root / "var/lib/isolator/state/swapper/mnt/state/seen"
     return path.read_text().split("\n") if path.exists() else []
+
+
+def _seen(d: Daemon) -> list[str]:
+    return [line.partition(" by ")[0] for line in _lines(d)]
+
+
+def _until_the_host_connects_by_itself(d: Daemon) -> None:
+    host = os.stat(f"/proc/{d.service_pid('host.service')}").st_uid
+
+    def connects() -> bool:
+        _emit(d, f"direct-{len(_lines(d))}")
+        last = _lines(d)[-2:-1]
+        return bool(last) and last[0].startswith("direct-") and last[0].endswith(f" by {host}")
+
+    wait_for(connects, what=f"it always asks: {_lines(d)}")
 
 
 def _emit(d: Daemon, name: str) -> None:
@@ -148,6 +165,7 @@ def _trapped(trap: socket.socket) -> bool:
 def test_what_is_not_the_socket_is_refused(scene: tuple[Daemon, socket.socket]) -> None:
     d, trap = scene
     for kind in KINDS:
+        _until_the_host_connects_by_itself(d)
         before = _refusals(d)
         _emit(d, f"swap-{kind}")
         wait_for(lambda kind=kind: f"swapped-{kind}" in _seen(d), what=f"{kind}: {_seen(d)}")
@@ -163,6 +181,7 @@ def test_what_is_not_the_socket_is_refused(scene: tuple[Daemon, socket.socket]) 
 def test_what_is_its_own_socket_is_used(scene: tuple[Daemon, socket.socket]) -> None:
     d, trap = scene
     for kind in HONEST:
+        _until_the_host_connects_by_itself(d)
         _emit(d, f"swap-{kind}")
         wait_for(lambda kind=kind: f"swapped-{kind}" in _seen(d))
         _emit(d, f"after-{kind}")
@@ -174,7 +193,7 @@ def test_what_is_its_own_socket_is_used(scene: tuple[Daemon, socket.socket]) -> 
 def test_socket_of_another_owner_is_refused(scene: tuple[Daemon, socket.socket]) -> None:
     """The plugin cannot make one; whoever can might have lent it to lead events elsewhere."""
     d, _ = scene
-    d.cli("plugin", "start", "swapper")
+    _until_the_host_connects_by_itself(d)
     pid = d.json("plugin", "show", "swapper")["pid"]
     folder = os.open(f"/proc/{pid}/root/run/isolator/plugin", os.O_PATH | os.O_DIRECTORY)
     try:
@@ -195,6 +214,7 @@ def test_socket_of_another_owner_is_refused(scene: tuple[Daemon, socket.socket])
 def test_a_race_between_the_look_and_the_connect(scene: tuple[Daemon, socket.socket]) -> None:
     """Thousands of swaps of the socket against a link to somebody else's: not once is the link followed."""
     d, trap = scene
+    _until_the_host_connects_by_itself(d)
     _emit(d, "race")
     for number in range(15):
         _emit(d, f"n{number}")

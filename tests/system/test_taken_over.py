@@ -206,6 +206,8 @@ def test_host_cannot_read_what_is_roots_or_another_service_of_its_own(running: T
     [
         ("run.connect", {"name": "good", "run": "../../../../run/docker.sock"}),
         ("run.connect", {"name": "../good", "run": "x"}),
+        ("run.socket", {"name": "good", "run": "../../../../run/docker.sock"}),
+        ("run.socket", {"name": "../good", "run": "x"}),
         ("run.ensure", {"name": "../../etc"}),
         ("plugin.remove", {"name": "../../../etc"}),
         ("plugin.approve", {"name": "good", "digest": "../../../etc"}),

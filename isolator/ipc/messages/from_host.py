@@ -75,6 +75,24 @@ class ConnectRuns(Request[Connected], op="run.connect_many"):
     """64 at most"""
 
 
+class LentSocket(Body):
+    """A sidecar's socket file."""
+
+    changed_ns: int
+    """its `st_ctime_ns`: once it has another, the descriptor is of no use any more"""
+
+
+class LendSocket(Request[LentSocket], op="run.socket"):
+    """Open a sidecar's socket file for H, which may connect to it from then on without asking, as long as it is the
+    same. An error if it is being replaced; `run.connect` is for whatever cannot be reached this way.
+
+    Reply's descriptors: the socket file (O_PATH)
+    """
+
+    name: str
+    run: str
+
+
 class InvocationStarted(Body):
     """An invocation that runs, or whose program cannot be executed."""
 

@@ -213,6 +213,16 @@ class Plugin:
             return run.connect_at_once(self.registration.uid)
         return None
 
+    async def lend_socket(self, run_id: str, gid: int) -> tuple[int, int]:
+        """Open the socket file of a run for processes with that group, as ``Run.lend_socket``; raises IsolatorError."""
+        run = self.run
+        if run is None or run.id != run_id or run.streams or run.port is not None:
+            raise UnavailableError(f"plugin {self.name}", "that run has no socket", "ask again")
+        try:
+            return await run.lend_socket(self.registration.uid, gid, lambda: self.run is run)
+        except OSError as error:
+            raise UnavailableError(f"plugin {self.name}", f"its socket: {error.strerror}", "ask again") from None
+
     def note_ready(self, run_id: str) -> None:
         """Take the host's word that a run whose standard streams it has is up."""
         if self.run is not None and self.run.id == run_id and self.run.streams:
