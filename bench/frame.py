@@ -25,13 +25,15 @@ Once = Callable[[], None]
 class Contender:
     """Contender of a benchmark. ``once`` does the work one time and raises if it failed: a failure is never timed.
 
-    ``before`` runs ahead of each, untimed: what a daemon at rest would have ready.
+    ``before`` runs ahead of each, untimed: what a daemon at rest would have ready. ``after`` runs behind each, untimed
+    too: what goes on once the caller has its answer, and would be on the bill of the next.
     """
 
     name: str
     builds: str
     once: Once
     before: Once = lambda: None
+    after: Once = lambda: None
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def interleave(contenders: Sequence[Contender], rounds: int, warmup: int = 3) ->
                 began = time.perf_counter_ns()
                 contender.once()
                 took = time.perf_counter_ns() - began
+                contender.after()
                 if number >= 0:
                     samples[contender.name].append(took / 1e6)
     finally:

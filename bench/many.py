@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench.frame import Report, Series, Skipped
-from bench.peers import bubblewrap
+from bench.peers import BUBBLEWRAP, bubblewrap
 from host.client.client import Client
 from isolator.layers.seccomp.layer import compiled
 from tests.system.daemon import Daemon, daemon, write_plugin
@@ -65,7 +65,7 @@ def measure(rounds: int) -> Report:
             peer = bubblewrap(work, program).once
             peer()
         except (OSError, RuntimeError) as error:
-            peer, skipped = None, [Skipped("bubblewrap + seccomp", str(error))]
+            peer, skipped = None, [Skipped(BUBBLEWRAP, str(error))]
         registered = memory(running)  # before the first start: what has grown once is not given back
         files = _open_files(running)
         first = for_all(running, names, "plugin.start")  # makes the images, which happens once in a plugin's life

@@ -14,13 +14,17 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+
+import prctl
 
 from bench.frame import Contender, Skipped
 from isolator.layers.cgroup.subtree import find_hierarchies
 from tests.support.timeouts import EMULATED
 
 TRUE = "/usr/bin/true"
+BUBBLEWRAP = "bubblewrap + seccomp"
 _NOBODY = 65534
 _MEMORY, _TASKS = 256 << 20, 64  # the caps that Isolator's default policy gives, for those that take caps
 # Likewise; but where the processor is emulated a quarter of it is too little for /usr/bin/true within one period, and
@@ -53,6 +57,46 @@ def find(name: str) -> str:
     return path
 
 
+class Orphans:
+    """Processes that a tool leaves to their end when it returns: this process adopts them while it measures."""
+
+    def __init__(self) -> None:
+        self._known: set[int] = set()
+
+    def __enter__(self) -> Orphans:
+        prctl.set_child_subreaper(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        prctl.set_child_subreaper(0)
+
+    def note(self) -> None:
+        """Note the children that are no orphans of the tool to come."""
+        self._known = _children()
+
+    def reap(self) -> None:
+        """Wait for the end of all others, which comes when the kernel has taken their namespaces down."""
+        for pid in _children() - self._known:
+            os.waitpid(pid, 0)
+
+    def settled(self, one: Contender) -> Contender:
+        """The tool, timed until it returns: what it left is waited for, and on nobody's bill."""
+        return replace(one, before=self.note, after=self.reap)
+
+    def until_removed(self, one: Contender) -> Contender:
+        """The tool, timed until nothing of it is left."""
+
+        def once() -> None:
+            one.once()
+            self.reap()
+
+        return Contender(f"{one.name}, until all is removed", one.builds, once, self.note)
+
+
+def _children() -> set[int]:
+    return {int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()}
+
+
 def plain(_work: Path, _filter: Path) -> Contender:
     return Contender("plain spawn", "nothing", lambda: spawn([TRUE]))
 
@@ -66,7 +110,7 @@ def bubblewrap(_work: Path, program: Path) -> Contender:
     ]
     # Opened anew each time: bubblewrap reads to the end, and a shared descriptor would keep its position.
     opened = (os.POSIX_SPAWN_OPEN, _SECCOMP_FD, str(program), os.O_RDONLY, 0)
-    return Contender("bubblewrap + seccomp", "no network rules, no cgroup, no user", lambda: spawn(argv, [opened]))
+    return Contender(BUBBLEWRAP, "no network rules, no cgroup, no user", lambda: spawn(argv, [opened]))
 
 
 def firejail(_work: Path, _filter: Path) -> Contender:

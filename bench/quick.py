@@ -25,7 +25,7 @@ from bench.delivery import one_at_a_time
 from bench.delivery_subjects import HOST_TOML
 from bench.frame import Contender, Series, host, interleave
 from bench.many import pss
-from bench.peers import TRUE, bubblewrap, find
+from bench.peers import BUBBLEWRAP, TRUE, bubblewrap, find
 from host.client.client import Client
 from isolator.layers.seccomp.layer import compiled
 from tests.system.daemon import Daemon, daemon
@@ -68,8 +68,13 @@ def _cages(work: Path) -> Iterator[Row]:
     program.write_bytes(compiled("default", work))
     with isolator_side.cages(work) as (isolator, _):
         series = interleave([bubblewrap(work, program), *isolator], CAGES)
-    for name, title in ((isolator_side.NAME, "cage"), (isolator_side.COLD, "cage, nothing made ahead")):
-        yield _beside(title, series, name, "bubblewrap + seccomp")
+    titles = {
+        isolator_side.NAME: "cage",
+        isolator_side.COLD: "cage, nothing made ahead",
+        isolator_side.TOLD: "cage, until its exit code is known",
+    }
+    for name, title in titles.items():
+        yield _beside(title, series, name, BUBBLEWRAP)
 
 
 def _commands(work: Path) -> Iterator[Row]:

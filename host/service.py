@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import prctl
 
-from host.composition.handover import BEFORE_ASKING, FORMATS
+from host.composition.handover import FORMATS
 from host.composition.host import Host
 from host.composition.introduction import HostParts, Introduction
 from host.wire.strict_json import encode
@@ -40,7 +40,7 @@ async def serve(channel_fd: int, audit_fd: int | None, parts: Callable[[Paths], 
     channel = Channel(socket.socket(fileno=channel_fd), name="supervisor")
     audit = AuditClient(socket.socket(fileno=audit_fd) if audit_fd is not None else None, encode)
     running: asyncio.Future[Host] = loop.create_future()
-    succession = Succession(FORMATS, BEFORE_ASKING)
+    succession = Succession(FORMATS)
 
     async def hello(request: HostHello, fds: list[int]) -> None:
         if running.done():

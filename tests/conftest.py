@@ -15,7 +15,6 @@ import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.support import commands
 from tests.support.leaks import MARKER, HostState, RunLock, is_own, wait_until_clean
+from tests.support.leftovers import ROOTS, new_root
 from tests.support.timeouts import seconds
 
 # A hung test fails by itself, with a traceback, and its clean-up runs. Read by pytest-timeout when it is configured.
@@ -55,10 +55,10 @@ class _Run:
 
     def __init__(self, *, worker: bool) -> None:
         if not worker:
-            os.environ[MARKER] = uuid.uuid4().hex
+            os.environ[MARKER] = os.environ.get(MARKER, "") + uuid.uuid4().hex
         self.marker = os.environ[MARKER]
         self.folders: list[str] = []
-        self.lock = None if worker else RunLock()
+        self.lock = None if worker or ROOTS in os.environ else RunLock()
         self.before = HostState.read(self.marker)
         self.leaks: list[str] = []
         self.doubtful: list[str] = []
@@ -197,8 +197,7 @@ def shared_dir(request: pytest.FixtureRequest) -> Iterator[Path]:
     What is still mounted below it at the end is a leak: it is unmounted, so that nothing is deleted through it,
     and the test fails.
     """
-    path = Path(tempfile.mkdtemp(prefix="isolator-test-", dir="/tmp"))
-    path.chmod(0o755)
+    path = new_root("test")
     request.config.stash[_run].folders.append(str(path))
     yield path
     mounted = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if f" {path}/" in line]

@@ -65,11 +65,9 @@ class Outcome(NamedTuple):
     """Seconds; a tenth of one at least, and ten minutes at most."""
 
 
-def build_params(
-    event: Event, event_type: EventType | None, major: int, payload: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def build_params(event: Event, event_type: EventType | None, major: int) -> dict[str, Any]:
     """Build ``params``: the payload as a plugin of that major knows it."""
-    fields = dict(payload) if payload is not None else parse_object(event.payload.encode())
+    fields = parse_object(event.payload.encode())
     return event_type.translate(fields, major) if event_type is not None else fields
 
 

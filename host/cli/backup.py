@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from host.cli.options import here
-from host.cli.output import print_json
+from host.cli.output import print_json, size
 from isolator.cli.progress import Progress
 from isolator.errors import IsolatorError, UsageError
 from isolator.paths import Paths
@@ -56,7 +56,7 @@ def backup(root: str | None, directory: Path, passphrase_file: Path | None, as_j
         print_json({**asdict(made), "place": str(made.place)})
         return
     plugins = f"{made.plugins} plugin{'' if made.plugins == 1 else 's'}"
-    click.echo(f"{made.place}: {plugins}, {made.bytes >> 10} KiB, as of {made.taken[:19]}Z (backup {made.id})")
+    click.echo(f"{made.place}: {plugins}, {size(made.bytes)}, as of {made.taken[:19]}Z (backup {made.id})")
     for line in made.left_out:
         click.echo(line)
 

@@ -46,7 +46,7 @@ def missing(shown: Mapping[str, Any]) -> str | None:
     keys = shown.get("missing")
     if not keys:
         return None
-    return f"{', '.join(keys)} is required and not set; isolator plugin config {shown['name']} set {keys[0]}=VALUE"
+    return f"{', '.join(keys)} is required and not set; isolator plugin config {shown['name']} set {keys[0]}=@FILE"
 
 
 def paused(shown: Mapping[str, Any]) -> str | None:

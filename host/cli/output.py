@@ -119,6 +119,13 @@ def duration(seconds: float) -> str:
     return f"{max(0, int(seconds))}s"
 
 
+def size(count: int) -> str:
+    """A number of bytes in the unit that fits: ``714 B``, ``89 KiB``, ``2.4 MiB``."""
+    if count < 1 << 20:
+        return f"{count} B" if count < 1024 else f"{count / 1024:.0f} KiB"
+    return f"{count / (1 << 20):.1f} MiB"
+
+
 def latency(microseconds: int | None) -> str:
     """A latency in the unit that fits: ``412 µs``, ``3.1 ms``, ``2.40 s``."""
     if microseconds is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from host.cli.output import paragraph, print_json, safe, table, terminal_width
+from host.cli.output import paragraph, print_json, safe, size, table, terminal_width
 from isolator.cli.progress import Progress
 from isolator.errors import NeedsApprovalError, UsageError
 
@@ -164,7 +164,7 @@ def _warn_of_history(staged: Mapping[str, Any], literal: list[str]) -> None:
 
 def _warn_of_missing(name: str, missing: Sequence[str]) -> None:
     for key in missing:
-        remedy = f"isolator plugin config {name} set {key}=VALUE"
+        remedy = f"isolator plugin config {name} set {key}=@FILE"
         click.echo(f"isolator: {name} cannot start before {key} is set: {remedy}", err=True)
 
 
@@ -185,7 +185,7 @@ def _show_staged(staged: Mapping[str, Any], *, verbose: bool) -> None:
     if staged.get("signer"):
         click.echo(f"signed by {staged['signer']}\n")
     if staged["files"]:
-        click.echo(f"{staged['files']} files and folders, {_size(staged['size'])}\n")
+        click.echo(f"{staged['files']} files and folders, {size(staged['size'])}\n")
     for field in staged["config"]:
         marks = [field["type"], *(["secret"] if field["secret"] else []), *(["required"] if field["required"] else [])]
         if field["default"] is not None:
@@ -197,14 +197,6 @@ def _show_staged(staged: Mapping[str, Any], *, verbose: bool) -> None:
     show_proposal(staged["proposal"], verbose=verbose)
     for warning in (*staged["warnings"], *staged["faults"]):
         click.echo(f"isolator: warning: {safe(warning)}", err=True)
-
-
-def _size(count: int) -> str:
-    """A number of bytes for people."""
-    for power, unit in enumerate(("B", "KiB")):
-        if count < 1024 ** (power + 1):
-            return f"{count / 1024**power:.0f} {unit}"
-    return f"{count / 1024**2:.1f} MiB"
 
 
 def show_proposal(proposal: Mapping[str, Any], *, verbose: bool) -> None:

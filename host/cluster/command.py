@@ -198,7 +198,7 @@ def leave(root: str | None, force: bool, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    click.echo("left; remove [cluster] from host.toml, then run isolator reload")
+    click.echo("left; remove [cluster] from host.toml, if it is there, then run isolator reload")
     if found["left_behind"]:
         events = _counted(found["left_behind"], "events")
         click.echo(
@@ -257,7 +257,8 @@ def _row(host: Mapping[str, Any], found: Mapping[str, Any]) -> list[Any]:
     name = f"{host['name']}{' (this)' if host['here'] else ''}"
     clock = "" if host["clock_ahead"] is None else f"{round(host['clock_ahead'], 1) + 0.0:+.1f} s"  # never -0.0
     behind = max(0, found["place"] - host["place"])
-    state = "alive" if host["alive"] else "stopped" if host["stopped"] else "SILENT"
+    away = "no member" if host["here"] else "SILENT"
+    state = "alive" if host["alive"] else "stopped" if host["stopped"] else away
     return [name, state, host["version"], len(host["holds"]), behind, clock, ", ".join(host["labels"])]
 
 

@@ -14,14 +14,12 @@ from host.cluster.clock import Clock
 from host.cluster.fold import State
 from host.cluster.follower import Follower
 from host.cluster.log import Entered, Facts, Log, LogUnavailableError
-from host.cluster.problems import LASTS, Kind, LogTroubles, Problems, StoppedError, check_bounds
+from host.cluster.problems import LASTS, OF_THE_LOG, LogTroubles, Problems, StoppedError, check_bounds
 from host.cluster.store import FoldStore, keep_log, kept
 from host.database.store import Store as Database
 from isolator.errors import UnavailableError
 
 RETRY: Final = 1.0
-_OF_THE_LOG: frozenset[Kind] = frozenset({"refused", "settings", "another_log", "trimmed"})
-"""Problems that end once the log is another."""
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
@@ -78,7 +76,7 @@ class Footing:
                 self._troubles.reads(error)
             except StoppedError as stopped:
                 self._troubles.reads(None)
-                self._problems.end(*sorted(_OF_THE_LOG - {stopped.kind}))
+                self._problems.end(*sorted(OF_THE_LOG - {stopped.kind}))
                 self._problems.begin(stopped.kind, stopped.line)
                 if stopped.kind == "log_lost":
                     await self._fold_again()
@@ -87,7 +85,7 @@ class Footing:
                     continue
             else:
                 self._troubles.reads(None)
-                self._problems.end(*sorted(_OF_THE_LOG))
+                self._problems.end(*sorted(OF_THE_LOG))
                 await self.write(functools.partial(keep_log, created=facts.created))
                 return facts
             await self._clock.sleep(RETRY)
@@ -95,6 +93,7 @@ class Footing:
     async def check(self) -> Facts:
         """The log's facts; raises StoppedError for a log that this host cannot follow from where it is."""
         facts = self.facts = await self._log.facts()
+        self._troubles.copies(facts)
         check_bounds(facts, self._database.read(kept).log, self.place)
         if self.place < facts.first:
             return facts

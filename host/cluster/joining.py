@@ -4,27 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from host.cluster.access import inbox_of
 from host.cluster.follower import Fences, Follower
+from host.cluster.log import Log, UnusableLog
 from host.cluster.node import Node
 from host.cluster.parts import Settings
 from host.cluster.problems import Kind
 from host.database.store import Store
 from isolator import __version__
 from isolator.base.lean import give_asyncio_tls
-from isolator.errors import UnavailableError
+from isolator.errors import IsolatorError, UnavailableError
 from isolator.policy.authority import context_of
 from isolator.policy.cluster import Cluster, stranger_in
 
 if TYPE_CHECKING:
-    from host.cluster.nats import Access, NatsLog
+    from host.cluster.nats import Access
+
+NOT_LEFT: Final = (
+    "host.toml has no [cluster] any more, and this host has not left its cluster: isolator cluster leave (--force, as "
+    "the log is out of reach), or put [cluster] back; then run isolator reload"
+)
 
 
-def connect(settings: Cluster) -> NatsLog:
-    """The log of a host's cluster; nothing is connected yet. Raises IsolatorError."""
-    access = access_of(settings.servers, settings.secret, tls=settings.tls, ca=settings.ca, host=settings.name)
+def connect(settings: Cluster) -> Log:
+    """The log of a host's cluster; nothing is connected yet. Settings that are of no use are a log that refuses."""
+    if not settings.servers:
+        return UnusableLog(NOT_LEFT)
+    try:
+        if settings.credentials and not settings.secret:
+            remedy = "an alarm of 'isolator status' says why: mend it"
+            raise IsolatorError(settings.credentials, "cannot be used", remedy)
+        if stranger := stranger_in(settings.secret, settings.name):
+            raise IsolatorError(settings.credentials or "[cluster] credentials", *stranger)
+        access = access_of(settings.servers, settings.secret, tls=settings.tls, ca=settings.ca, host=settings.name)
+    except IsolatorError as error:
+        return UnusableLog(f"this host cannot use its [cluster]: {error}, then run isolator reload")
     from host.cluster.nats import NatsLog
 
     return NatsLog(access)
@@ -38,8 +54,8 @@ def join(
     notice: Callable[[Kind, str | None], None],
     folder: Path,
 ) -> Node:
-    """This host's node, which has not begun; ``folder`` is for copies of the fold. Raises IsolatorError."""
-    here = Settings(settings.name, settings.labels, __version__, settings.outbox, folder)
+    """This host's node, which has not begun; ``folder`` is for copies of the fold."""
+    here = Settings(settings.name, settings.labels, __version__, settings.outbox, folder, settings.distrusted)
     return Node(here, connect(settings), database, follower, fences, notice=notice)
 
 
@@ -48,14 +64,12 @@ def access_of(servers: tuple[str, ...], secret: str, *, tls: bool, ca: str, host
     try:
         from host.cluster.nats import Access, addresses
     except ModuleNotFoundError as error:
-        remedy = "pip install 'isolator[cluster]', then isolator reload"
-        raise UnavailableError("[cluster]", f"{error.name} is not installed", remedy) from None
+        why = f"{error.name} is not installed"
+        raise UnavailableError("[cluster]", why, "pip install 'isolator[cluster]'") from None
     context = None
     if tls:
         give_asyncio_tls()
         context = context_of(ca)
     user, _, password = secret.partition(":")
     inbox = inbox_of(host) if host else "_ISO"
-    stranger = stranger_in(secret, host) if host else None
-    refusal = f"[cluster] credentials {stranger[0]}: {stranger[1]}" if stranger is not None else ""
-    return Access(addresses(servers, tls), user, password, context, inbox, refusal)
+    return Access(addresses(servers, tls), user, password, context, inbox)

@@ -187,11 +187,12 @@ class Life:
     async def _take(self, entered: Entered) -> None:
         try:
             message = decode(entered.subject, entered.body)
-        except UnknownFormatError as error:
-            raise StoppedError(
-                "newer_version", f"{entered.subject} holds {error}: this host holds nothing until it is updated"
-            ) from None
-        except ValueError:
+        except ValueError as error:
+            host = entered.subject.rpartition(".")[2]
+            if isinstance(error, UnknownFormatError) and host not in self._parts.settings.distrusted:
+                remedy = f"until it is updated, or [cluster] distrusted names {host} as a hostile host"
+                line = f"{entered.subject} holds {error}: this host holds nothing {remedy}"
+                raise StoppedError("newer_version", line) from None
             line = f"{entered.subject[:100]!r} holds what no host writes, at {entered.place}: it is passed over"
             self._problems.begin("unreadable", line)
             self._footing.read(entered)

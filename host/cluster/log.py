@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
-EVERYTHING: Final = "iso.>"
-EVENTS: Final = "iso.ev.*"
 QUESTION: Final = 4096
 """Bytes of a question of another host that is answered."""
 
@@ -25,6 +23,10 @@ class LogFullError(LogUnavailableError):
 
 class LogRefusedError(LogUnavailableError):
     """The log refuses this host until a person has changed something: credentials, permissions, no such stream."""
+
+
+class UnusableSettingsError(LogRefusedError):
+    """``[cluster]`` names what this host cannot use: its log is out of reach, and no server was asked."""
 
 
 class Entered(NamedTuple):
@@ -55,6 +57,8 @@ class Facts:
     bytes: int = 0
     max_bytes: int = 0
     wrong: tuple[str, ...] = field(default=())
+    behind: tuple[str, ...] = ()
+    """Names of servers that are away, or whose copy lacks entries."""
 
 
 class Log(Protocol):
@@ -63,8 +67,8 @@ class Log(Protocol):
     async def append(self, subject: str, body: bytes) -> None:
         """Have a message written. Neither its return nor an error says for sure whether it was."""
 
-    async def after(self, place: int, subject: str = EVERYTHING) -> Entered | None:
-        """The next message after a place, of the subjects that match; None: there is no newer one yet."""
+    async def after(self, place: int) -> Entered | None:
+        """The next message after a place; None: there is no newer one yet."""
 
     async def wait(self, seconds: float) -> None:
         """Return when somebody may have written something, or after a time."""
@@ -80,3 +84,35 @@ class Log(Protocol):
 
     async def close(self) -> None:
         """End the connections."""
+
+
+class UnusableLog:
+    """Log of a host whose ``[cluster]`` is of no use: it refuses everything, with the reason.
+
+    So the host is one that is cut off, which is a state that it has anyway: it acts on nothing that is the cluster's.
+    """
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    async def append(self, subject: str, body: bytes) -> None:
+        """See ``Log``, as for the others."""
+        raise UnusableSettingsError(self._why)
+
+    async def after(self, place: int, subject: str = EVERYTHING) -> Entered | None:
+        raise UnusableSettingsError(self._why)
+
+    async def wait(self, seconds: float) -> None:
+        raise UnusableSettingsError(self._why)
+
+    async def facts(self) -> Facts:
+        raise UnusableSettingsError(self._why)
+
+    async def ask(self, subject: str, body: bytes) -> bytes:
+        raise UnusableSettingsError(self._why)
+
+    def answer(self, subject: str, handler: Callable[[bytes], bytes | None]) -> None:
+        """Nobody asks."""
+
+    async def close(self) -> None:
+        """Nothing is open."""

@@ -23,7 +23,7 @@ from host.cluster.access import STREAM, SUBJECTS, TICK, is_for_answers, subject_
 from host.cluster.client import HEADERS, PUBLISHED, MistrustfulClient
 from host.cluster.clock import Clock
 from host.cluster.entries import MAX_MESSAGE
-from host.cluster.log import EVERYTHING, QUESTION, Entered, Facts, LogFullError, LogRefusedError, LogUnavailableError
+from host.cluster.log import QUESTION, Entered, Facts, LogFullError, LogRefusedError, LogUnavailableError
 
 OLDEST: Final = (2, 9, 0)
 """The first servers that answer ``DIRECT.GET``."""
@@ -55,8 +55,6 @@ class Access:
     tls: ssl.SSLContext | None = None
     inbox: str = "_ISO"
     """The prefix of the subjects on which answers come; a host's own, so that no other can read them."""
-    refusal: str = ""
-    """Why nothing is to be told to any server."""
 
 
 Request = Callable[[Any, str, bytes], Awaitable[Any]]
@@ -122,8 +120,8 @@ class NatsLog:
         with contextlib.suppress(nats.errors.Error, OSError):
             await client.publish(TICK, b"")
 
-    async def after(self, place: int, subject: str = EVERYTHING) -> Entered | None:
-        wish = json.dumps({"seq": place + 1, "next_by_subj": subject}).encode()
+    async def after(self, place: int) -> Entered | None:
+        wish = json.dumps({"seq": place + 1, "next_by_subj": "iso.>"}).encode()
         message = await self._ask(f"$JS.API.DIRECT.GET.{STREAM}", wish, _of_any_replica)
         headers = message.headers or {}
         if PUBLISHED not in headers:
@@ -152,7 +150,8 @@ class NatsLog:
                     1, 0, wrong=(f"there is no stream {STREAM}: an operator makes it with 'isolator cluster init'",)
                 )
             raise _error_of(text)
-        if not _is_in_touch(answer.get("cluster") or {}, int(answer["config"]["num_replicas"])):
+        cluster = answer.get("cluster") or {}
+        if not _is_in_touch(cluster, int(answer["config"]["num_replicas"])):
             if self._client is not None:
                 self._drop(self._client)  # another server may reach the one that leads now
             raise LogUnavailableError("the server that answers for the stream has lost touch with the others")
@@ -169,6 +168,13 @@ class NatsLog:
             bytes=int(state["bytes"]),
             max_bytes=int(config["max_bytes"]),
             wrong=(*_wrong(config), *too_old),
+            behind=tuple(
+                sorted(
+                    str(one.get("name"))[:64]
+                    for one in cluster.get("replicas") or ()
+                    if not one.get("current") or one.get("offline")
+                )
+            ),
         )
 
     async def ask(self, subject: str, body: bytes) -> bytes:
@@ -258,8 +264,6 @@ class NatsLog:
 
     async def _connect(self, url: str) -> Any:
         access, client = self._access, MistrustfulClient()
-        if access.refusal:
-            raise LogRefusedError(access.refusal)
         self._complaint = ""
         try:
             async with asyncio.timeout(_CONNECT):
@@ -312,12 +316,12 @@ class NatsLog:
         task.add_done_callback(self._tasks.discard)
 
 
-async def make_stream(access: Access, replicas: int, max_bytes: int = MAX_BYTES, max_age: int = MAX_AGE) -> bool:
+async def make_stream(access: Access, replicas: int, max_bytes: int = MAX_BYTES) -> bool:
     """Make the stream, once for a cluster, as a user who may; whether it was not there. Raises LogUnavailableError."""
     log = NatsLog(access)
     config = {
         "name": STREAM, "subjects": [*SUBJECTS], "storage": "file", "retention": "limits", "discard": "old",
-        "num_replicas": replicas, "max_bytes": max_bytes, "max_age": max_age * 1_000_000_000, "max_msgs": -1,
+        "num_replicas": replicas, "max_bytes": max_bytes, "max_age": MAX_AGE * 1_000_000_000, "max_msgs": -1,
         "max_msg_size": MAX_MESSAGE, "allow_direct": True, "deny_delete": True, "deny_purge": True,
     }  # fmt: skip
     try:

@@ -30,7 +30,7 @@ from host.cluster.life import Life
 from host.cluster.log import QUESTION, Facts, Log, LogUnavailableError
 from host.cluster.outbox import Outbox, OutboxFullError
 from host.cluster.parts import Parts, Settings
-from host.cluster.problems import FINAL, HARMLESS, Kind, LogTroubles, Problems, StoppedError
+from host.cluster.problems import FINAL, HARMLESS, OF_THE_LOG, Kind, LogTroubles, Problems, StoppedError
 from host.cluster.snapshots import EVERYBODY, Snapshots, subject_of
 from host.cluster.store import keep_log, make_tables
 from host.database.store import Store as Database
@@ -134,8 +134,8 @@ class Node:
         Raises LogUnavailableError when that takes too long: whether it counts is unknown then, as after a lost reply.
         Raises ValueError for an entry that no message holds.
         """
-        if final := next((line for kind, line in self.problems.lines.items() if kind in FINAL), None):
-            raise LogUnavailableError(final)
+        if line := next((line for kind, line in self.problems.lines.items() if kind in FINAL | OF_THE_LOG), None):
+            raise LogUnavailableError(line)
         if isinstance(entry, Release):
             self._holding.release(entry)
         try:
@@ -236,8 +236,7 @@ class Node:
         try:
             await self._part("left", self.held)
             async with self._parts.clock.limit(HOLD):
-                while self.waiting()[0]:
-                    await self._parts.clock.event(self._events.back, AGAIN)
+                await self._sent()
         except (LogUnavailableError, TimeoutError) as error:
             if not force:
                 self._parting = ""
@@ -247,7 +246,9 @@ class Node:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        line = "this host has left its cluster: remove [cluster] from host.toml, then run isolator reload"
+        line = (
+            "this host has left its cluster: remove [cluster] from host.toml, if it is there, then run isolator reload"
+        )
         self.problems.begin("left", line)
         self._life.give_up(line)
         self.problems.end("unheld")
@@ -256,20 +257,29 @@ class Node:
             self._parts.fences.free(plugin)
         return self.waiting()[0]
 
-    async def stop(self) -> None:
+    async def stop(self) -> int:
         """Give what another living host can hold to it, since this host stops: nothing of its plugins runs any more.
 
-        What the log does not take in ``STOP`` seconds, and what no other host can hold, stays this host's.
+        Then the outbox is emptied; returns how many events stay in it. What the log does not take in ``STOP`` seconds,
+        and what no other host can hold, stays this host's.
         """
-        others = [host for host in self.alive() if host != self.host]
-        if self.is_member and others:
+        if self.is_member:
+            others = [host for host in self.alive() if host != self.host]
             shards = {
                 shard: epoch for shard, epoch in self.held.items()
                 if any(could_hold(self.state, host, shard[0]) for host in others)
             }  # fmt: skip
             with contextlib.suppress(LogUnavailableError, TimeoutError):
                 async with self.limit(STOP):
-                    await self._part("stopped", shards)
+                    if others:
+                        await self._part("stopped", shards)
+                    await self._sent()
+        return self.waiting()[0]
+
+    async def _sent(self) -> None:
+        """Return once the log has every event of this host."""
+        while self.waiting()[0]:
+            await self._parts.clock.event(self._events.back, AGAIN)
 
     async def _part(self, parting: Parting, shards: Mapping[Shard, int]) -> None:
         """Say that this host ends its part, and release shards of which nothing is in flight then.

@@ -30,6 +30,8 @@ class Settings:
     version: str = ""
     outbox: int = 256 << 20
     snapshots: Path | None = None
+    distrusted: tuple[str, ...] = ()
+    """Hosts whose messages of an unknown format are passed over, as what no host writes is."""
 
 
 @dataclass(frozen=True, slots=True)

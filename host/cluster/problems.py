@@ -6,19 +6,23 @@ from collections.abc import Callable
 from typing import Final, Literal
 
 from host.cluster.clock import Clock
-from host.cluster.log import Facts, LogFullError, LogRefusedError, LogUnavailableError
+from host.cluster.log import Facts, LogFullError, LogRefusedError, LogUnavailableError, UnusableSettingsError
 
 LASTS: Final = 3.0
 """Seconds for which the log may be without an answer before that is a problem: elections of a leader take less."""
+COPIES_LAST: Final = 15.0
+"""Seconds for which a server may be away, or behind, before that is one: to start it anew takes less."""
 
 Kind = Literal[
     "unreachable", "unwritable", "refused", "full", "settings", "another_log", "trimmed", "log_lost", "twin",
     "diverged", "newer_version", "left", "failed", "outbox_full", "unreadable", "unheld",
-    "events_lost", "put_back",
+    "events_lost", "put_back", "copies",
 ]  # fmt: skip
 FINAL: frozenset[Kind] = frozenset({"twin", "diverged", "newer_version", "left", "failed"})
 """Those after which this host takes no part until its daemon is started again."""
-HARMLESS: frozenset[Kind] = frozenset({"outbox_full", "unreadable", "unheld", "events_lost", "put_back"})
+OF_THE_LOG: frozenset[Kind] = frozenset({"refused", "settings", "another_log", "trimmed"})
+"""Problems that end once the log is another, or a person has changed something: until then nothing is decided."""
+HARMLESS: frozenset[Kind] = frozenset({"outbox_full", "unreadable", "unheld", "events_lost", "put_back", "copies"})
 """Problems beside which the log takes events of this host."""
 
 
@@ -26,6 +30,8 @@ _EACH: frozenset[Kind] = frozenset({"unheld", "events_lost"})
 
 
 def _refusal(error: LogRefusedError) -> str:
+    if isinstance(error, UnusableSettingsError):
+        return str(error)
     return (
         f"the log refuses this host: {error}; [cluster] name, credentials and ca in host.toml have to fit users.conf "
         "and the certificates of the servers"
@@ -78,6 +84,11 @@ class LogTroubles:
         else:
             self._lasting("unreachable", error, "the log does not answer")
 
+    def copies(self, facts: Facts) -> None:
+        """Note which servers do not have all of the log, of those that are to have it."""
+        what = "fewer servers than shall have the log, until these are back and have read it"
+        self._lasting("copies", ", ".join(facts.behind), what, COPIES_LAST)
+
     def writes(self, error: LogUnavailableError | None) -> None:
         """Note how it answers those who write; None: it does."""
         if isinstance(error, LogFullError):
@@ -89,13 +100,13 @@ class LogTroubles:
                 self._problems.end("full", "refused")
             self._lasting("unwritable", error, "the log takes nothing, perhaps its servers have no quorum")
 
-    def _lasting(self, kind: Kind, error: LogUnavailableError | None, what: str) -> None:
+    def _lasting(self, kind: Kind, why: LogUnavailableError | str | None, what: str, lasts: float = LASTS) -> None:
         now = self._clock.now()
-        if error is None:
+        if not why:
             self._since.pop(kind, None)
             self._problems.end(kind)
-        elif now - self._since.setdefault(kind, now) >= LASTS:
-            self._problems.begin(kind, f"{what}: {error}")
+        elif now - self._since.setdefault(kind, now) >= lasts:
+            self._problems.begin(kind, f"{what}: {why}")
 
 
 def check_bounds(facts: Facts, known: str, place: int) -> None:

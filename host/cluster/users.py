@@ -44,11 +44,11 @@ def write(folder: Path, hosts: Sequence[str]) -> list[Path]:
 def add(folder: Path, hosts: Sequence[str]) -> list[Path]:
     """Put users of further hosts into a ``users.conf`` that is there, and write each one's file.
 
-    The users in it stay as they are. Raises UsageError, IsolatorError.
+    The users in it stay as they are, and so do its owner, group and mode. Raises UsageError, IsolatorError.
     """
     path = folder / CONF
     try:
-        text, mode = path.read_text(), path.stat().st_mode & 0o777
+        text, before = path.read_text(), path.stat()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not text"
         remedy = "--dir has the users.conf that the servers use"
@@ -67,7 +67,8 @@ def add(folder: Path, hosts: Sequence[str]) -> list[Path]:
     try:
         draft.unlink(missing_ok=True)
         _write_new(folder, {draft.name: text[:at] + new + text[at:]}, "try again")
-        draft.chmod(mode)
+        os.chown(draft, before.st_uid, before.st_gid)  # the servers' user may read it by its group
+        draft.chmod(before.st_mode & 0o777)
         draft.replace(path)
     except BaseException as error:
         for file in (*made, draft):

@@ -51,5 +51,3 @@ def _settled(body: Json) -> Json:
 
 
 FORMATS = Formats(HostState, 3, up=lambda body: body, down=_settled)
-BEFORE_ASKING = 2
-"""The format of the version whose supervisor names none."""

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import os
 import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from host.composition.cluster import cluster_of, new_member, queue_class
 from host.composition.handover import HostState
 from host.composition.introduction import HostParts, Introduction
 from host.control.alarms import Alarms
@@ -57,7 +57,6 @@ from host.plugins.logs import Logs
 from host.plugins.registry import Registry, load_event_types
 from host.plugins.secrets import ConfigStore
 from host.queue.owed import Debts
-from host.queue.sqlite import SqliteQueue
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ConfigChanged, DatabaseDamaged
 from isolator.errors import IsolatorError
@@ -75,7 +74,6 @@ SETTLE, SETTLE_BEAT = 2.0, 0.005
 
 if TYPE_CHECKING:
     from host.mcp.servers import Servers
-    from host.membership.member import Member
 
 _logger = logging.getLogger(__name__)
 
@@ -131,7 +129,8 @@ class Host:
         registry = self._registry = Registry(catalogue, store)
 
         records = EventRecords(audit.record)
-        queue = self._queue = self._queue_class(settings)(
+        cluster = cluster_of(settings.cluster, store)
+        queue = self._queue = queue_class(cluster)(
             store,
             after=alarms.hold_against_the_trail(paths.audit_log),
             in_flight={worker.plugin: worker.in_flight for worker in before.workers} if before is not None else None,
@@ -146,7 +145,10 @@ class Host:
 
         logs = self._logs = Logs(paths.plugin_log, config.redactor)
         fences = self._fences = Fences(channel.tell)
-        member = self._member = self._new_member(settings, paths, catalogue)
+        folder = paths.host_lib / "cluster-folds"
+        member = self._member = new_member(cluster, store, queue, registry, catalogue, fences, audit, folder)
+        if member is not None:
+            alarms.cluster = member.problems
         values = member.values if member is not None else KeyValue(store)
         api = self._api = parts.api(registry, audit, values, logs, config.redactor, fences)
         watches = self._watches = Watches(registry, channel, audit)
@@ -229,26 +231,6 @@ class Host:
         )  # fmt: skip
         self._gauges = Gauges(queue, registry, dispatcher, audit)
 
-    @staticmethod
-    def _queue_class(settings: HostConfig) -> Callable[..., SqliteQueue]:
-        if settings.cluster is None:
-            return SqliteQueue
-        from host.cluster.delivery.queue import ClusterQueue
-
-        return functools.partial(ClusterQueue, host=settings.cluster.name)
-
-    def _new_member(self, settings: HostConfig, paths: Paths, catalogue: Catalogue) -> Member | None:
-        if settings.cluster is None:
-            return None
-        from host.cluster.delivery.queue import ClusterQueue
-        from host.membership.member import Member
-
-        assert isinstance(self._queue, ClusterQueue)
-        parts = (self._store, self._queue, self._registry, catalogue, self._fences, self._audit)
-        member = Member(settings.cluster, *parts, paths.host_lib / "cluster-folds")
-        self._alarms.cluster = member.problems
-        return member
-
     def _load_servers(self) -> Servers:
         if self._servers is None:
             from host.mcp.pins import Pins
@@ -322,7 +304,9 @@ class Host:
 
     async def _give_up(self, _: messages.GiveUp) -> None:
         if self._member is not None and self._member.node is not None:
-            await self._member.node.stop()
+            left = await self._member.node.stop()
+            if left:
+                _logger.warning("the cluster's log does not have %d events of this host: they wait for its start", left)
 
     async def _serve_callers(self, _: messages.ServeCallers) -> None:
         await self._control.begin()

@@ -6,21 +6,14 @@ import json
 import os
 import socket
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 from host.delivery.dispatch import SidecarLinks
 from host.delivery.sidecar import SidecarLink
 from host.host_api.api import HostApi
 from isolator.base.structs import struct_class
-from isolator.ipc.messages import (
-    HostHello,
-    PluginEntry,
-)
+from isolator.ipc.messages import HostHello, PluginEntry
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
-
-if TYPE_CHECKING:
-    pass
 
 
 @struct_class(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from isolator.audit.text import printable
+from isolator.errors import printable
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from host.cli.output import ago, duration, latency, result_in
-from isolator.audit.text import printable
+from isolator.errors import printable
 from isolator.policy.units import format_size
 
 LONGEST = 2000

@@ -180,4 +180,4 @@ def report(root: str | None, since: str, output: str) -> None:
             file.write(text)
     except OSError as error:
         raise IsolatorError(output, error.strerror or str(error), "choose another file with -o") from None
-    click.echo(f"{output}: {summary.records} records, {len(summary.plugins)} plugins", err=True)
+    click.echo(f"{output}: records: {summary.records}, plugins: {len(summary.plugins)}", err=True)

@@ -221,6 +221,19 @@ class Store:
             self._end_if_damaged(error)
             raise
 
+    def make(self, tables: str) -> None:
+        """Make tables, unless they are there, while nothing is served yet: another's lock of a moment is waited for."""
+        wait = int(files.OPENING * 1000)
+
+        def apply(db: sqlite3.Connection) -> None:
+            db.execute(f"PRAGMA busy_timeout={wait}")
+            try:
+                db.executescript(tables)
+            finally:
+                db.execute("PRAGMA busy_timeout=0")
+
+        self.read(apply)
+
     async def scan(self, query: Callable[[sqlite3.Connection], T]) -> T:
         """Run a query of any length, in another thread on a connection of its own, so that the loop goes on."""
 

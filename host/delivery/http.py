@@ -135,7 +135,7 @@ class HttpDelivery(Mode):
             if secret is None:
                 raise IsolatorError(
                     f"config of {plugin.name}", f"{transport.secret}, which signs requests, is not set",
-                    f"isolator plugin config {plugin.name} set {transport.secret}=VALUE",
+                    f"isolator plugin config {plugin.name} set {transport.secret}=@FILE",
                 )  # fmt: skip
             headers += sign(secret, event.id, int(time.time()), body)
         return headers

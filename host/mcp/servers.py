@@ -10,11 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import logging
-import socket
 import time
-from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,29 +21,20 @@ from host.fence.fences import Fences
 from host.mcp.calls import CALLS, CallState, Sent, cancelled, keep_until_asked_for, under_way
 from host.mcp.pins import Pins
 from host.mcp.session import Progress, Reply, Session, SessionState
+from host.mcp.sessions import Sessions
 from host.mcp.tools import INSTRUCTIONS, Compared, Item, compare, digest_of, is_unchanged, offered, permits
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import Redactor
 from host.wire import mcp as protocol
-from host.wire.mcp import Era
 from isolator.audit.client import AuditClient
-from isolator.audit.schema import PluginHealth, ToolCalled, ToolsApproved, ToolStarted
-from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError
+from isolator.audit.schema import ToolCalled, ToolsApproved, ToolStarted
+from isolator.errors import DeniedError, UnavailableError, UsageError
 from isolator.ipc.body import Body
 from isolator.ipc.channel import Channel
-from isolator.ipc.messages import ConnectRun, EnsureRun, RunReady, StopRun
 from isolator.ipc.succession import Departure, Descriptors
-from isolator.ipc.tasks import Tasks
-from isolator.linux.descriptors import close_all
 from isolator.policy.model import canonical_json
 
-_log = logging.getLogger(__name__)
-
 MODE = "mcp"
-CLOSED_SECONDS = 2.0
-"""Seconds in which a server whose output is closed has to end by itself."""
-DRAIN_SECONDS = 2.0
-"""Seconds that a server which is to stop has to answer what is in flight."""
 
 
 class ServersState(Body):
@@ -57,7 +45,7 @@ class ServersState(Body):
     calls: tuple[CallState, ...]
 
 
-class Servers:
+class Servers(Sessions):
     """The servers of this host. ``use``: a context in which a plugin counts as busy; ``redactor``: a plugin's."""
 
     def __init__(
@@ -70,176 +58,18 @@ class Servers:
         use: Callable[[str], AbstractContextManager[None]],
         fences: Fences,
     ) -> None:
-        self._supervisor, self._registry, self._audit, self.pins = supervisor, registry, audit, pins
-        self._redactor, self._use, self._fences = redactor, use, fences
-        self._sessions: dict[str, Session] = {}
-        self._greeted: dict[str, Session] = {}
-        """By plugin, sessions whose first request is not answered."""
-        self.connecting = 0
-        """Sessions that are about to send it."""
-        self._offered: dict[str, dict[str, Item]] = {}
-        """By run, the tools that a server has listed, by name."""
-        self._opening: dict[str, asyncio.Task[Session]] = {}
-        """Tasks that open sessions, by run."""
-        self._ends: dict[str, asyncio.Event] = {}
-        """By run whose session is over: set once it has ended."""
-        self._finished: deque[str] = deque(maxlen=64)
-        """Runs that have ended."""
+        super().__init__(supervisor, registry, audit, redactor, fences)
+        self.pins, self._use = pins, use
         self._calls: dict[tuple[int, str], Sent] = {}
         """By caller's uid and its key of the call."""
         self._unsent: dict[tuple[int, str], asyncio.Task[Any]] = {}
         """Tasks whose calls wait for their server, likewise."""
         self.awaited: dict[str, dict[str, Reply]] = {}
         """By plugin and id, the answers that events wait for, of requests that another host has sent."""
-        self._leaving = False
-        self._tasks = Tasks()
-
-    # Sessions
-
-    def run_started(self, name: str, run: str) -> None:
-        """Open the session with a run."""
-        if run not in self._opening and (name not in self._sessions or self._sessions[name].run != run):
-            self._begin(name, run)
-
-    def _begin(self, name: str, run: str) -> asyncio.Task[Session]:
-        return self._own(name, run, self._open(name, run))
-
-    def _own(self, name: str, run: str, opening: Coroutine[Any, Any, Session]) -> asyncio.Task[Session]:
-        task = self._opening[run] = self._tasks.run(f"session with {name}", opening, expected=(IsolatorError,))
-        return task
-
-    async def _open(self, name: str, run: str) -> Session:
-        await self._fences.of(name).opened()
-        await self._stays()
-        session = Session(run, _era(self._registry.need(name)), self._reporter(name), self._fences.of(name))
-        try:
-            await self._connect(name, session)
-        except IsolatorError:
-            await self._stays()
-            raise
-        if self._leaving:
-            session.begin_to_leave()
-        return await self._greet(name, session)
-
-    async def _connect(self, name: str, session: Session) -> None:
-        self.connecting += 1
-        try:
-            answer = await self._supervisor.ask_fds(ConnectRun(name=name, run=session.run))
-            if len(answer.fds) != 2:
-                close_all(answer.fds)
-                raise UnavailableError(f"plugin {name}", "the supervisor sent no streams", "try again")
-            stdin, stdout = (socket.socket(fileno=fd) for fd in answer.fds)
-            answer.fds.clear()
-            await session.connect(stdin, stdout)
-        finally:
-            self.connecting -= 1
-
-    async def _greet(self, name: str, session: Session) -> Session:
-        """Wait until a connected session is open, whichever host has begun it."""
-        plugin = self._registry.need(name)
-        patience = plugin.effective.restart.start_timeout if plugin.effective is not None else 10.0
-        self._greeted[name] = session
-        try:
-            await session.greet(patience)
-        except NotSentError as error:
-            raise UnavailableError(f"plugin {name}", self._shown(name, str(error)), "see its log") from None
-        finally:
-            if self._greeted.get(name) is session:
-                del self._greeted[name]
-        self._sessions[name] = session
-        await self._supervisor.ask(RunReady(name=name, run=session.run))
-        return session
-
-    async def session(self, name: str) -> Session:
-        """The session with a server, which is started if need be; raises IsolatorError."""
-        present = self._sessions.get(name)
-        if present is not None and present.open:
-            return present
-        run = await self._ensure(name)
-        if (end := self._ends.get(run)) is not None:  # its session is over before the supervisor knows
-            try:
-                await asyncio.wait_for(end.wait(), protocol.PATIENCE)
-            except TimeoutError:
-                raise UnavailableError(f"plugin {name}", "its last run does not end", "try again") from None
-            run = await self._ensure(name)
-        present = self._sessions.get(name)
-        if present is not None and present.run == run and present.open:
-            return present
-        return await asyncio.shield(self._opening.get(run) or self._begin(name, run))
-
-    async def _ensure(self, name: str) -> str:
-        await self._stays()
-        try:
-            return (await self._supervisor.ask(EnsureRun(name=name))).run
-        except IsolatorError:
-            await self._stays()
-            raise
-
-    async def _stays(self) -> None:
-        """Never return in a process that leaves: what waits for a server is begun again by the next one.
-
-        A run's streams are handed out once. Who asks for them as it leaves would have them for nobody.
-        """
-        if self._leaving:
-            await asyncio.Event().wait()
-
-    def _ended(self, name: str, session: Session, why: str) -> None:
-        if self._sessions.get(name) is session:
-            del self._sessions[name]
-        self._offered.pop(session.run, None)
-        if session.run in self._finished:
-            return
-        end = self._ends[session.run] = asyncio.Event()
-        if why:
-            detail = f"protocol: {self._shown(name, why)}"
-            self._audit.record(PluginHealth(ok=False, detail=detail), plugin=name, run=session.run)
-            self._stop(name, session.run, end, "it broke the protocol")
-        else:
-            self._stop(name, session.run, end, "it has closed its output", patience=CLOSED_SECONDS)
-
-    def _stop(self, name: str, run: str, end: asyncio.Event, reason: str, *, patience: float = 0.0) -> None:
-        """Have a run stopped that does not ``end`` by itself within ``patience`` seconds."""
-
-        async def stop() -> None:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(end.wait(), patience)
-            plugin = self._registry.get(name)
-            if not end.is_set() and plugin is not None and plugin.run == run:
-                await self._supervisor.ask(StopRun(name=name, reason=reason))
-
-        self._tasks.run(f"stop of {name}", stop(), expected=(IsolatorError,))
-
-    def run_ended(self, name: str, run: str) -> None:
-        """Forget a run that is over."""
-        self._opening.pop(run, None)  # one that is still under way fails by itself, for those who await it
-        self._finished.append(run)
-        session = self._sessions.get(name)
-        if session is not None and session.run == run:
-            session.close()
-        end = self._ends.pop(run, None)
-        if end is not None:
-            end.set()
-
-    async def drain(self, name: str, run: str) -> None:
-        """Send a run nothing new, and return once nothing is unanswered."""
-        session = self._sessions.get(name)
-        if session is not None and session.run == run:
-            del self._sessions[name]
-            session.draining = True
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(DRAIN_SECONDS):
-                    await session.settled()
 
     def forget(self, name: str) -> None:
         """Forget a plugin that was removed."""
         self.pins.forget(name)
-
-    def close(self) -> None:
-        """Let go of everything; the supervisor ends the servers."""
-        for task in self._opening.values():
-            task.cancel()
-        for session in list(self._sessions.values()):
-            session.close()
 
     # Tools
 
@@ -285,17 +115,13 @@ class Servers:
         assert session.greeting is not None
         return "".join(texts), tools, session.greeting.name
 
-    async def _offers(self, name: str, session: Session, *, again: bool = False) -> dict[str, Item]:
-        """The tools of a session's server, asked for once, ``again``, and when it says that they have changed."""
-        if not again and not session.tools_changed and session.run in self._offered:
-            return self._offered[session.run]
-        self._offered.pop(session.run, None)  # nobody goes by it while the answer is awaited
+    async def _offers(self, name: str, session: Session, *, again: bool = False) -> Mapping[str, Item]:
+        """The tools of a session's server (``Session.tools``); raises UnavailableError."""
         try:
-            found = self._offered[session.run] = {item.name: item for item in await session.list_tools()}
+            return await session.tools(again=again)
         except (NotSentError, LostError, ValueError) as error:
             why = self._shown(name, str(error))
             raise UnavailableError(f"tools of {name}", why, f"see 'isolator plugin logs {name}'") from None
-        return found
 
     # Calls
 
@@ -449,16 +275,7 @@ class Servers:
         record = sent.over(outcome, self._shown(sent.plugin, detail) if detail else None)
         self._audit.record(record, plugin=sent.plugin, run=sent.run, event_id=sent.id)
 
-    def _shown(self, name: str, text: str) -> str:
-        return shown(text, self._redactor(name))
-
     # One host in the place of another
-
-    def hold(self) -> None:
-        """Read nothing from now on."""
-        self._leaving = True
-        for session in (*self._sessions.values(), *self._greeted.values()):
-            session.begin_to_leave()
 
     @property
     def replied(self) -> bool:
@@ -480,7 +297,7 @@ class Servers:
             plugin = self._registry.get(name)
             if plugin is None:
                 continue
-            session = Session(one.run, _era(plugin), self._reporter(name), self._fences.of(name))
+            session = self._new_session(plugin, one.run)
             awaited = self.awaited.pop(name, {})
             for call in state.calls:
                 if call.plugin == name and call.number in one.deadlines:
@@ -498,14 +315,6 @@ class Servers:
                 lost = loop.create_future()
                 lost.set_exception(LostError("its session has ended"))
                 keep_until_asked_for(self._calls, call.key, Sent.taken_over(call, None, lost), self._record)
-
-    def _reporter(self, name: str) -> Callable[[Session, str], None]:
-        return lambda session, why: self._ended(name, session, why)
-
-
-def _era(plugin: Plugin) -> Era:
-    assert plugin.manifest is not None
-    return plugin.manifest.transport.era
 
 
 def _items(name: str, bodies: list[dict[str, Any]]) -> tuple[Item, ...]:

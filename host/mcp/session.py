@@ -104,7 +104,9 @@ class Session(LineProtocol):
         """The answer to that."""
         self.why = ""
         """Why it is over."""
-        self.tools_changed = False
+        self._tools: Mapping[str, Item] | None = None
+        """The listed tools, by name; None: nobody has asked for them, or does at the moment."""
+        self._tools_changed = False
         """The server has said that its tools are others now."""
         self.budget, self.cpu = TokenBucket(BYTES_A_SECOND, BYTES_AT_ONCE), TokenBucket(CPU_A_SECOND, CPU_AT_ONCE)
         self.draining = False
@@ -211,10 +213,21 @@ class Session(LineProtocol):
         answer: tuple[Answer, bytes] = await reply
         return answer
 
+    async def tools(self, *, again: bool = False) -> Mapping[str, Item]:
+        """The tools by name, asked for once, ``again``, and when the server says that they have changed.
+
+        Raises NotSentError, LostError, ValueError.
+        """
+        if (known := self._tools) is not None and not again and not self._tools_changed:
+            return known
+        self._tools = None  # nobody goes by it while the answer is awaited
+        found = self._tools = {item.name: item for item in await self.list_tools()}
+        return found
+
     async def list_tools(self) -> tuple[Item, ...]:
         """Every tool, of all pages, and the instructions; raises NotSentError, LostError, ValueError."""
         assert self.greeting is not None
-        self.tools_changed = False
+        self._tools_changed = False
         found: list[Any] = []
         cursor: str | None = None
         size = len(self.greeting.instructions)
@@ -261,7 +274,7 @@ class Session(LineProtocol):
         elif message.id is not None:
             self._input.send(protocol.refuse(message) or b"")
         elif message.method == "notifications/tools/list_changed":
-            self.tools_changed = True
+            self._tools_changed = True
         elif (found := protocol.progress_of(message)) is not None:
             one = self._pending.get(str(found[0].value)) if found[0].text else None
             if one is not None and one.progress is not None and not one.reply.done() and one.pace.try_take():

@@ -71,11 +71,10 @@ class Member:
         audit: AuditClient,
         folder: Path,
     ) -> None:
-        self._settings, self._store, self._queue, self._folder = settings, store, queue, folder
+        self._settings, self._store, self._folder = settings, store, folder
         self._registry, self._catalogue, self._fences, self._audit = registry, catalogue, fences, audit
         self._wished, self._tasks = asyncio.Event(), Tasks()
-        store.read(lambda db: db.execute(_WISHES))
-        self._trouble: list[str] = []
+        store.make(_WISHES)
         self._lost: dict[str, str] = {}
         """By plugin, what it has lost since this process started."""
         self.node: Node | None = None
@@ -86,23 +85,16 @@ class Member:
     def problems(self) -> Sequence[str]:
         """Problems of this host's part, a line each."""
         if self.node is None:
-            return [*self._trouble, *self.types.lines()]
+            return self.types.lines()
         ended = [f"plugin {name} {ENDED}; {_REMEDY.format(name)}" for name in self.follower.ended]
-        return [*self._trouble, *self.types.lines(), *ended, *self.node.problems.lines.values()]
+        return [*self.types.lines(), *ended, *self.node.problems.lines.values()]
 
     async def start(self) -> None:
         """Begin to follow the log: what the registry does not know by now would be passed over.
 
-        No plugin that one host has is started before this host holds it. If the settings are of no use, events are
-        refused, with the reason.
+        No plugin that one host has is started before this host holds it.
         """
-        try:
-            node = join(self._settings, self._store, self.follower, self._fences, self._notice, self._folder)
-        except IsolatorError as error:
-            self._trouble.append(f"this host is in no cluster: {error}")
-            self._queue.refuse(error)
-            return
-        self.node = node
+        node = self.node = join(self._settings, self._store, self.follower, self._fences, self._notice, self._folder)
         self.follower.attach(node)
         await node.start()
         self.types.follow()

@@ -336,11 +336,8 @@ class ConfigStore:
             raise self.broken[plugin]
         missing = self.missing(plugin, manifest, digest) if manifest is not None else []
         if missing:
-            raise UsageError(
-                f"config of {plugin}",
-                f"{', '.join(missing)} is required and not set",
-                f"isolator plugin config {plugin} set {missing[0]}=VALUE",
-            )
+            remedy = f"isolator plugin config {plugin} set {missing[0]}=@FILE"
+            raise UsageError(f"config of {plugin}", f"{', '.join(missing)} is required and not set", remedy)
 
     def environment(self, plugin: str, manifest: Manifest | None, digest: str = "") -> Environment:
         """Build the environment of the next start of a version; raises IsolatorError as ``check_whole`` does."""

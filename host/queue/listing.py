@@ -22,18 +22,17 @@ class Listing:
         *,
         limit: int = 50,
         name: str | None = None,
-        before: int | None = None,
         since: float = 0.0,
         plugin: str | None = None,
         state: str | None = None,
         brief: bool = False,
     ) -> list[EventRow]:
-        """Events with their deliveries, newest first; ``before`` is an event number, ``since`` in Unix time.
+        """Events with their deliveries, newest first; ``since`` in Unix time.
 
         With ``plugin`` and ``state`` those with such a delivery; ``brief``: without payloads and replies.
         """
         room = 0 if brief else rows.LISTED
-        return await self.store.scan(lambda db: rows.events(db, limit, name, before, since, plugin, state, room))
+        return await self.store.scan(lambda db: rows.events(db, limit, name, since, plugin, state, room))
 
     def show(self, event_id: str) -> EventRow:
         """Show one event with its deliveries; raises NotFoundError."""

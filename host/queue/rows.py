@@ -71,7 +71,6 @@ def events(
     db: sqlite3.Connection,
     limit: int,
     name: str | None,
-    before: int | None,
     since: float,
     plugin: str | None,
     state: str | None,
@@ -83,12 +82,12 @@ def events(
     """
     such = (
         " AND EXISTS (SELECT 1 FROM deliveries d WHERE d.seq=events.seq"
-        " AND (?5 IS NULL OR d.plugin=?5) AND (?6 IS NULL OR d.state=?6))"
+        " AND (?4 IS NULL OR d.plugin=?4) AND (?5 IS NULL OR d.state=?5))"
     )
     found = db.execute(
-        "SELECT seq FROM events WHERE (?1 IS NULL OR name=?1) AND (?2 IS NULL OR seq<?2) AND accepted >= ?3"
-        f"{such if plugin is not None or state is not None else ''} ORDER BY seq DESC LIMIT ?4",
-        (name, before, since, limit, plugin, state)[: 6 if plugin is not None or state is not None else 4],
+        "SELECT seq FROM events WHERE (?1 IS NULL OR name=?1) AND accepted >= ?2"
+        f"{such if plugin is not None or state is not None else ''} ORDER BY seq DESC LIMIT ?3",
+        (name, since, limit, plugin, state)[: 5 if plugin is not None or state is not None else 3],
     ).fetchall()
     listed = []
     for (seq,) in found:

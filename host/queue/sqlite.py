@@ -156,7 +156,7 @@ class SqliteQueue(Listing):
             self._accepting.append(entry)
         # Before the transaction, which is for the loop's next turn; what is prepared here begins behind it.
         for subscriber in subscribers:
-            consumer = self._consumer(subscriber.plugin)
+            consumer = self.consumer(subscriber.plugin)
             if consumer.depth + consumer.reserved < self.limit:
                 consumer.reserved += 1
                 entry.admitted.append((subscriber, consumer))
@@ -255,9 +255,6 @@ class SqliteQueue(Listing):
     # Delivering
 
     def consumer(self, plugin: str) -> SqliteConsumer:
-        return self._consumer(plugin)
-
-    def _consumer(self, plugin: str) -> SqliteConsumer:
         consumer = self._consumers.get(plugin)
         if consumer is None:
             consumer = self._consumers[plugin] = self._new_consumer()
@@ -362,7 +359,7 @@ class SqliteQueue(Listing):
         now, loop_now = time.time(), self._loop.time()
         for event, to in requeued:
             expires = loop_now + max(event.expires - now, REPLAY_TTL)
-            self._consumer(to.plugin).add(Delivery(event.seq, to.plugin, to.key, expires=expires, ready_at=loop_now))
+            self.consumer(to.plugin).add(Delivery(event.seq, to.plugin, to.key, expires=expires, ready_at=loop_now))
         return requeued
 
     async def retry(self, event_id: str, plugin: str | None = None, beside: Beside = nothing) -> list[Changed]:
@@ -371,7 +368,7 @@ class SqliteQueue(Listing):
         for delivery in self._pending(event_id, plugin):
             if delivery.taken:
                 continue
-            before = self._consumer(delivery.plugin).expedite(delivery)
+            before = self.consumer(delivery.plugin).expedite(delivery)
             if before is None:
                 changed.append(Changed(delivery.plugin, delivery.attempts))
             else:
@@ -404,7 +401,7 @@ class SqliteQueue(Listing):
             raise UsageError(f"event {event_id}", f"it is in flight in {taken}", remedy)
         for delivery in pending:
             delivery.event_id = event_id  # whoever waits for the event is woken
-            self._consumer(delivery.plugin).term(delivery, result)
+            self.consumer(delivery.plugin).term(delivery, result)
         changed = [Changed(delivery.plugin, delivery.attempts) for delivery in pending]
         self.store.submit(lambda db: beside(db, changed))  # as the change itself: kept while the disk is full
         await self.store.run(lambda _: None)
@@ -413,7 +410,7 @@ class SqliteQueue(Listing):
     def _pending(self, event_id: str, plugin: str | None) -> list[Delivery]:
         """The deliveries of an event that are not final, or that of one plugin; raises NotFoundError."""
         seq = self._event(event_id).seq
-        consumers = self._consumers.values() if plugin is None else [self._consumer(plugin)]
+        consumers = self._consumers.values() if plugin is None else [self.consumer(plugin)]
         return [found for consumer in consumers if (found := consumer.find(seq)) is not None]
 
     def has_missed(self, db: sqlite3.Connection, plugin: str, seq: int) -> bool:
@@ -490,7 +487,7 @@ class SqliteQueue(Listing):
             due = due_at
             delivery = Delivery(seq, plugin, key, attempts, crashes, expires=loop_now + max(0.0, expires - now))
             if state == "in_flight" and seq in in_flight.get(plugin, ()):
-                self._consumer(plugin).add_in_flight(delivery)
+                self.consumer(plugin).add_in_flight(delivery)
                 continue
             if state == "in_flight":
                 due = now + RETRY_BACKOFF.after(attempts - 1)
@@ -498,4 +495,4 @@ class SqliteQueue(Listing):
             if due > 0.0:
                 # The clock may have been set back meanwhile.
                 delivery.due = loop_now + min(max(0.0, due - now), LONGEST_WAIT)
-            self._consumer(plugin).add(delivery)
+            self.consumer(plugin).add(delivery)

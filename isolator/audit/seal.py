@@ -7,7 +7,7 @@ that this seal covers and HASH is the ``hash`` of record TO. The signature is Ed
 The key is made at first start and readable by the audit user alone. A key that somebody else could read, or that
 is missing or broken, is not used again: a new one takes over, a record says so, and ``public.pem`` holds both.
 
-The package ``cryptography`` is imported where a key is made: services are forked of a process that has this module.
+The package ``cryptography`` is imported by the functions that need it: others than the audit process have this module.
 """
 
 from __future__ import annotations

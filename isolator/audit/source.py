@@ -8,7 +8,7 @@ import socket
 from typing import Any, Self
 
 from isolator.ipc.body import Body
-from isolator.ipc.channel import MAX_PACKET
+from isolator.ipc.packet import MAX_PACKET, next_size
 from isolator.ipc.succession import Departure, Descriptors
 
 
@@ -46,7 +46,7 @@ class Source:
         if not self.open:
             return None
         try:
-            packet = self.sock.recv(MAX_PACKET)
+            packet = self.sock.recv(min(next_size(self.sock), MAX_PACKET) or 1)
         except (BlockingIOError, InterruptedError):
             return None
         except OSError:

@@ -21,8 +21,9 @@ from isolator.audit import schema
 from isolator.audit.failures import failure
 from isolator.audit.reader import Query, query
 from isolator.audit.record import Record
-from isolator.audit.text import printable, value_text
+from isolator.audit.text import value_text
 from isolator.base.structs import struct_class
+from isolator.errors import printable
 
 WIDTH = 80
 _SLACK = 3600.0

@@ -11,24 +11,12 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from isolator.audit.schema import AuditSeal
-from isolator.errors import visible
+from isolator.errors import printable
 
 if TYPE_CHECKING:  # the supervisor shows text, and parses no record
     from isolator.audit.record import Record
 
 _MAX_VALUE = 300
-
-
-def printable(text: str) -> str:
-    """``text`` with every character that is not plainly visible replaced by its escape."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(c if visible(c) else _escape(c) for c in text)
-
-
-def _escape(c: str) -> str:
-    code = ord(c)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def value_text(value: Any, limit: int = _MAX_VALUE) -> str:
@@ -50,7 +38,7 @@ def record_text(record: Record) -> str:
     who = printable(record.plugin or "-")
     parts = [f"{record.time[:10]} {record.time[11:23]}", f"{record.seq:>6}", f"{printable(record.type):<18}", who]
     if record.event_id:
-        parts.append(f"event={value_text(record.event_id)}")
+        parts.append(f"event_id={value_text(record.event_id)}")
     # Of a seal, what it covers; the signature is for verifiers.
     names = ("from", "to", "key") if record.type == AuditSeal.TYPE else record.data
     shown = ((name, record.data.get(name)) for name in names)

@@ -50,12 +50,12 @@ class TokenBucket:
         self._refill()
         return self._tokens
 
-    def try_take(self, amount: float = 1.0) -> bool:
-        """Take that many tokens if they are there."""
+    def try_take(self) -> bool:
+        """Take one token if it is there."""
         self._refill()
-        if self._tokens < amount:
+        if self._tokens < 1.0:
             return False
-        self._tokens -= amount
+        self._tokens -= 1.0
         return True
 
     def take(self, amount: float = 1.0) -> float:

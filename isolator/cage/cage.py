@@ -4,9 +4,9 @@
         await cage.start()
         end = await cage.wait()
 
-Start, in order: a spare is taken (isolator.cage.warm_pool: a parked process, its groups, a network without rules); the
+Start, in order: a spare is taken (isolator.cage.warm_pool: a parked process, its groups, a network with rules); the
 parked process clones the cage; every layer prepares, while the child makes its /proc; the child is sent the plan,
-applies the layers to itself and reports, while the network's rules are loaded and what is in force is read back; every
+applies the layers to itself and reports, while the network gets its rules and what is in force is read back; every
 layer is confirmed from the kernel; only then may it exec.
 Whatever fails on the way destroys all of it and raises ConfinementError with the step and the kernel's reason. Leaving
 the context kills what is left, and releases the layers in reverse order.
@@ -21,7 +21,6 @@ import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from isolator.base.structs import struct_class
@@ -54,7 +53,6 @@ from isolator.recovery.journal import Entry
 if TYPE_CHECKING:
     from isolator.ipc.handover import CageState
     from isolator.layers.network.namespace import CageNetwork
-
 
 _SET_UP_SECONDS = 10.0
 
@@ -141,17 +139,15 @@ class Cage:
     async def __aenter__(self) -> Cage:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.release()
 
     async def start(self) -> None:
         """Build the cage and exec; returns when exec has happened."""
         mark = Stopwatch(self.steps)
         spec, runtime = self.spec, self._runtime
-        layers = frozenset(layer.name for layer in self._layers)
-        spare = self._spare = await runtime.pool.take(layers)
+        layers, rules = frozenset(layer.name for layer in self._layers), spec.policy.network
+        spare = self._spare = await runtime.pool.take(layers, rules)
         self._network.network, self._cgroup.ahead = spare.network, spare.groups
         self._namespaces.parked = spare.pid
         self._proc.folder = spare.figures
@@ -202,7 +198,8 @@ class Cage:
             plan.close_owned()
 
     async def _load_network(self) -> None:
-        await apart(lambda: self._network.load(self.spec))
+        if not self._network.is_loaded(self.spec):
+            await apart(lambda: self._network.load(self.spec))
         if self._handover is not None:
             await self._handover(self.network)
 
@@ -493,7 +490,7 @@ def _exec_remedy(number: object) -> str:
     import errno
 
     return {
-        errno.ENOENT: "check the name; only /usr, the plugin's files and the folders named in the policy are visible",
+        errno.ENOENT: "check the name; it sees /usr, a plugin's files, and what its policy, --read or --write names",
         errno.EACCES: "make it executable (chmod +x) and readable by everyone",
         errno.E2BIG: "the kernel takes 2 MiB of arguments and variables, and 128 KiB in one of them",
         errno.ENOEXEC: "it is neither a program of this architecture nor a script that starts with #!",

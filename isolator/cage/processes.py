@@ -178,6 +178,15 @@ class CageProcesses:
             return "task limit"
         return "signal" if number is not None else "exit"
 
+    async def silence(self) -> None:
+        """Kill the rest; returns when nothing of the plugin's runs any more. Pid 1, which is ours, may still end.
+
+        The kernel takes a process out of its group's list when it ends (css_task_iter_advance in kernel/cgroup).
+        """
+        self.kill()
+        if self._leaf is None or {*self._leaf.processes()} - {self.pid}:
+            await self.exited.wait()
+
     async def reap(self) -> None:
         """Kill the rest, wait for pid 1, and close all descriptors."""
         self.kill()

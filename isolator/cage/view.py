@@ -34,5 +34,5 @@ def open_read_path(path: str) -> int:
     except OSError as error:
         why = "a component is a symbolic link" if error.errno == errno.ELOOP else error.strerror
         many = error.errno == errno.EMFILE
-        remedy = "name fewer paths, or raise 'ulimit -Hn'" if many else "name the real path in the policy"
+        remedy = "name fewer paths, or raise 'ulimit -Hn'" if many else "name its real path, without symbolic links"
         raise ConfinementError(f"read path {path}", why or "", remedy) from None

@@ -1,9 +1,9 @@
 """Warm pool: the parts of a cage that no plan changes, built before a start asks for them.
 
-A *spare* is a parked process (isolator.launcher.prefork), its v1 groups on a hybrid host, and a network namespace that
-has no rules yet: nearly all of what a start waits for. None of it belongs to a plugin yet, and nothing of a plugin has
-ever been in it; a spare is used once. ``take`` gives the one that is waiting, or makes one; ``refill`` makes the next
-one when the daemon has had a moment's rest, so that a burst of starts is not slowed by it.
+A *spare* is a parked process (isolator.launcher.prefork), its v1 groups on a hybrid host, and a network namespace with
+the rules of the cage before: nearly all of what a start waits for. None of it belongs to a plugin yet, and nothing of a
+plugin has ever been in it; a spare is used once. ``take`` gives the one that is waiting, or makes one; ``refill`` makes
+the next one when the daemon has had a moment's rest, so that a burst of starts is not slowed by it.
 
 What is outside a process, the v1 groups, is journalled first, under a name that no plugin can have. The rest ends with
 its last descriptor: the parked process sees the end of its link, the namespace goes with its sockets.
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from isolator.layers.cgroup.leaf import Leaf
     from isolator.layers.cgroup.subtree import Subtree
     from isolator.layers.network.namespace import CageNetwork
+    from isolator.policy.model import NetworkPolicy
     from isolator.recovery.journal import Journal
 
 _REST_SECONDS = 0.1
@@ -121,17 +122,22 @@ class WarmPool:
     def __init__(self, launcher: Callable[[], Launcher], journal: Journal, subtree: Subtree) -> None:
         """``launcher`` gives the one that runs now: a launcher that dies is replaced."""
         self._launcher, self._journal, self._subtree = launcher, journal, subtree
+        self._network: NetworkPolicy | None = None
+        """That of the last taker, whose rules the next network gets: most often they are the next taker's, too."""
         self._waiting: asyncio.Task[Spare] | None = None
         self._rest: asyncio.TimerHandle | None = None
         self._closed = False
         self._tasks = Tasks()
         self._disposals: set[asyncio.Task[None]] = set()
 
-    async def take(self, layers: frozenset[str]) -> Spare:
-        """A spare for a cage with these layers: the one that waits if it fits, or a new one.
+    async def take(self, layers: frozenset[str], network: NetworkPolicy) -> Spare:
+        """A spare for a cage with these layers: the one that waits if it fits, or a new one, without network rules.
+
+        The taker's own are loaded while the cage enters the rest, which is sooner than to wait for them here.
 
         Raises ConfinementError when this host cannot make it, UnavailableError while the launcher is away.
         """
+        self._network = network
         making, self._waiting = self._waiting, None
         if making is not None:
             with contextlib.suppress(Exception):  # made anew below, and then it counts
@@ -139,7 +145,7 @@ class WarmPool:
                 if spare.layers == layers and spare.usable:
                     return spare
                 self._dispose(making)
-        return await self._made(self._begin(layers, hurried=True))
+        return await self._made(self._begin(layers, hurried=True, rules=False))
 
     async def _made(self, making: asyncio.Task[Spare]) -> Spare:
         """Wait for one; a taker that is cancelled does not end what is being made, which the next one gets."""
@@ -151,7 +157,7 @@ class WarmPool:
 
     def adopt(self, parking: Parking) -> None:
         """Go on with one whose process the launcher was asked for; before anything else."""
-        self._waiting = self._run(_make_spare(self._launcher(), parking, hurried=False))
+        self._waiting = self._run(_make_spare(self._launcher(), parking, self._rules(), hurried=False))
 
     def begin(self, layers: frozenset[str], *, hurried: bool = False) -> None:
         """Make one now, in the background, unless one waits already. ``hurried``: it may be taken at once."""
@@ -189,15 +195,21 @@ class WarmPool:
         """Make spares again after ``close``."""
         self._closed = False
 
-    def _begin(self, layers: frozenset[str], *, hurried: bool) -> asyncio.Task[Spare]:
-        return self._run(self._make(layers, hurried=hurried))
+    def _begin(self, layers: frozenset[str], *, hurried: bool, rules: bool = True) -> asyncio.Task[Spare]:
+        return self._run(self._make(layers, hurried=hurried, rules=rules))
 
     def _run(self, work: Coroutine[Any, Any, Spare]) -> asyncio.Task[Spare]:
         return self._tasks.run("making of a spare", work, expected=_EXPECTED)
 
-    async def _make(self, layers: frozenset[str], *, hurried: bool) -> Spare:
+    async def _make(self, layers: frozenset[str], *, hurried: bool, rules: bool = True) -> Spare:
         parking = new_parking(self._journal, self._subtree, layers)
-        return await _make_spare(self._launcher(), parking, hurried=hurried)
+        return await _make_spare(self._launcher(), parking, self._rules() if rules else None, hurried=hurried)
+
+    def _rules(self) -> NetworkPolicy:
+        """The policy whose rules a network gets ahead: the last taker's, or one that lets nothing out."""
+        from isolator.policy.model import NetworkPolicy
+
+        return self._network or NetworkPolicy(mode="none")
 
     def _give_back(self, making: asyncio.Task[Spare]) -> None:
         if self._waiting is None and not self._closed:
@@ -218,9 +230,10 @@ class WarmPool:
         task.add_done_callback(self._disposals.discard)
 
 
-async def _make_spare(launcher: Launcher, parking: Parking, *, hurried: bool) -> Spare:
-    """A new spare; raises as ``WarmPool.take`` does, and nothing is left then, of what was made for it neither.
+async def _make_spare(launcher: Launcher, parking: Parking, rules: NetworkPolicy | None, *, hurried: bool) -> Spare:
+    """A new spare, whose network has the rules of a policy, or none.
 
+    Raises as ``WarmPool.take`` does, and nothing is left then, of what was made for it neither.
     Nobody cancels it: a process that was asked for comes, and a thread makes its network in any case.
     """
     from isolator.layers.network import namespace as network_layer
@@ -230,7 +243,7 @@ async def _make_spare(launcher: Launcher, parking: Parking, *, hurried: bool) ->
         undo.push_async_callback(_release_parked, asking, launcher, parking)
         making: asyncio.Task[CageNetwork] | None = None
         if "network" in parking.layers:
-            making = asyncio.create_task(apart(network_layer.make))
+            making = asyncio.create_task(apart(lambda: network_layer.make(rules)))
             undo.push_async_callback(_release_network, making)
         parked = await asking
         spare = _spare(launcher, parking, parked)

@@ -18,7 +18,7 @@ import click
 
 from isolator.cli.colour import styled
 from isolator.cli.progress import Progress
-from isolator.errors import IsolatorError, NotFoundError, UsageError, nearest
+from isolator.errors import IsolatorError, NotFoundError, UsageError, nearest, printable
 from isolator.paths import Paths
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ T = TypeVar("T")
 
 _AGO = re.compile(r"(\d+)\s*([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _BAD = (".denied", ".crashed", ".failed", ".dead", ".quarantined", ".rejected", ".gap")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 
@@ -173,7 +172,7 @@ def _ago(seconds: float) -> str:
 def print_lines(lines: list[bytes], as_json: bool) -> None:
     """Lines of the trail on stdout, each as a line of text or as it is."""
     from isolator.audit.record import parse
-    from isolator.audit.text import printable, record_text
+    from isolator.audit.text import record_text
 
     texts = []
     for line in lines:

@@ -39,19 +39,27 @@ def show(alarms: Sequence[str], notes: Sequence[str] = (), *, as_json: bool) -> 
 
 
 def render(controls: tuple[Control, ...]) -> list[str]:
-    """The ledger as lines of at most 80 columns: state, control, the kernel's reason, and the remedy of a gap."""
+    """The ledger as lines: state, control, the kernel's reason, and the remedy of a gap.
+
+    They are as wide as the terminal, and at most 100 columns; longer only where a word is.
+    """
     width = min(shutil.get_terminal_size((_WIDTH, 24)).columns, 100)
     label = max(len(control.name) for control in controls)
     lines = []
     for control in controls:
         head = f"{control.state:<11}  {control.name:<{label}}  "
-        lines += textwrap.wrap(control.reason, width, initial_indent=head, subsequent_indent=" " * len(head)) or [head]
+        indent = " " * len(head)
+        lines += _wrap(control.reason, width, head, indent) or [head]
         if control.state != "enforced" and control.remedy:
-            indent = " " * len(head)
-            lines += textwrap.wrap(
-                f"-> {control.remedy}", width, initial_indent=indent, subsequent_indent=f"{indent}   "
-            )
+            lines += _wrap(f"-> {control.remedy}", width, indent, f"{indent}   ")
     return lines
+
+
+def _wrap(text: str, width: int, first: str, others: str) -> list[str]:
+    """The lines of a text; a word is never broken, since a person may copy it."""
+    return textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _verdict(lacking: list[Control]) -> str:

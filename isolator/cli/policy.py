@@ -140,7 +140,7 @@ def proposal_text(proposal: Proposal) -> list[str]:
 
 def _table(lines: tuple[Line, ...]) -> list[str]:
     has_requests = any(line.requested is not None for line in lines)
-    header = ("what", "asked", "granted", "effective", "verdict", "from")
+    header = ("item", "requested", "granted", "effective", "verdict", "from")
     rows = [header]
     for line in lines:
         source = f"{line.source}: {line.reason}" if line.verdict == "refused" and line.reason else line.source
@@ -154,9 +154,14 @@ def _table(lines: tuple[Line, ...]) -> list[str]:
 def _proposal(root: str | None, file: Path, manifest: Path | None) -> Proposal:
     from isolator.policy.grant import PluginPolicy
     from isolator.policy.meet.effective import meet, policy_alone
+    from isolator.policy.names import PLUGIN_NAME
     from isolator.policy.parse.load import invoker, load_host_config, load_plugin_policy
     from isolator.reader.manifest import parse_manifest_core
 
+    if not file.is_file() and PLUGIN_NAME.fullmatch(str(file)):
+        raise NotFoundError(
+            str(file), "no such file", f"of a plugin that is registered: isolator plugin explain {file}"
+        )
     kind = _kind(file)
     if kind == "manifest":
         if manifest is not None:

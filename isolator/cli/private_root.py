@@ -12,7 +12,6 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 from isolator.cli.purge import purge_root
 from isolator.errors import IsolatorError
@@ -36,9 +35,7 @@ class PrivateRoot:
     def __enter__(self) -> PrivateRoot:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             _remove(self.paths)
         finally:

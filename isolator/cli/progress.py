@@ -11,7 +11,6 @@ import shutil
 import sys
 import threading
 import time
-from types import TracebackType
 from typing import Self
 
 AFTER = 1.0
@@ -36,7 +35,7 @@ class Progress:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         if self._thread is not None:
             self._thread.join()

@@ -95,13 +95,10 @@ B = TypeVar("B", bound=Body)
 
 
 class Succession(Generic[B]):
-    """A process's part in it: it takes the place of another, and hands on to the next. ``handlers`` serve both.
+    """A process's part in it: it takes the place of another, and hands on to the next. ``handlers`` serve both."""
 
-    ``unasked``: the format to hand on in for a supervisor that names none, which is of the version before.
-    """
-
-    def __init__(self, formats: Formats[B], unasked: int | None = None) -> None:
-        self._formats, self._format = formats, unasked or formats.present
+    def __init__(self, formats: Formats[B]) -> None:
+        self._formats, self._format = formats, formats.present
         self._parts = 0
         self._fds: list[int] = []
 

@@ -90,10 +90,10 @@ def user_name(plugin: str, instance: str) -> str:
     return f"{name[:25]}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
-def add_user(name: str, uid_range: tuple[int, int], *, comment: str, avoid: frozenset[int] = frozenset()) -> int:
+def add_user(name: str, uid_range: tuple[int, int], *, comment: str) -> int:
     """Make a system user with a free uid of the range; returns the uid. Raises when there is one of that name."""
     refuse_existing(name)
-    taken = {entry.pw_uid for entry in pwd.getpwall()} | avoid
+    taken = {entry.pw_uid for entry in pwd.getpwall()}
     for uid in range(uid_range[0], uid_range[1] + 1):
         if uid in taken or os.path.exists(f"{LOCKS}/{uid}"):
             continue
@@ -165,9 +165,9 @@ def remove_user(name: str) -> None:
 
 
 def _account_tool(command: list[str], user: str, *, accepted: int = 0, again: Set[int] = _LOCKED_EXITS) -> int:
-    """Run a tool until it finds /etc/passwd unlocked; returns its exit code, which is 0 or ``accepted``.
+    """Run a tool, anew for up to 3 s while it ends with one of the codes ``again``; returns 0 or ``accepted``.
 
-    It is run again after some seconds at most with the codes ``again``.
+    Raises IsolatorError for any other exit code.
     """
     import subprocess
 

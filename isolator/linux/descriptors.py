@@ -8,7 +8,6 @@ import sys
 TYPE_CHECKING = False  # typing, which has it too, takes longer to import than all else here; mypy goes by the name
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from types import TracebackType
 
 
 def close_all(fds: Iterable[int]) -> None:
@@ -70,7 +69,7 @@ class FdSet:
     def __enter__(self) -> FdSet:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __len__(self) -> int:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 _CTL_GET_FREE = 0x4C82
 _CONFIGURE = 0x4C0A
-_CLR_FD = 0x4C01
 _GET_STATUS64 = 0x4C05
 _AUTOCLEAR = 4
 _BLOCK = 4096

@@ -15,7 +15,6 @@ from isolator.linux._libc import call, failed, libc, syscall
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
 AT_RECURSIVE = 0x8000
-AT_SYMLINK_NOFOLLOW = 0x100
 
 RDONLY = 0x01
 NOSUID = 0x02
@@ -62,11 +61,10 @@ def new_filesystem(kind: str, options: Mapping[str, str | None] | None = None, *
         os.close(context)
 
 
-def clone_tree(path: str, *, directory: int = AT_FDCWD, recursive: bool = True, follow: bool = True) -> int:
+def clone_tree(path: str, *, directory: int = AT_FDCWD, recursive: bool = True) -> int:
     """A detached copy of the mount tree at ``path`` (or of ``directory`` itself when ``path`` is empty)."""
     flags = _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC | (AT_RECURSIVE if recursive else 0)
     flags |= 0 if path else AT_EMPTY_PATH
-    flags |= 0 if follow else AT_SYMLINK_NOFOLLOW
     try:
         return syscall("open_tree", directory, os.fsencode(path), flags)
     except OSError as error:
@@ -99,10 +97,10 @@ def _setattr(
     syscall("mount_setattr", fd, os.fsencode(path), flags, ctypes.byref(attr), ctypes.sizeof(attr))
 
 
-def attach(fd: int, path: str, *, directory: int = AT_FDCWD) -> None:
+def attach(fd: int, path: str) -> None:
     """Attach the detached mount behind ``fd`` at ``path``."""
     try:
-        syscall("move_mount", fd, b"", directory, os.fsencode(path), _MOVE_EMPTY_FROM)
+        syscall("move_mount", fd, b"", AT_FDCWD, os.fsencode(path), _MOVE_EMPTY_FROM)
     except OSError as error:
         raise OSError(error.errno, error.strerror, f"mount on {path}") from None
 

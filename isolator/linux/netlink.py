@@ -141,14 +141,14 @@ class RouteQuery:
         self._sock.close()
 
 
-def open_nflog(group: int = NFLOG_GROUP) -> socket.socket:
-    """A socket that receives what the namespace's ruleset logs to ``group``, each record at once.
+def open_nflog() -> socket.socket:
+    """A socket that receives what the namespace's ruleset logs to ``NFLOG_GROUP``, each record at once.
 
     Needs CAP_NET_ADMIN to make; whoever holds it afterwards can only read. Raises OSError.
     """
     sock = _open(NETLINK_NETFILTER)
     try:
-        header = struct.pack("!BBH", socket.AF_UNSPEC, 0, group)
+        header = struct.pack("!BBH", socket.AF_UNSPEC, 0, NFLOG_GROUP)
         kind = (_NFNL_SUBSYS_ULOG << 8) | _NFULNL_MSG_CONFIG
         _ask(sock, kind, 0, header + _attribute(_NFULA_CFG_CMD, struct.pack("B", _NFULNL_CFG_CMD_BIND)))
         mode = _attribute(_NFULA_CFG_MODE, struct.pack("!IBx", 128, _NFULNL_COPY_PACKET))

@@ -15,7 +15,6 @@ import ctypes
 import functools
 import os
 import threading
-from types import TracebackType
 
 LIBRARY = "libnftables.so.1"
 
@@ -74,7 +73,7 @@ class Nftables:
     def __enter__(self) -> Nftables:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def run(self, commands: str) -> str:

@@ -23,6 +23,8 @@ class Cluster(Frozen):
     labels: tuple[str, ...] = ()
     outbox: int = OUTBOX
     """Bytes of accepted events that may wait for the log."""
+    distrusted: tuple[str, ...] = ()
+    """Hosts whose messages are passed over where this version cannot read them: it waits for an update otherwise."""
     secret: str = ""
     """What is in ``credentials``; the supervisor fills it in for the host alone."""
 
@@ -52,7 +54,7 @@ def parse_label(text: str) -> str:
 def stranger_in(secret: str, name: str) -> tuple[str, str] | None:
     """Why ``USER:PASSWORD`` is not the host's of that name, and what to do; None if it is, or there is none.
 
-    Servers know a host by its user, and what an administrator's may do no host is to be able to.
+    Servers know a host by its user, and no host is to have an administrator's rights.
     """
     user = secret.partition(":")[0]
     if not secret or user == name:

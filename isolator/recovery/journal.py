@@ -15,14 +15,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from isolator.base.structs import field, replace, struct_class
+from isolator.base.structs import field, struct_class
 from isolator.errors import IsolatorError
 from isolator.linux.lock import lock_file
 
 KINDS = frozenset({"leaf", "service", "spare", "mount", "subtree"})
 _COMPACT_LINES = 4000
 _encode = json.JSONEncoder(separators=(",", ":")).encode
-_SERVICE_NAMES = frozenset({"service.audit", "service.broker", "service.host"})
 _MOST = 64 << 20
 
 
@@ -58,7 +57,7 @@ def read_entries(content: bytes) -> dict[str, Entry]:
             if "gone" in record:
                 found.pop(record["gone"], None)
             elif record["boot"] == here:
-                entry = _with_todays_kind(_entry(record))
+                entry = _entry(record)
                 found[entry.name] = entry
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
@@ -70,19 +69,6 @@ def _entry(record: dict[str, Any]) -> Entry:
     paths = all(isinstance(folder, str) and folder.startswith("/") for folder in entry.folders)
     if not isinstance(entry.name, str) or entry.kind not in KINDS or not entry.folders or not paths:
         raise ValueError("no entry")
-    return entry
-
-
-def _with_todays_kind(entry: Entry) -> Entry:
-    """The entry; of versions that wrote ``leaf`` for every group, with the kind that its name implies.
-
-    A daemon that is killed, updated and started again finds the journal of the version before.
-    """
-    if entry.kind == "leaf":
-        if entry.name in _SERVICE_NAMES:
-            return replace(entry, kind="service")
-        if entry.name.startswith("_spare."):
-            return replace(entry, kind="spare")
     return entry
 
 

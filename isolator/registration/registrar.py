@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isolator.errors import ConfinementError, IsolatorError, NotFoundError, UsageError
+from isolator.errors import ConfinementError, NotFoundError, UsageError
 from isolator.layers.explain import proposal_json
 from isolator.layers.user import add_user, plugin_gid, refuse_existing, remove_user, user_name
 from isolator.paths import Paths
@@ -92,12 +92,6 @@ class Registrar(Proposals):
             if self.finish_removal(registration.name, forget_state)
         ]
         self.store.prune_all()
-        for name in self.names():
-            with contextlib.suppress(IsolatorError, OSError):
-                now = self.store.load(name)
-                for release in now.kept:
-                    if self.store.folder(name, release).stat().st_mode & 0o007:  # an earlier version's daemon made it
-                        self._open_to_user(now, release)
         policy_files.clear(self._paths.policies)
         return done
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from types import TracebackType
 
 from isolator.cage.parking import Parking, new_parking
 from isolator.ipc.packet import receive_packet, send_packet
@@ -58,7 +57,7 @@ class Beginning:
     def __enter__(self) -> Beginning:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def take_parking(self) -> Parking:

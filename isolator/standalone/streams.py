@@ -10,7 +10,7 @@ import termios
 
 TYPE_CHECKING = False  # typing, which has it too, takes longer to import than all else here; mypy goes by the name
 if TYPE_CHECKING:
-    from types import TracebackType
+    pass
 
 SILENT_ENDS = ("exit", "signal")
 """Of a command: its exit code says all, and nothing is printed."""
@@ -24,7 +24,7 @@ class StreamsRestored:
         self._flags = {fd: fcntl.fcntl(fd, fcntl.F_GETFL) for fd in _STREAMS}
         self._modes = {fd: termios.tcgetattr(fd) for fd in _STREAMS if os.isatty(fd)}
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         for fd, wanted in self._flags.items():
             fcntl.fcntl(fd, fcntl.F_SETFL, wanted)
         for fd, mode in self._modes.items():

@@ -9,9 +9,8 @@ from typing import Any
 
 from isolator.audit.client import AuditClient, utc_now
 from isolator.audit.schema import ServiceEnded
-from isolator.audit.text import printable
 from isolator.base.pacing import TokenBucket
-from isolator.errors import UnavailableError
+from isolator.errors import UnavailableError, printable
 
 logger = logging.getLogger(__name__)
 

@@ -65,7 +65,7 @@ class BrokerLink:
         """Make the sockets of every running cage anew and hand them to a new broker."""
         for run, attached in list(self._attached.items()):
             try:
-                sockets = await asyncio.to_thread(network_layer.reopen, attached.network, attached.policy)
+                sockets = await asyncio.to_thread(network_layer.reopen, attached.network)
                 await self._hand_over(channel, run, attached, sockets)
             except IsolatorError as error:
                 if channel.closed.is_set():

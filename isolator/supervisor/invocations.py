@@ -92,7 +92,7 @@ class Invocation:
         await self.watch(run)
 
     async def watch(self, run: Run) -> None:
-        """Wait for the end, which the host is told of when nothing is left."""
+        """Wait for the end, which the host is told of when nothing of it runs; what it was in is removed after that."""
         end, origin = CageExit(None, None, "a fault of the daemon", 0.0), Origin.DAEMON
         try:
             with self.waits:
@@ -102,9 +102,13 @@ class Invocation:
             end = await run.ended()
             origin = Origin.OPERATOR if self._stop.is_set() and end.cause == "stopped" else run.origin
             self._record_end(run, end, origin)
+            await run.cage.processes.silence()
+        except BaseException:
+            await self._take_down()  # first: something of it may still run
+            raise
         finally:
-            await self._take_down()
             self._tell_host(end, origin)
+        await self._take_down()
 
     def _tell_host(self, end: CageExit, origin: Origin) -> None:
         ended = InvocationEnded(
@@ -172,7 +176,7 @@ class Invocation:
             await asyncio.wait({ended, stopping}, timeout=min(STEADY_SECONDS, left), return_when="FIRST_COMPLETED")
             if ended.done():
                 return  # most do: what is watched below is not worth beginning for those
-            with watched_ruleset(run.cage.network, self._effective.network, run.ruleset_changed):
+            with watched_ruleset(run.cage.network, run.ruleset_changed):
                 await run.first_of({ended, stopping}, self.deadline)
                 if stopping.done():
                     await self._end_in_time(run, ended)

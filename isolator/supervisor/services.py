@@ -12,9 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
-import stat
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isolator.audit.client import AuditClient
@@ -237,18 +235,3 @@ def _make_folders(paths: Paths, users: Mapping[str, tuple[int, int]]) -> None:
         (paths.plugin_log, "host", "host", 0o755),
     ):
         own_folder(folder, mode, users[name][0], users[group][1])
-    _let_read(paths.audit_log, users["audit"][0], users["host"][1])
-
-
-def _let_read(folder: Path, owner: int, group: int) -> None:
-    """Give the files of an earlier version's trail the group that new ones get."""
-    for path in folder.glob("audit*.jsonl"):
-        with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                status = os.fstat(fd)
-                # Root works in a folder of somebody else's: only on what is plainly that user's own.
-                if stat.S_ISREG(status.st_mode) and (status.st_uid, status.st_nlink) == (owner, 1):
-                    os.fchown(fd, -1, group)
-            finally:
-                os.close(fd)

@@ -21,8 +21,7 @@ from isolator.audit import files, reader
 from isolator.audit.log import Limits
 from isolator.audit.record import Incoming, parse
 from isolator.audit.story import collect
-from isolator.audit.text import printable
-from isolator.errors import IsolatorError, NotFoundError, UsageError
+from isolator.errors import IsolatorError, NotFoundError, UsageError, printable
 from tests.audit.any_record import any_record
 from tests.audit.conftest import Daemon
 from tests.audit.test_service import check, durable
@@ -356,3 +355,14 @@ def test_story_with_a_time_holds_nothing_from_long_before(tmp_path: Path) -> Non
     assert len(reader.trail_files(written.log)) == 2
     assert len(collect(written.log, "e0")) == 2
     assert len(collect(written.log, "e0", since=accepted.timestamp() + 60)) == 1  # the clock was set meanwhile
+
+
+async def test_line_of_an_emission_gives_each_of_its_values_a_name_of_its_own(daemon: Daemon) -> None:
+    await daemon.start()
+    host = await daemon.source("host")
+    host.record(any_record("event.accepted", event="deploy.completed"), event_id="ev_1")
+    await durable(host)
+    await daemon.stop()
+    line = next(line for line in run(daemon, "tail").output.splitlines() if "ev_1" in line)
+    names = [word.partition("=")[0] for word in line.split() if "=" in word]
+    assert names == ["event_id", "event"]

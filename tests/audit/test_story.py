@@ -11,8 +11,7 @@ import pytest
 
 from isolator.audit.record import Record
 from isolator.audit.story import story_lines
-from isolator.audit.text import printable
-from isolator.errors import NotFoundError
+from isolator.errors import NotFoundError, printable
 from tests.audit.any_record import any_record
 from tests.audit.conftest import Daemon
 from tests.audit.test_reader import run

@@ -44,7 +44,7 @@ async def cage(
     try:
         with pytest.MonkeyPatch.context() as patch:
             if change is not None:
-                patch.setattr(network, "_ruleset", lambda policy, prefix: change(ruleset.render(Rules(policy), prefix)))
+                patch.setattr(network, "_ruleset", lambda policy: change(ruleset.render(Rules(policy))))
             made = await CageNet.attach(broker, policy)
         try:
             yield made, broker
@@ -437,8 +437,8 @@ PACKETS = {
 def test_other_protocols_are_refused_at_once(monkeypatch: pytest.MonkeyPatch, kind: str, on: bool) -> None:
     if not on:
         change = without("goto refused", "policy drop")
-        monkeypatch.setattr(network, "_ruleset", lambda policy, prefix: change(ruleset.render(Rules(policy), prefix)))
-    made = network.prepare(NetworkPolicy(mode="public"), prefix="ablation")
+        monkeypatch.setattr(network, "_ruleset", lambda policy: change(ruleset.render(Rules(policy))))
+    made = network.prepare(NetworkPolicy(mode="public"))
 
     def send() -> str:
         try:

@@ -351,7 +351,7 @@ async def test_a_broker_that_dies_leaves_the_cage_closed_and_a_new_one_opens_it(
     assert await cage.client(f"print(attempt(tcp, {address!r}, 443))") == "ECONNREFUSED"
     second = await BrokerProcess.start(pretend)
     try:
-        cage.network.sockets = network.reopen(cage.network, cage.policy)
+        cage.network.sockets = network.reopen(cage.network)
         await cage.hand_over(second)
         # Exact names keep their address: no new question is needed.
         assert await cage.client(f"{RAW}print(tls({address!r}, 'hooks.example.com'))") == "HTTP/1.1 200 OK"

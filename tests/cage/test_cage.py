@@ -244,6 +244,17 @@ async def test_what_it_started_ends_with_it(shared_dir: Path) -> None:
         assert leaf.wait_empty(5)
 
 
+async def test_nothing_of_it_runs_once_it_is_silent(shared_dir: Path) -> None:
+    """Pid 1 may still be on its way out then: the kernel takes its namespaces down."""
+    script = "echo ready; while :; do echo x; done & while :; do echo y; done"
+    async with cage(shared_dir, ["sh", "-c", script]) as started:
+        await _ready(started)
+        await started.cage.processes.silence()
+        assert {*started.cage.leaf.processes()} <= {started.cage.pid}
+        written = started.out.stat().st_size
+    assert started.out.stat().st_size == written
+
+
 async def test_pid_1_of_the_cage_is_killed(shared_dir: Path) -> None:
     async with cage(shared_dir, ["sleep", "300"]) as one:
         leaf = one.cage.leaf

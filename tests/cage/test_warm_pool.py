@@ -25,6 +25,7 @@ from isolator.layers.network import namespace as network_layer
 from isolator.linux.descriptors import FdSet
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
+from isolator.policy.model import NetworkPolicy
 from isolator.recovery import daemon as recovery
 from isolator.recovery.journal import Entry
 from isolator.standalone.session import StandaloneSession, run_spec
@@ -72,6 +73,22 @@ async def test_a_start_uses_what_was_made_ahead_once(session: StandaloneSession)
         assert cage.network is network
         assert session.runtime.pool._waiting is None
         assert (await cage.wait()).exit_code == 0
+
+
+async def test_rules_of_the_last_taker_are_there_ahead_and_those_of_another_cage_replace_them(
+    session: StandaloneSession,
+) -> None:
+    public = NetworkPolicy(mode="public")
+    await (await session.runtime.pool.take(EVERY_LAYER, public)).release()
+    await _ahead(session.runtime)
+    assert session.runtime.pool._waiting is not None
+    network = (await session.runtime.pool._waiting).network
+    assert network is not None and network_layer.is_loaded(network, public)
+    async with _cage(session, "true") as cage:
+        own = cage.spec.policy.network
+        assert not network_layer.is_loaded(network, own)
+        await cage.start()
+        assert cage.network is network and network_layer.is_loaded(network, own)
 
 
 async def test_a_parked_process_is_in_the_groups_but_not_in_a_cage(session: StandaloneSession) -> None:
@@ -159,10 +176,10 @@ async def test_a_start_that_is_cancelled_leaves_nothing(session: StandaloneSessi
 
 async def test_a_taker_that_is_cancelled_over_and_over_leaves_nothing(session: StandaloneSession) -> None:
     pool = session.runtime.pool
-    await (await pool.take(EVERY_LAYER)).release()
+    await (await pool.take(EVERY_LAYER, NetworkPolicy())).release()
     before = os.listdir("/proc/self/fd")
     for turns in range(1, 400, 7):
-        taking = asyncio.create_task(pool.take(EVERY_LAYER))
+        taking = asyncio.create_task(pool.take(EVERY_LAYER, NetworkPolicy()))
         for _ in range(turns):
             await asyncio.sleep(0)
         for _ in range(3):
@@ -222,20 +239,25 @@ async def test_a_network_without_rules_never_gets_a_process(
     session: StandaloneSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: object, **others: object) -> None:
-        raise ConfinementError("network", "no rules today")
+        raise OSError("no rules today")
 
-    monkeypatch.setattr(network_layer, "load", broken)
+    monkeypatch.setattr(network_layer, "_load", broken)
     async with _cage(session, "true") as cage:
         with pytest.raises(ConfinementError, match="no rules today"):
             await cage.start()
 
 
+@pytest.mark.parametrize(
+    ("left_out", "complaint"), [("_load", "is not the one that was loaded"), ("load", "is that of another policy")]
+)
 async def test_rules_that_were_not_loaded_are_noticed(
-    session: StandaloneSession, monkeypatch: pytest.MonkeyPatch
+    session: StandaloneSession, monkeypatch: pytest.MonkeyPatch, left_out: str, complaint: str
 ) -> None:
-    monkeypatch.setattr(network_layer, "load", lambda *args, **others: None)
+    await (await session.runtime.pool.take(EVERY_LAYER, NetworkPolicy(mode="public"))).release()
+    monkeypatch.setattr(network_layer, left_out, lambda *args, **others: None)
+    await _ahead(session.runtime)
     async with _cage(session, "true") as cage:
-        with pytest.raises(ConfinementError, match="ruleset"):
+        with pytest.raises(ConfinementError, match=complaint):
             await cage.start()
 
 

@@ -121,7 +121,7 @@ class Host:
         self.follower = Following()
         self.follower.names = self.cluster.names
         self.log = MemoryLog(self.cluster.servers, self.clock)
-        settings = Settings(self.name, version="1", outbox=self.outbox, snapshots=self.folder / "folds")
+        settings = Settings(self.name, (), "1", self.outbox, self.folder / "folds", self.cluster.distrusted)
         self.node = Node(
             settings, self.log, self.database, self.follower, self.follower, clock=self.clock,
             notice=lambda kind, line: self.problems.append((kind, line)), random=self.cluster.random.getrandbits,
@@ -159,6 +159,7 @@ class Cluster:
         self.hosts = [self.host(f"h{number}") for number in range(hosts)]
         self.highest: dict[Shard, tuple[int, str]] = {}
         self.moves = 0
+        self.distrusted: tuple[str, ...] = ()
 
     def host(self, name: str, folder: str = "") -> Host:
         return Host(self, name, self.folder / (folder or name), self.random.uniform(0, 1e6))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 
 from host.cluster.clock import Clock
-from host.cluster.log import EVERYTHING, Entered, Facts, LogFullError, LogRefusedError, LogUnavailableError
+from host.cluster.log import Entered, Facts, LogFullError, LogRefusedError, LogUnavailableError
 
 _created = itertools.count(1)
 
@@ -23,6 +22,7 @@ class Servers:
         self.trimmed = 0
         """How many messages at the beginning are gone."""
         self.wrong: tuple[str, ...] = ()
+        self.behind: tuple[str, ...] = ()
         self.full = self.quorum_lost = False
         self.woken: set[asyncio.Event] = set()
         self.answers: dict[str, list[tuple[MemoryLog, Callable[[bytes], bytes | None]]]] = {}
@@ -65,13 +65,10 @@ class MemoryLog:
         if self.loses_answers:
             await self._no_answer()
 
-    async def after(self, place: int, subject: str = EVERYTHING) -> Entered | None:
+    async def after(self, place: int) -> Entered | None:
         await self._reach()
-        pattern = subject.replace(">", "*")
-        for entered in self.servers.messages[max(place, self.servers.trimmed) :]:
-            if fnmatchcase(entered.subject, pattern):
-                return self.sees(entered)
-        return None
+        newer = self.servers.messages[max(place, self.servers.trimmed) :]
+        return self.sees(newer[0]) if newer else None
 
     async def wait(self, seconds: float) -> None:
         await self.clock.event(self._woken, seconds)
@@ -80,7 +77,8 @@ class MemoryLog:
         await self._reach()
         servers = self.servers
         first = servers.trimmed + 1
-        return Facts(first, len(servers.messages) - self.lag, servers.created, 3, ("2.10.26",) * 3, wrong=servers.wrong)
+        last, versions = len(servers.messages) - self.lag, ("2.10.26",) * 3
+        return Facts(first, last, servers.created, 3, versions, wrong=servers.wrong, behind=servers.behind)
 
     async def ask(self, subject: str, body: bytes) -> bytes:
         await self._reach()

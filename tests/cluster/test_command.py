@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import signal
@@ -33,6 +34,9 @@ from tests.cluster.hosts import Cluster, Following
 from tests.host.fake_supervisor import Daemon
 from tests.support.nats_servers import Server, nats_servers
 from tests.support.timeouts import seconds
+
+NATS = 60999
+"""A group of the servers' user."""
 
 
 def _run(*words: str | Path) -> Result:
@@ -67,10 +71,12 @@ def test_host_is_added_to_the_users_of_a_cluster_and_those_of_the_others_stay(
     shutil.copytree(users, folder)
     before = {path.name: path.read_text() for path in folder.iterdir()}
     (folder / conf).chmod(0o640)
+    os.chown(folder / conf, 0, NATS)  # as the servers of a package read it
     done = json.loads(_run("users", "--dir", folder, "--add", "h2", "h3", "--json").output)
     assert [Path(name).name for name in done["files"]] == [conf, "h2.secret", "h3.secret"]
     after = {path.name: path.read_text() for path in folder.iterdir()}
     assert {*after} == {*before, "h2.secret", "h3.secret"} and (folder / conf).stat().st_mode & 0o777 == 0o640
+    assert ((folder / conf).stat().st_uid, (folder / conf).stat().st_gid) == (0, NATS)
     assert all(after[name] == text for name, text in before.items() if name != conf)
     for path in (folder / "h2.secret", folder / "h3.secret"):
         assert path.stat().st_mode & 0o777 == 0o600

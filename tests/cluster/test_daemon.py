@@ -108,6 +108,47 @@ def test_daemon_joins_holds_its_plugins_over_a_reload_waits_for_its_log_and_leav
         assert {"unreachable", "refused"} <= kinds
 
 
+def test_host_whose_settings_were_removed_acts_alone_once_it_has_left(tmp_path: Path) -> None:
+    with _namespace() as network, contextlib.ExitStack() as stack:
+        enter = ["nsenter", f"--net=/proc/{os.getpid()}/fd/{network}"]
+        d = stack.enter_context(daemon(host_toml="# none yet", network=network, start=False))
+        _join(d, stack, enter, tmp_path)
+        d.start()
+        wait_for(lambda: _status(d)["member"], what="a member")
+        d.cli("plugin", "add", str(write_plugin(tmp_path / "echo", activation={"start": "eager"})), "--yes")
+        wait_for(lambda: _held(d) and d.json("plugin", "show", "echo")["state"] == "running", what="held")
+        d.cli("event", "emit", "deploy.completed", event(1), "--wait")
+
+        # Others may hold the plugin by now: it waits here, over a restart too, as events do.
+        toml = d.root / "etc/isolator/host.toml"
+        settings = toml.read_text()
+        toml.write_text("# none any more\n")
+        d.cli("reload")
+        assert "isolator cluster leave" in wait_for(lambda: _problem(d, "refused"), what="a way out")
+        d.cli("event", "emit", "deploy.completed", event(2))
+        assert d.stop() == 0
+        d.start()
+        line = wait_for(lambda: _problem(d, "refused"), what="a way out")
+        assert any(line in alarm for alarm in d.json("status", code=None)["alarms"])
+        shown = d.json("plugin", "show", "echo")
+        assert (shown["state"], shown["lease"]) == ("stopped", "waits for its lease")
+        assert d.cli("cluster", "leave", code=None).returncode
+
+        # With its settings it goes on as if nothing had been.
+        toml.write_text(settings)
+        d.cli("reload")
+        wait_for(lambda: _seen(d) == ["d1", "d2"], what="delivered")
+
+        toml.write_text("# none any more\n")
+        d.cli("reload")
+        wait_for(lambda: _problem(d, "refused"), what="a way out")
+        d.cli("cluster", "leave", "--force")
+        d.cli("reload")
+        wait_for(lambda: d.cli("cluster", "status", code=None).returncode, what="no cluster")
+        wait_for(lambda: not d.cli("event", "emit", "deploy.completed", event(3), "--wait", code=None).returncode)
+        assert not d.json("status", code=None)["alarms"]
+
+
 _GHOST = """
 import asyncio, sys, nats
 

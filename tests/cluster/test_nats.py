@@ -17,7 +17,7 @@ import pytest
 from host.cluster import nats as log_of_nats
 from host.cluster.access import inbox_of, permissions
 from host.cluster.entries import Event
-from host.cluster.log import EVENTS, Entered, LogFullError, LogRefusedError, LogUnavailableError
+from host.cluster.log import Entered, LogFullError, LogRefusedError, LogUnavailableError
 from host.cluster.nats import Access, NatsLog, addresses, make_stream
 from host.cluster.node import Node
 from host.cluster.parts import Settings
@@ -57,12 +57,12 @@ async def _append(log: NatsLog, subject: str, body: bytes) -> None:
                 await asyncio.sleep(0.1)
 
 
-async def _after(log: NatsLog, place: int, subject: str = "iso.>") -> Entered:
+async def _after(log: NatsLog, place: int) -> Entered:
     """Read as a host does: until there is something."""
     async with asyncio.timeout(seconds(60)):
         while True:
             try:
-                found = await log.after(place, subject)
+                found = await log.after(place)
             except LogUnavailableError:
                 await asyncio.sleep(0.1)
                 continue
@@ -85,10 +85,27 @@ async def test_messages_are_read_in_the_order_of_their_places_and_readers_are_wo
     second = await _after(reader, first.place)
     assert [(one.subject, one.body) for one in (first, second)] == [("iso.ctl.h1", b"one"), ("iso.ev.h1", b"two")]
     assert first.place < second.place and abs(first.time - second.time) < 60
-    assert (await _after(reader, start, EVENTS)).place == second.place
     facts = await reader.facts()
     assert (facts.first, facts.replicas, facts.wrong, len(facts.servers)) == (1, 3, (), 3)
     await reader.close()
+
+
+async def test_servers_that_lack_what_the_log_has_are_named(log: NatsLog, servers: list[Server]) -> None:
+    async def until(behind: tuple[str, ...]) -> None:
+        async with asyncio.timeout(seconds(60)):
+            while True:
+                with contextlib.suppress(LogUnavailableError):
+                    if (await log.facts()).behind == behind:
+                        return
+                await asyncio.sleep(0.2)
+
+    await until(())
+    servers[1].kill()
+    try:
+        await until((servers[1].name,))
+    finally:
+        servers[1].start()
+    await until(())
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])

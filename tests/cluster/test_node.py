@@ -557,6 +557,39 @@ async def test_message_of_a_newer_version_stops_a_host_from_holding(cluster: Clu
         assert not host.acting()
 
 
+async def test_server_that_stays_away_is_a_problem_and_one_that_is_started_anew_is_none(cluster: Cluster) -> None:
+    holder = await cluster.settled()
+    for seconds, problem in ((10.0, ""), (40.0, "n2")):
+        cluster.servers.behind = ("n2",)
+        await cluster.passes(seconds)
+        cluster.servers.behind = () if not problem else ("n2",)
+        await cluster.passes(12.0)
+        assert all(host.node.problems.lines.get("copies", "").endswith(problem) for host in cluster.hosts)
+        assert bool(problem) == any("copies" in host.node.problems.lines for host in cluster.hosts)
+    assert cluster.holder() is holder and not holder.node.kept_back()
+    cluster.servers.behind = ()
+    await cluster.passes(12.0)
+    assert not any(host.node.problems.lines for host in cluster.hosts)
+
+
+async def test_host_goes_on_past_what_a_distrusted_host_has_written_in_an_unknown_format(cluster: Cluster) -> None:
+    await cluster.settled()
+    cluster.servers.put("iso.ctl.hostile", b'{"first":[1,1],"entries":[{"kind":"unknown"}],"format":2}')
+    cluster.distrusted = ("hostile",)
+    await cluster.passes(3)
+    for host in cluster.hosts:
+        assert "[cluster] distrusted names hostile" in _line(host, "newer_version")
+        await host.stop()
+        await host.start()
+    await cluster.passes(10)
+    assert cluster.holder()
+    for host in cluster.hosts:
+        assert "is passed over" in _line(host, "unreadable") and host.node.is_member
+    cluster.servers.put("iso.ctl.newer", b'{"first":[1,1],"entries":[{"kind":"unknown"}],"format":2}')
+    await cluster.passes(3)
+    assert all(_line(host, "newer_version") and not host.acting() for host in cluster.hosts)
+
+
 async def test_host_whose_server_has_other_content_stops_and_the_others_go_on(cluster: Cluster) -> None:
     await cluster.settled()
     odd = cluster.hosts[2]

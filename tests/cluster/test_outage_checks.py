@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,9 +14,11 @@ from isolator.linux import netns
 from tests.cluster.outages import history
 from tests.cluster.outages.faults import Done
 from tests.cluster.outages.history import IN_FLIGHT, Folded, History
-from tests.support.ledger import PORT, Handled, Holding, Ledger, ledger
+from tests.cluster.outages.watch import watch
+from tests.support.ledger import COURIER, PORT, Handled, Holding, Ledger, ledger
 from tests.support.routed import OUTSIDE, Network, both_ways, network
 from tests.support.timeouts import seconds
+from tests.system.daemon import wait_for
 
 
 def _history() -> History:
@@ -60,7 +63,38 @@ def test_host_that_has_folded_something_else_is_noticed() -> None:
 def test_take_over_is_measured_from_its_fault() -> None:
     holdings = [Holding(5, "h1", 0.0, 20.0), Holding(9, "h2", 27.5, 30.0)]
     faults = [Done("host cut off", "h2", 9.0, 40.0), Done("host cut off", "h1", 10.0, 40.0)]
-    assert history.take_overs(holdings, faults) == ([17.5], [7.5])
+    (take,) = history.take_overs(holdings, faults)
+    assert (take.seconds, history.idle(holdings)) == (17.5, [7.5])
+    assert "host cut off h2 -1.0 to 30.0; host cut off h1 0.0 to 30.0" in history.reasons(_history(), take, faults)
+
+
+@pytest.mark.parametrize(("used", "thawed", "wrong"), [(100, 0, 0), (400, 0, 1), (400, 1, 0)])
+def test_frozen_cage_that_acts_is_noticed_and_one_that_was_thawed_meanwhile_is_not(
+    tmp_path: Path, used: int, thawed: int, wrong: int
+) -> None:
+    trail, group = tmp_path / "var/log/isolator/audit/audit.jsonl", tmp_path / "group"
+    trail.parent.mkdir(parents=True)
+    group.mkdir()
+
+    def write(name: str, text: str) -> None:
+        (group / "new").write_text(text)
+        (group / "new").rename(group / name)
+
+    def record(kind: str, **data: str) -> None:
+        with trail.open("a") as file:
+            file.write(json.dumps({"type": f"plugin.{kind}", "plugin": COURIER.name, "data": data}) + "\n")
+
+    write("cgroup.events", "populated 1\nfrozen 1\n")
+    write("cpu.stat", "usage_usec 1000\n")
+    record("started", cgroup=str(group))
+    with watch({"h1": tmp_path}) as watched:
+        wait_for(lambda: watched.looks, what="two looks")
+        for _ in range(thawed):
+            record("thawed")
+        write("cpu.stat", f"usage_usec {1000 + used}\n")
+        looks = watched.looks
+        wait_for(lambda: watched.looks > looks + 2, what="further looks")
+    assert len(watched.wrong) == wrong
 
 
 @pytest.fixture

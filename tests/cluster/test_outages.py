@@ -56,7 +56,7 @@ RATE = 20
 """Events a second, of each host, at most."""
 EXPECTED = 11
 """Seconds that a fault takes, with the calm after it."""
-HARMLESS = {"unreachable", "unwritable", "outbox_full", "put_back"}
+HARMLESS = {"unreachable", "unwritable", "outbox_full", "put_back", "copies"}
 """Problems that outages and older copies cause; any other is a fault of this program's, or of the servers'."""
 
 
@@ -125,7 +125,7 @@ def _read(made: Site, places: Sequence[int]) -> history.History:
 
 
 def _tell(faults: Faults, kept: Ledger, watched: Watch, emitting: Sequence[Platform], found: history.History) -> None:
-    taken, idle = history.take_overs(kept.holdings, faults.done)
+    taken = history.take_overs(kept.holdings, faults.done)
     again = history.repeated(kept.handled)
     counts: dict[str, Any] = {
         "faults": len(faults.done),
@@ -135,9 +135,10 @@ def _tell(faults: Faults, kept: Ledger, watched: Watch, emitting: Sequence[Platf
         "events in the log": sum(map(len, found.events.values())),
         "messages in the log": found.last,
         "epochs": len(kept.holdings),
-        "take-over, s": _spread(taken),
+        "take-over, s": _spread([one.seconds for one in taken]),
+        "the slowest": [history.reasons(found, one, faults.done) for one in taken[-5:]],
         **{f"{stage}, s": _spread(values) for stage, values in history.stages(found, kept.holdings).items()},
-        "without an actor, s": _spread(idle),
+        "without an actor, s": _spread(history.idle(kept.holdings)),
         "events that came twice": again.events,
         "most of them at once": again.most,
         "late values, void": len(found.late),

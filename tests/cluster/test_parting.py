@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,28 @@ async def test_host_that_stops_without_an_answer_of_the_log_does_not_wait_for_lo
     await holder.start()
     await cluster.passes(20.0)
     assert cluster.holder() is holder
+
+
+@pytest.mark.parametrize("answers", [True, False])
+@pytest.mark.parametrize("hosts", [1, 3])
+async def test_host_that_stops_waits_for_its_events_and_counts_what_is_left(
+    tmp_path: Path, hosts: int, answers: bool
+) -> None:
+    cluster = Cluster(tmp_path / "more", hosts=hosts)
+    cluster.folder.mkdir()
+    await cluster.start()
+    await cluster.passes(5.0)
+    cluster.servers.quorum_lost = True
+    host = cluster.hosts[0]
+    for number in range(3):
+        await host.emit(f"e{number}")
+    stopping = asyncio.create_task(host.node.stop())
+    await cluster.passes(2.0)
+    assert not stopping.done()
+    cluster.servers.quorum_lost = not answers
+    left = await cluster.during(asyncio.wait_for(stopping, None))
+    assert left == host.node.waiting()[0] == (0 if answers else 3)
+    await cluster.stop()
 
 
 @pytest.mark.parametrize("holds", [True, False])

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from tests.compat import table
 from tests.compat.layer import Layer, layer, prepare
 from tests.compat.program import Result
 from tests.compat.rows import ORDER, packages
+from tests.support.leftovers import new_root
 
 _seen = pytest.StashKey[list[Result]]()
 
@@ -59,8 +59,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture(scope="session")
 def root() -> Iterator[Path]:
     """One ``--root`` for all rows: what is compiled for a cage is kept in it."""
-    path = Path(tempfile.mkdtemp(prefix="isolator-test-", dir="/tmp"))
-    path.chmod(0o755)
+    path = new_root("test")
     yield path
     shutil.rmtree(path)
 

@@ -38,6 +38,8 @@ class Ablation:
     names: str
     unable: dict[int, str] = field(default_factory=dict)
     """Answers of the kernel that mean it lacks what the attempt needs, and what that is."""
+    cpu: int = cages.POLICY.resources.cpu
+    """Thousandths of a core that are granted."""
 
 
 OUTSIDE = (cages.battery_of_the_host,)
@@ -86,6 +88,7 @@ ABLATIONS = {
     "no control groups": Ablation(
         _weak("cgroup"),
         "processes threads processor-time memory memory-in-files memory-in-segments memory-in-sockets",
+        cpu=10,  # more than that it gets of the busiest machine
     ),
     "the host's IPC objects": Ablation(_weak(template=cages.HOST_IPC), "read-segment"),
     "no view of its own": Ablation(
@@ -175,7 +178,9 @@ def weakened(arena: Range) -> dict[str, dict[str, Finding]]:
     class Lazily(dict[str, dict[str, Finding]]):
         def __missing__(self, key: str) -> dict[str, Finding]:
             ablation = ABLATIONS[key]
-            self[key] = arena.attack(ablation.names.split(), ablation.weakness)
+            resources = arena.policy.resources.model_copy(update={"cpu": ablation.cpu})
+            weak = replace(arena, policy=arena.policy.model_copy(update={"resources": resources}))
+            self[key] = weak.attack(ablation.names.split(), ablation.weakness)
             return self[key]
 
     return Lazily()

@@ -222,8 +222,8 @@ async def test_flags_without_a_manifest_make_one_and_config_becomes_secret(daemo
 async def test_a_required_value_that_is_missing_is_said_and_holds_the_queue(daemon: Daemon) -> None:
     ran = await isolator(daemon.root, "plugin", "add", str(_folder(daemon)), "--yes")
     assert ran.code == 0
-    assert "cannot start before webhook_url is set" in ran.err
-    unset = "webhook_url is required and not set; isolator plugin config notifier set webhook_url=VALUE"
+    assert "cannot start before webhook_url is set: isolator plugin config notifier set webhook_url=@FILE" in ran.err
+    unset = "webhook_url is required and not set; isolator plugin config notifier set webhook_url=@FILE"
     assert unset in (await isolator(daemon.root, "plugin", "list", "--failed")).out
     assert (await isolator(daemon.root, "status")).code == 0
     emitted = await daemon.emit()

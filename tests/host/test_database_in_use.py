@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
+import sqlite3
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -165,4 +169,25 @@ async def test_newest_event_is_never_pruned_and_numbers_go_on_after_it(tmp_path:
         queue._start_prune()
         await store.committed()
     assert store.read(rows.newest_number) == last.event.seq == 1011
+    await store.close()
+
+
+async def test_tables_are_made_although_another_connection_holds_the_lock_for_a_moment(tmp_path: Path) -> None:
+    store = Store(tmp_path / "host.db")
+    begun = threading.Event()
+
+    def hold() -> None:
+        with contextlib.closing(sqlite3.connect(tmp_path / "host.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            begun.set()
+            time.sleep(0.2)
+            other.execute("ROLLBACK")
+
+    held = asyncio.create_task(asyncio.to_thread(hold))
+    assert await asyncio.to_thread(begun.wait, 10)
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        store.read(lambda db: db.execute("CREATE TABLE at_once (x)"))
+    store.make("CREATE TABLE IF NOT EXISTS waited (x)")
+    assert store.read(lambda db: db.execute("PRAGMA busy_timeout").fetchone()) == (0,)
+    await held
     await store.close()

@@ -38,10 +38,10 @@ LATEST = Formats(Newer, 5, up=lambda body: body, down=lambda body: body)
 class Way:
     """Old process, supervisor and new process, each with its end of a channel."""
 
-    def __init__(self, reads: Formats[Any] = SAMPLE, writes: Formats[Any] = SAMPLE, unasked: int | None = None) -> None:
+    def __init__(self, reads: Formats[Any] = SAMPLE, writes: Formats[Any] = SAMPLE) -> None:
         old, supervisor_old = pair()
         supervisor_new, new = pair()
-        self.arrival, self.leaving = Succession(reads), Succession(writes, unasked)
+        self.arrival, self.leaving = Succession(reads), Succession(writes)
         self.new = Channel(new, self.arrival.handlers(), name="supervisor")
         self.to_new = Channel(supervisor_new, name="new")
         self.passage = Passage(self.to_new)
@@ -112,13 +112,11 @@ async def test_old_process_hears_that_the_new_one_has_died() -> None:
 
 
 @pytest.mark.parametrize(("reads", "writes"), [(NEWER, SAMPLE), (SAMPLE, NEWER), (NEWER, NEWER), (LATEST, NEWER)])
-@pytest.mark.parametrize("asked", [True, False], ids=["asked", "asked by a version that asks for none"])
-async def test_state_goes_one_version_up_and_one_down(reads: Formats[Any], writes: Formats[Any], asked: bool) -> None:
-    way = Way(reads, writes, unasked=min(reads.present, writes.present))
-    if asked:
-        readable = await way.to_new.ask(ReadFormats())
-        way.to_old.tell(WriteFormat(formats=readable.formats))
-        await way.to_old.call("alive")
+async def test_state_goes_one_version_up_and_one_down(reads: Formats[Any], writes: Formats[Any]) -> None:
+    way = Way(reads, writes)
+    readable = await way.to_new.ask(ReadFormats())
+    way.to_old.tell(WriteFormat(formats=readable.formats))
+    await way.to_old.call("alive")
     state, descriptors = way.arrival.unpack(await _hand_over(way, 1, writes.kind))
     with descriptors:
         assert type(state) is reads.kind

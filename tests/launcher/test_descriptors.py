@@ -80,6 +80,7 @@ async def test_start_that_failed_before_its_clone_leaves_the_launcher_no_descrip
 
 async def test_full_table_refuses_and_ends_nothing(launcher: Launcher) -> None:
     await _park(launcher)
+    await launcher.alive()  # it has closed what it sent on
     _, hard = resource.prlimit(launcher.pid, resource.RLIMIT_NOFILE)
     assert _open(launcher.pid) == 4, "0, 1, 2 and its socket"
     for room in range(3):  # for neither, for one, for both of what a park sends, but not for the pidfd

@@ -33,7 +33,7 @@ def make() -> Iterator[Make]:
     made: list[network.CageNetwork] = []
 
     def prepare(policy: NetworkPolicy) -> network.CageNetwork:
-        made.append(network.prepare(policy, prefix="iso:test"))
+        made.append(network.prepare(policy))
         return made[-1]
 
     yield prepare
@@ -318,11 +318,11 @@ def test_listeners_reopen_after_the_broker_has_ended(make: Make) -> None:
     while (answer := connect(cage, "198.18.0.5", 443)) in left and time.monotonic() < deadline:
         pass
     assert answer == "ECONNREFUSED"
-    cage.sockets = network.reopen(cage, LISTED)
+    cage.sockets = network.reopen(cage)
     assert len(cage.sockets) == 5
     assert connect(cage, "198.18.0.5", 443) == "ok"
     with pytest.raises(ConfinementError, match="old broker"):
-        network.reopen(cage, LISTED)
+        network.reopen(cage)
 
 
 def test_a_port_below_1024_needs_no_privilege_inside(make: Make) -> None:
@@ -337,7 +337,7 @@ def test_a_port_below_1024_needs_no_privilege_inside(make: Make) -> None:
 def test_the_callers_namespace_is_untouched_and_nothing_leaks() -> None:
     before = os.readlink("/proc/self/ns/net"), len(os.listdir("/proc/self/fd"))
     for _ in range(5):
-        cage = network.prepare(PUBLIC, prefix="x")
+        cage = network.prepare(PUBLIC)
         network.confirm(cage, PUBLIC)
         network.release(cage)
         network.release(cage)
@@ -348,32 +348,60 @@ def test_a_failed_prepare_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     before = len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(network, "RESOLVER", "999.1.1.1")
     with pytest.raises(ConfinementError):
-        network.prepare(PUBLIC, prefix="x")
+        network.prepare(PUBLIC)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_prefix_cannot_end_the_rule_it_stands_in() -> None:
-    cage = network.prepare(NetworkPolicy(mode="none"), prefix='x" accept; #' + "y" * 300)
-    try:
-        assert connect(cage, "1.1.1.1", 443) == "ECONNREFUSED"
-        assert [item.kind for item in denials(cage)] == ["refused"]
-    finally:
-        network.release(cage)
+def test_rules_of_two_cages_with_one_policy_are_the_same(make: Make) -> None:
+    one, other = make(LISTED), make(LISTED)
+    assert one.loaded == other.loaded
+    assert network.is_loaded(one, LISTED) and not network.is_loaded(one, PUBLIC)
+
+
+def test_rules_that_were_loaded_ahead_give_way_to_others(make: Make) -> None:
+    cage = make(PUBLIC)
+    with pytest.raises(ConfinementError, match="of another policy"):
+        network.confirm(cage, LISTED)
+    network.load(cage, LISTED)
+    assert network.is_loaded(cage, LISTED)
+    assert connect(cage, "1.1.1.1", 443) == "ECONNREFUSED"
+    assert connect(cage, "9.9.9.9", 8080) == "ok"
+    network.confirm(cage, LISTED)
+
+
+def test_rules_that_somebody_has_changed_are_not_taken_for_loaded(make: Make) -> None:
+    cage = make(LISTED)
+    netns.in_network(cage.netns_fd, lambda: subprocess.run(["nft", "flush", "ruleset"], check=True))
+    assert not network.is_loaded(cage, LISTED)
+    network.load(cage, LISTED)
+    network.confirm(cage, LISTED)
+
+
+def test_rules_that_cannot_be_loaded_ahead_are_refused_when_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(network, "_ruleset", lambda policy: "add nonsense")
+    cage = network.make(PUBLIC)
+    assert not network.is_loaded(cage, PUBLIC)
+    with pytest.raises(ConfinementError, match="syntax"):
+        network.load(cage, PUBLIC)
+    network.release(cage)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_rule_that_makes_no_sense_stops_the_start() -> None:
     with pytest.raises(UsageError):
-        network.prepare(NetworkPolicy(mode="listed", egress=(EgressRule(host="a b", ports=(1,)),)), prefix="x")
+        network.prepare(NetworkPolicy(mode="listed", egress=(EgressRule(host="a b", ports=(1,)),)))
 
 
 def test_many_different_rules_still_load(make: Make) -> None:
     rules = [f"n{i}.example.com:{443 + i},{1000 + i}" for i in range(60)] + [
         f"11.{i}.0.0/16:{i + 1}" for i in range(60)
     ]
-    cage = make(listed(*rules, connects_per_second=1000, connect_burst=1000))
+    policy = listed(*rules, connects_per_second=1000, connect_burst=1000)
+    cage = make(policy)
     assert connect(cage, "11.7.1.1", 8) == "ok"
     assert connect(cage, "11.7.1.1", 9) == "ECONNREFUSED"
-    network.confirm(cage, LISTED)
+    network.confirm(cage, policy)
 
 
 def test_check_reports_the_layer_as_enforced() -> None:
@@ -414,7 +442,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
 while os.dup(0) < 1500:
     pass
 before = len(os.listdir("/proc/self/fd"))
-made = network.prepare(NetworkPolicy(), prefix="many")
+made = network.prepare(NetworkPolicy())
 network.confirm(made, NetworkPolicy())
 network.watch(made)
 network.confirm(made, NetworkPolicy())

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.mutations.catalogue import MUTATIONS, Mutation
+from tests.support.leftovers import nothing_left
 from tests.support.timeouts import seconds
 
 TREE = Path(__file__).parents[2]
@@ -41,17 +42,18 @@ class Copy:
         return cls(folder)
 
     def run(self, tests: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-        """Run tests of the copy until one fails."""
+        """Run tests of the copy until one fails, and remove what they leave on the host."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         environment["PATH"] = f"{self.folder}/bin:{environment['PATH']}"
         command = [
             f"{self.folder}/bin/{Path(sys.executable).name}", "-I", "-m", "pytest", "-x", "-q", "--leaks=off",
             "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests),
         ]  # fmt: skip
-        return subprocess.run(
-            command, cwd=self.folder / "src", env=environment, capture_output=True, text=True, check=False,
-            timeout=seconds(_LONGEST),
-        )  # fmt: skip
+        with nothing_left() as variables:
+            return subprocess.run(
+                command, cwd=self.folder / "src", env=environment | variables, capture_output=True, text=True,
+                check=False, timeout=seconds(_LONGEST),
+            )  # fmt: skip
 
     def noticed(self, mutation: Mutation) -> subprocess.CompletedProcess[str]:
         """Run the tests of a mutation in the tree with it; the tree is whole again afterwards."""

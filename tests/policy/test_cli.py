@@ -181,3 +181,8 @@ def test_check_of_a_manifest_finds_what_the_daemon_refuses(
     assert done.returncode == 1
     assert all(problem in done.stderr for problem in problems), done.stderr
     assert len(done.stderr.splitlines()) == len(problems)
+
+
+def test_name_of_a_plugin_is_told_the_command_that_explains_it(tmp_path: Path) -> None:
+    done = isolator(tmp_path, "explain", "slack-deploy-notifier")
+    assert done.returncode == 3 and "isolator plugin explain slack-deploy-notifier" in done.stderr

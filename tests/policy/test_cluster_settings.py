@@ -19,10 +19,11 @@ def _read(text: str) -> HostConfig:
 def test_settings_are_read_and_servers_have_the_usual_port() -> None:
     servers = ("10.0.0.1:4222", "[fd00::1]:4223", "nats.example:4222")
     assert _read(GOOD).cluster == Cluster(name="h-1", servers=servers)
-    more = 'credentials = "/etc/a"\nca = "/etc/b"\nlabels = ["eu", "gpu.2"]\noutbox = "2M"\n'
+    more = 'credentials = "/etc/a"\nca = "/etc/b"\nlabels = ["eu", "gpu.2"]\noutbox = "2M"\ndistrusted = ["h-2"]\n'
     found = _read(GOOD + more).cluster
     assert found is not None
     assert (found.credentials, found.ca, found.labels, found.outbox) == ("/etc/a", "/etc/b", ("eu", "gpu.2"), 2 << 20)
+    assert found.distrusted == ("h-2",)
 
 
 def test_host_without_it_has_none_and_its_digest_is_as_before() -> None:
@@ -41,6 +42,7 @@ def test_host_without_it_has_none_and_its_digest_is_as_before() -> None:
         (GOOD.replace("10.0.0.1", "10.0.0.0/8"), "is not HOST:PORT"),
         (GOOD.replace("10.0.0.1", "*.example.com"), "is not HOST:PORT"),
         (GOOD + 'labels = ["EU"]\n', "is not a label"),
+        (GOOD + 'distrusted = ["h.2"]\n', "small letters"),
         (GOOD + 'outbox = "1k"\n', "at least 1048576 bytes"),
         (GOOD + 'credentials = "a"\n', "is not an absolute path"),
         (GOOD + 'tls = false\nca = "/etc/b"\n', "not looked at without tls"),

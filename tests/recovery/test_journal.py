@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 from isolator.errors import IsolatorError
-from isolator.paths import Paths
-from isolator.recovery import daemon
 from isolator.recovery.journal import Entry, Journal, boot_id, read_entries
 
 GOOD = Entry("good", "leaf", ("/sys/fs/cgroup/x",))
@@ -59,19 +57,3 @@ def test_folder_in_the_journal_s_place_is_refused_in_a_line(tmp_path: Path) -> N
     (tmp_path / "journal").mkdir()
     with pytest.raises(IsolatorError, match=f"{tmp_path / 'journal'}: Is a directory"):
         Journal(tmp_path / "journal")
-
-
-def test_journal_of_a_version_that_wrote_leaf_for_every_group_is_read_by_name(tmp_path: Path) -> None:
-    kinds = {
-        "service.broker": "service",
-        "_spare.0a1b2c": "spare",
-        "slack.0a1b2c3d4e": "cage",
-        "service.0a1b2c": "cage",
-    }
-    lines = [
-        json.dumps({"name": name, "kind": "leaf", "folders": [str(tmp_path / name)], "boot": boot_id()})
-        for name in kinds
-    ]
-    entries = read_entries("\n".join(lines).encode())
-    found = daemon.find(Paths.of(tmp_path), entries)
-    assert {left.name: left.kind for left in found} == kinds

@@ -33,6 +33,21 @@ def null() -> Iterator[int]:
     os.close(fd)
 
 
+@pytest.fixture(autouse=True)
+def _share(daemon: TakenOver) -> None:
+    """Alice has her whole share: what a test before leaves to the daemon, that is over."""
+    wait_for(lambda: whole_share_is_free(daemon), seconds(60))
+
+
+def whole_share_is_free(d: TakenOver) -> bool:
+    with connect(d.root, ALICE) as first, connect(d.root, ALICE) as second:
+        said = []
+        for sock in (second, first):  # which is accepted first, and has its place while the second is served
+            send(sock, b"neither")
+            said.append(answer(sock)["error"])
+        return said == ["usage", "usage"]
+
+
 def bob_is_served(d: TakenOver) -> bool:
     return run_as(d, BOB, "--", "echo", "served").stdout == "served\n"
 
@@ -166,6 +181,17 @@ def test_user_who_has_its_share_is_told_so_and_others_are_served(daemon: TakenOv
     finally:
         end(*taken)
     assert run_as(daemon, ALICE, "--", "true").returncode == 0
+
+
+def test_place_is_free_when_its_run_has_the_answer(daemon: TakenOver, null: int) -> None:
+    """Whoever has one run after another does not find that its own last one is under way."""
+    with connect(daemon.root, ALICE) as other:
+        for _ in range(20):
+            with connect(daemon.root, ALICE) as sock:
+                send(sock, b"neither", [null] * 3)
+                assert answer(sock)["error"] == "usage"
+        send(other, b"neither")
+        assert answer(other)["error"] == "usage"
 
 
 def test_tasks_and_memory_of_all_runs_are_bounded_before_anything_is_made(daemon: TakenOver) -> None:

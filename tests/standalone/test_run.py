@@ -30,6 +30,7 @@ def test_a_cage_that_cannot_be_built_is_125_and_one_line(shared_dir: Path) -> No
     assert result.returncode == 125
     assert result.stdout == ""
     assert result.stderr.startswith("isolator: start of run: /no/such/program: No such file or directory; ")
+    assert "--read or --write names" in result.stderr
     assert result.stderr.count("\n") == 1
 
 

@@ -83,7 +83,7 @@ async def test_cage_that_ends_while_a_new_broker_gets_it_is_taken_away_again(mon
     link = attached(("ending", NetworkPolicy()), ("other", NetworkPolicy()))
     loop = asyncio.get_running_loop()
 
-    def reopen(network: network_layer.CageNetwork, policy: NetworkPolicy) -> list[int]:
+    def reopen(network: network_layer.CageNetwork) -> list[int]:
         loop.call_soon_threadsafe(running.set)
         assert making.wait(60)
         return []

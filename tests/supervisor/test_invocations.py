@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from isolator.cage.processes import CageExit
+from isolator.ipc.messages import Origin
 from isolator.supervisor.invocations import Invocation, Invocations
 
 ABSENT: Any = None
@@ -16,3 +21,33 @@ async def test_invocation_that_is_being_prepared_is_not_handed_over() -> None:
     invocations._invocations["5e0cfc568d"] = Invocation(ABSENT, registration, ABSENT, "5e0cfc568d")  # type: ignore[arg-type]
     assert invocations.under_way
     assert invocations.hand_over() == ()
+
+
+@pytest.mark.parametrize("fault", [False, True], ids=["ended", "a fault of the daemon"])
+async def test_host_hears_of_the_end_before_the_removal_unless_something_may_still_run(
+    monkeypatch: pytest.MonkeyPatch, fault: bool
+) -> None:
+    seen: list[str] = []
+    end = CageExit(0, None, "exit", 0.0)
+
+    def note(what: str, returned: object = None) -> Any:
+        async def noted(*_: object) -> object:
+            seen.append(what)
+            if fault and what == "silenced":
+                raise OSError("a fault")
+            return returned
+
+        return noted
+
+    context: Any = SimpleNamespace(rest=SimpleNamespace(coming=False))
+    registration: Any = SimpleNamespace(name="program")
+    invocation = Invocation(context, registration, ABSENT, "5e0cfc568d")
+    monkeypatch.setattr(invocation, "_wait", note("waited"))
+    monkeypatch.setattr(invocation, "_take_down", note("removed"))
+    monkeypatch.setattr(invocation, "_record_end", lambda *_: seen.append("recorded"))
+    monkeypatch.setattr(invocation, "_tell_host", lambda *_: seen.append("told"))
+    cage = SimpleNamespace(processes=SimpleNamespace(silence=note("silenced")))
+    run: Any = SimpleNamespace(ended=note("ended", end), origin=Origin.PLUGIN, cage=cage)
+    await asyncio.wait([asyncio.create_task(invocation.watch(run))])
+    last = ["removed", "told"] if fault else ["told", "removed"]
+    assert seen == ["waited", "ended", "recorded", "silenced", *last]

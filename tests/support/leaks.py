@@ -39,7 +39,7 @@ class HostState:
 
     @classmethod
     def read(cls, marker: str) -> HostState:
-        """The state now; ``marker`` is this run's value of the environment variable that its processes inherit."""
+        """The state now; ``marker``: of this run, what its processes' value of the environment variable begins with."""
         mountinfo = [line.split() for line in _read("/proc/self/mountinfo").splitlines()]
         return cls(
             users=frozenset(entry.pw_name for entry in pwd.getpwall() if _NAME.match(entry.pw_name)),
@@ -91,7 +91,7 @@ def _cgroups(mounts: list[str]) -> set[str]:
 
 
 def _processes(marker: str) -> set[str]:
-    """Processes other than this one and its ancestors whose environment carries ``marker``."""
+    """Processes other than this one and its ancestors whose environment carries ``marker``, or that of a run within."""
     needle = f"{MARKER}={marker}".encode()
     found = set()
     for entry in _entries("/proc"):
@@ -99,7 +99,7 @@ def _processes(marker: str) -> set[str]:
             continue
         with contextlib.suppress(OSError):
             environment = Path(entry.path, "environ").read_bytes().split(b"\0")
-            if needle in environment:
+            if any(variable.startswith(needle) for variable in environment):
                 command = Path(entry.path, "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 found.add(f"{entry.name} {command[:100].strip()}")
     return found

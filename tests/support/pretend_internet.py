@@ -268,7 +268,7 @@ class CageNet:
     @classmethod
     async def attach(cls, broker: BrokerProcess, policy: NetworkPolicy, run: str = "r1") -> CageNet:
         """Prepare a network and hand its sockets to the broker, as the supervisor does."""
-        made = await asyncio.to_thread(network.prepare, policy, prefix=f"iso:{run}")
+        made = await asyncio.to_thread(network.prepare, policy)
         cage = cls(broker.pretend, broker, made, policy, run)
         await cage.hand_over(broker)
         return cage

@@ -9,7 +9,6 @@ import select
 import shutil
 import signal
 import subprocess
-import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import commands
+from tests.support.leftovers import new_root
 from tests.support.timeouts import seconds
 
 EVENT = {"project_id": "p1", "deployment_id": "d1", "url": "https://app.example/", "duration_ms": 12}
@@ -155,8 +155,7 @@ def daemon(
     *, host_toml: str = "", start: bool = True, network: int | None = None, kind: type[Daemon] | None = None
 ) -> Iterator[Daemon]:
     """A running daemon that leaves nothing behind; in a network namespace of its own, or in that of a descriptor."""
-    root = Path(tempfile.mkdtemp(prefix="isolator-system-"))
-    root.chmod(0o755)
+    root = new_root("system")
     made = (kind or Daemon)(root, host_toml=host_toml, network=network)
     try:
         if start:

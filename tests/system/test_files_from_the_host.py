@@ -61,7 +61,7 @@ def test_plugin_whose_config_lacks_a_value_waits_for_it_and_is_not_started(runni
     running.cli("plugin", "add", str(write_plugin(tmp_path / "unset", config_schema=schema)), "--yes")
     emitted = running.json("event", "emit", "deploy.completed", event("unset"))["id"]
     shown = wait_for(lambda: (one := running.json("plugin", "show", "unset"))["holding"] and one)
-    assert "token is required and not set; isolator plugin config unset set token=VALUE" in shown["holding"]
+    assert "token is required and not set; isolator plugin config unset set token=@FILE" in shown["holding"]
     assert (shown["state"], shown["error"] or None, shown["restarts"]) == ("stopped", None, 0)
     assert "token is required and not set" in running.cli("plugin", "start", "unset", code=2).stderr
     running.cli("plugin", "config", "unset", "set", "token=s3cr3t-token")

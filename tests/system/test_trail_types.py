@@ -25,7 +25,7 @@ from docs.generate.schemas import fields
 from host.client.client import Client as Caller
 from isolator.audit.budget import BURST
 from isolator.audit.schema import RECORDS
-from isolator.audit.text import printable
+from isolator.errors import printable
 from isolator.linux.boottime import boottime
 from tests.mcp.client import Client
 from tests.support.internet_servers import OTHER, WEB

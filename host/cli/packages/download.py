@@ -87,7 +87,7 @@ def downloaded(root: str | None, text: str, sha256: str | None, *, quiet: bool) 
         shutil.rmtree(folder)
 
 
-def fetch(root: str | None, address: Address, config: HostConfig, file: IO[bytes], *, most: int = MOST_BYTES) -> str:
+def fetch(root: str | None, address: Address, config: HostConfig, file: IO[bytes]) -> str:
     """Fetch into a file; returns the SHA-256. Raises IsolatorError."""
     packages, digest = config.packages, hashlib.sha256()
     script = Path(__file__).with_name("inside_download.py").read_text()
@@ -97,7 +97,7 @@ def fetch(root: str | None, address: Address, config: HostConfig, file: IO[bytes
             root=root, command=command, egress=(address.destination,), read=(packages.ca,) if packages.ca else (),
             policy=stack.enter_context(limits_file(config)),
         )  # fmt: skip
-        running = stack.enter_context(caged(options, most=most, seconds=packages.timeout))
+        running = stack.enter_context(caged(options, most=MOST_BYTES, seconds=packages.timeout))
         running.stdin.close()
         try:
             while chunk := running.stdout.read(1 << 16):

@@ -20,7 +20,7 @@ class Names:
 
     def __init__(self, store: Store, table: str) -> None:
         self._store, self._table = store, table
-        store.read(lambda db: db.execute(_TABLE.format(table)))
+        store.make(_TABLE.format(table))
         rows = store.read(lambda db: db.execute(f"SELECT plugin FROM {table}").fetchall())
         self._names = {name for (name,) in rows}
 

@@ -103,7 +103,7 @@ class Places:
 
     def __init__(self, store: Store, host: str, number: Callable[[], int]) -> None:
         self._store, self._host, self._number = store, host, number
-        store.read(lambda db: db.executescript(_TABLES + unread.TABLES))
+        store.make(_TABLES + unread.TABLES)
         self.fold: Callable[[], State] = State
         """The fold's state; what a message means is asked once it is folded."""
 

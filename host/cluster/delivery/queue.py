@@ -111,14 +111,6 @@ class ClusterQueue(SqliteQueue):
 
     # Emitting
 
-    def refuse(self, error: Exception) -> None:
-        """Accept no event, for this reason."""
-
-        def emit(_: sqlite3.Connection, __: LogEvent | Replay) -> EventRef:
-            raise error
-
-        self.emit = emit
-
     def _next(self) -> int:
         self._seq += 1
         return self._seq
@@ -194,7 +186,7 @@ class ClusterQueue(SqliteQueue):
 
     def lane(self, plugin: str) -> ClusterConsumer:
         """A plugin's lane."""
-        consumer = self._consumer(plugin)
+        consumer = self.consumer(plugin)
         assert isinstance(consumer, ClusterConsumer)
         return consumer
 

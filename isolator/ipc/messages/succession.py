@@ -30,8 +30,7 @@ class ReadFormats(Request[ReadableFormats], op="state.formats"):
 
 
 class WriteFormat(Request[None], op="state.write"):
-    """Hand the state over in the newest of these formats, which the new process reads. Comes before `leave`, as a
-    notification: a process of the version before does not know it, and hands over its own format."""
+    """Hand the state over in the newest of these formats, which the new process reads. Comes before `leave`."""
 
     formats: tuple[int, ...]
 

@@ -74,12 +74,19 @@ class Network(Layer):
             return f"May connect to {PUBLIC}{besides}; {never}; names it asks for leave this host.{way}{sni}{inbound}"
         return f"May connect to {listing(listed)} and to nothing else; {never}.{way}{sni}{inbound}"
 
+    def is_loaded(self, spec: CageSpec) -> bool:
+        """Whether the policy's rules are in force already."""
+        from isolator.layers.network import namespace
+
+        assert self.network is not None
+        return namespace.is_loaded(self.network, spec.policy.network)
+
     def load(self, spec: CageSpec) -> None:
         """Put the policy's rules in force: after ``prepare``, before the exec. Blocks; safe in any thread."""
         from isolator.layers.network import namespace
 
         assert self.network is not None
-        namespace.load(self.network, spec.policy.network, prefix=spec.name)
+        namespace.load(self.network, spec.policy.network)
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
         assert self.network is not None

@@ -1,10 +1,11 @@
 """The content of the network layer: a namespace with only ``lo`` per cage, its ruleset, and the broker's sockets in it.
 
 ``make`` makes the namespace and the sockets, which are the same for every cage, in a thread of its own that unshares
-the network and ends: the namespace lives on in ``netns_fd`` and in the sockets. Until ``load`` has put the policy's
-ruleset into it nothing may run there. The cage's process enters it with ``setns``; the broker gets the sockets, made
-inside but served from outside; whatever is not one of those sockets has no way out. When the last descriptor is closed
-the kernel removes the namespace with everything in it, so there is nothing to clear after a crash.
+the network and ends: the namespace lives on in ``netns_fd`` and in the sockets. It may load a policy's ruleset, too;
+where that is not the cage's own (``is_loaded``), nothing may run there until ``load`` has replaced it. The process of a
+cage enters it with ``setns``; the broker gets the sockets, made inside but served from outside; whatever is not one of
+those sockets has no way out. When the last descriptor is closed the kernel removes the namespace with everything in it,
+so there is nothing to clear after a crash.
 
 The kernel numbers each change of a namespace's rules (the generation): ``confirm`` asks whether it is still the one
 that loading made. ``watch`` reports a change when it happens, and reads the rules back, so that a change which was
@@ -22,11 +23,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from isolator.base.structs import field, struct_class
+from isolator.base.structs import struct_class
 from isolator.errors import ConfinementError, UnavailableError
 from isolator.layers.base import Control, Kept
 from isolator.layers.network.ruleset import PORT, TABLE, render
-from isolator.layers.stopwatch import Stopwatch
 from isolator.linux import netlink, netns, nftables
 from isolator.policy.destinations import Rules
 from isolator.policy.model import ListenRule, NetworkPolicy
@@ -66,47 +66,58 @@ class CageNetwork:
     """The kernel's number of that ruleset."""
     loaded: str = ""
     """The ruleset as it was loaded, in nft's language."""
-    timings: dict[str, float] = field(default_factory=dict)
-    """Milliseconds by step."""
 
 
-def make() -> CageNetwork:
-    """Make a namespace and the broker's sockets; raises ConfinementError.
+def make(policy: NetworkPolicy | None = None) -> CageNetwork:
+    """Make a namespace and the broker's sockets, and load the policy's ruleset, unless that fails; see ``is_loaded``.
 
-    Safe in any thread; the caller's namespace does not change. It has no ruleset yet: see ``load``.
+    Raises ConfinementError. Safe in any thread; the caller's namespace does not change.
     """
+    text = _ruleset(policy) if policy is not None else ""
+
+    def build() -> CageNetwork:
+        network = _build()
+        if text:
+            with contextlib.suppress(OSError):  # ``load`` says why
+                _load(network, text)
+        return network
+
     try:
-        return netns.in_new_network(_build)
+        return netns.in_new_network(build)
     except OSError as error:
         raise ConfinementError("network", str(error), _remedy(error)) from error
 
 
-def load(network: CageNetwork, policy: NetworkPolicy, *, prefix: str) -> None:
-    """Put the policy's ruleset in force; raises ConfinementError. Safe in any thread.
-
-    ``prefix`` stands in front of each logged denial.
-    """
-    mark = Stopwatch(network.timings)
-    text = _ruleset(policy, prefix)
-    mark("render")
+def is_loaded(network: CageNetwork, policy: NetworkPolicy) -> bool:
+    """Whether the policy's ruleset is the one that was loaded, and nobody has changed it since."""
     try:
-        _inside(network, lambda: _load(network, text, mark))
+        return network.loaded == _ruleset(policy) and network.generations.current() == network.generation
+    except OSError:
+        return False
+
+
+def load(network: CageNetwork, policy: NetworkPolicy) -> None:
+    """Put the policy's ruleset in force in place of another; raises ConfinementError. Safe in any thread."""
+    text = _ruleset(policy)
+    try:
+        _inside(network, lambda: _load(network, text))
     except OSError as error:
         raise ConfinementError("network", str(error), _remedy(error)) from error
 
 
-def prepare(policy: NetworkPolicy, *, prefix: str) -> CageNetwork:
-    """``make`` and ``load``; raises ConfinementError."""
-    network = make()
+def prepare(policy: NetworkPolicy) -> CageNetwork:
+    """As ``make``, with the ruleset in force; raises ConfinementError."""
+    network = make(policy)
     try:
-        load(network, policy, prefix=prefix)
+        if not is_loaded(network, policy):
+            load(network, policy)
     except BaseException:
         release(network)
         raise
     return network
 
 
-def reopen(network: CageNetwork, policy: NetworkPolicy) -> list[int]:
+def reopen(network: CageNetwork) -> list[int]:
     """Fresh listeners and NFLOG socket for a new broker, in the order of ``sockets``; raises ConfinementError.
 
     The old broker's must be closed: the addresses are the same.
@@ -150,6 +161,8 @@ def connectors(network: CageNetwork, count: int, *, version: int = 4) -> list[in
 
 def confirm(network: CageNetwork, policy: NetworkPolicy) -> None:
     """Read back that the ruleset is the one that was loaded; raises ConfinementError when it is not."""
+    if network.loaded not in ("", _ruleset(policy)):  # not known any more after an exec of this process
+        raise ConfinementError("network", "the cage's ruleset is that of another policy", "the cage was destroyed")
     try:
         generation = network.generations.current()
         if generation == network.generation:
@@ -255,7 +268,7 @@ def check() -> list[Control]:
         return [Control("network", "network", "unavailable", f"libnftables cannot be loaded: {missing}", INSTALL)]
     policy = NetworkPolicy(mode="public")
     try:
-        network = prepare(policy, prefix="check")
+        network = prepare(policy)
         try:
             confirm(network, policy)
         finally:
@@ -271,34 +284,29 @@ def check() -> list[Control]:
 
 def _build() -> CageNetwork:
     """Build the network, in the thread of the new namespace."""
-    timings: dict[str, float] = {}
-    mark = Stopwatch(timings)
     with contextlib.ExitStack() as undo:
         fd = netns.current_network()
         undo.callback(os.close, fd)
         netlink.bring_up_loopback()
         for name, value in _SYSCTLS.items():
             Path("/proc/sys", name).write_text(value)
-        mark("loopback")
         generations = netlink.Generations()
         undo.callback(generations.close)
         sockets = _open_sockets()
-        mark("sockets")
         undo.pop_all()
-    return CageNetwork(fd, _detach(sockets), generations, os.fstat(fd).st_ino, timings=timings)
+    return CageNetwork(fd, _detach(sockets), generations, os.fstat(fd).st_ino)
 
 
-@functools.lru_cache(maxsize=64)
-def _ruleset(policy: NetworkPolicy, prefix: str) -> str:
-    return render(Rules(policy), prefix)
+@functools.lru_cache(_MOST_READ)
+def _ruleset(policy: NetworkPolicy) -> str:
+    return render(Rules(policy))
 
 
-def _load(network: CageNetwork, text: str, mark: Stopwatch) -> None:
+def _load(network: CageNetwork, text: str) -> None:
     """Load the rules, in a thread that is in the namespace: one transaction, taken whole or not at all."""
     with nftables.Nftables() as nft:
         nft.run(text)
     network.generation, network.loaded = network.generations.current(), text
-    mark("ruleset")
 
 
 def _list_ruleset() -> str:

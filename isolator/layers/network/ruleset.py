@@ -8,14 +8,14 @@ In the output hook, in order:
    connections (in the nat chain, where a refusal still shows the original destination);
 3. everything that was not redirected is refused: TCP by a reset, the rest by EPERM.
 
-Each refusal is logged to NFLOG with ``PREFIX:KIND``. Under a flood only each 64th record is, marked ``PREFIX:KIND/64``:
-the broker keeps a count, and the cage cannot drown it in records. The broker's listener is closed to
-direct connections: only a redirected one carries the ``dnat`` status.
+Each refusal is logged to NFLOG with ``isolator:KIND``. Under a flood only each 64th record is, marked
+``isolator:KIND/64``: the broker keeps a count, and the cage cannot drown it in records; whose record it is
+the socket tells. So no rule names the cage, and those of one policy are the same in all. The broker's listener is
+closed to direct connections: only a redirected one carries the ``dnat`` status.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv6Address
 
@@ -30,15 +30,9 @@ SAMPLE = 64
 """Of a flood of refused packets, each which one is logged."""
 
 
-def clean_prefix(prefix: str) -> str:
-    """Make ``prefix`` fit for a rule: at most 90 letters, digits and ``.:_-`` (the kernel keeps 127)."""
-    return re.sub(r"[^A-Za-z0-9.:_-]", "_", prefix)[:90]
-
-
-def render(rules: Rules, prefix: str) -> str:
-    """Render the whole ruleset of a cage, which replaces the one in force; ``prefix`` begins each NFLOG record."""
+def render(rules: Rules) -> str:
+    """Render the whole ruleset of a cage, which replaces the one in force."""
     policy = rules.policy
-    prefix = clean_prefix(prefix)
     admit = [
         f"limit rate over {policy.connects_per_second}/second burst {policy.connect_burst} packets goto over_rate",
         f"ct count over {policy.connects_open} goto over_open",
@@ -60,7 +54,7 @@ def render(rules: Rules, prefix: str) -> str:
     ]
     chains = [
         _chain("stop", ["meta l4proto 6 reject with tcp reset", "drop"]),
-        *(_chain(kind, _logged(prefix, kind)) for kind in ("refused", "over_rate", "over_open")),
+        *(_chain(kind, _logged(kind)) for kind in ("refused", "over_rate", "over_open")),
         _chain("admit", admit),
         _chain("untracked", untracked, "type filter hook output priority -300; policy accept;"),
         _chain("diverted", list(_diverted(rules)), "type nat hook output priority -100; policy accept;"),
@@ -77,11 +71,11 @@ def _diverted(rules: Rules) -> Iterable[str]:
             yield f"{key} daddr {_addresses(ranges, version)} tcp dport {_ports(ports)} goto admit"
 
 
-def _logged(prefix: str, kind: str) -> list[str]:
+def _logged(kind: str) -> list[str]:
     log = f"group {NFLOG_GROUP} snaplen 96 queue-threshold 1"
     return [
-        f'limit rate 20/second burst 40 packets log prefix "{prefix}:{kind}" {log} goto stop',
-        f'numgen inc mod {SAMPLE} == 0 log prefix "{prefix}:{kind}/{SAMPLE}" {log}',
+        f'limit rate 20/second burst 40 packets log prefix "{TABLE}:{kind}" {log} goto stop',
+        f'numgen inc mod {SAMPLE} == 0 log prefix "{TABLE}:{kind}/{SAMPLE}" {log}',
         "goto stop",
     ]
 

@@ -26,7 +26,7 @@ from isolator.policy.request import UNWRITTEN, ManifestCore
 
 def meet(core: ManifestCore, grant: PluginPolicy | None, host: HostConfig) -> Proposal:
     """The effective policy of a plugin, explained. ``grant`` None: that of the default grant, which needs approval."""
-    in_force = grant if grant is not None else default_grant(core, host)
+    in_force = grant if grant is not None else default_grant(core)
     effective = effective_policy(core, in_force, host)
     proposal = Proposal(
         effective=effective,
@@ -63,7 +63,7 @@ def effective_policy(core: ManifestCore, grant: PluginPolicy, host: HostConfig) 
     return compose(core.name, bounds, grant, host, _listen(core, grant, host))
 
 
-def default_grant(core: ManifestCore, host: HostConfig) -> PluginPolicy:
+def default_grant(core: ManifestCore) -> PluginPolicy:
     """The grant of an operator who agrees without writing a policy: the requested names, the default posture.
 
     Folders of the host, forwarded ports and TLS without a name are never part of it.

@@ -272,6 +272,7 @@ def _cluster(top: Table) -> Cluster | None:
         ca=table.parsed("ca", lambda value: _absolute(printable(value, 4096)), ""),
         labels=table.strings("labels", cluster.parse_label, limit=32) or (),
         outbox=table.parsed("outbox", _size(MIB), cluster.OUTBOX),
+        distrusted=table.strings("distrusted", cluster.parse_name, limit=32) or (),
     )
     if made.ca and not made.tls:
         table.fail("ca", "certificates are not looked at without tls", "remove one of both")

@@ -29,7 +29,7 @@ def load_host_config(path: Path | str, *, also_owner: int | None = None) -> Host
     return parse_host_config(text, source=str(path))
 
 
-def read_trusted(path: Path | str, *, also_owner: int | None = None, max_bytes: int = MAX_BYTES) -> bytes:
+def read_trusted(path: Path | str, *, also_owner: int | None = None) -> bytes:
     """The bytes of a file that only root can write.
 
     ``also_owner`` admits one more owner: the person at the command line who names a file of their own.
@@ -55,10 +55,10 @@ def read_trusted(path: Path | str, *, also_owner: int | None = None, max_bytes: 
             mode = stat.S_IMODE(status.st_mode)
             raise DeniedError(str(path), f"others can write it (mode {mode:04o})", f"chmod go-w {path}")
         chunks = bytearray()
-        while len(chunks) <= max_bytes and (chunk := os.read(fd, 65536)):
+        while len(chunks) <= MAX_BYTES and (chunk := os.read(fd, 65536)):
             chunks += chunk
-        if len(chunks) > max_bytes:
-            raise UsageError(str(path), f"larger than {max_bytes} bytes", "split or shorten it")
+        if len(chunks) > MAX_BYTES:
+            raise UsageError(str(path), f"larger than {MAX_BYTES} bytes", "split or shorten it")
         return bytes(chunks)
     finally:
         os.close(fd)

@@ -278,7 +278,9 @@ class Runners:
                 self._runs.discard(run)
                 fds = [*fds, *run.trees.release_all()]
             closing = asyncio.ensure_future(self._closers.close(uid, fds))
-            await asyncio.wait({closing}, timeout=_CLOSE_SECONDS)
+            closed, _ = await asyncio.wait({closing}, timeout=_CLOSE_SECONDS)
+            if closed and place is not None:
+                place.leave()  # before the answer, upon which the next run of this caller may come
             if fields:
                 answer(connection, fields)
             with contextlib.suppress(OSError):

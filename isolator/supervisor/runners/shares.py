@@ -12,7 +12,10 @@ _KEYS = ("cages", "all_tasks", "all_memory")
 
 
 class Place:
-    """The share of one run, from the moment at which its caller has connected until its last trace is removed."""
+    """The share of one run, from the moment at which its caller has connected until its last trace is removed.
+
+    Its connection, which the caller's next run may outrun, is none: who leaves too many of them is let in no more.
+    """
 
     def __init__(self, shares: Shares, uid: int) -> None:
         self.uid = uid

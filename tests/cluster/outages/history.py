@@ -183,16 +183,45 @@ def stages(history: History, holdings: Sequence[Holding]) -> dict[str, list[floa
 _STRIKES = ("host ", "kill -9 daemon", "SIGSTOP daemon")
 
 
-def take_overs(holdings: Sequence[Holding], faults: Sequence[Done]) -> tuple[list[float], list[float]]:
-    """Seconds, sorted, from the fault that made a host lose the plugin until the next acted; and without any actor."""
-    taken, idle = [], []
+@dataclass(frozen=True)
+class TakeOver:
+    """A plugin's move from a host that a fault hit: seconds from the fault until the next host has acted."""
+
+    seconds: float
+    before: Holding
+    after: Holding
+    began: float
+    """When the fault did."""
+
+
+def take_overs(holdings: Sequence[Holding], faults: Sequence[Done]) -> list[TakeOver]:
+    """The moves that a fault has caused, the quickest first."""
+    taken = []
     for before, after in pairwise(holdings):
-        idle.append(after.first - before.last)
         causes = [
             one.began
             for one in faults
             if one.hit == before.host and one.kind.startswith(_STRIKES) and one.began < after.first < one.ended + 1
         ]
         if causes and before.host != after.host:
-            taken.append(after.first - min(causes))
-    return sorted(taken), sorted(idle)
+            taken.append(TakeOver(after.first - min(causes), before, after, min(causes)))
+    return sorted(taken, key=lambda one: one.seconds)
+
+
+def idle(holdings: Sequence[Holding]) -> list[float]:
+    """Seconds, sorted, for which nobody has acted."""
+    return sorted(after.first - before.last for before, after in pairwise(holdings))
+
+
+def reasons(history: History, take: TakeOver, faults: Sequence[Done]) -> str:
+    """The stages of a take-over, and what else was wrong until its end, in seconds from the fault."""
+    claim, wall = history.claims.get(take.after.epoch), time.time() - time.monotonic() + take.began
+    stages = (
+        f"silent since {claim.silent_since - wall:.1f}, claimed at {claim.time - wall:.1f}" if claim else "no claim"
+    )
+    beside = [
+        f"{one.kind} {one.hit} {one.began - take.began:.1f} to {one.ended - take.began:.1f}"
+        for one in faults
+        if one.ended > take.began - 5.0 and one.began < take.after.first
+    ]
+    return f"{take.before.host} to {take.after.host}, {stages}, acts at {take.seconds:.1f}: {'; '.join(beside)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -62,7 +61,6 @@ def test_a_version_that_does_not_come_up_is_rolled_back(
     add(running, make(tmp_path / name, "1.0.0"))
     before = shown(running, name)
     files = store(running, name)
-    started = time.monotonic()
     second = make(tmp_path / "second" / name, "2.0.0", script, restart={"start_timeout": "3s"})
     result = running.cli("plugin", "update", name, str(second), code=1)
     assert result.stderr.startswith("isolator: ") and result.stderr.count("\n") == 1, result.stderr
@@ -74,7 +72,6 @@ def test_a_version_that_does_not_come_up_is_rolled_back(
     (record,) = of_type(running, name, "plugin.rolled_back")
     assert why in record["data"]["reason"] and record["data"]["new"] == before["digest"]
     assert not of_type(running, name, "plugin.updated")
-    assert time.monotonic() - started < 60
 
 
 def test_what_cannot_be_a_version_is_refused_while_the_old_one_runs(running: Daemon, tmp_path: Path, name: str) -> None:
