@@ -170,11 +170,18 @@ class OneshotDelivery:
             if made is not None:
                 self._keep(*made)
 
-    def drop_prepared(self) -> None:
-        """Close the prepared connection: its run has ended."""
-        prepared, self._prepared = self._prepared, None
-        if prepared is not None and not prepared.cancel() and prepared.exception() is None:
-            prepared.result()[0].close()
+    def run_ended(self, run: str) -> None:
+        """Close the prepared connection if it is one to this run."""
+        if self._made is not None and self._made[1] == run:
+            self.close()
+
+    def close(self) -> None:
+        """Close the prepared connection, or have none made."""
+        if self._made is not None:
+            self._made[0].close()
+        elif self._prepared is not None:
+            self._prepared.cancel()
+        self._prepared = None
 
     async def _connection(self) -> tuple[socket.socket, str]:
         """The prepared connection and its run if they are of use, else new ones."""
@@ -203,7 +210,7 @@ class OneshotDelivery:
                     if not prepared.cancelled():  # it came at that very moment
                         self._prepared = prepared
                     raise
-                if run == self._sidecar.run:
+                if not self._sidecar.is_over(run):
                     return sock, run
                 sock.close()
         return await self._sidecar.connect()
@@ -230,15 +237,16 @@ class OneshotDelivery:
             request = RequestState(seq=current.delivery.seq, run=current.run, exchange=exchange)
         if self._ping is not None and self._ping.unanswered:
             ping = self._ping.pass_on(departure)
-        prepared, run = self._take_prepared()
+        prepared, run = self._made or (None, "")
         number = departure.add(prepared.detach()) if prepared is not None else -1
+        self._prepared = None
         return OneshotState(request=request, prepared=number, prepared_run=run, ping=ping)
 
-    def _take_prepared(self) -> tuple[socket.socket | None, str]:
-        prepared, self._prepared = self._prepared, None
-        if prepared is None or not prepared.done() or prepared.cancelled() or prepared.exception() is not None:
-            return None, ""
-        return prepared.result()
+    @property
+    def _made(self) -> tuple[socket.socket, str] | None:
+        """The prepared connection and its run, once it is there."""
+        made = self._prepared
+        return made.result() if made and made.done() and not made.cancelled() and made.exception() is None else None
 
     def began(self, delivery: Delivery) -> bool:
         """Whether an attempt of this delivery is under way, sent or about to be."""

@@ -56,6 +56,8 @@ class SidecarLink:
         self._socket_file = LentSocketFile(name, runs)
         self._reached: str | None = None
         self._draining: str | None = None
+        self._ended: str | None = None
+        """The run whose end was heard of last."""
         self._unanswered = 0
         self._all_answered = asyncio.Event()
         self._all_answered.set()
@@ -115,7 +117,8 @@ class SidecarLink:
                 return run, await connection(self._runs.connect_soon(self.name, run))
             return run, await self._runs.connect(self.name, run)
         except IsolatorError:
-            if not self.leaving:  # else it is still the run of the successor of this process
+            # One that leaves keeps it for its successor; there may also be another run by now.
+            if not self.leaving and self.run == run:
                 self.forget_run()  # it may have ended meanwhile: the next connection ensures one again
             raise
 
@@ -123,6 +126,21 @@ class SidecarLink:
         """Deliver to no run."""
         self.run = None
         self._socket_file.drop()
+
+    def run_ended(self, run: str) -> None:
+        """Deliver no more to this run."""
+        self._ended = run
+        if self.run == run:
+            self.forget_run()
+
+    def is_over(self, run: str) -> bool:
+        """Whether a run to which there is a connection is known to have ended.
+
+        That it is not the present one does not say so. A host which has taken another's place may have a connection to
+        a newer run than it has heard of: the other one was told in an answer, and the news wait behind the plugins of
+        then.
+        """
+        return run == self._ended
 
     def _still_here(self) -> None:
         if self.leaving:  # a connection that is made from now on would be closed without a request

@@ -99,15 +99,16 @@ class StreamDelivery:
 
     @property
     def ready(self) -> bool:
-        """Whether the present run has been greeted, so that a request can be sent at once."""
+        """Whether a run has been greeted that goes on, so that a request can be sent at once."""
         session = self._present
         return session is not None and session.greeting is not None
 
     @property
     def _present(self) -> _Session | None:
-        """The session with the present run, if it is open."""
+        """The session, if it is open and its run goes on."""
         session = self._session
-        return session if session is not None and session.run == self._sidecar.run and session.is_open else None
+        goes_on = session is not None and session.is_open and not self._sidecar.is_over(session.run)
+        return session if goes_on else None
 
     async def deliver(self, plugin: Plugin, hook: str, delivery: Delivery) -> None:
         """Send a delivery, which concludes by itself; raises NotSentError or IsolatorError when nothing can be sent."""

@@ -106,6 +106,8 @@ class Worker:
         """Done once the requests of another host, if there are any, are awaited here."""
         if before is not None:
             self._sidecar.take_over(before[0].sidecar)
+            if before[0].session is not None and before[0].session.run != before[0].sidecar.run:
+                self._sidecar.run_ended(before[0].session.run)
             self.last_used = before[0].last_used
         self._tasks = Tasks()
         self._tasks.keep(f"dispatch of {self.name}", self._work)
@@ -186,9 +188,8 @@ class Worker:
 
     def run_ended(self, run: str, *, crashed: bool) -> None:
         """Deliver no more to this run; if it ``crashed``, an event in flight may be responsible."""
-        if self._sidecar.run == run:
-            self._sidecar.forget_run()
-            self._oneshot.drop_prepared()
+        self._sidecar.run_ended(run)
+        self._oneshot.run_ended(run)
         for mode in self._modes.values():
             mode.run_ended(run)
         self._outcomes.run_ended(run, crashed=crashed)
@@ -208,7 +209,7 @@ class Worker:
         """Stop; a delivery in flight counts as an attempt with an unknown outcome at the next start."""
         await self._tasks.close()
         self._sidecar.forget_run()
-        self._oneshot.drop_prepared()
+        self._oneshot.close()
         self._stream.close()
         for mode in self._modes.values():
             mode.close()

@@ -12,12 +12,14 @@ from typing import Any, cast
 import pytest
 
 from host.channel.reply import NotSentError
+from host.channel.stream import Greeting, open_stream
 from host.delivery.oneshot import OneshotDelivery
 from host.delivery.sidecar import SidecarLink
-from host.delivery.stream import StreamDelivery
+from host.delivery.stream import StreamDelivery, _Session
 from host.events import Catalogue
 from host.fence.fences import NO_LEASE
 from host.queue.interface import Delivery, Event
+from isolator.errors import UnavailableError
 from isolator.ipc.body import Message
 from isolator.ipc.fence import LOST, Fence
 from isolator.ipc.succession import Departure, Descriptors
@@ -173,10 +175,91 @@ async def test_connection_that_is_kept_is_closed_when_its_run_has_ended() -> Non
     delivery, _, plugin, outcomes = made()
     outcomes.allowed = False
     await deliver(delivery)
-    delivery.drop_prepared()
     (end,) = plugin.ends
+    delivery.run_ended("one before")
+    with pytest.raises(BlockingIOError):
+        end.recv(1)
+    delivery.run_ended("run")
     assert end.recv(1) == b""
     end.close()
+
+
+@pytest.mark.parametrize("known", ["older", None])
+async def test_connection_to_a_newer_run_than_the_next_host_has_heard_of_is_used(known: str | None) -> None:
+    """The host before was told of it in an answer, as it left; what the next one is told begins with the older."""
+    delivery, link, plugin, outcomes = made()
+    outcomes.allowed = False
+    await deliver(delivery)
+    outcomes.allowed = True
+    link.run = known
+    link.run_ended("older")
+    delivery.run_ended("older")
+    await answered(delivery, plugin)
+
+
+async def test_connection_that_comes_after_the_end_of_its_run_is_not_used() -> None:
+    delivery, link, plugin, _ = made()
+    link.run = link._reached = "run"
+    assert delivery.prepare()
+    link.run_ended("run")
+    delivery.run_ended("run")
+    delivering = asyncio.create_task(deliver(delivery))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    first, second = plugin.ends
+    assert first.recv(1) == b""
+    assert b'"method":"x.y"' in await asyncio.get_running_loop().sock_recv(second, 4096)
+    second.close()
+    await delivering
+    first.close()
+
+
+async def test_run_that_began_during_a_connect_to_the_one_before_is_not_forgotten_with_that() -> None:
+    delivery, link, plugin, _ = made()
+    link.run = "older"
+
+    async def connect(name: str, run: str) -> int:
+        link.run = "newer"
+        raise UnavailableError("plugin x", "that run has ended", "ask again")
+
+    plugin.connect = connect  # type: ignore[method-assign]
+    with pytest.raises(UnavailableError):
+        await deliver(delivery)
+    assert link.run == "newer"
+
+
+async def test_connection_that_was_given_up_is_closed_twice_without_an_error() -> None:
+    delivery, link, plugin, _ = made()
+    link.run = link._reached = "run"
+    assert delivery.prepare()
+    making = delivery._prepared
+    assert making is not None
+    making.cancel()
+    await asyncio.wait({making})
+    delivery.run_ended("run")
+    delivery.close()
+    assert not plugin.ends
+
+
+async def test_stream_to_a_newer_run_than_the_next_host_has_heard_of_is_used_until_that_ends() -> None:
+    supervisor = Supervisor()
+    link = SidecarLink("x", supervisor.runs, ABSENT, Fence(boottime() + 600))
+    delivery = StreamDelivery(link, cast("Any", Outcomes()), Catalogue(), ABSENT, str)
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    greeted = asyncio.get_running_loop().create_future()
+    greeted.set_result(Greeting("1", frozenset({"x.y"}), frozenset()))
+    connection = await open_stream(near, lambda: delivery._connection("newer"))
+    delivery._session = _Session("newer", connection, greeted)
+    link.run = "older"
+    link.run_ended("older")
+    assert delivery.ready
+    link.run = "one after"
+    link.run_ended("newer")
+    assert not delivery.ready
+    delivery.close()
+    far.close()
+    supervisor.close()
 
 
 @pytest.mark.parametrize("prepared", [False, True])
@@ -201,7 +284,7 @@ async def test_delivery_that_is_cancelled_in_any_turn_leaves_no_connection_to_th
                 await asyncio.sleep(0)
             delivering.cancel()
             await asyncio.wait({delivering})
-            oneshot.drop_prepared()
+            oneshot.close()
             if isinstance(delivery, StreamDelivery):
                 delivery.close()
             for _ in range(10):
