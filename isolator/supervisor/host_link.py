@@ -62,11 +62,22 @@ class HostLink:
             hello = self._hello(channel, entries, settings, self._alarms.lines, listener=listener.fileno())
             await self.process.first_answer(hello)
 
-    def succeed(self, entries: Sequence[messages.PluginEntry]) -> Callable[[Channel, int], Awaitable[None]]:
-        """Return what says hello to a host that takes the place of one that knows these plugins."""
-        settings = self._settings()
-        alarms = self._alarms.lines
-        return lambda channel, parts: self._hello(channel, entries, settings, alarms, parts=parts)
+    def succeed(
+        self, entries: Callable[[], Sequence[messages.PluginEntry]]
+    ) -> Callable[[Channel, int], Awaitable[None]]:
+        """Return what says hello to a host that takes the place of one that knows the plugins of now.
+
+        It gets the plugins, too, that the other one adds as it leaves: their requests in flight, and connections, are
+        passed to it, and would be closed for want of a plugin.
+        """
+        settings, alarms, known = self._settings(), self._alarms.lines, entries()
+        names = {entry.name for entry in known}
+
+        async def introduce(channel: Channel, parts: int) -> None:
+            added = [entry for entry in entries() if entry.name not in names]
+            await self._hello(channel, [*known, *added], settings, alarms, parts=parts)
+
+        return introduce
 
     async def _hello(
         self, channel: Channel, entries: Sequence[messages.PluginEntry], settings: dict[str, Any],

@@ -139,7 +139,7 @@ class Services:
             lambda: audit.catch_up(broker.process),
         )  # fmt: skip
         of_host = Ways(
-            introduce_host, {**handlers, **host.handlers()}, inherited_by_host, lambda: host.succeed(table.entries()),
+            introduce_host, {**handlers, **host.handlers()}, inherited_by_host, lambda: host.succeed(table.entries),
             succeeded=host_succeeded,
         )  # fmt: skip
         if before is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -81,3 +82,25 @@ async def test_successor_is_asked_again_and_the_exchange_counts_for_no_patience(
     found = await asking
     if question == "stderr":
         assert found == ("last words",)
+
+
+async def test_successor_knows_plugins_as_they_were_and_those_that_were_added_since(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the other one had of a plugin that its successor does not know would be closed: requests in flight, too."""
+    said: list[Any] = []
+
+    async def hello(link: HostLink, channel: Any, entries: Any, *_: Any, parts: int) -> None:
+        said.append((channel, entries, parts))
+
+    monkeypatch.setattr(HostLink, "_hello", hello)
+    monkeypatch.setattr(HostLink, "_settings", dict)
+    link = HostLink.__new__(HostLink)
+    link._alarms = cast(Any, SimpleNamespace(lines=()))
+    entries: list[Any] = [SimpleNamespace(name="kept", version="1"), SimpleNamespace(name="removed", version="1")]
+    introduce = link.succeed(lambda: list(entries))
+    entries[:] = [SimpleNamespace(name="kept", version="2"), SimpleNamespace(name="added", version="1")]
+    await introduce(cast(Any, "channel"), 3)
+    ((channel, told, parts),) = said
+    assert (channel, parts) == ("channel", 3)
+    assert [(one.name, one.version) for one in told] == [("kept", "1"), ("removed", "1"), ("added", "1")]
