@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -149,11 +150,13 @@ class HostLink:
             {**answer.body.to_json(), "files": files, "apart": False}, messages.GetEnvironment.op
         )
 
-    def run_started(self, name: str, uid: int, run: str, pid: int, pipes: Sequence[int]) -> None:
-        """Give the host the log pipes of a run and a fresh listener of the plugin's host API."""
-        path = host_api_folder(self._paths, name) / "host.sock"
-        with listen(path, mode=0o600, owner=uid, backlog=16) as listener:
-            self._tell(messages.RunStarted(name=name, run=run, pid=pid), fds=[*pipes, listener.fileno()])
+    def listen(self, name: str, uid: int) -> socket.socket:
+        """Listen for a plugin's calls of the host API, before its program begins, whose first act one may be."""
+        return listen(host_api_folder(self._paths, name) / "host.sock", mode=0o600, owner=uid, backlog=16)
+
+    def run_started(self, name: str, run: str, pid: int, pipes: Sequence[int], listener: int) -> None:
+        """Give the host the log pipes of a run and a fresh listener of ``listen``; they stay the caller's."""
+        self._tell(messages.RunStarted(name=name, run=run, pid=pid), fds=[*pipes, listener])
 
     async def drain(self, name: str, run: str, reason: str) -> None:
         """Let the host drain a run before a stop: it sends nothing new, waits for replies, sends ``shutdown``.

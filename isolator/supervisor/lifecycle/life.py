@@ -189,8 +189,9 @@ class Life:
                     port=self._plugin.port,
                     talks=self._plugin.mode == "mcp",
                 )
+                listener = run.for_start.add(self._context.host.listen(self._plugin.name, run.cage.spec.uid).detach())
                 await run.cage.start()
-                self._started(run, reason)
+                self._started(run, reason, listener)
             with self.waits:
                 await run.watch(
                     self.stopping,
@@ -224,12 +225,11 @@ class Life:
             await self._context.audit.writable()
         return await self._context.host.environment(self._plugin.name)
 
-    def _started(self, run: Run, reason: str) -> None:
+    def _started(self, run: Run, reason: str, calls: int) -> None:
         from isolator.audit.client import utc_now
 
         run.started_at = utc_now()
         run.began = asyncio.get_running_loop().time()
-        run.for_start.close()
         started = start_record(run, self._plugin.registration.release, reason)
         self._context.audit.record(started, plugin=self._plugin.name, run=run.id, urgent=True)
         listener, run.cage.listener = run.cage.listener, -1
@@ -237,7 +237,8 @@ class Life:
         if not self.stopping.is_set():
             self._plugin.set_state(PluginState.RUNNING)
             self.ends.others = 0
-        self._context.host.run_started(self._plugin.name, run.cage.spec.uid, run.id, run.cage.pid, run.pipes)
+        self._context.host.run_started(self._plugin.name, run.id, run.cage.pid, run.pipes, calls)
+        run.for_start.close()
         self._context.fences.started(self._plugin.name, run)
 
     def _record_end(self, run: Run, end: CageExit, origin: Origin, stderr_tail: tuple[str, ...]) -> None:
