@@ -99,7 +99,7 @@ class UnusableLog:
         """See ``Log``, as for the others."""
         raise UnusableSettingsError(self._why)
 
-    async def after(self, place: int, subject: str = EVERYTHING) -> Entered | None:
+    async def after(self, place: int) -> Entered | None:
         raise UnusableSettingsError(self._why)
 
     async def wait(self, seconds: float) -> None:

@@ -176,7 +176,7 @@ class Invocation:
             await asyncio.wait({ended, stopping}, timeout=min(STEADY_SECONDS, left), return_when="FIRST_COMPLETED")
             if ended.done():
                 return  # most do: what is watched below is not worth beginning for those
-            with watched_ruleset(run.cage.network, run.ruleset_changed):
+            with watched_ruleset(run.cage.network, self._effective.network, run.ruleset_changed):
                 await run.first_of({ended, stopping}, self.deadline)
                 if stopping.done():
                     await self._end_in_time(run, ended)

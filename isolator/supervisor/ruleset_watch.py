@@ -8,16 +8,19 @@ from collections.abc import Callable, Iterator
 
 from isolator.errors import ConfinementError
 from isolator.layers.network import namespace as network_layer
+from isolator.policy.model import NetworkPolicy
 
 
 @contextlib.contextmanager
-def watched_ruleset(network: network_layer.CageNetwork, changed: Callable[[str], None]) -> Iterator[None]:
+def watched_ruleset(
+    network: network_layer.CageNetwork, policy: NetworkPolicy, changed: Callable[[str], None]
+) -> Iterator[None]:
     """Call ``changed`` with the difference when a ruleset is not the one that was loaded any more."""
     loop = asyncio.get_running_loop()
 
     def compare() -> None:
         try:
-            network_layer.confirm(network)
+            network_layer.confirm(network, policy)
         except ConfinementError as error:
             changed(error.why)
 

@@ -227,7 +227,7 @@ class Run:
         self._check_socket()
         polling = asyncio.create_task(self._poll_port(self.port)) if self.port is not None else None
         watching = contextlib.ExitStack()
-        watching.enter_context(watched_ruleset(self.cage.network, self.ruleset_changed))
+        watching.enter_context(watched_ruleset(self.cage.network, self.effective.network, self.ruleset_changed))
         waiting = asyncio.create_task(self.cage.processes.ended.wait())
         there = asyncio.create_task(self.socket_there.wait())
         stopping = asyncio.create_task(self._stop_when(stop, drain))

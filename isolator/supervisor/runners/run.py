@@ -277,7 +277,7 @@ class RunnerRun:
         waiting = asyncio.create_task(cage.wait())
         talking = asyncio.create_task(self._talk(cage))
         try:
-            with watched_ruleset(cage.network, self._ruleset_changed):
+            with watched_ruleset(cage.network, cage.spec.policy.network, self._ruleset_changed):
                 if self._cause:  # ended while it was being started
                     cage.kill()
                 self._watched = True
