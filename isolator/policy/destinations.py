@@ -136,6 +136,8 @@ def _parse_network(host: str, text: str) -> Network:
         if "/" in host:
             why += " (its host bits must be zero)"
         raise ValueError(f'"{shown(text)}" {why}') from None
+    if address is None and network.num_addresses == 1:  # it is spelled as the address, which is to be read again
+        address = network.network_address
     if isinstance(address, IPv6Address) and (address.scope_id or address.ipv4_mapped):
         raise ValueError(f'"{shown(text)}": write the plain address')
     return Network(network)

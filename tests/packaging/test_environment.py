@@ -45,8 +45,9 @@ def test_environment_stays_as_long_as_a_process_runs_from_it(tmp_path: Path, mon
     for folder in (old, current):
         folder.mkdir()
     environment.CURRENT.symlink_to(current.name)
-    command = [sys.executable, "-c", "input()", old / "bin/isolator"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+    command = [sys.executable, "-c", "print(flush=True); input()", old / "bin/isolator"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()  # it has its arguments
         environment.remove_old()
         assert old.exists() and current.exists()
         process.communicate(b"\n")

@@ -16,6 +16,7 @@ import pwd
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -80,6 +81,9 @@ class _NoHost:
 
     async def environment(self, name: str) -> Environment:
         return Environment(env={"KEY": "value"}, files={"secret": "text"})
+
+    def listen(self, *_: Any) -> socket.socket:
+        return socket.socket(socket.AF_UNIX)
 
     def run_started(self, *_: Any) -> None: ...
 
