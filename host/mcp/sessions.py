@@ -47,13 +47,13 @@ class Sessions:
         self._redactor, self._fences = redactor, fences
         self._sessions: dict[str, Session] = {}
         self._greeted: dict[str, Session] = {}
-        """By plugin, sessions whose first request is not answered."""
+        """Sessions whose first request is not answered, by plugin."""
         self.connecting = 0
         """Sessions that are about to send it."""
         self._opening: dict[str, asyncio.Task[Session]] = {}
         """Tasks that open sessions, by run."""
         self._ends: dict[str, asyncio.Event] = {}
-        """By run whose session is over: set once it has ended."""
+        """Events that are set once a run has ended whose session is over, by run."""
         self._finished: deque[str] = deque(maxlen=64)
         """Runs that have ended."""
         self._leaving = False

@@ -32,7 +32,7 @@ class Source:
         self.received = self.acked = 0
         self.open = True
         self.resting = False
-        """Whether it is left alone for a moment, as few records come by it."""
+        """True while it is left alone for a moment, as few records come by it."""
         self.held = False
         """Not read yet, so that another source's records come first."""
         self.reading = False

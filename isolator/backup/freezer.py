@@ -28,7 +28,7 @@ from isolator.recovery.journal import read_entries
 T = TypeVar("T")
 
 _GONE = (errno.ENOENT, errno.ESRCH, errno.ENODEV)
-"""Of a group that is removed: before it is opened, and afterwards."""
+"""Errors of a group that is removed: before it is opened, and afterwards."""
 _SECONDS = 10.0
 _ATTEMPTS = 5
 _TICK = 0.01

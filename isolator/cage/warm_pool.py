@@ -123,7 +123,7 @@ class WarmPool:
         """``launcher`` gives the one that runs now: a launcher that dies is replaced."""
         self._launcher, self._journal, self._subtree = launcher, journal, subtree
         self._network: NetworkPolicy | None = None
-        """That of the last taker, whose rules the next network gets: most often they are the next taker's, too."""
+        """Policy of the last taker, whose rules the next network gets: most often they are the next taker's, too."""
         self._waiting: asyncio.Task[Spare] | None = None
         self._rest: asyncio.TimerHandle | None = None
         self._closed = False

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     pass
 
 SILENT_ENDS = ("exit", "signal")
-"""Of a command: its exit code says all, and nothing is printed."""
+"""Ends of a command whose exit code says all: nothing is printed."""
 _STREAMS = (0, 1, 2)
 
 

@@ -40,7 +40,7 @@ class CageTerminal:
         """The cage's end: its standard input, output and errors."""
         self._copies: list[asyncio.Task[None]] = []
         self._within_line = False
-        """What was shown last has not ended its line, as a prompt does not."""
+        """True after output that has not ended its line, as a prompt does not."""
         self.resize()
 
     def resize(self) -> None:

@@ -143,7 +143,7 @@ with socket.create_connection(('hooks.example.com', {port}), 10) as s:
     began = time.monotonic()
     for at in range(len(data)):
         s.sendall(data[at:at + 1])
-        time.sleep(0.0005)
+        time.sleep(0.0005)  # so that each byte comes by itself
     answer = s.recv(15)
     print(answer.decode(), time.monotonic() - began)
 """

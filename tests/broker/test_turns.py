@@ -78,7 +78,7 @@ async def test_all_wait_while_the_budget_is_spent() -> None:
 
 
 async def test_spent_budget_is_used_again_once_there_is_enough_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes meanwhile, a byte at a time perhaps, costs one wakeup of the broker and not many."""
+    """Bytes that come meanwhile, one at a time perhaps, cost one wakeup of the broker and not many."""
     turns, rests = Turns(TokenBucket(0.5, 1.0, clock=lambda: 0.0)), list[float]()
     monkeypatch.setattr(asyncio.get_running_loop(), "call_later", lambda delay, *_: rests.append(delay))
     turns.took(1.0 + HOLD)

@@ -109,12 +109,7 @@ def test_daemon_joins_holds_its_plugins_over_a_reload_waits_for_its_log_and_leav
 
 
 def test_host_whose_settings_were_removed_acts_alone_once_it_has_left(tmp_path: Path) -> None:
-    with _namespace() as network, contextlib.ExitStack() as stack:
-        enter = ["nsenter", f"--net=/proc/{os.getpid()}/fd/{network}"]
-        d = stack.enter_context(daemon(host_toml="# none yet", network=network, start=False))
-        _join(d, stack, enter, tmp_path)
-        d.start()
-        wait_for(lambda: _status(d)["member"], what="a member")
+    with _member(tmp_path) as (d, _):
         d.cli("plugin", "add", str(write_plugin(tmp_path / "echo", activation={"start": "eager"})), "--yes")
         wait_for(lambda: _held(d) and d.json("plugin", "show", "echo")["state"] == "running", what="held")
         d.cli("event", "emit", "deploy.completed", event(1), "--wait")
@@ -163,12 +158,7 @@ asyncio.run(main())
 
 @pytest.mark.wide
 def test_plugin_whose_hosts_are_gone_is_shown_as_nobodys_and_forgotten_on_command(tmp_path: Path) -> None:
-    with _namespace() as network, contextlib.ExitStack() as stack:
-        enter = ["nsenter", f"--net=/proc/{os.getpid()}/fd/{network}"]
-        d = stack.enter_context(daemon(host_toml="# none yet", network=network, start=False))
-        _join(d, stack, enter, tmp_path)
-        d.start()
-        wait_for(lambda: _status(d)["member"], what="a member")
+    with _member(tmp_path) as (d, enter):
         refused = d.cli("plugin", "remove", "--yes", "--cluster", "ghost", code=None)
         assert refused.returncode and "is none of the cluster" in refused.stderr
 
@@ -205,6 +195,18 @@ def test_plugin_whose_hosts_are_gone_is_shown_as_nobodys_and_forgotten_on_comman
         wait_for(lambda: _held(d), what="held")
         assert "held by h1" in d.cli("plugin", "show", "echo").stdout
         assert d.json("plugin", "show", "echo")["cluster"]["shards"][0]["host"] == "h1"
+
+
+@contextlib.contextmanager
+def _member(tmp_path: Path) -> Iterator[tuple[Daemon, list[str]]]:
+    """Yield a daemon that is host h1 of a cluster of its own, and how to enter the network of both."""
+    with _namespace() as network, contextlib.ExitStack() as stack:
+        enter = ["nsenter", f"--net=/proc/{os.getpid()}/fd/{network}"]
+        d = stack.enter_context(daemon(host_toml="# none yet", network=network, start=False))
+        _join(d, stack, enter, tmp_path)
+        d.start()
+        wait_for(lambda: _status(d)["member"], what="a member")
+        yield d, enter
 
 
 def _join(d: Daemon, stack: contextlib.ExitStack, enter: list[str], tmp_path: Path) -> list[Server]:

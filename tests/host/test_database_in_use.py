@@ -180,7 +180,7 @@ async def test_tables_are_made_although_another_connection_holds_the_lock_for_a_
         with contextlib.closing(sqlite3.connect(tmp_path / "host.db", isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             begun.set()
-            time.sleep(0.2)
+            time.sleep(0.2)  # nothing tells that another connection waits
             other.execute("ROLLBACK")
 
     held = asyncio.create_task(asyncio.to_thread(hold))

@@ -1,4 +1,4 @@
-"""What a faulty daemon leaves on the host is removed, also where its tests are killed."""
+"""Leftovers of a faulty daemon on the host are removed, also where its tests are killed."""
 
 from __future__ import annotations
 

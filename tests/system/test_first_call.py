@@ -71,7 +71,7 @@ def main() -> None:
             while len(_lines(root, "found")) == before:  # noqa: ASYNC110 # the plugin tells nobody
                 await asyncio.sleep(0.01)
 
-    Cage.start = start_and_wait  # type: ignore[method-assign]
+    Cage.start = start_and_wait  # type: ignore[method-assign] # this process is the daemon
     from host.cli.main import main as command_line
 
     sys.argv = ["isolator", "--root", str(root), "serve", *sys.argv[2:]]

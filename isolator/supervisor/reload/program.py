@@ -42,7 +42,7 @@ class Program:
         return cls(path, tuple(argv), tuple(map(os.path.abspath, code)))
 
     def check(self) -> list[tuple[Path, int, int, int]]:
-        """What tells its files from any that were put in their place; by the name behind every link.
+        """Return what tells its files from any that were put in their place; by the name behind every link.
 
         Raises IsolatorError unless it is there and nobody but root could change it.
         """

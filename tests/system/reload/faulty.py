@@ -113,7 +113,7 @@ def _at_exec(root: Path, words: str) -> None:
         if word == "spoil":
             Paths.of(root).host_toml.write_text("[roles\n")
         if word == "run":
-            subprocess.run(value, shell=True, check=True)
+            subprocess.run(value, shell=True, check=True)  # a line of shell that the test itself has written
         if word == "pause":
             time.sleep(float(value))
         if word == "leak":
