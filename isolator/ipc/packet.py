@@ -22,7 +22,7 @@ _SIZE = int(socket.MSG_PEEK | socket.MSG_TRUNC)
 """Numbers: each ``|`` of an enumeration's members takes as long as a system call."""
 _ROOM_FOR_FDS = socket.CMSG_SPACE(MAX_FDS * 4)
 _NO_ROOM = bytearray(1)
-"""For a byte that nobody looks at."""
+"""Room for a byte that nobody looks at."""
 _MOST_FDS = 253
 """Descriptors in one packet of anybody's (the kernel's SCM_MAX_FD)."""
 
