@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from host.queue.interface import Delivery, Queue
 from isolator.audit.client import AuditClient
@@ -19,11 +19,32 @@ from isolator.audit.schema import EventDispatched
 from isolator.ipc.tasks import essential
 
 
-class Attempt(NamedTuple):
-    """A delivery that is about to be tried; ``send`` writes the request at once and never raises.
+class AnyAttempt(Protocol):
+    """A delivery that is about to be tried."""
 
-    ``listen`` awaits the reply, once every request of this turn is written.
-    """
+    @property
+    def delivery(self) -> Delivery:
+        """What is tried."""
+
+    @property
+    def run(self) -> str:
+        """The run that gets it."""
+
+    @property
+    def request(self) -> bytes:
+        """What is sent."""
+
+    @property
+    def send(self) -> Callable[[], None]:
+        """Writes the request at once, or gathers it; never raises."""
+
+    @property
+    def listen(self) -> Callable[[], None] | None:
+        """Writes what was gathered, and awaits the reply: once every attempt of this turn has been sent."""
+
+
+class Attempt(NamedTuple):
+    """An attempt of a mode that has no object for it."""
 
     delivery: Delivery
     run: str
@@ -39,11 +60,11 @@ class Attempts:
         self._queue, self._audit = queue, audit
         self._wait_for_trail = wait_for_trail
         self._loop = asyncio.get_running_loop()
-        self._gathered: list[Attempt] = []
+        self._gathered: list[AnyAttempt] = []
         self._scheduled = False
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def begin(self, attempt: Attempt) -> None:
+    def begin(self, attempt: AnyAttempt) -> None:
         """Count, record and send an attempt, in the loop's next turn if database and trail can be written."""
         self._gathered.append(attempt)
         self.schedule()
@@ -65,8 +86,9 @@ class Attempts:
         if not attempts:
             return
         await self._queue.sent([attempt.delivery for attempt in attempts])
+        now = self._loop.time()
         for attempt in attempts:
-            self._record(attempt)
+            self._record(attempt, now)
         if self._wait_for_trail:
             await self._audit.flushed()
         else:
@@ -77,10 +99,10 @@ class Attempts:
             if attempt.listen is not None:
                 attempt.listen()
 
-    def _record(self, attempt: Attempt) -> None:
+    def _record(self, attempt: AnyAttempt, now: float) -> None:
         delivery = attempt.delivery
         assert delivery.event is not None
-        waited = self._loop.time() - delivery.ready_at if delivery.ready_at else None
+        waited = now - delivery.ready_at if delivery.ready_at else None
         delivery.ready_at = 0.0
         self._audit.record(
             EventDispatched(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from host.channel.reply import Outcome, shown
-from host.delivery.attempts import Attempt, Attempts
+from host.delivery.attempts import AnyAttempt, Attempt, Attempts
 from host.fence.fences import NO_LEASE
 from host.plugins.registry import Plugin
 from host.plugins.secrets import Redactor
@@ -177,15 +177,25 @@ class Outcomes:
         """
 
         def written() -> None:
-            if self._fence.closed:
-                give_up(NO_LEASE)
-                return
-            if self._in_flight:
-                self._overlapped |= {*self._in_flight, delivery.seq}
-            self._in_flight[delivery.seq] = run
-            send()
+            why = self.note_sent(delivery, run)
+            send() if why is None else give_up(why)
 
         self._attempts.begin(Attempt(delivery, run, request, written, listen))
+
+    def begin_attempt(self, attempt: AnyAttempt) -> None:
+        """Begin an attempt that asks ``note_sent`` by itself; ``conclude`` ends it."""
+        self._attempts.begin(attempt)
+
+    def note_sent(self, delivery: Delivery, run: str) -> str | None:
+        """Note that a request is written now; returns the reason if it may not be."""
+        if self._fence.closed:
+            return NO_LEASE
+        if self._in_flight:
+            if len(self._in_flight) == 1:  # of several, each is noted already
+                self._overlapped.update(self._in_flight)
+            self._overlapped.add(delivery.seq)
+        self._in_flight[delivery.seq] = run
+        return None
 
     def conclude(
         self, plugin: Plugin, delivery: Delivery, run: str, outcome: Outcome, latency: int, *, broken: bool
