@@ -91,9 +91,7 @@ class Requests(Generic[A]):
 
     def has_room(self, plugin: Plugin) -> bool:
         """Whether one more may be in flight; during isolated retries, if none is."""
-        spec = plugin.manifest
-        most = min(spec.transport.max_in_flight, spec.delivery.concurrency) if spec is not None else 1
-        return len(self._requests) < (1 if self.outcomes.isolated_retries else most)
+        return len(self._requests) < (1 if self.outcomes.isolated_retries else plugin.most_in_flight)
 
     async def slot(self, plugin: Plugin) -> None:
         """Wait until there is room."""
