@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from host.channel.reply import Outcome, shown
-from host.delivery.attempts import AnyAttempt, Attempt, Attempts
+from host.delivery.attempts import Attempt, Attempts
 from host.fence.fences import NO_LEASE
 from host.plugins.registry import Plugin
 from host.plugins.secrets import Redactor
@@ -101,6 +101,9 @@ class Outcomes:
     ) -> None:
         self._name, self._consumer, self._audit, self._redactor = name, consumer, audit, redactor
         self._attempts, self._fence = attempts, fence
+        self.begin_attempt = attempts.begin
+        """Begins an attempt that asks ``note_sent`` by itself; ``conclude`` ends it."""
+        self.expect_attempts = attempts.schedule
         self._deferred: list[_Ended] = []
         """Attempts that have ended past the plugin's deadline."""
         self.last: Attempted | None = None
@@ -181,10 +184,6 @@ class Outcomes:
             send() if why is None else give_up(why)
 
         self._attempts.begin(Attempt(delivery, run, request, written, listen))
-
-    def begin_attempt(self, attempt: AnyAttempt) -> None:
-        """Begin an attempt that asks ``note_sent`` by itself; ``conclude`` ends it."""
-        self._attempts.begin(attempt)
 
     def note_sent(self, delivery: Delivery, run: str) -> str | None:
         """Note that a request is written now; returns the reason if it may not be."""

@@ -81,7 +81,8 @@ class Requests(Generic[A]):
         self._sidecar, self._judge = sidecar, judge
         self._requests: dict[str, PendingRequest[A]] = {}
         """By number."""
-        self._freed = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
+        """Of whoever waits for room."""
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -94,10 +95,10 @@ class Requests(Generic[A]):
         return len(self._requests) < (1 if self.outcomes.isolated_retries else plugin.most_in_flight)
 
     async def slot(self, plugin: Plugin) -> None:
-        """Wait until there is room."""
+        """Wait until there is room; for one taker."""
         while not self.has_room(plugin):
-            self._freed.clear()
-            await self._freed.wait()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
 
     def send(
         self,
@@ -124,8 +125,12 @@ class Requests(Generic[A]):
         if self._requests.pop(one.number, None) is None:
             return
         latency = (time.perf_counter_ns() - one.sent_ns) // 1000
-        self._freed.set()
         self._sidecar.end_request()
+        if self._waiter is not None:
+            waiter, self._waiter = self._waiter, None
+            if not waiter.done():
+                waiter.set_result(None)
+                self.outcomes.expect_attempts()
         try:
             broken = False
             if isinstance(answer, (LostError, NotSentError)):
