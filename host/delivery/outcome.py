@@ -100,10 +100,7 @@ class Outcomes:
         fence: Fence,
     ) -> None:
         self._name, self._consumer, self._audit, self._redactor = name, consumer, audit, redactor
-        self._attempts, self._fence = attempts, fence
-        self.begin_attempt = attempts.begin
-        """Begins an attempt that asks ``note_sent`` by itself; ``conclude`` ends it."""
-        self.expect_attempts = attempts.schedule
+        self.attempts, self._fence = attempts, fence
         self._deferred: list[_Ended] = []
         """Attempts that have ended past the plugin's deadline."""
         self.last: Attempted | None = None
@@ -183,7 +180,7 @@ class Outcomes:
             why = self.note_sent(delivery, run)
             send() if why is None else give_up(why)
 
-        self._attempts.begin(Attempt(delivery, run, request, written, listen))
+        self.attempts.begin(Attempt(delivery, run, request, written, listen))
 
     def note_sent(self, delivery: Delivery, run: str) -> str | None:
         """Note that a request is written now; returns the reason if it may not be."""

@@ -117,7 +117,7 @@ class Requests(Generic[A]):
         self._sidecar.begin_request(run)
         one = PendingRequest(self, plugin, delivery, run, number, request, write, flush)
         self._requests[number] = one
-        self.outcomes.begin_attempt(one)
+        self.outcomes.attempts.begin(one)
         self._sidecar.status = "in_flight"
 
     def conclude(self, one: PendingRequest[A], answer: A | LostError | NotSentError) -> None:
@@ -130,7 +130,7 @@ class Requests(Generic[A]):
             waiter, self._waiter = self._waiter, None
             if not waiter.done():
                 waiter.set_result(None)
-                self.outcomes.expect_attempts()
+                self.outcomes.attempts.schedule()
         try:
             broken = False
             if isinstance(answer, (LostError, NotSentError)):
