@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -110,7 +110,7 @@ class StreamConnection(LineProtocol):
 
         Raises NotSentError when the connection has ended before, LostError when it ends later.
         """
-        number = os.urandom(8).hex()
+        number = new_number()
         reply: asyncio.Future[Read] = self._loop.create_future()
         self.write(number, _request(method, params, number), timeout, reply)
         try:
@@ -196,7 +196,7 @@ class StreamConnection(LineProtocol):
             "hooks": list(hooks),
             "limits": dict(limits),
         }
-        number, reply = os.urandom(8).hex(), self._loop.create_future()
+        number, reply = new_number(), self._loop.create_future()
         self.write(number, _request("host.hello", offer, number), HELLO_TIMEOUT, reply)
         return number, reply
 
@@ -327,6 +327,17 @@ class StreamConnection(LineProtocol):
             if not one.reply.done():
                 one.reply.set_exception(LostError(self.why or "connection lost", crash=True))
         self._calls.cancel()
+
+
+def _numbers() -> Iterator[str]:
+    while True:
+        drawn = os.urandom(512).hex()
+        for start in range(0, len(drawn), 16):
+            yield drawn[start : start + 16]
+
+
+new_number = _numbers().__next__
+"""The number of a request, which nobody can guess: 64 bits of the kernel's, drawn for many at a time."""
 
 
 def _request(method: str, params: Mapping[str, Any], number: str) -> bytes:

@@ -7,13 +7,21 @@ each of their events is retried alone, until the one that the plugin dies of is 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from host.channel.reply import STREAM_MESSAGE, NotSentError, event_params, judge_reply
-from host.channel.stream import Greeting, Read, Reply, StreamConnection, StreamState, event_request, open_stream
+from host.channel.stream import (
+    Greeting,
+    Read,
+    Reply,
+    StreamConnection,
+    StreamState,
+    event_request,
+    new_number,
+    open_stream,
+)
 from host.delivery.outcome import Outcomes
 from host.delivery.requests import Requests, RequestState
 from host.delivery.sidecar import SidecarLink
@@ -139,7 +147,7 @@ class StreamDelivery:
             return False
         event_type = self._catalogue.get(event.name)
         params = event_params(event, event_type, plugin.major, delivery.attempts + 1, plugin.timeout, delivery.epoch)
-        number = os.urandom(8).hex()
+        number = new_number()
         request = event_request(hook, params, number)
         if len(request) > STREAM_MESSAGE:
             self._outcomes.give_up(delivery, "payload_too_large")
