@@ -123,13 +123,15 @@ class StreamDelivery:
 
     async def deliver(self, plugin: Plugin, hook: str, delivery: Delivery) -> None:
         """Send a delivery, which concludes by itself; raises NotSentError or IsolatorError when nothing can be sent."""
-        while not self.deliver_now(plugin, hook, delivery):
+        while True:
             session = self._present or await self._connect(plugin)
             await asyncio.shield(session.greeted)
             await self._requests.slot(plugin)
             await session.connection.writable(plugin.timeout)
             if not session.is_open:
                 raise NotSentError(session.connection.why)
+            if self.deliver_now(plugin, hook, delivery):
+                return
 
     def deliver_now(self, plugin: Plugin, hook: str, delivery: Delivery) -> bool:
         """As ``deliver``, if that takes no wait; returns whether it took none."""
