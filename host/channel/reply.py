@@ -98,7 +98,7 @@ def meta_of(event: Event, attempt: int, timeout: float, epoch: int = 0) -> dict[
 
 
 def event_params(
-    event: Event, event_type: EventType | None, major: int, attempt: int, timeout: float, epoch: int
+    event: Event, event_type: EventType | None, major: int, attempt: int, timeout: float, epoch: int = 0
 ) -> str:  # fmt: skip
     """``params_text`` of an attempt with its ``meta_of``: made once of an event that goes to many plugins as it is."""
     if event_type is None or major >= event_type.version:
@@ -130,7 +130,7 @@ def oneshot_request(
     head = f'{{"jsonrpc":"2.0","method":"{hook}","params":'
     tail = ',"id":1}\n'
     if meta:
-        line = (head + params_text(event, event_type, major, meta_of(event, attempt, timeout, epoch)) + tail).encode()
+        line = (head + event_params(event, event_type, major, attempt, timeout, epoch) + tail).encode()
         if len(line) <= ONESHOT_REQUEST:
             return line
     line = (head + params_text(event, event_type, major) + tail).encode()

@@ -345,7 +345,7 @@ def _request(method: str, params: Mapping[str, Any], number: str) -> bytes:
 
 
 def event_request(hook: str, params: str, number: str) -> bytes:
-    """The line of an event; ``params`` is JSON, as ``params_text`` builds it."""
+    """The line of an event; ``params`` is JSON, as ``event_params`` builds it."""
     return f'{{"jsonrpc":"2.0","method":"{hook}","params":{params},"id":"{number}"}}\n'.encode()
 
 
