@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from host.queue.interface import Delivery, Queue
 from isolator.audit.client import AuditClient
@@ -19,32 +19,11 @@ from isolator.audit.schema import EventDispatched
 from isolator.ipc.tasks import essential
 
 
-class AnyAttempt(Protocol):
-    """A delivery that is about to be tried."""
-
-    @property
-    def delivery(self) -> Delivery:
-        """What is tried."""
-
-    @property
-    def run(self) -> str:
-        """The run that gets it."""
-
-    @property
-    def request(self) -> bytes:
-        """What is sent."""
-
-    @property
-    def send(self) -> Callable[[], None]:
-        """Writes the request at once, or gathers it; never raises."""
-
-    @property
-    def listen(self) -> Callable[[], None] | None:
-        """Writes what was gathered, and awaits the reply: once every attempt of this turn has been sent."""
-
-
 class Attempt(NamedTuple):
-    """An attempt of a mode that has no object for it."""
+    """A delivery that is about to be tried; ``send`` writes the request at once, or gathers it, and never raises.
+
+    ``listen`` writes what was gathered and awaits the reply, once every request of this turn is sent.
+    """
 
     delivery: Delivery
     run: str
@@ -60,11 +39,11 @@ class Attempts:
         self._queue, self._audit = queue, audit
         self._wait_for_trail = wait_for_trail
         self._loop = asyncio.get_running_loop()
-        self._gathered: list[AnyAttempt] = []
+        self._gathered: list[Attempt] = []
         self._scheduled = False
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def begin(self, attempt: AnyAttempt) -> None:
+    def begin(self, attempt: Attempt) -> None:
         """Count, record and send an attempt, in the loop's next turn if database and trail can be written."""
         self._gathered.append(attempt)
         self.schedule()
@@ -99,7 +78,7 @@ class Attempts:
             if attempt.listen is not None:
                 attempt.listen()
 
-    def _record(self, attempt: AnyAttempt, now: float) -> None:
+    def _record(self, attempt: Attempt, now: float) -> None:
         delivery = attempt.delivery
         assert delivery.event is not None
         waited = now - delivery.ready_at if delivery.ready_at else None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from host.channel.reply import LostError, NotSentError, Outcome
+from host.delivery.attempts import Attempt
 from host.delivery.outcome import Outcomes
 from host.delivery.sidecar import SidecarLink
 from host.plugins.registry import Plugin
@@ -25,52 +27,41 @@ class RequestState(Body):
     sent_ns: int
 
 
+@dataclass(eq=False, slots=True)
 class PendingRequest(Generic[A]):
-    """A request that is not answered: an attempt to begin, and the one that waits for the answer.
+    """A request that waits for its answer: the first thing that ends it concludes its attempt, at once."""
 
-    What ends it concludes the attempt at once, and whatever comes later does nothing.
-    """
-
-    __slots__ = ("_requests", "_write", "delivery", "listen", "number", "plugin", "request", "run", "sent_ns")
-
-    def __init__(
-        self,
-        requests: Requests[A],
-        plugin: Plugin,
-        delivery: Delivery,
-        run: str,
-        number: str,
-        request: bytes = b"",
-        write: Callable[[PendingRequest[A]], None] | None = None,
-        listen: Callable[[], None] | None = None,
-        sent_ns: int = 0,
-    ) -> None:
-        self.plugin, self.delivery, self.run, self.number, self.request = plugin, delivery, run, number, request
-        self.listen, self.sent_ns = listen, sent_ns
-        self._requests, self._write = requests, write
+    requests: Requests[A]
+    plugin: Plugin
+    delivery: Delivery
+    run: str
+    number: str
+    write: Callable[[PendingRequest[A]], None] | None = None
+    """Writes it; None: another host has."""
+    sent_ns: int = 0
 
     def send(self) -> None:
         """Write the request, which is on record by now, if its answer is still awaited."""
         if self.done():
             return
         self.sent_ns = time.perf_counter_ns()
-        why = self._requests.outcomes.note_sent(self.delivery, self.run)
+        why = self.requests.outcomes.note_sent(self.delivery, self.run)
         if why is not None:
             self.set_exception(LostError(why))
-        elif self._write is not None:
-            self._write(self)
+        elif self.write is not None:
+            self.write(self)
 
     def done(self) -> bool:
         """Whether the answer is no longer awaited."""
-        return self.number not in self._requests
+        return self.number not in self.requests
 
     def set_result(self, result: A, /) -> None:
         """Take the answer."""
-        self._requests.conclude(self, result)
+        self.requests.conclude(self, result)
 
     def set_exception(self, exception: LostError | NotSentError, /) -> None:
         """Take the reason why there is no answer."""
-        self._requests.conclude(self, exception)
+        self.requests.conclude(self, exception)
 
 
 class Requests(Generic[A]):
@@ -115,9 +106,8 @@ class Requests(Generic[A]):
         ``flush`` is called once every request of this turn is written: to send what ``write`` only gathers.
         """
         self._sidecar.begin_request(run)
-        one = PendingRequest(self, plugin, delivery, run, number, request, write, flush)
-        self._requests[number] = one
-        self.outcomes.attempts.begin(one)
+        one = self._requests[number] = PendingRequest(self, plugin, delivery, run, number, write)
+        self.outcomes.attempts.begin(Attempt(delivery, run, request, one.send, flush))
         self._sidecar.status = "in_flight"
 
     def conclude(self, one: PendingRequest[A], answer: A | LostError | NotSentError) -> None:
@@ -168,5 +158,4 @@ class Requests(Generic[A]):
             if plugin is not None and delivery is not None:
                 self._sidecar.take_request()
                 one = PendingRequest(self, plugin, delivery, state.run, number, sent_ns=state.sent_ns)
-                self._requests[number] = one
-                yield one
+                yield self._requests.setdefault(number, one)

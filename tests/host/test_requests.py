@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from host.channel.reply import LostError, Outcome
-from host.delivery.attempts import AnyAttempt
+from host.delivery.attempts import Attempt
 from host.delivery.outcome import Outcomes
-from host.delivery.requests import Requests
+from host.delivery.requests import PendingRequest, Requests
 from host.delivery.runs import Runs
 from host.delivery.sidecar import SidecarLink
 from isolator.ipc.fence import Fence
@@ -40,7 +40,7 @@ class Made:
     """Requests of one plugin, with the attempts that were begun and what was written."""
 
     def __init__(self) -> None:
-        self.begun: list[AnyAttempt] = []
+        self.begun: list[Attempt] = []
         self.scheduled = 0
         self.written: list[str] = []
         self.outcomes = Concluded(SimpleNamespace(begin=self.begun.append, schedule=self._schedule))
@@ -51,11 +51,11 @@ class Made:
     def _schedule(self) -> None:
         self.scheduled += 1
 
-    def send(self, seq: int) -> Any:
+    def send(self, seq: int) -> PendingRequest[Outcome]:
         delivery: Any = SimpleNamespace(seq=seq)
         number = f"n{seq}"
         self.requests.send(PLUGIN, delivery, "run", number, b"request", lambda one: self.written.append(one.number))
-        return self.begun[-1]
+        return self.requests._requests[number]
 
 
 async def test_request_is_concluded_as_its_answer_comes_and_by_nothing_that_comes_later() -> None:
