@@ -52,7 +52,7 @@ class Reply(Protocol):
 
 
 class _Pending(NamedTuple):
-    """A request whose reply may still come, and the loop time by which it is awaited; 0: it no longer is."""
+    """Whoever waits for a reply, and the loop time until which that is."""
 
     reply: Reply
     deadline: float
@@ -93,8 +93,8 @@ class StreamConnection(LineProtocol):
         self._writable.set()
         self._call = call
         self._breach = breach
-        self._pending: dict[str, _Pending] = {}
-        """Requests by number."""
+        self._pending: dict[str, _Pending | None] = {}
+        """Requests by number whose reply may still come; None: nobody waits for it any more."""
         self._timer: asyncio.TimerHandle | None = None
         """Fires at the first deadline, or before it: one timer, for thousands of requests a second."""
         self._calls = OpenCalls(self._answered)
@@ -103,7 +103,7 @@ class StreamConnection(LineProtocol):
     @property
     def in_flight(self) -> int:
         """Number of requests that are not answered yet."""
-        return sum(1 for one in self._pending.values() if not one.reply.done())
+        return sum(1 for one in self._pending.values() if one is not None and not one.reply.done())
 
     async def request(self, method: str, params: Mapping[str, Any], timeout: float) -> Read:
         """Send a request and wait at most ``timeout`` seconds for its reply: the message and its bytes.
@@ -142,18 +142,17 @@ class StreamConnection(LineProtocol):
     def _expire(self) -> None:
         """Give up the requests whose time is over."""
         now = self._loop.time()
-        for number, (reply, deadline) in list(self._pending.items()):
-            if deadline and (deadline <= now or reply.done()):
-                if not reply.done():
-                    reply.set_exception(LostError("no reply in time"))
+        for number, one in list(self._pending.items()):
+            if one is not None and (one.deadline <= now or one.reply.done()):
+                if not one.reply.done():
+                    one.reply.set_exception(LostError("no reply in time"))
                 self._give_up(number)
-        self._set_timer(min((one.deadline for one in self._pending.values() if one.deadline), default=None))
+        self._set_timer(min((one.deadline for one in self._pending.values() if one is not None), default=None))
 
     def _give_up(self, number: str) -> None:
         """Await a reply no more. The request stays pending: its reply may still come, and is no breach then."""
-        one = self._pending.get(number)
-        if one is not None and one.deadline:
-            self._pending[number] = one._replace(deadline=0.0)
+        if self._pending.get(number) is not None:
+            self._pending[number] = None
             self.notify("$/cancel", {"id": number})
             if len(self._pending) > 1000:
                 self.abort("too many requests were never answered")
@@ -270,10 +269,11 @@ class StreamConnection(LineProtocol):
 
     def _reply_received(self, message: dict[str, Any], data: bytes) -> None:
         number = message.get("id")
-        one = self._pending.pop(number, None) if isinstance(number, str) else None
-        if one is None:
+        if not isinstance(number, str) or number not in self._pending:
             self.abort("a reply has an id that no open request has")
-        elif not one.reply.done():
+            return
+        one = self._pending.pop(number)
+        if one is not None and not one.reply.done():
             one.reply.set_result((message, data))
 
     def _request_received(self, message: dict[str, Any], data: bytes) -> None:
@@ -299,7 +299,7 @@ class StreamConnection(LineProtocol):
 
     def pass_on_all(self, departure: Departure) -> StreamState:
         """Hand the connection on; a call of the plugin's that is still unanswered is read again."""
-        deadlines = {number: one.deadline for number, one in self._pending.items()}
+        deadlines = {number: one.deadline if one is not None else 0.0 for number, one in self._pending.items()}
         self._set_timer(None)
         return StreamState(line=self.pass_on(departure, again=self._calls.break_off()), deadlines=deadlines)
 
@@ -312,9 +312,7 @@ class StreamConnection(LineProtocol):
             if reply is not None:
                 self._await(number, deadline, reply)
             else:  # its reply may still come, and is no breach then
-                nobody: asyncio.Future[Read] = self._loop.create_future()
-                nobody.cancel()
-                self._pending[number] = _Pending(nobody, 0.0)
+                self._pending[number] = None
         await self.take_over(state.line, descriptors)
         self.begin()
 
@@ -324,7 +322,7 @@ class StreamConnection(LineProtocol):
         pending, self._pending = self._pending, {}
         self._set_timer(None)
         for one in pending.values():
-            if not one.reply.done():
+            if one is not None and not one.reply.done():
                 one.reply.set_exception(LostError(self.why or "connection lost", crash=True))
         self._calls.cancel()
 

@@ -37,7 +37,7 @@ class PendingRequest(Generic[A]):
     run: str
     number: str
     write: Callable[[PendingRequest[A]], None] | None = None
-    """Writes it; None: another host has."""
+    """Writes it; None: it is written, by this host or by another."""
     sent_ns: int = 0
 
     def send(self) -> None:
@@ -50,6 +50,7 @@ class PendingRequest(Generic[A]):
             self.set_exception(LostError(why))
         elif self.write is not None:
             self.write(self)
+            self.write = None  # with the bytes that it writes
 
     def done(self) -> bool:
         """Whether the answer is no longer awaited."""
