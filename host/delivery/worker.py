@@ -368,6 +368,8 @@ class Worker:
                 _log.exception("plugin %s: a delivery failed within the host", self.name)
                 self._note_failure(delivery, f"it failed within the host: {type(error).__name__}")
             self._taken = None
+            if self._stream.busy and self._consumer.depth == 1:
+                await asyncio.sleep(0)  # until it is sent: the requests of a turn need not wait until all wait again
 
     async def _until_resumed(self) -> None:
         self._sidecar.status, self.blocked_on = "holding", PAUSED
