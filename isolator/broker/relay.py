@@ -35,6 +35,9 @@ WAKEUP = 40e-6
 """Seconds of CPU time that one turn of a pipe costs beside itself: the loop's, and the wakeups at either end."""
 _LINGER_RESET = struct.pack("ii", 1, 0)
 _ROUNDS = 4
+_TUNED = (
+    (socket.TCP_NODELAY, 1), (socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4),
+)  # fmt: skip
 
 
 def reset(sock: socket.socket) -> None:
@@ -44,10 +47,13 @@ def reset(sock: socket.socket) -> None:
     sock.close()
 
 
-def keep_alive(sock: socket.socket) -> None:
-    """Notice within two minutes that the other end of a quiet connection is gone; the flow then ends on both sides."""
+def tune(sock: socket.socket) -> None:
+    """Send every piece at once, and notice within two minutes that the other end of a quiet connection is gone.
+
+    Connections that a listener accepts have what was set for it (tcp(7)).
+    """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4)):
+    for option, value in _TUNED:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
@@ -95,13 +101,15 @@ class Pipe:
         self._rest = memoryview(b"")
         self._reading = False
 
-    def start(self, first: bytes = b"") -> None:
-        """Begin, after sending ``first`` (bytes of the source that were read already)."""
+    def start(self, first: bytes | None = None) -> None:
+        """Begin to read. ``first``: send these bytes of the source before; none of them, read what is there at once."""
         self.touched = self._loop.time()
         if first:
             self._send(memoryview(first))
         if not self._rest and not self.ended.done():
             self._go_on()
+        if first == b"" and self._reading:
+            self._readable()
 
     def guard(self, gate: Gate, back: Pipe) -> None:
         """Let pass what ``gate`` lets pass; ``back``, the other direction, tells it of the server's answers."""
