@@ -31,8 +31,6 @@ CHUNK = 512 * 1024
 SMALL = 32 * 1024
 BUDGET = 32 * 1024 * 1024
 """Bytes that all flows together may keep waiting; beyond it they read in small pieces."""
-WAKEUP = 40e-6
-"""Seconds of CPU time that one turn of a pipe costs beside itself: the loop's, and the wakeups at either end."""
 _LINGER_RESET = struct.pack("ii", 1, 0)
 _ROUNDS = 4
 _TUNED = (
@@ -181,7 +179,7 @@ class Pipe:
         try:
             self._read_some(began + self._turns.part)
         finally:
-            self._turns.took(thread_time() - began + WAKEUP)
+            self._turns.took_piece(thread_time() - began)
 
     def _read_some(self, end: float) -> None:
         """Pass on what is there to read, until this thread's CPU time is ``end``."""
@@ -305,7 +303,7 @@ class Pipe:
         except OSError as error:
             self._fail(error)
             return
-        self._turns.took(thread_time() - began + WAKEUP)
+        self._turns.took_piece(thread_time() - began)
         self.total += sent
         self._keep(self._rest[sent:])
         if not self._rest:
