@@ -175,11 +175,11 @@ class Pipe:
             self._take_turn()
 
     def _take_turn(self) -> None:
-        began, self.touched = thread_time(), self._loop.time()
+        began, before, self.touched = thread_time(), self.total, self._loop.time()
         try:
             self._read_some(began + self._turns.part)
         finally:
-            self._turns.took_piece(thread_time() - began)
+            self._turns.took_piece(thread_time() - began, self.total + len(self._rest) - before)
 
     def _read_some(self, end: float) -> None:
         """Pass on what is there to read, until this thread's CPU time is ``end``."""
@@ -303,7 +303,7 @@ class Pipe:
         except OSError as error:
             self._fail(error)
             return
-        self._turns.took_piece(thread_time() - began)
+        self._turns.took_piece(thread_time() - began, sent)
         self.total += sent
         self._keep(self._rest[sent:])
         if not self._rest:

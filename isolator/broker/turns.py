@@ -20,7 +20,9 @@ perhaps, is then read in one piece, and not at one wakeup of the broker for each
 
 WAKEUP, CROWD = 40e-6, 8
 """Seconds of CPU time that one piece costs beside itself: the loop's, and the wakeups at either end; and how many
-connections have to wait for it to cost as much again."""
+connections have to wait for a small one to cost as much again."""
+SMALL = 4096
+"""Bytes below which a piece is small."""
 
 
 class Turns:
@@ -58,13 +60,14 @@ class Turns:
         if self._used_up:
             self._plan()
 
-    def took_piece(self, seconds: float) -> None:
-        """As ``took``, for bytes that were carried in one piece, which has woken both ends.
+    def took_piece(self, seconds: float, size: int) -> None:
+        """As ``took``, for ``size`` bytes that were carried in one piece, which has woken both ends.
 
-        It is the dearer the more connections wait for their turns. So one exchange after the other goes on as fast as
-        ever, and a cage that has many going at once, beyond its budget, is served in fewer and larger pieces.
+        A small one is the dearer the more connections wait for their turns. So one exchange after the other goes on as
+        fast as ever, and a cage that has many going at once, beyond its budget, is served in fewer and larger pieces.
         """
-        self.took(seconds + WAKEUP * (1 + len(self._waiting) / CROWD))
+        crowd = len(self._waiting) / CROWD if size < SMALL else 0.0
+        self.took(seconds + WAKEUP * (1 + crowd))
 
     def wait(self, go_on: Callable[[], None]) -> None:
         """Call ``go_on`` in one of the next turns, after those that wait already."""
