@@ -1,4 +1,4 @@
-"""Queries on the queue's tables: list, show, prune."""
+"""Statements on the queue's tables: change, list, show, prune."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ DELIVERY = (
 GIVEN_UP = "('dead', 'expired', 'quarantined')"
 ENDED = "('ok', 'skipped', 'cancelled', 'moved')"
 PENDING = "('queued', 'retry', 'in_flight')"
+OUTCOME = (
+    "UPDATE deliveries SET state=?, attempts=?, crashes=?, due=?, status=?, detail=?,"
+    " reply=coalesce(?, reply), latency_us=coalesce(?, latency_us), updated=? WHERE seq=? AND plugin=?"
+)
+"""Sets the state of a delivery; run most often of all."""
 LISTED = 4 << 20
 """Bytes of payloads and replies in one listing: the newest events have them, and all others are listed without."""
 
