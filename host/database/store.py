@@ -321,7 +321,7 @@ class Store:
     @property
     def _checkpoint_due(self) -> bool:
         commits, rows = self._checkpointed
-        return (
+        return self._checkpoint is None and (
             self.commits - commits >= CHECKPOINT_COMMITS
             or self._connection.total_changes - rows >= CHECKPOINT_ROWS
             or (self.commits - commits >= CHECKPOINT_LEAST and self._wal.size > self._wal_high)
