@@ -13,7 +13,7 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 NETLINK_ROUTE = 0
 NETLINK_NETFILTER = 12
@@ -64,14 +64,17 @@ def bring_up_loopback() -> None:
     preferred source a connection would get its destination as its own address. ``lo`` also gets ``OWN_ADDRESSES``.
     Raises OSError.
     """
-    link = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, _LO, _IFF_UP, _IFF_UP)
+    replace = _NLM_F_CREATE | _NLM_F_REPLACE
+    requests = [
+        (_RTM_NEWLINK, 0, struct.pack("=BxHiII", socket.AF_UNSPEC, 0, _LO, _IFF_UP, _IFF_UP)),
+        (_RTM_NEWROUTE, replace, _local_default(socket.AF_INET, "127.0.0.1")),
+        (_RTM_NEWADDR, replace, _address(socket.AF_INET, OWN_ADDRESSES[0])),
+    ]
+    if socket.has_ipv6 and os.path.exists("/proc/sys/net/ipv6"):
+        requests.append((_RTM_NEWROUTE, replace, _local_default(socket.AF_INET6, "::1")))
+        requests.append((_RTM_NEWADDR, replace, _address(socket.AF_INET6, OWN_ADDRESSES[1])))
     with _open(NETLINK_ROUTE) as sock:
-        _ask(sock, _RTM_NEWLINK, 0, link)
-        _ask(sock, _RTM_NEWROUTE, _NLM_F_CREATE | _NLM_F_REPLACE, _local_default(socket.AF_INET, "127.0.0.1"))
-        _ask(sock, _RTM_NEWADDR, _NLM_F_CREATE | _NLM_F_REPLACE, _address(socket.AF_INET, OWN_ADDRESSES[0]))
-        if socket.has_ipv6 and os.path.exists("/proc/sys/net/ipv6"):
-            _ask(sock, _RTM_NEWROUTE, _NLM_F_CREATE | _NLM_F_REPLACE, _local_default(socket.AF_INET6, "::1"))
-            _ask(sock, _RTM_NEWADDR, _NLM_F_CREATE | _NLM_F_REPLACE, _address(socket.AF_INET6, OWN_ADDRESSES[1]))
+        _ask_all(sock, requests)
 
 
 class RouteQuery:
@@ -275,17 +278,25 @@ def _open(family: int) -> socket.socket:
 
 def _ask(sock: socket.socket, kind: int, flags: int, body: bytes) -> bytes:
     """Send one request, wait for its acknowledgement; the body of the first reply that is none."""
-    length = 16 + len(body)
-    sock.send(struct.pack("=IHHII", length, kind, _NLM_F_REQUEST | _NLM_F_ACK | flags, 1, 0) + body)
+    return _ask_all(sock, [(kind, flags, body)])
+
+
+def _ask_all(sock: socket.socket, requests: Sequence[tuple[int, int, bytes]]) -> bytes:
+    """As ``_ask``, for requests whose bodies are whole words: the kernel takes them one by one, and each is awaited."""
+    packet = b""
+    for turn, (kind, flags, body) in enumerate(requests, 1):
+        packet += struct.pack("=IHHII", 16 + len(body), kind, _NLM_F_REQUEST | _NLM_F_ACK | flags, turn, 0) + body
+    sock.send(packet)
     answer = b""
     while True:
-        for reply, content in _messages(sock.recv(65536)):
+        for reply, _, turn, _, content in _whole_messages(sock.recv(65536)):
             if reply == _NLMSG_ERROR:
                 error = -struct.unpack_from("=i", content)[0]
                 if error:
-                    raise OSError(error, f"netlink request {kind}: {os.strerror(error)}")
-                return answer
-            if reply != _NLMSG_DONE:
+                    raise OSError(error, f"netlink request {requests[turn - 1][0]}: {os.strerror(error)}")
+                if turn == len(requests):
+                    return answer
+            elif reply != _NLMSG_DONE:
                 answer = answer or content
 
 

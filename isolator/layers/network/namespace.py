@@ -29,6 +29,7 @@ from isolator.layers.base import Control, Kept
 from isolator.layers.network import loading
 from isolator.layers.network.ruleset import PORT, TABLE, render
 from isolator.linux import netlink, netns, nftables
+from isolator.linux.files import write_file
 from isolator.policy.destinations import Rules
 from isolator.policy.model import ListenRule, NetworkPolicy
 
@@ -290,7 +291,7 @@ def _build() -> CageNetwork:
         undo.callback(os.close, fd)
         netlink.bring_up_loopback()
         for name, value in _SYSCTLS.items():
-            Path("/proc/sys", name).write_text(value)
+            write_file(f"/proc/sys/{name}", value)
         generations = netlink.Generations()
         undo.callback(generations.close)
         sockets = _open_sockets()
