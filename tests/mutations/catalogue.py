@@ -502,6 +502,15 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
+        "isolator/layers/network/loading.py",
+        (
+            "a recording counts whatever rules it makes",
+            "if list_ruleset() == wanted:",
+            "if wanted:",
+            "layers/test_network_loading.py::test_recording_that_makes_other_rules_is_not_used",
+        ),
+    ),
+    *_mutations(
         "isolator/layers/network/ruleset.py",
         (
             "the broker's listener takes direct connections",
