@@ -42,9 +42,9 @@ PREV_TAIL = HASH_TAIL + 74
 GAUGES = b'{"gauges":'
 """Beginning of a line that is no record but present values for the metrics."""
 
-_is_time = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z").fullmatch
+_is_time = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII).fullmatch
 _TYPE = re.compile(r"[a-z][a-z0-9_]{0,31}(?:\.[a-z][a-z0-9_]{0,31}){0,3}")
-_number = re.compile(r"([0-9a-f]{8}):([0-9]{1,15})").fullmatch
+_number = re.compile(r"([0-9a-f]{8}):([1-9][0-9]{0,14})").fullmatch
 _PLAIN = re.compile(r"[A-Za-z0-9_.:@/+-]{1,256}")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _ODD = re.compile(rb"\x7f|NaN|Infinity")

@@ -230,6 +230,7 @@ def incoming(**changed: Any) -> Incoming:
     [
         {"time": TIME + '","x":"'},
         {"time": TIME[:-1]},
+        {"time": TIME.replace("2", "\N{ARABIC-INDIC DIGIT TWO}")},
         {"time": 5},
         {"type": 'net.query","x":"'},
         {"type": "audit.seal"},
@@ -260,5 +261,5 @@ def test_depth_and_length_are_bounded_exactly() -> None:
 
 def test_number_of_a_source_is_taken_only_in_its_form() -> None:
     assert incoming(n="0000000a:12").origin == "broker:0000000a:12"
-    for number in ("0000000a:x", "supervisor:1", "0000000a:1\n", 'a","x":"'):
+    for number in ("0000000a:x", "supervisor:1", "0000000a:1\n", "0000000a:01", "0000000a:0", 'a","x":"'):
         assert incoming(n=number).origin == "broker"
