@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from isolator.audit.schema import IDENTIFIERS, MAX_ID, may_write
+from isolator.audit.schema import AUDIT, IDENTIFIERS, MAX_ID, may_write
 from isolator.base import core
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ GAUGES = b'{"gauges":'
 
 _is_time = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII).fullmatch
 _TYPE = re.compile(r"[a-z][a-z0-9_]{0,31}(?:\.[a-z][a-z0-9_]{0,31}){0,3}")
-_number = re.compile(r"([0-9a-f]{8}):([1-9][0-9]{0,14})").fullmatch
+_is_number = re.compile(r"[0-9a-f]{8}:[1-9][0-9]{0,14}").fullmatch
 _PLAIN = re.compile(r"[A-Za-z0-9_.:@/+-]{1,256}")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _FLAT = frozenset({str, int, float, bool, type(None)})
@@ -67,10 +67,9 @@ class Incoming:
     event_id: str | None = None
     delivery_id: str | None = None
     data: dict[str, Any] = field(default_factory=dict)
-    origin: str = "audit"
-    session: str = ""
-    number: int = 0
-    """Session and number of this record in its source; empty and 0 when the source does not number them."""
+    source: str = AUDIT
+    number: str = ""
+    """``SESSION:NUMBER`` of this record in its source, from 1 on; empty when the source does not number them."""
     happened: int | None = None
     """CLOCK_MONOTONIC in ns when it happened, comparable between the processes of one host; never on disk."""
     began: int | None = None
@@ -78,8 +77,11 @@ class Incoming:
     cut: dict[str, dict[str, Any]] | None = None
 
 
-def parse_incoming(source: str, line: bytes) -> Incoming:
-    """Check one line of a source; raises RejectedError with a reason fit for the trail."""
+def parse_incoming(source: str, line: bytes, awaited: str = "") -> Incoming:
+    """Check one line of a source; raises RejectedError with a reason fit for the trail.
+
+    ``awaited``: a number as it should be, which the record probably has.
+    """
     try:
         value = core.from_json_of_few_keys(line)
     except ValueError:
@@ -98,15 +100,16 @@ def parse_incoming(source: str, line: bytes) -> Incoming:
         data = {}
     if not isinstance(data, dict):
         raise RejectedError("data is not an object")
-    origin, session, count, number = source, "", 0, get("n")
-    if isinstance(number, str) and (match := _number(number)):
-        session, count, origin = match[1], int(match[2]), f"{source}:{number}"
-    happened, began = get("mono"), get("since")
+    happened, began, number = get("mono"), get("since"), get("n")
+    if number != awaited and not (isinstance(number, str) and _is_number(number)):
+        number = ""
     cuts: dict[str, dict[str, Any]] = {}
     ids = plugin, run, event, delivery = get("plugin"), get("run"), get("event_id"), get("delivery_id")
     for text in ids:
         if text is not None and (type(text) is not str or len(text) > MAX_ID):
-            plugin, run, event, delivery = [_identifier(id, key, cuts) for id, key in zip(ids, IDENTIFIERS, strict=True)]
+            plugin, run, event, delivery = [
+                _identifier(id, key, cuts) for id, key in zip(ids, IDENTIFIERS, strict=True)
+            ]
             break
     # A string over the cap only fits into a long line, a deep nest only into a bracketed one: most lines need no walk.
     if len(line) > MAX_TEXT or (
@@ -121,9 +124,8 @@ def parse_incoming(source: str, line: bytes) -> Incoming:
         event,
         delivery,
         data,
-        origin,
-        session,
-        count,
+        source,
+        number,
         happened if isinstance(happened, int) else None,
         began if isinstance(began, int) else None,
         cuts or None,
@@ -228,10 +230,9 @@ def spell(seq: int, record: Incoming, prev: str) -> tuple[bytes, str]:
         raise RejectedError("data has a value that JSON cannot hold") from None
     if record.cut:
         data = f'{data},"cut":{_ascii(record.cut)}'
-    # With a number it is as plain as its pattern, and there is no other like it to be remembered.
-    origin = f'"{record.origin}"' if record.number else quoted(record.origin)
+    origin = f"{record.source}:{record.number}" if record.number else record.source
     body = (
-        f'{{"seq":{seq},"time":"{record.time}","type":"{record.type}","origin":{origin}'
+        f'{{"seq":{seq},"time":"{record.time}","type":"{record.type}","origin":"{origin}"'
         f',"plugin":{quoted(record.plugin)},"run":{quoted(record.run)},"event_id":{quoted(record.event_id)}'
         f',"delivery_id":{quoted(record.delivery_id)},"data":{data},"prev":"{prev}"'
     ).encode("ascii")
