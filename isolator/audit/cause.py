@@ -197,5 +197,6 @@ class Causes:
 
     def _open_between(self, plugin: str, run: str | None, began: int, at: int) -> _Causes:
         windows = self._windows.get(plugin)
-        found = windows.between(began, at, run) if windows is not None else []
-        return tuple((window.event_id, window.delivery_id) for window in found)
+        if windows is None:
+            return ()
+        return tuple((window.event_id, window.delivery_id) for window in windows.between(began, at, run))

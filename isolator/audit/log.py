@@ -201,9 +201,10 @@ class Trail:
             while self._todo:
                 self._check()
                 batch = self._todo[0]
-                self._write(b"".join(batch.lines))
+                data = b"".join(batch.lines)
+                self._write(data)
                 os.fdatasync(self._fd)
-                self._size += sum(map(len, batch.lines))
+                self._size += len(data)
                 self.seq, self._hash = batch.seq, batch.hash
                 self._full = batch.last
                 self._todo.popleft()

@@ -42,6 +42,8 @@ class Source:
         self.blocked: str | None = None
         self.alarm: str | None = None
         self._sent_state: tuple[int, str | None, str | None] = (0, None, None)
+        self._full = False
+        """The state is sent once the socket has room."""
         self._loop = asyncio.get_running_loop()
 
     def receive(self) -> bytes | None:
@@ -103,8 +105,11 @@ class Source:
                 self.sock.send(json.dumps(message, separators=(",", ":")).encode(), socket.MSG_NOSIGNAL)
             except (BlockingIOError, InterruptedError):
                 self._loop.add_writer(self.sock, self._push)
+                self._full = True
                 return
             except OSError:
                 pass  # closed: noticed where it is read
         self._sent_state = (self.acked, self.blocked, self.alarm)
-        self._loop.remove_writer(self.sock)
+        if self._full:
+            self._loop.remove_writer(self.sock)
+            self._full = False
