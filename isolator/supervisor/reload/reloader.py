@@ -45,6 +45,7 @@ async def reload(
     the daemon was told to end, by a signal that is not to be lost.
     """
     async with daemon.services.exchanging:
+        await daemon.services.broker.needed()  # an earlier version goes on with one only
         tried = program.check()
         began, host_toml = time.monotonic(), settings_text(settings)
         number = await trial.try_out(program, daemon_state(daemon, generation, began), host_toml)
