@@ -39,7 +39,7 @@ from isolator.layers.landlock import Landlock
 from isolator.layers.namespaces import Namespaces
 from isolator.layers.network.layer import Network
 from isolator.layers.no_new_privs import NoNewPrivs
-from isolator.layers.plan import Birth, Plan
+from isolator.layers.plan import LOGS, Birth, Plan
 from isolator.layers.proc.layer import Proc
 from isolator.layers.rlimits import Rlimits
 from isolator.layers.seccomp.layer import Seccomp
@@ -64,6 +64,8 @@ class Stdio:
     stdin: int
     stdout: int
     stderr: int
+    logs: tuple[int, ...] = ()
+    """Reading ends of the last two, if they are pipes, for pid 1 to keep."""
 
 
 class Cage:
@@ -183,6 +185,7 @@ class Cage:
         plan = Plan(cage=spec.leaf, argv=spec.argv, env=spec.env, cwd=spec.cwd)
         plan.to_group, plan.terminal = spec.to_group, spec.terminal
         plan.fds = {"stdin": self._stdio.stdin, "stdout": self._stdio.stdout, "stderr": self._stdio.stderr}
+        plan.fds |= zip(LOGS, self._stdio.logs, strict=False)
         try:
             for layer in self._layers:
                 layer.prepare(spec, plan)

@@ -364,8 +364,8 @@ MUTATIONS = (
         ),
         (
             "a socket behind a link is used",
-            "fd = openat2(self.directory, SOCKET, os.O_PATH | os.O_NOFOLLOW)\n        except",
-            "fd = os.open(SOCKET, os.O_PATH, dir_fd=self.directory)\n        except",
+            "fd = openat2(folder, SOCKET, os.O_PATH | os.O_NOFOLLOW)\n        except",
+            "fd = os.open(SOCKET, os.O_PATH, dir_fd=folder)\n        except",
             "system/test_socket_swaps.py",
         ),
         (

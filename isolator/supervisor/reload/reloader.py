@@ -174,6 +174,9 @@ def _go_on(daemon: Daemon) -> None:
     for service in daemon.services.every:
         if service.channel is not None:
             service.channel.go_on()
+    for plugin in daemon.table.plugins.values():
+        for run in plugin.runs:
+            run.stay()
     daemon.runtime.pool.reopen()
     daemon.rest.go_on()
     daemon.table.expect_starts(others=daemon.runners is not None)
