@@ -26,7 +26,10 @@ def identity(status: os.stat_result) -> Identity:
 
 def open_folder(pid: int, known: Identity) -> int:
     """A descriptor (O_PATH) of the cage's socket folder; raises OSError, FileNotFoundError once the cage has ended."""
-    root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except ProcessLookupError as error:  # it ends at this moment
+        raise FileNotFoundError(errno.ENOENT, error.strerror, SOCKET_FOLDER) from None
     try:
         folder = openat2(root, SOCKET_FOLDER.lstrip("/"), os.O_PATH | os.O_DIRECTORY)
     finally:
