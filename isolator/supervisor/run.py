@@ -24,6 +24,7 @@ from isolator.cage.cage import Cage
 from isolator.cage.processes import CageExit
 from isolator.errors import DeniedError, UnavailableError
 from isolator.ipc.messages import Origin
+from isolator.layers.network import namespace as network_layer
 from isolator.linux.descriptors import FdSet
 from isolator.linux.files import let_group_write, openat2
 from isolator.policy.denial import DenialRule
@@ -471,8 +472,10 @@ class Run:
         )
 
     def stay(self) -> None:
-        """Close what an exec would have handed over: it has failed."""
-        self.crossing.close()
+        """Close what was opened for an exec, which has not come."""
+        if self.crossing:
+            self.crossing.close()
+            network_layer.settle(self.cage.network)
 
     def _check_socket(self) -> None:
         if self.streams or self.port is not None:
