@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 from collections import Counter
 from pathlib import Path
+
+import pytest
 
 from isolator.layers.cgroup.subtree import find_hierarchies
 from tests.support.timeouts import seconds
@@ -85,8 +88,22 @@ def test_running_plugin_takes_six_descriptors_at_most(tmp_path: Path) -> None:
         wait_for(lambda: not held(d) - before, what=f"{before}, then {held(d)}")
 
 
-def test_output_of_a_running_plugin_is_read_on_by_the_next_host_process(tmp_path: Path) -> None:
-    with daemon() as d:
+class Earlier(Daemon):
+    """A daemon whose cages, until there is a file ``present``, are as those of a version whose pid 1 kept no pipe."""
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-I", __file__, str(self.root)]
+
+    def become_present(self) -> None:
+        """Go on with the present version."""
+        (self.root / "present").touch()
+        self.cli("reload")
+        wait_for(lambda: all(one["up"] for one in self.json("status")["services"]))
+
+
+@pytest.mark.parametrize("kind", [Daemon, Earlier])
+def test_output_of_a_running_plugin_is_read_on_by_the_next_host_process(tmp_path: Path, kind: type[Daemon]) -> None:
+    with daemon(kind=kind) as d:
         d.cli("plugin", "add", str(write_plugin(tmp_path / "talks", TALKS.lstrip())), "--yes")
         d.cli("plugin", "start", "talks")
 
@@ -96,9 +113,25 @@ def test_output_of_a_running_plugin_is_read_on_by_the_next_host_process(tmp_path
 
         wait_for(lambda: last("line") and last("error"))
         pid = d.json("plugin", "show", "talks")["pid"]
+        if isinstance(d, Earlier):
+            d.become_present()
         host = d.service_pid("host.service")
         kill_9(host)
         wait_for(lambda: d.service_pid("host.service", missing_ok=True) not in (0, host), seconds(60))
         before = wait_for(lambda: d.cli("plugin", "logs", "talks", code=None).returncode == 0 and last("error"))
         wait_for(lambda: last("line") > before and last("error") > before, what="nothing comes of it any more")
         assert d.json("plugin", "show", "talks")["pid"] == pid
+
+
+def _serve(root: Path) -> None:
+    from host.cli.main import main
+    from isolator.cage import cage
+
+    if not (root / "present").exists():
+        cage.LOGS = ()  # type: ignore[assignment]
+    sys.argv = ["isolator", "--root", str(root), "serve", *sys.argv[2:]]
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    _serve(Path(sys.argv[1]))
