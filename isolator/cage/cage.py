@@ -20,7 +20,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from isolator.base.structs import struct_class
@@ -64,16 +64,15 @@ class Stdio:
     stdin: int
     stdout: int
     stderr: int
-    logs: tuple[int, ...] = ()
-    """Reading ends of the last two, if they are pipes, for pid 1 to keep."""
 
 
 class Cage:
     """A cage, from ``start`` to ``release``.
 
-    ``handover`` gets the cage's network once its rules are in force, and is awaited before the exec: it takes the
-    broker's sockets. ``admit`` is called right before the exec; what it raises keeps it from happening. ``without``
-    names layers to leave out, for tests of their absence.
+    ``logs``: reading ends of stdout and stderr, if they are pipes, which pid 1 keeps. ``handover`` gets the cage's
+    network once its rules are in force, and is awaited before the exec: it takes the broker's sockets. ``admit`` is
+    called right before the exec; what it raises keeps it from happening. ``without`` names layers to leave out, for
+    tests of their absence.
     """
 
     def __init__(
@@ -82,6 +81,7 @@ class Cage:
         runtime: CageRuntime,
         stdio: Stdio,
         *,
+        logs: Sequence[int] = (),
         without: frozenset[str] = frozenset(),
         handover: Callable[[CageNetwork], Awaitable[None]] | None = None,
         admit: Callable[[], None] = lambda: None,
@@ -92,7 +92,7 @@ class Cage:
         self.steps: dict[str, float] = {}
         """Milliseconds by step of the start."""
         self._runtime = runtime
-        self._stdio = stdio
+        self._stdio, self._logs = stdio, logs
         self._cgroup = Cgroup(runtime.subtree)
         self._network = Network()
         self._namespaces = Namespaces()
@@ -185,7 +185,7 @@ class Cage:
         plan = Plan(cage=spec.leaf, argv=spec.argv, env=spec.env, cwd=spec.cwd)
         plan.to_group, plan.terminal = spec.to_group, spec.terminal
         plan.fds = {"stdin": self._stdio.stdin, "stdout": self._stdio.stdout, "stderr": self._stdio.stderr}
-        plan.fds |= zip(LOGS, self._stdio.logs, strict=False)
+        plan.fds |= zip(LOGS, self._logs, strict=False)
         try:
             for layer in self._layers:
                 layer.prepare(spec, plan)

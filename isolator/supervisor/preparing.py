@@ -148,8 +148,8 @@ async def prepare_run(
         stdin, streams, stdout = given.stdin if given is not None else owned.add(_nothing()), list[int](), writers[0]
         if talks:
             streams, stdin, stdout = _streams(owned)
-        stdio, admit = Stdio(stdin, stdout, writers[1], tuple(pipes)), functools.partial(context.fences.check, name)
-        cage = Cage(spec, context.runtime, stdio, handover=hand_over, admit=admit)
+        stdio, admit = Stdio(stdin, stdout, writers[1]), functools.partial(context.fences.check, name)
+        cage = Cage(spec, context.runtime, stdio, logs=pipes, handover=hand_over, admit=admit)
         folder = os.fstat(spec.mounts[SOCKET_FOLDER])
         read = set(effective.filesystem.read)
         shown = {bind.target: identity(os.fstat(bind.fd)) for bind in spec.binds if bind.target in read}

@@ -126,9 +126,11 @@ def test_output_of_a_running_plugin_is_read_on_by_the_next_host_process(tmp_path
 def _serve(root: Path) -> None:
     from host.cli.main import main
     from isolator.cage import cage
+    from isolator.supervisor.run import Run
 
     if not (root / "present").exists():
         cage.LOGS = ()  # type: ignore[assignment]
+        Run.release_start = lambda _: None  # type: ignore[method-assign]
     sys.argv = ["isolator", "--root", str(root), "serve", *sys.argv[2:]]
     sys.exit(main())
 
