@@ -355,6 +355,21 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
+        "isolator/supervisor/reach.py",
+        (
+            "a folder in the place of the cage's own is taken for it",
+            "if identity(os.fstat(folder)) == known:",
+            "if known:",
+            "supervisor/test_reach.py::test_folder_of_a_socket_is_found_in_the_root_of_the_process_alone",
+        ),
+        (
+            "any pipe that pid 1 has is taken for the log",
+            'if os.readlink(place := f"{folder}/{name}") == f"pipe:[{inode}]":',
+            'if os.readlink(place := f"{folder}/{name}").startswith("pipe:"):',
+            "supervisor/test_reach.py::test_pipe_of_another_process_with_the_pid_is_not_read",
+        ),
+    ),
+    *_mutations(
         "isolator/supervisor/run.py",
         (
             "a socket of another owner is believed",
@@ -364,8 +379,8 @@ MUTATIONS = (
         ),
         (
             "a socket behind a link is used",
-            "fd = openat2(self.directory, SOCKET, os.O_PATH | os.O_NOFOLLOW)\n        except",
-            "fd = os.open(SOCKET, os.O_PATH, dir_fd=self.directory)\n        except",
+            "fd = openat2(folder, SOCKET, os.O_PATH | os.O_NOFOLLOW)\n        except",
+            "fd = os.open(SOCKET, os.O_PATH, dir_fd=folder)\n        except",
             "system/test_socket_swaps.py",
         ),
         (
