@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import click
 
 from host.authoring.options import of_a_plugin, plan_of, recorder_of
-from host.cli.output import AS_JSON, SETTINGS, print_json, safe
+from host.cli.output import safe
+from isolator.cli.output import here, print_json
 from isolator.errors import IsolatorError, UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    context_settings=SETTINGS,
     epilog="\b\nExamples:\n  sudo isolator plugin test ./deploy-bell\n"
     "  sudo isolator plugin test . --event deploy.failed --payload @failed.json --watch\n"
     "  sudo isolator plugin test . --policy prod.toml --recording answers.jsonl --junit report.xml\n\n"
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 @click.option("--event", "events", metavar="NAME", multiple=True, help="Send this event (default: one of each hook).")
 @click.option("--watch", is_flag=True, help="Repeat it whenever a file in DIR changes.")
 @click.option("--junit", metavar="FILE", help="Write a report for CI.")
-@AS_JSON
-@click.pass_obj
+@here
 def test(
     root: str | None,
     folder: str,

@@ -9,9 +9,10 @@ from typing import Any
 import click
 
 from host.cli import arguments
-from host.cli.options import CONFIG, NAME, VERBOSE, here, yes
+from host.cli.options import CONFIG, NAME, VERBOSE, yes
 from host.cli.registration import AS_LONG_AS_STARTS_TAKE, register_plugin, update_plugin
 from host.client.client import Client
+from isolator.cli.output import here
 from isolator.errors import UsageError
 
 MCP = click.option("--mcp", metavar="PACKAGE", help="An MCP server: npm:NAME@VERSION or pypi:NAME==VERSION.")

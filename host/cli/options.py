@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import click
 
 from host.cli.complete import plugin_names
-from host.cli.output import AS_JSON
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -18,11 +17,6 @@ CONFIG = click.option("--config", "config", metavar="K=V", multiple=True, help="
 SINCE = click.option("--since", metavar="TIME", help="From this time on: 2h, 30m, 2026-01-31, 2026-01-31T12:00 (UTC).")
 """Read by ``isolator.cli.audit.moment``."""
 VERBOSE = click.option("-v", "--verbose", is_flag=True, help="Also what each layer promises, in sentences.")
-
-
-def here(command: F) -> F:
-    """Pass the root to a command, as its first parameter, and give it ``--json`` (``as_json``)."""
-    return AS_JSON(click.pass_obj(command))  # type: ignore[return-value]
 
 
 def yes(meaning: str = "Agree to what is shown.") -> Callable[[F], F]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from host.cli.output import paragraph, print_json, safe, size, table, terminal_width
+from host.cli.output import paragraph, safe, size, table, terminal_width
+from isolator.cli.output import print_json
 from isolator.cli.progress import Progress
 from isolator.errors import NeedsApprovalError, UsageError
 

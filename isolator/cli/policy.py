@@ -7,7 +7,6 @@ held against the ``host.toml`` of the same command line, else against the instal
 from __future__ import annotations
 
 import copy
-import json
 import sys
 import tomllib
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from isolator.cli.output import here, print_json
 from isolator.errors import DeniedError, IsolatorError, NotFoundError, UsageError
 from isolator.paths import Paths
 
@@ -57,8 +57,7 @@ def policy() -> None:
     type=click.Choice(["host", "policy", "manifest"]),
     help="What the files are (default: by name and folder, else by content).",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
-@click.pass_obj
+@here
 def check(root: str | None, files: tuple[Path, ...], kind: str | None, as_json: bool) -> None:
     """Check policy files, host.toml or plugin.json; every problem with its file and line.
 
@@ -89,7 +88,7 @@ def check(root: str | None, files: tuple[Path, ...], kind: str | None, as_json: 
             "errors": list(map(str, errors)), "note": "; ".join(notes) if notes and not errors else None,
         })  # fmt: skip
     if as_json:
-        click.echo(json.dumps(results, indent=2))
+        print_json(results)
     else:
         for result in results:
             if result["ok"]:
@@ -107,8 +106,7 @@ def check(root: str | None, files: tuple[Path, ...], kind: str | None, as_json: 
     type=click.Path(path_type=Path),
     help="The plugin.json to meet it with (default: what it allows at most).",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.pass_obj
+@here
 def explain(root: str | None, file: Path, manifest: Path | None, as_json: bool) -> None:
     """Say in plain words what a policy allows, and where each value comes from.
 
@@ -119,7 +117,7 @@ def explain(root: str | None, file: Path, manifest: Path | None, as_json: bool) 
 
     proposal = _proposal(root, file, manifest)
     if as_json:
-        click.echo(json.dumps({"file": str(file), **proposal_json(proposal)}, indent=2))
+        print_json({"file": str(file), **proposal_json(proposal)})
         return
     for line in proposal_text(proposal):
         click.echo(line)

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from host.authoring.certify.checks import NAMES, Check
-from host.cli.output import AS_JSON, SETTINGS, print_json, safe
+from host.cli.output import safe
+from isolator.cli.output import here, print_json, print_result
 from isolator.errors import UsageError
 from isolator.paths import Paths
 
@@ -15,7 +16,6 @@ FILE = "certificate.json"
 
 
 @click.command(
-    context_settings=SETTINGS,
     epilog="\b\nExamples:\n  sudo isolator certify ./deploy-bell\n"
     "  sudo isolator certify deploy-bell-1.0.0.isolator --key lab.key\n"
     "  sudo isolator certify . --check bytes --check sigterm\n  sudo isolator certify --accept certificate.json\n\n"
@@ -32,8 +32,7 @@ FILE = "certificate.json"
 @click.option("--key", metavar="KEY", help="Sign the certificate with this key of 'isolator sign --new-key'.")
 @click.option("--output", "-o", metavar="FILE", help=f"Write the certificate there (default: {FILE}, here).")
 @click.option("--accept", metavar="FILE", help="Take a certificate that a certifier of [trust] has signed.")
-@AS_JSON
-@click.pass_obj
+@here
 def certify(
     root: str | None,
     folder: str | None,
@@ -133,7 +132,8 @@ def _accept(root: str | None, path: Path, *, as_json: bool) -> None:
     found = certificates.checked(claim, host_config.trust)
     certificates.keep(paths, found)
     by = certificates.certifier(paths, found.digest, host_config.trust)
-    if as_json:
-        print_json({"plugin": found.name, "version": found.version, "digest": found.digest, "certifier": by})
-    else:
-        click.echo(f"{found.name} {found.version} counts as certified, by {by}")
+    print_result(
+        {"plugin": found.name, "version": found.version, "digest": found.digest, "certifier": by},
+        f"{found.name} {found.version} counts as certified, by {by}",
+        as_json=as_json,
+    )

@@ -7,11 +7,9 @@ import contextlib
 import click
 
 from host.authoring.options import of_a_plugin, plan_of, recorder_of
-from host.cli.output import SETTINGS
 
 
 @click.command(
-    context_settings=SETTINGS,
     epilog="\b\nExamples:\n  sudo isolator dev ./deploy-bell\n"
     "  sudo isolator dev . --event deploy.failed --payload @failed.json\n"
     "  sudo isolator dev . --recording answers.jsonl --config webhook_url=@webhook.txt\n"

@@ -15,7 +15,7 @@ from host.authoring.sending import Answer
 from host.cli import denials
 from host.cli.denials import Denial
 from host.cli.output import latency, result_in, safe
-from isolator.cli.colour import styled
+from isolator.cli.output import styled
 
 _MARKS = {"stdout": "|", "stderr": "!"}
 HELP = (

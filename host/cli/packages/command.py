@@ -16,7 +16,7 @@ from host.cli.output import safe
 from host.cli.packages import fetch
 from host.cli.packages.package import Package, parse
 from host.cli.registration import AS_LONG_AS_STARTS_TAKE, register_plugin, update_plugin
-from host.client.client import Client
+from host.client.client import Client, ask
 from isolator.errors import IsolatorError, NeedsApprovalError, UsageError
 from isolator.paths import Paths
 from isolator.policy.names import parse_egress
@@ -44,8 +44,7 @@ def update_package(
     """
     package = parse(text)
     values, literal = arguments.config_values(config)
-    with Client(root) as client:
-        manifest = client.call("plugin.show", name=name).get("manifest") or {}
+    manifest = ask(root, "plugin.show", name=name).get("manifest") or {}
     if not fetch.is_of(package, manifest):
         raise UsageError(
             f"plugin {name}", f"is no version of {package.kind}:{safe(package.name)}: its grants are not that one's",
