@@ -23,21 +23,8 @@ if TYPE_CHECKING:
     from isolator.policy.grant import PluginPolicy
     from isolator.policy.host import HostConfig
     from isolator.policy.meet.proposal import Line, Proposal
+    from isolator.policy.parse.strict import Table
 
-_HOST_KEYS = {
-    "uid_range",
-    "plugin_dirs",
-    "may_degrade",
-    "ceiling",
-    "defaults",
-    "roles",
-    "runner",
-    "network",
-    "inbound",
-    "metrics",
-    "trust",
-}
-_POLICY_KEYS = {"grant", "limits", "filesystem", "syscalls", "env"}
 _REQUIRED = {"name": "stand-in", "version": "1.0.0", "api_version": "1", "binary": "./stand-in", "hooks": []}
 """Keys of a manifest that may not be missing, with values that are good."""
 
@@ -197,7 +184,7 @@ def _check(
     if kind == "manifest":
         data, lines = load_json_with_lines(_bytes(path), max_bytes=MAX_BYTES, max_depth=MAX_DEPTH, name=str(path))
         errors += every_fault(
-            lambda data: manifest_parser(data, lines, str(path)), copy.deepcopy(data), required=_REQUIRED
+            lambda data: manifest_parser(data, lines=lines, name=str(path)), copy.deepcopy(data), required=_REQUIRED
         )
         if not errors:
             _check_program(path, data, lines, errors)
@@ -216,13 +203,13 @@ def _check(
     return None
 
 
-def _parse_core(data: dict[str, Any], lines: dict[Any, int], name: str) -> object:
+def _parse_core(data: dict[str, Any], **about: Any) -> object:
     from isolator.reader.manifest import parse_manifest
 
-    return parse_manifest(data, lines=lines, name=name)
+    return parse_manifest(data, **about)
 
 
-manifest_parser: Callable[[dict[str, Any], dict[Any, int], str], object] = _parse_core
+manifest_parser: Callable[..., object] = _parse_core
 """Reads the content of a plugin.json; the host's command line puts its own here, which reads the whole of it."""
 
 
@@ -247,6 +234,9 @@ def _check_program(path: Path, data: dict[str, Any], lines: dict[Any, int], erro
 
 def _kind(path: Path) -> str:
     """``host``, ``policy`` or ``manifest``: by its name and folder, else by the tables in it."""
+    from isolator.policy.parse.host_file import host_config_of
+    from isolator.policy.parse.load import policy_of
+
     if path.suffix == ".json":
         return "manifest"
     if path.name == "host.toml":
@@ -258,7 +248,17 @@ def _kind(path: Path) -> str:
             keys = set(tomllib.loads(file.read(256 * 1024).decode("utf-8-sig", "replace")))
     except (OSError, ValueError):
         return "policy"
-    return "host" if keys & _HOST_KEYS and not keys & _POLICY_KEYS else "policy"
+    of_host, of_policy = _known(host_config_of), _known(policy_of)
+    return "host" if keys & (of_host - of_policy) and not keys & (of_policy - of_host) else "policy"
+
+
+def _known(read: Callable[[Table], object]) -> frozenset[str]:
+    """The keys that files of a kind have at the top."""
+    from isolator.policy.parse.strict import Table
+
+    top = Table({}, name="", lines={})
+    read(top)
+    return top.known
 
 
 def _existing(path: Path) -> Path:

@@ -218,6 +218,11 @@ class Table:
             if key not in self._taken:
                 self.fail(key, "unknown key", did_you_mean(key, self._taken))
 
+    @property
+    def known(self) -> frozenset[str]:
+        """The keys that somebody took."""
+        return frozenset(self._taken)
+
     def unknown(self) -> tuple[str, ...]:
         """The keys that nobody took, where they are worth no more than a warning."""
         return tuple(key for key in self.data if key not in self._taken)
