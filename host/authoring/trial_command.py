@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from host.authoring.options import of_a_plugin, plan_of, recorder_of
+from host.authoring.options import of_a_plugin, recorder_of
 from host.cli.output import safe
 from isolator.cli.output import here, print_json
 from isolator.errors import IsolatorError, UsageError
@@ -33,19 +33,8 @@ if TYPE_CHECKING:
 @click.option("--junit", metavar="FILE", help="Write a report for CI.")
 @here
 def test(
-    root: str | None,
-    folder: str,
-    events: tuple[str, ...],
-    payload: str | None,
-    config: tuple[str, ...],
-    policy: str | None,
-    schemas: tuple[str, ...],
-    recording: str | None,
-    timeout: float,
-    watch: bool,
-    junit: str | None,
-    as_json: bool,
-) -> int:
+    root: str | None, plan: Plan, recording: str | None, watch: bool, junit: str | None, as_json: bool
+) -> int:  # fmt: skip
     """Send events to a plugin in its cage, and show replies, log, and what it was refused.
 
     A daemon of this command's own does it, below a root of its own, which is gone afterwards: none needs to run, and
@@ -56,8 +45,6 @@ def test(
     """
     from host.authoring import trial_report
     from host.authoring.private_daemon import ending_cleanly
-
-    plan = plan_of(folder, events, payload, config, policy, schemas, timeout)
 
     def work(trials: Trials | RunnerTrials) -> int:
         trial = trials.round()

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from host.authoring.certify.checks import NAMES, Check
+from host.cli.options import CONFIG
 from host.cli.output import safe
 from isolator.cli.output import here, print_json, print_result
 from isolator.errors import UsageError
@@ -26,7 +27,7 @@ FILE = "certificate.json"
 @click.option("--check", "checks", multiple=True, type=click.Choice(NAMES), help="Only this check; no certificate.")
 @click.option("--event", metavar="NAME", help="Play with this event (default: the first hook).")
 @click.option("--payload", metavar="JSON", help="JSON, @FILE or -, for --event (default: an example).")
-@click.option("--config", metavar="K=V", multiple=True, help="K=V, K=@FILE or K=-; repeatable.")
+@CONFIG
 @click.option("--policy", metavar="FILE", help="Grant this and no more (default: what the manifest asks for).")
 @click.option("--schema", "schemas", metavar="NAME=FILE", multiple=True, help="An event of your platform.")
 @click.option("--key", metavar="KEY", help="Sign the certificate with this key of 'isolator sign --new-key'.")
@@ -60,22 +61,12 @@ def certify(
         return 0
     if folder is None:
         raise UsageError("certify", "name a folder or a package", "see --help")
-    return _certify(root, folder, checks, event, payload, config, policy, schemas, key, output, as_json=as_json)
-
-
-def _certify(
-    root: str | None, folder: str, checks: tuple[str, ...], event: str | None, payload: str | None,
-    config: tuple[str, ...], policy: str | None, schemas: tuple[str, ...], key: str | None, output: str | None, *,
-    as_json: bool,
-) -> int:  # fmt: skip
     from host.authoring.certify import certificate
     from host.authoring.certify.certifier import PATIENCE, Certifier, DeadEnd
     from host.authoring.options import plan_of
     from host.authoring.private_daemon import PrivateDaemon, ending_cleanly
     from host.authoring.sign import read_key
 
-    if payload is not None and event is None:
-        raise UsageError("--payload", "is for one event", "name it with --event")
     plan = plan_of(folder, [event] if event else [], payload, config, policy, schemas, PATIENCE)
     private = read_key(Path(key)) if key is not None else None
     path = Path(output or FILE)

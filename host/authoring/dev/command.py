@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from typing import TYPE_CHECKING
 
 import click
 
-from host.authoring.options import of_a_plugin, plan_of, recorder_of
+from host.authoring.options import of_a_plugin, recorder_of
+
+if TYPE_CHECKING:
+    from host.authoring.trial import Plan
 
 
 @click.command(
@@ -24,18 +28,7 @@ from host.authoring.options import of_a_plugin, plan_of, recorder_of
 @click.option("--event", "events", metavar="NAME", multiple=True, help="Send this event after each load.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line instead of text.")
 @click.pass_obj
-def dev(
-    root: str | None,
-    folder: str,
-    events: tuple[str, ...],
-    payload: str | None,
-    config: tuple[str, ...],
-    policy: str | None,
-    schemas: tuple[str, ...],
-    recording: str | None,
-    timeout: float,
-    as_json: bool,
-) -> None:
+def dev(root: str | None, plan: Plan, recording: str | None, as_json: bool) -> None:
     """Run a plugin in its cage while you write it: loaded again on each save, with its log and what it is refused.
 
     A daemon of this command's own does it, below a root of its own; ^C ends both, and nothing is left. Needs root.
@@ -47,7 +40,6 @@ def dev(
     from host.authoring.dev.session import Session
     from host.authoring.private_daemon import PrivateDaemon, ending_cleanly
 
-    plan = plan_of(folder, events, payload, config, policy, schemas, timeout)
     screen = Screen(as_json=as_json)
     recorder = recorder_of(recording, screen.note, screen.exchanged)
     # ^C is the usual end. A second one while everything is removed would leave something.
