@@ -13,7 +13,7 @@ from host.cli import arguments, notes
 from host.cli.add import add, update
 from host.cli.grants import grant, revoke
 from host.cli.many import Aliased, each
-from host.cli.options import NAME, NAMES, VERBOSE, yes
+from host.cli.options import NAME, NAMES, Manner, registering, yes
 from host.cli.output import ago, safe, show_alarms, table
 from host.cli.registration import (
     AS_LONG_AS_STARTS_TAKE,
@@ -293,10 +293,8 @@ def history(root: str | None, name: str, as_json: bool) -> None:
 
 @plugin.command(epilog="\b\nExamples:\n  isolator plugin approve slack\n  isolator plugin approve slack --verbose")
 @NAME
-@yes()
-@VERBOSE
-@here
-def approve(root: str | None, name: str, yes: bool, verbose: bool, as_json: bool) -> None:
+@registering()
+def approve(root: str | None, name: str, manner: Manner) -> None:
     """Show what waits for an operator's agreement, ask, and agree to it.
 
     That is a newer version that asks for more, a binary that was changed, or a plugin found in plugin_dirs.
@@ -304,9 +302,9 @@ def approve(root: str | None, name: str, yes: bool, verbose: bool, as_json: bool
     with Client(root, timeout=AS_LONG_AS_STARTS_TAKE) as client:
         now = client.call("plugin.show", name=name)
         if now.get("found"):
-            register_plugin(client, {"path": now["found"]}, {}, [], yes=yes, verbose=verbose, as_json=as_json)
+            register_plugin(client, {"path": now["found"]}, arguments.Config({}, []), manner)
         else:
-            approve_plugin(client, now, yes=yes, verbose=verbose, as_json=as_json)
+            approve_plugin(client, now, manner)
 
 
 @plugin.command(epilog="\b\nExamples:\n  isolator plugin remove slack\n  isolator plugin remove --yes slack indexer")
