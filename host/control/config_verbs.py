@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from host.control.config_types import (
     ConfigChange,
     ConfigItems,
@@ -64,15 +66,4 @@ class ConfigVerbs:
 
 def config_items(config: ConfigStore, name: str, manifest: Manifest | None) -> list[ConfigItem]:
     """A plugin's config as listings show it."""
-    return [
-        {
-            "key": item.key,
-            "type": item.type,
-            "secret": item.secret,
-            "required": item.required,
-            "is_set": item.is_set,
-            "value": item.value,
-            "default": item.default,
-        }
-        for item in config.listing(name, manifest)
-    ]
+    return [cast(ConfigItem, vars(item)) for item in config.listing(name, manifest)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import cast
 
 from host.control import event_types
 from host.control.elsewhere import Elsewhere
@@ -102,23 +103,12 @@ class OperationVerbs:
         return {"job": begun.id, "plugin": plugin.name, "count": begun.total}
 
     async def jobs(self, _: event_types.EventJobs, __: Caller) -> event_types.RecoveryJobs:
-        return {
-            "jobs": [
-                {
-                    "id": job.id,
-                    "plugin": job.plugin,
-                    "dead": bool(job.dead),
-                    "missed": bool(job.missed),
-                    "rate": job.rate,
-                    "by": job.by,
-                    "created": job.created,
-                    "state": job.state,
-                    "total": job.total,
-                    "done": job.done,
-                }
-                for job in self._jobs.all()
-            ]
-        }
+        keys = event_types.RecoveryJob.__annotations__
+        found = [
+            {key: getattr(job, key) for key in keys} | {"dead": bool(job.dead), "missed": bool(job.missed)}
+            for job in self._jobs.all()
+        ]
+        return {"jobs": cast(list[event_types.RecoveryJob], found)}
 
     @contextlib.contextmanager
     def _of_this_host(self, event_id: str, plugin: str | None) -> Iterator[None]:
