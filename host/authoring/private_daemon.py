@@ -160,8 +160,7 @@ def wait_until(deadline: float, pause: float) -> bool:
 
 def _followed(path: Path) -> tuple[dict[str, Any], tuple[int, int]]:
     """The part of a host's settings that holds here, and its range of uids. Raises IsolatorError."""
-    from isolator.policy.parse.load import load_host_config
-    from isolator.policy.parse.trusted import read_trusted
+    from isolator.policy.parse.trusted import load_host_config, read_trusted
 
     config = load_host_config(path)  # a fault is one of that file
     data = tomllib.loads(read_trusted(path).decode("utf-8-sig")) if path.exists() else {}

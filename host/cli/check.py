@@ -10,7 +10,7 @@ from isolator.cli.check import show
 from isolator.cli.output import here
 from isolator.errors import IsolatorError
 from isolator.paths import Paths
-from isolator.policy.parse.load import invoker, load_host_config
+from isolator.policy.parse.trusted import invoker, load_host_config
 
 _TIMEOUT = 20.0
 

@@ -152,7 +152,8 @@ def _read(path: Path, name: str) -> str:
 
 def _check(root: str | None, path: Path, text: str) -> None:
     """Raise the error that the daemon would have of this file."""
-    from isolator.policy.parse.load import check_ceiling, load_host_config, parse_plugin_policy
+    from isolator.policy.parse.load import check_ceiling, parse_plugin_policy
+    from isolator.policy.parse.trusted import load_host_config
 
     check_ceiling(parse_plugin_policy(text.encode(), source=str(path)), load_host_config(Paths.of(root).host_toml))
 

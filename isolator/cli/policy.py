@@ -140,7 +140,8 @@ def _proposal(root: str | None, file: Path, manifest: Path | None) -> Proposal:
     from isolator.policy.grant import PluginPolicy
     from isolator.policy.meet.effective import meet, policy_alone
     from isolator.policy.names import PLUGIN_NAME
-    from isolator.policy.parse.load import invoker, load_host_config, load_plugin_policy
+    from isolator.policy.parse.load import load_plugin_policy
+    from isolator.policy.parse.trusted import invoker, load_host_config
     from isolator.reader.manifest import parse_manifest_core
 
     if not file.is_file() and PLUGIN_NAME.fullmatch(str(file)):
@@ -165,7 +166,7 @@ def _proposal(root: str | None, file: Path, manifest: Path | None) -> Proposal:
 
 
 def _host(root: str | None) -> HostConfig:
-    from isolator.policy.parse.load import invoker, load_host_config
+    from isolator.policy.parse.trusted import invoker, load_host_config
 
     return load_host_config(Paths.of(root).host_toml, also_owner=invoker())
 
@@ -175,9 +176,10 @@ def _check(
 ) -> HostConfig | None:
     """Collect what is wrong with one file; the settings when it is a good ``host.toml``."""
     from isolator.policy.parse.host_file import host_config_of
-    from isolator.policy.parse.load import invoker, over_ceiling, policy_of, read_trusted
+    from isolator.policy.parse.load import over_ceiling, policy_of
     from isolator.policy.parse.strict import Table, every_fault
     from isolator.policy.parse.toml_file import document
+    from isolator.policy.parse.trusted import invoker, read_trusted
     from isolator.policy.request import MAX_BYTES, MAX_DEPTH
     from isolator.reader.json_text import load_json_with_lines
 

@@ -68,7 +68,7 @@ async def _prove(paths: Paths, plugin: str | None, policy_file: Path | None, as_
     from isolator.standalone.session import StandaloneSession
 
     async with StandaloneSession(paths) as session:
-        from isolator.policy.parse.load import load_host_config
+        from isolator.policy.parse.trusted import load_host_config
         from isolator.probe.run import attack, attempts_at
         from isolator.standalone.records import Records
 

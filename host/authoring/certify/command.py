@@ -111,7 +111,7 @@ def _accept(root: str | None, path: Path, *, as_json: bool) -> None:
 
     from host.authoring.certify import certificate
     from isolator.errors import DeniedError
-    from isolator.policy.parse.load import load_host_config
+    from isolator.policy.parse.trusted import load_host_config
     from isolator.registration import certificates
     from isolator.registration.reading import read_certificate
 

@@ -21,7 +21,7 @@ from host.client.client import Client, ask
 from isolator.errors import IsolatorError, NeedsApprovalError, UsageError
 from isolator.paths import Paths
 from isolator.policy.names import parse_egress
-from isolator.policy.parse.load import load_host_config
+from isolator.policy.parse.trusted import load_host_config
 
 
 def add_package(

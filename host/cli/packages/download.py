@@ -65,7 +65,7 @@ class Downloaded:
 def downloaded(root: str | None, text: str, sha256: str | None, *, quiet: bool) -> Iterator[Downloaded]:
     """The package of an address, until the block ends; raises IsolatorError."""
     from isolator.paths import Paths
-    from isolator.policy.parse.load import load_host_config
+    from isolator.policy.parse.trusted import load_host_config
 
     address = Address.of(text)
     if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256):
