@@ -132,11 +132,9 @@ class ConfigStore:
         """Held while values or the key change: memory and disk change together, one change after the other."""
         self.broken: dict[str, IsolatorError] = {}
         """Plugins whose config cannot be read, with the reason; they are not started."""
-        rows = store.read(
-            lambda db: db.execute(
-                "SELECT plugin, NULL, key, secret, type, value FROM config"
-                " UNION ALL SELECT plugin, digest, key, secret, type, value FROM config_next"
-            ).fetchall()
+        rows = store.rows(
+            "SELECT plugin, NULL, key, secret, type, value FROM config"
+            " UNION ALL SELECT plugin, digest, key, secret, type, value FROM config_next"
         )
         self._unusable: IsolatorError | None = None
         try:
