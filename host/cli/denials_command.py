@@ -8,7 +8,7 @@ import click
 
 from host.cli import denials as summary
 from host.cli import trail
-from host.cli.complete import plugin_names
+from host.cli.options import NAME, SINCE
 from host.cli.output import newest
 from host.client.client import Client
 from isolator.audit.reader import Query
@@ -20,9 +20,9 @@ from isolator.errors import IsolatorError
 @click.command(
     epilog="\b\nExamples:\n  isolator plugin denials slack\n  isolator plugin denials slack --since 1h --json",
 )
-@click.argument("name", shell_complete=plugin_names)
+@NAME
 @newest("limit", 50, 100_000)
-@click.option("--since", metavar="TIME", help="From this time on: 2h, 30m, 2026-01-31T12:00 (UTC).")
+@SINCE
 @here
 def denials(root: str | None, name: str, limit: int, since: str | None, as_json: bool) -> None:
     """Show what a plugin was refused, and what failed, each thing once.

@@ -10,8 +10,9 @@ from typing import Any
 import click
 
 from host.cli import arguments, examples
-from host.cli.complete import event_ids, event_names, plugin_names
+from host.cli.complete import event_ids, event_names
 from host.cli.many import Aliased
+from host.cli.options import SINCE, of_plugin
 from host.cli.output import ago, latency, newest, paragraph, result_in, safe, table
 from host.client.client import Client, ask
 from host.schemas.flat import fields
@@ -20,6 +21,7 @@ from isolator.cli.output import here, print_json, print_result
 from isolator.cli.progress import Progress
 from isolator.errors import IsolatorError, NotFoundError, UsageError, nearest
 
+_ID = click.argument("event_id", metavar="ID", shell_complete=event_ids)
 _FINE = ("ok", "skipped")
 _JOB_LOOK = 0.2
 """Seconds between two looks at a job that is waited for."""
@@ -90,9 +92,9 @@ def emit(
 )
 @newest("limit", 50, 10_000)
 @click.option("--type", "--name", "name", metavar="EVENT", shell_complete=event_names, help="Only events of this type.")
-@click.option("--plugin", metavar="NAME", shell_complete=plugin_names, help="Only events for this plugin.")
+@of_plugin("Only events for this plugin.")
 @click.option("--state", metavar="STATE", help="Only with a delivery in this state: retry, dead, ok, ...")
-@click.option("--since", metavar="T", help="A time, or an age such as 2h.")
+@SINCE
 @here
 def list_events(
     root: str | None,
@@ -127,7 +129,7 @@ def list_events(
 
 
 @event.command()
-@click.argument("event_id", metavar="ID", shell_complete=event_ids)
+@_ID
 @here
 def show(root: str | None, event_id: str, as_json: bool) -> None:
     """Show one event and where each delivery stands."""
@@ -141,10 +143,8 @@ def show(root: str | None, event_id: str, as_json: bool) -> None:
 
 
 @event.command()
-@click.argument("event_id", metavar="ID", shell_complete=event_ids)
-@click.option(
-    "--plugin", metavar="NAME", shell_complete=plugin_names, help="Only there; also repeats a delivery that succeeded."
-)
+@_ID
+@of_plugin("Only there; also repeats a delivery that succeeded.")
 @here
 def replay(root: str | None, event_id: str, plugin: str | None, as_json: bool) -> None:
     """Deliver again what was given up."""
@@ -161,9 +161,9 @@ def _change(verb: str, summary: str, done: str, *, of_one: bool = True) -> None:
 
     decorated = here(command)
     if of_one:
-        decorated = click.option("--plugin", metavar="NAME", shell_complete=plugin_names, help="Only there.")(decorated)
+        decorated = of_plugin("Only there.")(decorated)
         epilog += f"\n  isolator event {verb} ev_0195 --plugin slack"
-    decorated = click.argument("event_id", metavar="ID", shell_complete=event_ids)(decorated)
+    decorated = _ID(decorated)
     event.command(verb, help=summary, epilog=epilog)(decorated)
 
 
@@ -184,8 +184,8 @@ def _rate(_: click.Context, __: click.Parameter, text: str) -> float:
     "  isolator event recover --plugin slack --since 2026-01-31T12:00 --missed --rate 50/s --wait\n\n"
     "It runs in the daemon, over restarts too: isolator event jobs; isolator event cancel JOB"
 )
-@click.option("--plugin", metavar="NAME", required=True, shell_complete=plugin_names, help="The plugin to deliver to.")
-@click.option("--since", metavar="T", required=True, help="Events since a time, or an age such as 2h.")
+@of_plugin("The plugin to deliver to.", required=True)
+@click.option("--since", metavar="TIME", required=True, help="Events since a time, or an age such as 2h.")
 @click.option("--dead", is_flag=True, help="Only what was given up; not what killed the plugin.")
 @click.option("--missed", is_flag=True, help="Only what it never got, and is granted now.")
 @click.option("--rate", metavar="N/s", default="20/s", show_default=True, callback=_rate, help="Deliveries a second.")
@@ -247,7 +247,7 @@ def jobs(root: str | None, as_json: bool) -> None:
 
 
 @event.command()
-@click.option("--plugin", metavar="NAME", shell_complete=plugin_names, help="Only of this plugin.")
+@of_plugin("Only of this plugin.")
 @newest("limit", 1000, 100_000)
 @here
 def dead(root: str | None, plugin: str | None, limit: int, as_json: bool) -> None:

@@ -49,6 +49,6 @@ def registering(meaning: str = "Agree to what is shown.") -> Callable[[F], F]:
     return declare
 
 
-def of_plugin(meaning: str) -> Callable[[F], F]:
+def of_plugin(meaning: str, *, required: bool = False) -> Callable[[F], F]:
     """Declare ``--plugin``, which narrows a command to one plugin."""
-    return click.option("--plugin", metavar="NAME", shell_complete=plugin_names, help=meaning)
+    return click.option("--plugin", metavar="NAME", required=required, shell_complete=plugin_names, help=meaning)

@@ -90,6 +90,7 @@ def check(root: str | None, files: tuple[Path, ...], kind: str | None, as_json: 
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
     "--manifest",
+    metavar="FILE",
     type=click.Path(path_type=Path),
     help="The plugin.json to meet it with (default: what it allows at most).",
 )

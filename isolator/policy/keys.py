@@ -74,12 +74,15 @@ class Limit(Key):
     """The ceiling of a host that does not say otherwise."""
     least: float = 0
     """The least that makes sense; less is taken for a typing error (``memory = 256`` is 256 bytes)."""
-    always_shown: bool = False
-    """``explain`` has a line of it even where nobody speaks of it."""
     written: bool = False
     """The policy file that ``plugin add`` writes has it."""
     left_to_author: bool = False
     """The author chooses up to the ceiling where the policy file is silent: the number confines nobody."""
+
+    @property
+    def always_shown(self) -> bool:
+        """Whether ``explain`` has a line of it even where nobody speaks of it."""
+        return self.written or self.left_to_author
 
     def check(self, value: Any) -> float:
         """``unit.parse``, and refuse what is too small to make sense."""
@@ -125,7 +128,6 @@ class ResourceLimits(Frozen):
             unit=SIZE,
             most=2 * GIB,
             least=4 * MIB,
-            always_shown=True,
             written=True,
         ),
     ] = 256 * MIB
@@ -138,7 +140,6 @@ class ResourceLimits(Frozen):
             unit=CPU,
             most=4000,
             least=10,
-            always_shown=True,
             written=True,
         ),
     ] = 250
@@ -150,7 +151,6 @@ class ResourceLimits(Frozen):
             "processes and threads together",
             most=512,
             least=1,
-            always_shown=True,
             written=True,
         ),
     ] = 64
@@ -162,7 +162,6 @@ class ResourceLimits(Frozen):
             "open files",
             most=4096,
             least=16,
-            always_shown=True,
             written=True,
         ),
     ] = 1024
@@ -202,7 +201,6 @@ class FileLimits(Frozen):
             "size of `/state`, which is kept; `0`: none",
             unit=VOLUME,
             most=10 * GIB,
-            always_shown=True,
             written=True,
         ),
     ] = 64 * MIB
@@ -215,7 +213,6 @@ class FileLimits(Frozen):
             unit=SIZE,
             most=256 * MIB,
             least=64 * KIB,
-            always_shown=True,
             written=True,
         ),
     ] = 32 * MIB
@@ -270,7 +267,6 @@ class DeliveryLimits(Frozen):
             unit=TIME,
             most=900.0,
             least=0.1,
-            always_shown=True,
             left_to_author=True,
         ),
     ] = 10.0
@@ -282,7 +278,6 @@ class DeliveryLimits(Frozen):
             "attempts before an event is dead",
             most=100,
             least=1,
-            always_shown=True,
             left_to_author=True,
         ),
     ] = 12
@@ -303,7 +298,6 @@ class RunLimits(Frozen):
             unit=TIME,
             most=300.0,
             least=1.0,
-            always_shown=True,
             left_to_author=True,
         ),
     ] = 10.0

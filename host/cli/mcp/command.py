@@ -61,7 +61,7 @@ def tools(root: str | None, name: str, as_json: bool) -> None:
 )
 @NAME
 @yes("Agree without a question.")
-@click.option("--digest", help="Agree only to what has this digest ('mcp tools --json').")
+@click.option("--digest", metavar="HEX", help="Agree only to what has this digest ('mcp tools --json').")
 @click.option("--from", "shown", metavar="FILE", type=click.File("rb"), help="What 'mcp tools --json' shows elsewhere.")
 @here
 def approve(
