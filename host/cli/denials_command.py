@@ -40,7 +40,7 @@ def denials(root: str | None, name: str, limit: int, since: str | None, as_json:
     if as_json:
         print_json([denial.to_json() for denial in found])
     elif found:
-        summary.show(found, name)
+        click.echo("\n".join(summary.lines(found, name)))
     else:
         click.echo(f"{name} was refused nothing so far, and nothing has failed", err=True)
 
