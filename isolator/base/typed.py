@@ -1,7 +1,8 @@
 """Values of JSON, or of another process, checked by the type that they are declared with.
 
 Types may be ``str``, ``int``, ``float``, ``bool``, ``None``, ``Any``, a ``Literal``, a ``StrEnum``, ``tuple[X, ...]``,
-``tuple[X, Y]``, ``dict[str, X]``, a class with a ``read_value``, a union of these, and each in an ``Annotated``.
+``tuple[X, Y]``, ``list[X]``, ``dict[str, X]``, a dataclass, a class with a ``read_value``, a union of these, and each
+in an ``Annotated``.
 """
 
 from __future__ import annotations
@@ -12,10 +13,16 @@ import types
 import typing
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
 
 Check = Callable[[Any], Any]
 """Returns the value as its type has it; raises ValueError, which says what it has to be."""
+
+
+_known: dict[Any, dict[str, Check]] = {}
+"""Checks of the fields, by dataclass."""
 
 
 def check_of(hint: Any) -> Check:
@@ -29,6 +36,8 @@ def check_of(hint: Any) -> Check:
         inner = [check_of(one) for one in arguments if one is not type(None)]
         one = inner[0] if len(inner) == 1 else functools.partial(_first, inner)
         return functools.partial(_nullable, one) if len(inner) < len(arguments) else one
+    if origin is list:
+        return functools.partial(_list, check_of(arguments[0]))
     if origin is tuple and arguments[1:] == (...,):
         return functools.partial(_tuple, check_of(arguments[0]))
     if origin is tuple:
@@ -39,7 +48,22 @@ def check_of(hint: Any) -> Check:
         return _SCALARS[hint]
     if issubclass(hint, StrEnum):
         return functools.partial(_member, hint, tuple(hint))
-    return hint.read_value  # type: ignore[no-any-return]
+    return hint.read_value if hasattr(hint, "read_value") else functools.partial(read, hint)
+
+
+def read(kind: type[T], value: Any) -> T:
+    """An object of a dataclass, from the values of its fields by name; raises ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError("has to be an object")
+    checks = _known.get(kind)
+    if checks is None:
+        checks = _known[kind] = {name: check_of(hint) for name, hint in typing.get_type_hints(kind).items()}
+    if unknown := value.keys() - checks.keys():
+        raise ValueError(f"has no {min(map(str, unknown))}")
+    try:
+        return kind(**{name: checks[name](one) for name, one in value.items()})
+    except TypeError as error:  # a field is missing
+        raise ValueError(str(error)) from None
 
 
 def _text(value: Any) -> str:
@@ -96,10 +120,14 @@ def _first(checks: list[Check], value: Any) -> Any:
     raise ValueError(problem)
 
 
-def _tuple(check: Check, value: Any) -> tuple[Any, ...]:
+def _list(check: Check, value: Any) -> list[Any]:
     if not isinstance(value, list | tuple):
         raise ValueError("has to be a list")
-    return tuple([check(one) for one in value])
+    return [check(one) for one in value]
+
+
+def _tuple(check: Check, value: Any) -> tuple[Any, ...]:
+    return tuple(_list(check, value))
 
 
 def _record(checks: list[Check], value: Any) -> tuple[Any, ...]:
