@@ -44,7 +44,7 @@ def test(
     host API and without --recording.
     """
     from host.authoring import trial_report
-    from host.authoring.private_daemon import ending_cleanly
+    from isolator.linux.signals import ending_cleanly
 
     def work(trials: Trials | RunnerTrials) -> int:
         trial = trials.round()

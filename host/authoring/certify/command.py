@@ -64,8 +64,9 @@ def certify(
     from host.authoring.certify import certificate
     from host.authoring.certify.certifier import PATIENCE, Certifier, DeadEnd
     from host.authoring.options import plan_of
-    from host.authoring.private_daemon import PrivateDaemon, ending_cleanly
+    from host.authoring.private_daemon import PrivateDaemon
     from host.authoring.sign import read_key
+    from isolator.linux.signals import ending_cleanly
 
     plan = plan_of(folder, [event] if event else [], payload, config, policy, schemas, PATIENCE)
     private = read_key(Path(key)) if key is not None else None

@@ -38,7 +38,8 @@ def dev(root: str | None, plan: Plan, recording: str | None, as_json: bool) -> N
     """
     from host.authoring.dev.screen import Screen
     from host.authoring.dev.session import Session
-    from host.authoring.private_daemon import PrivateDaemon, ending_cleanly
+    from host.authoring.private_daemon import PrivateDaemon
+    from isolator.linux.signals import ending_cleanly
 
     screen = Screen(as_json=as_json)
     recorder = recorder_of(recording, screen.note, screen.exchanged)
