@@ -160,8 +160,8 @@ def _offered(root: str | None, text: str, sha256: str | None, *, quiet: bool) ->
 
     if not text.startswith(SCHEME):
         raise UsageError(ascii(text)[1:-1][:200], "is no address that is fetched from", "use https://HOST/PATH")
-    with downloaded(root, text, sha256, quiet=quiet) as package:
-        yield {"path": str(package.path), "resolved": package.resolved}
+    with downloaded(root, text, sha256, quiet=quiet) as request:
+        yield request
 
 
 def _check_fit(command: str, folder: str | None, sha256: str | None, mcp: str | None, wishes: Wishes) -> None:

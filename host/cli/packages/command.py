@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
@@ -75,18 +72,12 @@ def _fetched(
     for destination in wishes.egress:
         _check_destination(destination)
     host_config = load_host_config(Paths.of(root).host_toml)
-    folder = Path(tempfile.mkdtemp(prefix="isolator-package-", dir="/var/tmp"))
-    try:
-        folder.chmod(0o755)
-        if not quiet:
-            click.echo(f"fetching {package}", err=True)
+    with fetch.folder_for(package, quiet=quiet) as folder:
         resolved = fetch.resolve(root, package, host_config, folder)
         fetch.write_start(package, fetch.entry_of(package, resolved, wishes.program), folder)
         era = fetch.ask_era(root, folder, wishes.args)
         fetch.write_manifest(package, resolved, folder, name=name, era=era, arguments=wishes.args, egress=wishes.egress)
         yield {"path": str(folder), "resolved": {"package": str(package), "hashes": resolved.hashes}}
-    finally:
-        shutil.rmtree(folder)
 
 
 def _other_tools(client: Client, name: str) -> dict[str, list[str]]:
