@@ -172,6 +172,25 @@ def test_the_cages_own_loopback_works_and_is_not_tracked(make: Make) -> None:
     assert denials(cage) == []
 
 
+def test_bulk_crosses_a_cages_loopback_in_large_packets(make: Make) -> None:
+    """The kernel gives the size back where it knows it (Linux 6.3)."""
+    cage = make(NetworkPolicy(mode="none"))
+    get_link, header, size = 18, 16, 63
+
+    def loopback() -> dict[int, bytes]:
+        query = netlink.RouteQuery()
+        try:
+            (link,) = query.dump(get_link, header)
+        finally:
+            query.close()
+        return dict(netlink.attributes(link[header:]))
+
+    found = netns.in_network(cage.netns_fd, loopback)
+    if size not in found:
+        pytest.skip("this kernel has no packets of IPv4 beyond 64 KiB")
+    assert int.from_bytes(found[size], sys.byteorder) > 1 << 18
+
+
 @pytest.mark.vm
 def test_new_connections_are_limited_in_rate_and_the_refusals_are_counted(make: Make) -> None:
     cage = make(PUBLIC)
