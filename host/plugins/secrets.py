@@ -319,8 +319,9 @@ class ConfigStore:
 
     def missing(self, plugin: str, manifest: Manifest, digest: str = "") -> list[str]:
         """Find required keys without a value, for the version of that digest."""
-        values = self._in_use(plugin, digest)
-        return [f.key for f in manifest.config or () if f.required and f.default is None and f.key not in values]
+        required = [f.key for f in manifest.config or () if f.required and f.default is None]
+        values = self._in_use(plugin, digest) if required else {}
+        return [key for key in required if key not in values]
 
     def check_whole(self, plugin: str, manifest: Manifest | None, digest: str = "") -> None:
         """Raise IsolatorError if a version cannot start: a required value is missing, or the config cannot be read."""
