@@ -16,13 +16,14 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from host.client.client import Client
 from isolator.cli.private_root import PrivateRoot
 from isolator.errors import DeniedError, IsolatorError, UsageError
+from isolator.linux.signals import ENDING, taken
 from isolator.paths import Paths
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 _TAKEN = ("uid_range", "may_degrade", "ceiling", "defaults", "restart", "network", "events")
 """Keys and tables of ``host.toml`` that hold here, too."""
-_ENDING = (signal.SIGTERM, signal.SIGHUP)
 _START_SECONDS, _STOP_SECONDS = 60.0, 60.0
 
 
@@ -76,12 +76,8 @@ class PrivateDaemon:
 
     def __exit__(self, *_: object) -> None:
         # A second ^C would leave half of it.
-        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, *_ENDING)}
-        try:
+        with taken((signal.SIGINT, *ENDING), signal.SIG_IGN):
             self._stack.close()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     @property
     def pid(self) -> int:
@@ -136,21 +132,6 @@ class PrivateDaemon:
         process.stdout.close()
 
 
-@contextlib.contextmanager
-def ending_cleanly() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end this command as ^C does: what it has made is removed."""
-
-    def end(number: int, _: Any) -> None:
-        sys.exit(128 + number)
-
-    before = {number: signal.signal(number, end) for number in _ENDING}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def wait_until(deadline: float, pause: float) -> bool:
     """Pause, unless the deadline (monotonic seconds) has come; whether there is time left."""
     left = deadline - time.monotonic()
@@ -160,8 +141,7 @@ def wait_until(deadline: float, pause: float) -> bool:
 
 def _followed(path: Path) -> tuple[dict[str, Any], tuple[int, int]]:
     """The part of a host's settings that holds here, and its range of uids. Raises IsolatorError."""
-    from isolator.policy.parse.load import load_host_config
-    from isolator.policy.parse.trusted import read_trusted
+    from isolator.policy.parse.trusted import load_host_config, read_trusted
 
     config = load_host_config(path)  # a fault is one of that file
     data = tomllib.loads(read_trusted(path).decode("utf-8-sig")) if path.exists() else {}

@@ -32,7 +32,7 @@ import logging
 import math
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -220,6 +220,14 @@ class Store:
         except sqlite3.DatabaseError as error:
             self._end_if_damaged(error)
             raise
+
+    def rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        """The rows of a short query, as ``read`` reads."""
+        return self.read(lambda db: db.execute(query, values).fetchall())
+
+    def row(self, query: str, values: Sequence[Any] = ()) -> Any:
+        """The first row of a short query, None if there is none."""
+        return self.read(lambda db: db.execute(query, values).fetchone())
 
     def make(self, tables: str) -> None:
         """Make tables, unless they are there, while nothing is served yet: another's lock of a moment is waited for."""

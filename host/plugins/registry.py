@@ -152,7 +152,7 @@ class Registry:
 
     def known(self) -> set[str]:
         """Return the names that have a row, registered at present or not."""
-        rows = self._store.read(lambda db: db.execute("SELECT name FROM plugins").fetchall())
+        rows = self._store.rows("SELECT name FROM plugins")
         return {name for (name,) in rows if isinstance(name, str)}
 
     def subscribers(self, event_type: EventType, payload: Mapping[str, Any]) -> list[Subscriber]:

@@ -853,14 +853,14 @@ MUTATIONS = (
         "host/plugins/secrets.py",
         (
             "a new secret is not redacted",
-            "        self._values[plugin] = current\n        self._redactors.pop(plugin, None)\n",
-            "        self._values[plugin] = current\n",
+            "            self._values[plugin] = current\n            self._redactors.pop(plugin, None)\n",
+            "            self._values[plugin] = current\n",
             "host/test_secrets.py::test_redaction_follows_each_change_of_the_config",
         ),
         (
             "a secret of a version on trial is not redacted",
-            "            versions[digest] = kept\n        self._redactors.pop(plugin, None)\n",
-            "            versions[digest] = kept\n",
+            "                versions[digest] = kept\n            self._redactors.pop(plugin, None)\n",
+            "                versions[digest] = kept\n",
             "host/test_secrets.py::test_redaction_follows_each_change_of_the_config",
         ),
     ),
