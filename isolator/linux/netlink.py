@@ -239,8 +239,10 @@ class Generations:
     def commit(self, batch: bytes) -> int:
         """Send a batch that libnftables has made (``isolator.linux.nft_batch``); returns the generation that it makes.
 
-        The kernel takes it whole or not at all; raises OSError with the reason.
+        The kernel takes it whole or not at all; raises OSError with the reason. Of a batch without its end, and where
+        no memory is left to say so, it tells no error.
         """
+        before = self.current()
         self._sock.send(batch)
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -248,7 +250,9 @@ class Generations:
                     error = -struct.unpack_from("=i", content)[0] if kind == _NLMSG_ERROR else 0
                     if error:
                         raise OSError(error, f"netlink batch: {os.strerror(error)}")
-        return self.current()
+        if (made := self.current()) == before:
+            raise OSError(errno.EIO, "netlink batch: it has changed nothing")
+        return made
 
     def _receive(self) -> bytes:
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 
 import pytest
@@ -13,6 +14,9 @@ from isolator.linux import netns
 from isolator.policy.model import NetworkPolicy
 from tests.layers.conftest import LISTED, PUBLIC, Make, connect
 
+END = 20
+"""Bytes of the first and of the last message of a batch."""
+
 
 @pytest.fixture
 def no_recordings(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes | None]:
@@ -23,6 +27,12 @@ def no_recordings(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes | None]:
 
 def listing(cage: network.CageNetwork) -> str:
     return netns.in_network(cage.netns_fd, loading.list_ruleset)
+
+
+def without_its_end(batch: bytes) -> bytes:
+    """The batch but for its last message, which has it committed (NFNL_MSG_BATCH_END)."""
+    assert struct.unpack_from("=IH", batch, len(batch) - END) == (END, 17)
+    return batch[:-END]
 
 
 @pytest.mark.vm
@@ -63,6 +73,44 @@ def test_recording_that_makes_other_rules_is_not_used(
     assert listing(cage) == wanted
     network.confirm(cage, LISTED)
     assert listing(make(LISTED)) == wanted
+
+
+def test_recording_that_the_kernel_drops_in_silence_is_not_used(
+    make: Make, no_recordings: dict[str, bytes | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch without its end is undone, and no error is told; after the text itself its rules seem to be in force."""
+    wanted, whole = listing(make(LISTED)), loading.nft_batch.record
+    monkeypatch.setattr(loading.nft_batch, "record", lambda text: without_its_end(whole(text)))
+    assert no_recordings[make(LISTED).loaded] == b""
+    cage = make(LISTED)
+    assert listing(cage) == wanted
+    network.confirm(cage, LISTED)
+
+
+def test_recording_that_only_leaves_rules_in_force_is_not_used(
+    make: Make, no_recordings: dict[str, bytes | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, other = listing(make(LISTED)), loading.nft_batch.record
+
+    def without_effect(_: str) -> bytes:
+        batch = other("flush ruleset\ntable inet other {}\ndelete table inet other")
+        (flush,) = struct.unpack_from("=I", batch, END)
+        return batch[:END] + batch[END + flush :]
+
+    monkeypatch.setattr(loading.nft_batch, "record", without_effect)
+    assert no_recordings[make(LISTED).loaded] == b""
+    assert listing(make(LISTED)) == wanted
+
+
+def test_batch_that_the_kernel_drops_in_silence_gives_way_to_the_library(
+    make: Make, no_recordings: dict[str, bytes | None]
+) -> None:
+    wanted, text = listing(make(LISTED)), make(LISTED).loaded
+    batch = no_recordings[text]
+    assert batch
+    no_recordings[text] = without_its_end(batch)
+    assert listing(make(LISTED)) == wanted
+    assert no_recordings[text] == b""
 
 
 def test_batch_that_the_kernel_refuses_gives_way_to_the_library(

@@ -2,10 +2,12 @@
 
 libnftables takes half a millisecond to read a text, and each context a copy of the process's table of descriptors. So
 what it sends for a text is recorded when that is loaded for the second time, and sent again from then on. Only a
-recording is used after which the kernel lists the same ruleset as after the text itself.
+recording is used that has made of no rules what the kernel lists after the text itself.
 """
 
 from __future__ import annotations
+
+import contextlib
 
 from isolator.linux import nft_batch, nftables
 from isolator.linux.netlink import Generations
@@ -24,11 +26,10 @@ def load(text: str, generations: Generations) -> int:
             return generations.commit(batch)
         except OSError:  # the library says what the kernel does not want
             _batches[text] = b""
-    with nftables.Nftables() as library:
-        library.run(text)
+    _run(text)
     if text not in _batches:
         if len(_batches) >= _MOST:
-            del _batches[next(iter(_batches))]
+            _batches.pop(next(iter(_batches)), None)  # another thread may have
         _batches[text] = None
     elif batch is None:
         _batches[text] = _recording(text, generations)
@@ -42,15 +43,18 @@ def list_ruleset() -> str:
 
 
 def _recording(text: str, generations: Generations) -> bytes:
-    """What to send for a text that is in force, and in force afterwards."""
+    """What to send for a text that is in force, and in force afterwards; it is tried where there are no rules."""
     wanted = list_ruleset()
-    try:
+    with contextlib.suppress(OSError):
         batch = nft_batch.record(text)
+        _run("flush ruleset")
         generations.commit(batch)
-    except OSError:
-        return b""
-    if list_ruleset() == wanted:
-        return batch
+        if list_ruleset() == wanted:
+            return batch
+    _run(text)
+    return b""
+
+
+def _run(text: str) -> None:
     with nftables.Nftables() as library:
         library.run(text)
-    return b""
