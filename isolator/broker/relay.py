@@ -30,7 +30,7 @@ from isolator.policy.denial import DenialRule
 CHUNK = 512 * 1024
 SMALL = 32 * 1024
 BUDGET = 32 * 1024 * 1024
-"""Bytes that all flows together may keep waiting; beyond it they read in small pieces."""
+"""Bytes that all flows together may hold for what waits; beyond it they read in small pieces."""
 _LINGER_RESET = struct.pack("ii", 1, 0)
 _ROUNDS = 4
 _TUNED = (
@@ -56,7 +56,7 @@ def tune(sock: socket.socket) -> None:
 
 
 class Scratch:
-    """What all flows of one event loop share: a read buffer, and the number of bytes that they keep waiting."""
+    """What all flows of one event loop share: a read buffer, and the number of bytes that they hold for what waits."""
 
     def __init__(self) -> None:
         self.buffer = memoryview(bytearray(CHUNK))
@@ -97,6 +97,7 @@ class Pipe:
         self._in, self._out = source.fileno(), sink.fileno()
         self._loop = asyncio.get_running_loop()
         self._rest = memoryview(b"")
+        self._held = 0
         self._reading = False
 
     def start(self, first: bytes | None = None) -> None:
@@ -311,8 +312,11 @@ class Pipe:
             self._go_on()
 
     def _keep(self, rest: memoryview) -> None:
-        self._scratch.waiting += len(rest) - len(self._rest)
-        self._rest = rest
+        """Note what waits to be sent: to its last byte it holds the whole piece in memory that it is a part of."""
+        whole = rest.obj if rest else b""
+        assert isinstance(whole, bytes)
+        self._scratch.waiting += len(whole) - self._held
+        self._rest, self._held = rest if rest else memoryview(b""), len(whole)
 
     def _read(self, wanted: bool) -> None:
         if wanted != self._reading:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+import tracemalloc
 
 import pytest
 
@@ -82,6 +83,30 @@ async def test_bulk_is_read_until_the_part_of_a_turn_is_used(monkeypatch: pytest
     writing = asyncio.create_task(flow.write(DATA))
     assert await flow.read() == DATA
     await writing
+    flow.close()
+
+
+async def test_bytes_that_wait_are_counted_with_the_piece_that_they_hold_in_memory() -> None:
+    flow, loop = Flow(), asyncio.get_running_loop()
+    for sock in flow.sockets[2:]:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, relay.CHUNK // 8)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        await loop.sock_sendall(flow.source, DATA[: relay.CHUNK])
+        got, smallest = 0, relay.CHUNK
+        async with asyncio.timeout(seconds(30)):
+            while got < relay.CHUNK:
+                got += len(await loop.sock_recv(flow.sink, 10_000))
+                if rest := len(flow.pipe._rest):
+                    smallest = min(smallest, rest)
+                    held = tracemalloc.get_traced_memory()[0] - before
+                    assert held < flow.scratch.waiting + relay.CHUNK // 4
+        assert 0 < smallest < relay.CHUNK // 2
+        assert flow.scratch.waiting == 0
+        assert tracemalloc.get_traced_memory()[0] - before < relay.CHUNK // 4
+    finally:
+        tracemalloc.stop()
     flow.close()
 
 
