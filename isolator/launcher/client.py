@@ -73,8 +73,8 @@ class Launcher:
 
     @property
     def unsettled(self) -> bool:
-        """Whether an answer of it is awaited."""
-        return bool(self._waiting) or (self._alive is not None and not self._alive.done())
+        """Whether an answer of it is awaited, as its first word is."""
+        return not self._ready or bool(self._waiting) or (self._alive is not None and not self._alive.done())
 
     @property
     def pid(self) -> int:

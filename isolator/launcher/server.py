@@ -1,7 +1,7 @@
 """The launcher: a small, single-threaded root process that clones the cages.
 
 The supervisor is threaded and large: a fork from it copies page tables for milliseconds and leaves other
-threads' locks held in the child. The launcher is started before any of that, imports only the standard library,
+threads' locks held in the child. The launcher is a program of its own, imports only the standard library,
 python-prctl and modules of isolator that do the same (a test sees to it), and does one thing: clone3 a process that
 waits for a cage's plan (isolator.launcher.prefork). By CLONE_PARENT it is the *supervisor's* child, which waits for it
 by pidfd.

@@ -148,8 +148,11 @@ class ChildProcess:
         await self._fork()
 
     def need(self) -> None:
-        """Start the service, whose ``ways`` are known, unless that was begun; as after a crash, until it is up."""
-        if not self.begun:
+        """Start the service, whose ``ways`` are known, unless that was begun; as after a crash, until it is up.
+
+        One that was stopped stays so: nobody would end it.
+        """
+        if not self.begun and not self._stopping:
             self.begun = True
             self._tasks.keep(f"watch over {self.spec.name}", self._keep)
 

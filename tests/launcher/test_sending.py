@@ -72,3 +72,18 @@ async def test_orders_that_wait_fail_when_the_launcher_dies(slow: Slow) -> None:
         with pytest.raises(UnavailableError, match="died"):
             await asyncio.wait_for(order, 60)
     assert launcher.closed.is_set()
+
+
+async def test_launcher_that_has_not_come_up_is_not_handed_over() -> None:
+    """An heir, which takes it for ready, would take its first word for the answer to an order."""
+    mine, theirs = pair()
+    launcher = Launcher((_Process(), mine))
+    assert launcher.unsettled
+    theirs.send(b'{"ready": true}')
+    alive = asyncio.create_task(launcher.alive())
+    await asyncio.sleep(0)
+    theirs.send(theirs.recv(4096))
+    await alive
+    assert not launcher.unsettled
+    launcher.dismiss()
+    theirs.close()

@@ -86,3 +86,12 @@ async def test_service_that_is_needed_is_started_once_and_again_until_it_is_up(
         assert len(list(subtree.unified.glob("service.*"))) == 1, "a process that did not come up is left"
         await service.stop()
         assert not journal.open
+
+
+async def test_service_that_was_stopped_before_it_was_needed_is_not_started(subtree: Subtree, tmp_path: Path) -> None:
+    nobody: Any = None
+    with contextlib.closing(Journal(tmp_path / "journal")) as journal:
+        service = ChildProcess(WAITS, Zygotes(), subtree, journal, nobody)
+        await service.stop()
+        service.need()
+        assert not service.begun
