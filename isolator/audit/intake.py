@@ -31,8 +31,6 @@ class Intake:
         self.budgets = Budgets()
         self._metrics = metrics
         self._notable = Notable(logging.getLogger("isolator.audit"))
-        self._awaited: dict[str, str] = {}
-        """By source, the number that its next record should have."""
         chain.sum_up = self._last_summaries
 
     def take(self, source: str, packet: bytes) -> int:
@@ -42,8 +40,8 @@ class Intake:
             self.chain, self.causes, self.budgets.admit, self._notable.note, self._metrics.observe
         )  # fmt: skip
         refused: dict[str, list[bytes]] = {}
-        awaited = self._awaited.get(source, "")
-        session, number = _parts(awaited)
+        session, number = _parts(chain.origins.get(source, ""))
+        awaited = f"{session}:{number + 1}" if session else ""
         lines = packet.split(b"\n")
         for line in lines:
             if is_host and line.startswith(GAUGES):
@@ -70,9 +68,9 @@ class Intake:
             if record.number:
                 if record.number != awaited:
                     session, number = _parts(record.number)
-                number += 1
-                awaited = f"{session}:{number}"
-        self._awaited[source] = awaited
+                else:
+                    number += 1
+                awaited = f"{session}:{number + 1}"
         for why, those in refused.items():
             self.append_gap(
                 AuditGap(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,6 +46,22 @@ def test_refused_line_costs_no_other_of_its_packet(tmp_path: Path) -> None:
     kinds = [(one["type"], one["plugin"]) for one in written(taking)]
     assert kinds.count(("net.query", "p")) == len(bad)
     assert sum(kind == "audit.gap" for kind, _ in kinds) > 3 and len(taking.chain.origins) == 0
+
+
+def test_packet_that_comes_again_after_a_fault_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taking = intake(signer_in(tmp_path))
+    numbers = [f"{SESSIONS[0]}:{count}" for count in (1, 2, 3)]
+    first, second, third = (line(n=number) for number in numbers)
+    taking.take("broker", first)
+
+    def failing(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(Metrics, "observe", failing)
+        taking.take("broker", second)
+    taking.take("broker", b"\n".join((second, third)))
+    assert [one["origin"] for one in written(taking)] == [f"broker:{number}" for number in numbers]
 
 
 def test_every_number_is_written_once_and_what_was_lost_is_counted(tmp_path: Path) -> None:
