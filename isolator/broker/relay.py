@@ -29,8 +29,8 @@ from isolator.policy.denial import DenialRule
 
 CHUNK = 512 * 1024
 SMALL = 32 * 1024
-BUDGET = 32 * 1024 * 1024
-"""Bytes that all flows together may hold for what waits; beyond it they read in small pieces."""
+SHARE, BUDGET = 4 * 1024 * 1024, 32 * 1024 * 1024
+"""Bytes that the flows of one cage, and all together, may hold for what waits; beyond it they read in small pieces."""
 _LINGER_RESET = struct.pack("ii", 1, 0)
 _ROUNDS = 4
 _TUNED = (
@@ -185,7 +185,7 @@ class Pipe:
     def _read_some(self, end: float) -> None:
         """Pass on what is there to read, until this thread's CPU time is ``end``."""
         buffer = self._scratch.buffer
-        size = CHUNK if self._scratch.waiting < BUDGET else SMALL
+        size = CHUNK if self._turns.held < SHARE and self._scratch.waiting < BUDGET else SMALL
         for _ in range(_ROUNDS if self.gate is None else 1):
             work = self.gate.work if self.gate is not None else None
             if work is not None:
@@ -316,6 +316,7 @@ class Pipe:
         whole = rest.obj if rest else b""
         assert isinstance(whole, bytes)
         self._scratch.waiting += len(whole) - self._held
+        self._turns.held += len(whole) - self._held
         self._rest, self._held = rest if rest else memoryview(b""), len(whole)
 
     def _read(self, wanted: bool) -> None:

@@ -39,6 +39,8 @@ class Turns:
     def __init__(self, budget: TokenBucket | None = None) -> None:
         """``budget`` in seconds of CPU time."""
         self.budget = TokenBucket(PER_SECOND, AT_ONCE) if budget is None else budget
+        self.held = 0
+        """Bytes that the connections hold for what waits to be sent."""
         self._used = 0.0
         self._waiting: deque[Callable[[], None]] = deque()
         self._planned = False

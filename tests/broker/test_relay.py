@@ -9,6 +9,7 @@ import tracemalloc
 
 import pytest
 
+from isolator.base.pacing import TokenBucket
 from isolator.broker import relay
 from isolator.broker.relay import Pipe, Scratch
 from isolator.broker.turns import HOLD, Turns
@@ -22,7 +23,7 @@ DATA = random.Random(1).randbytes(6 << 20)
 class Flow:
     """One direction: what is written to ``source`` comes out of ``sink``."""
 
-    def __init__(self) -> None:
+    def __init__(self, scratch: Scratch | None = None, turns: Turns | None = None) -> None:
         self.source, inner = socket.socketpair()
         outer, self.sink = socket.socketpair()
         self.sockets = (self.source, inner, outer, self.sink)
@@ -30,8 +31,8 @@ class Flow:
             sock.setblocking(False)
             # Room for more than one read at a time, so that reads are full.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * relay.CHUNK)
-        self.fence, self.scratch = Fence(), Scratch()
-        self.pipe = Pipe(inner, outer, self.scratch, self.fence, Turns())
+        self.fence, self.scratch = Fence(), scratch or Scratch()
+        self.pipe = Pipe(inner, outer, self.scratch, self.fence, turns or Turns())
         self.pipe.start()
 
     async def write(self, data: bytes) -> None:
@@ -48,9 +49,19 @@ class Flow:
 
     def close(self) -> None:
         self.pipe.stop()
-        assert self.scratch.waiting == 0
         for sock in self.sockets:
             sock.close()
+
+
+class _Watched:
+    """A socket that notes how much is read of it at a time."""
+
+    def __init__(self, sock: socket.socket, sizes: set[int]) -> None:
+        self._sock, self._sizes = sock, sizes
+
+    def recv_into(self, buffer: memoryview, size: int) -> int:
+        self._sizes.add(size)
+        return self._sock.recv_into(buffer, size)
 
 
 async def test_bulk_comes_through_whole() -> None:
@@ -108,6 +119,28 @@ async def test_bytes_that_wait_are_counted_with_the_piece_that_they_hold_in_memo
     finally:
         tracemalloc.stop()
     flow.close()
+
+
+async def test_cage_whose_connections_all_stall_leaves_others_their_large_reads() -> None:
+    """As many as a cage may have open by default (``connects_open``), and the peers of none take what it sends."""
+    scratch, turns = Scratch(), Turns(TokenBucket(1e9, 1e9))
+    stalled = [Flow(scratch, turns) for _ in range(64)]
+    writing = [asyncio.create_task(flow.write(DATA)) for flow in stalled]
+    async with asyncio.timeout(seconds(30)):
+        while not all(flow.pipe._rest for flow in stalled):  # noqa: ASYNC110 # a few turns
+            await asyncio.sleep(0)
+    assert scratch.waiting < relay.SHARE + relay.CHUNK + 64 * relay.SMALL < relay.BUDGET
+    other = Flow(scratch, Turns())
+    sizes = set[int]()
+    other.pipe._source = _Watched(other.pipe._source, sizes)  # type: ignore[assignment]
+    writing.append(asyncio.create_task(other.write(DATA)))
+    assert await other.read() == DATA
+    assert sizes == {relay.CHUNK}
+    for task in writing:
+        task.cancel()
+    for flow in (*stalled, other):
+        flow.close()
+    assert scratch.waiting == turns.held == 0
 
 
 async def test_bulk_waits_past_the_deadline_and_goes_on_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
