@@ -37,8 +37,9 @@ FAMILIES = {BROKER: (_AF_INET, _AF_INET6, _AF_NETLINK), CONSOLE: (_AF_UNIX,)}
 
 def filter_file(cache: Path, service: str = BROKER) -> int:
     """A descriptor of the compiled filter, for the process to inherit: it could not load the compiler any more."""
+    program = compiled_rules(service, rules(FAMILIES[service]), cache)
     fd = os.memfd_create(f"{service}.bpf", os.MFD_CLOEXEC)
-    os.write(fd, compiled_rules(service, rules(FAMILIES[service]), cache))
+    os.write(fd, program)
     os.lseek(fd, 0, os.SEEK_SET)
     return fd
 

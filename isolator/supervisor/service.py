@@ -28,7 +28,7 @@ from isolator.ipc.tasks import Tasks, report
 from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.cgroup.subtree import Subtree
 from isolator.linux.child import Child, ended
-from isolator.linux.descriptors import close_all
+from isolator.linux.descriptors import FdSet, close_all
 from isolator.recovery.journal import Entry, Journal
 from isolator.supervisor import alive
 from isolator.supervisor.alarms import ServiceHealth
@@ -317,27 +317,26 @@ class ChildProcess:
     def spawn(self, zygote: Zygote, inherited: dict[str, int]) -> Generation:
         """Start a process, which waits for its hello, with the descriptors; they are closed here."""
         spec = self.spec
-        mine, theirs = pair()
-        inherited = {"channel": theirs.detach(), **inherited}
-        self.generations += 1
-        leaf = Leaf(self._subtree.unified / f"service.{spec.name}.{self.generations}", on_v2=self._subtree.on_v2)
-        process: Child | None = None
-        try:
-            self._journal.record(Entry(leaf.unified.name, "service", tuple(map(str, leaf.folders()))))
-            leaf.create(None)
-            leaf.prefer()
-            process = zygote.fork(spec, inherited)
-            (leaf.unified / "cgroup.procs").write_text(str(process.pid))
-        except BaseException:
-            mine.close()
-            if process is not None:
-                process.kill()
-                process.wait()
-            leaf.remove()
-            self._journal.forget(leaf.unified.name)
-            raise
-        finally:
-            close_all(inherited.values())
+        with FdSet(inherited.values()) as given:
+            mine, theirs = pair()
+            inherited = {"channel": given.add(theirs.detach()), **inherited}
+            self.generations += 1
+            leaf = Leaf(self._subtree.unified / f"service.{spec.name}.{self.generations}", on_v2=self._subtree.on_v2)
+            process: Child | None = None
+            try:
+                self._journal.record(Entry(leaf.unified.name, "service", tuple(map(str, leaf.folders()))))
+                leaf.create(None)
+                leaf.prefer()
+                process = zygote.fork(spec, inherited)
+                (leaf.unified / "cgroup.procs").write_text(str(process.pid))
+            except BaseException:
+                mine.close()
+                if process is not None:
+                    process.kill()
+                    process.wait()
+                leaf.remove()
+                self._journal.forget(leaf.unified.name)
+                raise
         generation = Generation(process, Channel(mine, self.ways.handlers, name=spec.name), leaf)
         self._alive.append(generation)
         return generation

@@ -127,7 +127,7 @@ class Services:
             audit.catch_up(host.process)
 
         def inherited_by_broker() -> dict[str, int]:
-            return {"audit": audit.source_end("broker"), **self._broker_filter()}
+            return {**self._broker_filter(), "audit": audit.source_end("broker")}
 
         def inherited_by_host() -> dict[str, int]:
             return {"audit": audit.source_end("host")}

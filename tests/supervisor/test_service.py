@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from isolator.broker import hardening
 from isolator.errors import UnavailableError
 from isolator.ipc.channel import Channel
 from isolator.layers.cgroup.subtree import Subtree, find_hierarchies
@@ -95,3 +97,31 @@ async def test_service_that_was_stopped_before_it_was_needed_is_not_started(subt
         await service.stop()
         service.need()
         assert not service.begun
+
+
+async def test_descriptors_of_a_process_that_cannot_be_begun_are_closed(subtree: Subtree, tmp_path: Path) -> None:
+    """It is tried again every few seconds, for as long as it takes."""
+    nobody: Any = None
+    with contextlib.closing(Journal(tmp_path / "journal")) as journal:
+        service = ChildProcess(WAITS, Zygotes(), subtree, journal, nobody)
+        given = os.memfd_create("given")
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (given, limits[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                service.spawn(nobody, {"given": given})
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(given)
+
+
+def test_filter_that_cannot_be_compiled_leaves_no_descriptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> bytes:
+        raise OSError
+
+    monkeypatch.setattr(hardening, "compiled_rules", failing)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError):  # noqa: PT011 # that one
+        hardening.filter_file(tmp_path)
+    assert os.listdir("/proc/self/fd") == before
