@@ -1,0 +1,28 @@
+"""Reloads, and ends, that come upon the first start of launcher and broker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.support.timeouts import seconds
+from tests.system.daemon import daemon, wait_for, write_plugin
+
+
+def test_reload_that_comes_upon_the_first_plugin_goes_on_with_it(tmp_path: Path) -> None:
+    with daemon() as d:
+        folder = write_plugin(tmp_path / "first")
+        adding, reloading = d.begin("plugin", "add", str(folder), "--yes"), d.begin("reload")
+        for one in (reloading, adding):
+            assert one.wait(seconds(120)) == 0, one.communicate()
+        d.cli("plugin", "start", "first")
+        wait_for(lambda: d.json("plugin", "show", "first")["state"] == "running")
+        found = d.json("status")
+        assert all(one["up"] for one in found["services"]) and not found["alarms"], found
+
+
+def test_daemon_that_ends_with_its_first_cage_under_way_leaves_nothing(tmp_path: Path) -> None:
+    with daemon() as d:
+        adding = d.begin("plugin", "add", str(write_plugin(tmp_path / "first")), "--yes")
+        wait_for(lambda: d.service_pid("broker.service", missing_ok=True) or adding.poll() is not None)
+        assert d.stop() == 0
+        adding.wait(seconds(60))
