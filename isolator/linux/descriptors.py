@@ -64,7 +64,14 @@ class FdSet:
     """
 
     def __init__(self, fds: Iterable[int] = ()) -> None:
-        self._fds = list(fds)
+        """``fds`` may make them one by one: those before one that fails are closed."""
+        self._fds: list[int] = []
+        try:
+            for fd in fds:
+                self.add(fd)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> FdSet:
         return self

@@ -345,8 +345,8 @@ class Run:
     def open_logs(self) -> FdSet:
         """Reading ends of its stdout and stderr for a host, which are the caller's."""
         if self.pipes:
-            return FdSet([os.dup(pipe) for pipe in self.pipes])
-        return FdSet([reach.open_pipe(self.cage.pid, pipe) for pipe in self.logs])
+            return FdSet(os.dup(pipe) for pipe in self.pipes)
+        return FdSet(reach.open_pipe(self.cage.pid, pipe) for pipe in self.logs)
 
     @contextlib.contextmanager
     def folder(self) -> Iterator[int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -49,3 +51,16 @@ def test_number_of_no_open_descriptor_is_told_and_is_nothing_to_close(number: in
     with pytest.raises((OSError, OverflowError, ValueError)):
         check_open([0, number])
     close_all([number])
+
+
+def test_descriptors_before_one_that_cannot_be_made_are_closed() -> None:
+    made: list[int] = []
+
+    def make() -> Iterator[int]:
+        made.append(os.open("/dev/null", os.O_RDONLY))
+        yield made[0]
+        raise OSError(errno.EMFILE, "the table is full")
+
+    with pytest.raises(OSError, match="the table is full"):
+        FdSet(make())
+    assert not is_open(made[0])
