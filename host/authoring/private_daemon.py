@@ -14,10 +14,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from host.client.client import Client
@@ -32,6 +34,7 @@ _TAKEN = ("uid_range", "may_degrade", "ceiling", "defaults", "restart", "network
 """Keys and tables of ``host.toml`` that hold here, too."""
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 _START_SECONDS, _STOP_SECONDS = 60.0, 60.0
+_REPEAT_SECONDS = 0.05
 
 
 class PrivateDaemon:
@@ -138,15 +141,40 @@ class PrivateDaemon:
 
 @contextlib.contextmanager
 def ending_cleanly() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end this command as ^C does: what it has made is removed."""
+    """Let SIGTERM and SIGHUP end this command as ^C does, whatever it waits for: what it has made is removed.
 
-    def end(number: int, _: Any) -> None:
+    The handler of a signal that comes just before a wait, or to another thread, runs when the wait is over. A thread
+    ends the wait, by a signal that does nothing else.
+    """
+    begun = threading.Event()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        begun.set()
+        if number == signal.SIGINT:
+            signal.default_int_handler(number, frame)
         sys.exit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in _ENDING}
+    def end_waits() -> None:
+        with os.fdopen(woken, "rb", buffering=0) as numbers:
+            while number := numbers.read(1):
+                while number[0] in ending and not begun.wait(_REPEAT_SECONDS):
+                    signal.pthread_kill(main, signal.SIGURG)
+
+    ending = {*_ENDING, signal.SIGINT} if signal.getsignal(signal.SIGINT) != signal.SIG_IGN else {*_ENDING}
+    before = {number: signal.signal(number, end) for number in ending}
+    before[signal.SIGURG] = signal.signal(signal.SIGURG, lambda *_: None)
+    main, (woken, wake) = threading.get_ident(), os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    os.set_blocking(woken, True)
+    earlier = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    thread = threading.Thread(target=end_waits, name="ends of waits", daemon=True)
+    thread.start()
     try:
         yield
     finally:
+        begun.set()
+        signal.set_wakeup_fd(earlier)
+        os.close(wake)
+        thread.join()
         for number, handler in before.items():
             signal.signal(number, handler)
 
