@@ -12,12 +12,10 @@ from typing import Any
 import click
 
 from host.authoring.languages import CALLS, COMPILED, LANGUAGES, MODES, RELEASES, SHARED, TESTS
-from host.cli.output import SETTINGS
 from isolator.errors import UsageError
 
 
 @click.command(
-    context_settings=SETTINGS,
     epilog="\b\nExamples:\n  isolator new ./deploy-bell --lang python\n"
     "  isolator new ./deploy-count --lang go --mode stream\n  isolator new ./deploy-log --lang sh --mode exec\n"
     "  isolator new ./deploy-tools --lang python --mode mcp",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 from host.cli import arguments
+from host.cli.options import CONFIG
 from isolator.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _OPTIONS = (
     click.argument("folder", metavar="DIR"),
     click.option("--payload", metavar="JSON", help="JSON, @FILE or -, for one --event (default: an example)."),
-    click.option("--config", metavar="K=V", multiple=True, help="K=V, K=@FILE or K=-; repeatable."),
+    CONFIG,
     click.option("--policy", metavar="FILE", help="Grant this and no more (default: what the manifest asks for)."),
     click.option(
         "--schema", "schemas", metavar="NAME=FILE", multiple=True, help="An event of your platform, by its schema."
@@ -34,10 +36,18 @@ _OPTIONS = (
 
 
 def of_a_plugin(command: F) -> F:
-    """Declare the options about a folder and its surroundings."""
+    """Declare the options about a folder and its surroundings; with ``events`` they make the command's ``plan``."""
+
+    @functools.wraps(command)
+    def planned(
+        *, folder: str, events: tuple[str, ...], payload: str | None, config: tuple[str, ...], policy: str | None,
+        schemas: tuple[str, ...], timeout: float, **others: Any,
+    ) -> Any:  # fmt: skip
+        return command(plan=plan_of(folder, events, payload, config, policy, schemas, timeout), **others)
+
     for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+        planned = option(planned)
+    return cast(F, planned)
 
 
 def plan_of(

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import click
 
-from host.cli.output import AS_JSON, SETTINGS, print_json
+from isolator.cli.output import AS_JSON, print_json
 from isolator.errors import IsolatorError, NotFoundError, UsageError
 from isolator.ipc.folder_stream import MAX_BYTES, MAX_DEPTH, MAX_FILES, chunks
 from isolator.reader import package
@@ -49,7 +49,6 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 
 
 @click.command(
-    context_settings=SETTINGS,
     epilog="\b\nExamples:\n  isolator pack ./deploy-bell\n  isolator pack . -o ../deploy-bell.isolator\n"
     "  sudo isolator plugin add deploy-bell-1.0.0.isolator",
 )

@@ -14,17 +14,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from host.client.client import Client
 from isolator.cli.private_root import PrivateRoot
 from isolator.errors import DeniedError, IsolatorError, UsageError
+from isolator.linux.signals import ENDING, taken
 from isolator.paths import Paths
 
 if TYPE_CHECKING:
@@ -32,9 +31,7 @@ if TYPE_CHECKING:
 
 _TAKEN = ("uid_range", "may_degrade", "ceiling", "defaults", "restart", "network", "events")
 """Keys and tables of ``host.toml`` that hold here, too."""
-_ENDING = (signal.SIGTERM, signal.SIGHUP)
 _START_SECONDS, _STOP_SECONDS = 60.0, 60.0
-_REPEAT_SECONDS = 0.05
 
 
 class PrivateDaemon:
@@ -79,12 +76,8 @@ class PrivateDaemon:
 
     def __exit__(self, *_: object) -> None:
         # A second ^C would leave half of it.
-        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, *_ENDING)}
-        try:
+        with taken((signal.SIGINT, *ENDING), signal.SIG_IGN):
             self._stack.close()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     @property
     def pid(self) -> int:
@@ -139,46 +132,6 @@ class PrivateDaemon:
         process.stdout.close()
 
 
-@contextlib.contextmanager
-def ending_cleanly() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end this command as ^C does, whatever it waits for: what it has made is removed.
-
-    The handler of a signal that comes just before a wait, or to another thread, runs when the wait is over. A thread
-    ends the wait, by a signal that does nothing else.
-    """
-    begun = threading.Event()
-
-    def end(number: int, frame: FrameType | None) -> None:
-        begun.set()
-        if number == signal.SIGINT:
-            signal.default_int_handler(number, frame)
-        sys.exit(128 + number)
-
-    def end_waits() -> None:
-        with os.fdopen(woken, "rb", buffering=0) as numbers:
-            while number := numbers.read(1):
-                while number[0] in ending and not begun.wait(_REPEAT_SECONDS):
-                    signal.pthread_kill(main, signal.SIGURG)
-
-    ending = {*_ENDING, signal.SIGINT} if signal.getsignal(signal.SIGINT) != signal.SIG_IGN else {*_ENDING}
-    before = {number: signal.signal(number, end) for number in ending}
-    before[signal.SIGURG] = signal.signal(signal.SIGURG, lambda *_: None)
-    main, (woken, wake) = threading.get_ident(), os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    os.set_blocking(woken, True)
-    earlier = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    thread = threading.Thread(target=end_waits, name="ends of waits", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        begun.set()
-        signal.set_wakeup_fd(earlier)
-        os.close(wake)
-        thread.join()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def wait_until(deadline: float, pause: float) -> bool:
     """Pause, unless the deadline (monotonic seconds) has come; whether there is time left."""
     left = deadline - time.monotonic()
@@ -188,8 +141,7 @@ def wait_until(deadline: float, pause: float) -> bool:
 
 def _followed(path: Path) -> tuple[dict[str, Any], tuple[int, int]]:
     """The part of a host's settings that holds here, and its range of uids. Raises IsolatorError."""
-    from isolator.policy.parse.load import load_host_config
-    from isolator.policy.parse.trusted import read_trusted
+    from isolator.policy.parse.trusted import load_host_config, read_trusted
 
     config = load_host_config(path)  # a fault is one of that file
     data = tomllib.loads(read_trusted(path).decode("utf-8-sig")) if path.exists() else {}

@@ -5,13 +5,11 @@ from __future__ import annotations
 import click
 
 from host.authoring import schemas
-from host.cli.output import SETTINGS
-from host.client.client import Client
+from host.client.client import ask
 from isolator.errors import IsolatorError, NotFoundError
 
 
 @click.group(
-    context_settings=SETTINGS,
     epilog="\b\nExamples:\n  isolator schema manifest > plugin.schema.json\n"
     "  isolator schema event deploy.completed\n\n"
     'In a plugin.json an editor finds it by its first key:\n  "$schema": "./plugin.schema.json"',
@@ -46,8 +44,7 @@ def event(root: str | None, name: str) -> None:
 
 def _of_daemon(root: str | None, name: str, unknown: NotFoundError) -> schemas.Schema:
     try:
-        with Client(root) as client:
-            types = client.call("event.types")["types"]
+        types = ask(root, "event.types")["types"]
     except IsolatorError as error:
         raise NotFoundError(unknown.what, f"is not built in, and {error.what}: {error.why}", unknown.remedy) from None
     for entry in types:

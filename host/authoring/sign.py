@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from host.authoring.pack import written_whole
-from host.cli.output import AS_JSON, SETTINGS, print_json
+from isolator.cli.output import AS_JSON, print_result
 from isolator.errors import IsolatorError, NotFoundError, UsageError
 from isolator.ipc.folder_stream import FolderDigest, FolderWriter
 from isolator.policy.request import MANIFEST_NAME, MAX_BYTES
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    context_settings=SETTINGS,
     epilog="\b\nExamples:\n  isolator sign --new-key acme.key\n"
     "  isolator sign deploy-bell-1.0.0.isolator --key acme.key\n  isolator sign --public --key acme.key\n\n"
     "Hosts that trust the key have its public half in [trust] of their host.toml.",
@@ -61,10 +60,7 @@ def sign(file: str | None, key: str | None, new_key: str | None, public: bool, a
 
 
 def _say(found: dict[str, Any], text: str, as_json: bool) -> None:
-    if as_json:
-        print_json(found)
-    else:
-        click.echo(text)
+    print_result(found, text, as_json=as_json)
 
 
 def sign_package(path: Path, key: Ed25519PrivateKey) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from host.authoring.options import of_a_plugin, plan_of, recorder_of
-from host.cli.output import AS_JSON, SETTINGS, print_json, safe
+from host.authoring.options import of_a_plugin, recorder_of
+from host.cli.output import safe
+from isolator.cli.output import here, print_json
 from isolator.errors import IsolatorError, UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    context_settings=SETTINGS,
     epilog="\b\nExamples:\n  sudo isolator plugin test ./deploy-bell\n"
     "  sudo isolator plugin test . --event deploy.failed --payload @failed.json --watch\n"
     "  sudo isolator plugin test . --policy prod.toml --recording answers.jsonl --junit report.xml\n\n"
@@ -31,22 +31,10 @@ if TYPE_CHECKING:
 @click.option("--event", "events", metavar="NAME", multiple=True, help="Send this event (default: one of each hook).")
 @click.option("--watch", is_flag=True, help="Repeat it whenever a file in DIR changes.")
 @click.option("--junit", metavar="FILE", help="Write a report for CI.")
-@AS_JSON
-@click.pass_obj
+@here
 def test(
-    root: str | None,
-    folder: str,
-    events: tuple[str, ...],
-    payload: str | None,
-    config: tuple[str, ...],
-    policy: str | None,
-    schemas: tuple[str, ...],
-    recording: str | None,
-    timeout: float,
-    watch: bool,
-    junit: str | None,
-    as_json: bool,
-) -> int:
+    root: str | None, plan: Plan, recording: str | None, watch: bool, junit: str | None, as_json: bool
+) -> int:  # fmt: skip
     """Send events to a plugin in its cage, and show replies, log, and what it was refused.
 
     A daemon of this command's own does it, below a root of its own, which is gone afterwards: none needs to run, and
@@ -56,9 +44,7 @@ def test(
     host API and without --recording.
     """
     from host.authoring import trial_report
-    from host.authoring.private_daemon import ending_cleanly
-
-    plan = plan_of(folder, events, payload, config, policy, schemas, timeout)
+    from isolator.linux.signals import ending_cleanly
 
     def work(trials: Trials | RunnerTrials) -> int:
         trial = trials.round()

@@ -29,7 +29,7 @@ def show(trial: Trial) -> None:
             click.echo(f"  {_MARKS.get(line['stream'], '#')} {safe(line['line']) if line['line'] else ''}")
     if trial.denials:
         click.echo("\nrefused, failed, or at a limit")
-        denials.show(trial.denials, trial.plugin)
+        click.echo("\n".join(denials.lines(trial.denials, trial.plugin)))
     if not trial.ok:
         failed = [answer.event for answer in trial.answers if not answer.ok]
         paragraph(f"\nfailed: {', '.join(failed)}")

@@ -7,6 +7,7 @@ have (the outcome is unknown: at least once means that the event is delivered ag
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -96,6 +97,20 @@ def meta_of(event: Event, attempt: int, timeout: float, epoch: int = 0) -> dict[
     return meta
 
 
+def event_params(
+    event: Event, event_type: EventType | None, major: int, attempt: int, timeout: float, epoch: int = 0
+) -> str:  # fmt: skip
+    """``params_text`` of an attempt with its ``meta_of``: made once of an event that goes to many plugins as it is."""
+    if event_type is None or major >= event_type.version:
+        return _plain_params(event, attempt, timeout, epoch)
+    return params_text(event, event_type, major, meta_of(event, attempt, timeout, epoch))
+
+
+@functools.lru_cache(maxsize=2)
+def _plain_params(event: Event, attempt: int, timeout: float, epoch: int) -> str:
+    return params_text(event, None, 0, meta_of(event, attempt, timeout, epoch))
+
+
 def oneshot_request(
     event: Event,
     hook: str,
@@ -115,7 +130,7 @@ def oneshot_request(
     head = f'{{"jsonrpc":"2.0","method":"{hook}","params":'
     tail = ',"id":1}\n'
     if meta:
-        line = (head + params_text(event, event_type, major, meta_of(event, attempt, timeout, epoch)) + tail).encode()
+        line = (head + event_params(event, event_type, major, attempt, timeout, epoch) + tail).encode()
         if len(line) <= ONESHOT_REQUEST:
             return line
     line = (head + params_text(event, event_type, major) + tail).encode()

@@ -12,9 +12,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from host.channel.calls import OpenCalls
 from host.channel.reply import STREAM_MESSAGE, UNSUPPORTED_PROTOCOL, LostError, NotSentError, shown
@@ -34,8 +34,28 @@ CALLS_IN_FLIGHT = 32
 
 Call = Callable[[str, Any], Awaitable[dict[str, Any]]]
 """Answers a request of the plugin's: (method, params) → ``{"result": …}`` or ``{"error": …}``."""
-Reply = asyncio.Future[tuple[dict[str, Any], bytes]]
-"""Reply: the message and its bytes."""
+Read = tuple[dict[str, Any], bytes]
+"""A reply as it was read: the message and its bytes."""
+
+
+class Reply(Protocol):
+    """Whoever waits for a reply; a future is one."""
+
+    def done(self) -> bool:
+        """Whether nobody waits any more."""
+
+    def set_result(self, result: Read, /) -> None:
+        """Take the reply."""
+
+    def set_exception(self, exception: LostError | NotSentError, /) -> None:
+        """Take the reason why there will be none."""
+
+
+class _Pending(NamedTuple):
+    """Whoever waits for a reply, and the loop time until which that is."""
+
+    reply: Reply
+    deadline: float
 
 
 @dataclass(frozen=True)
@@ -73,26 +93,25 @@ class StreamConnection(LineProtocol):
         self._writable.set()
         self._call = call
         self._breach = breach
-        self._pending: dict[str, Reply] = {}
-        self._deadlines: dict[str, float] = {}
-        """Loop time by which each request that is awaited has to be answered."""
+        self._pending: dict[str, _Pending | None] = {}
+        """Requests by number whose reply may still come; None: nobody waits for it any more."""
         self._timer: asyncio.TimerHandle | None = None
-        """Fires at the first of these, or before it: one timer, for thousands of requests a second."""
+        """Fires at the first deadline, or before it: one timer, for thousands of requests a second."""
         self._calls = OpenCalls(self._answered)
         """Calls of the plugin that are not answered."""
 
     @property
     def in_flight(self) -> int:
         """Number of requests that are not answered yet."""
-        return sum(1 for future in self._pending.values() if not future.done())
+        return sum(1 for one in self._pending.values() if one is not None and not one.reply.done())
 
-    async def request(self, method: str, params: Mapping[str, Any], timeout: float) -> tuple[dict[str, Any], bytes]:
+    async def request(self, method: str, params: Mapping[str, Any], timeout: float) -> Read:
         """Send a request and wait at most ``timeout`` seconds for its reply: the message and its bytes.
 
         Raises NotSentError when the connection has ended before, LostError when it ends later.
         """
-        number = os.urandom(8).hex()
-        reply: Reply = self._loop.create_future()
+        number = new_number()
+        reply: asyncio.Future[Read] = self._loop.create_future()
         self.write(number, _request(method, params, number), timeout, reply)
         try:
             return await reply
@@ -111,7 +130,7 @@ class StreamConnection(LineProtocol):
         self._await(number, self._loop.time() + timeout, reply)
 
     def _await(self, number: str, deadline: float, reply: Reply) -> None:
-        self._pending[number], self._deadlines[number] = reply, deadline
+        self._pending[number] = _Pending(reply, deadline)
         if self._timer is None or deadline < self._timer.when():
             self._set_timer(deadline)
 
@@ -123,20 +142,25 @@ class StreamConnection(LineProtocol):
     def _expire(self) -> None:
         """Give up the requests whose time is over."""
         now = self._loop.time()
-        for number, deadline in list(self._deadlines.items()):
-            reply = self._pending.get(number)
-            if reply is not None and (deadline <= now or reply.done()):
-                if not reply.done():
-                    reply.set_exception(LostError("no reply in time"))
+        for number, one in list(self._pending.items()):
+            if one is not None and (one.deadline <= now or one.reply.done()):
+                if not one.reply.done():
+                    one.reply.set_exception(LostError("no reply in time"))
                 self._give_up(number)
-        self._set_timer(min(self._deadlines.values(), default=None))
+        self._set_timer(min((one.deadline for one in self._pending.values() if one is not None), default=None))
 
     def _give_up(self, number: str) -> None:
         """Await a reply no more. The request stays pending: its reply may still come, and is no breach then."""
-        if self._deadlines.pop(number, None) is not None and not self.closed.is_set():
+        if self._pending.get(number) is not None:
+            self._pending[number] = None
             self.notify("$/cancel", {"id": number})
             if len(self._pending) > 1000:
                 self.abort("too many requests were never answered")
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether the plugin may be sent more: it has read enough, or is gone."""
+        return self._writable.is_set()
 
     async def writable(self, timeout: float) -> None:
         """Wait until the plugin has read enough to be sent more; cut it off if that takes ``timeout`` seconds."""
@@ -160,7 +184,9 @@ class StreamConnection(LineProtocol):
         """Send a notification, which is never answered."""
         self.send(line({"jsonrpc": "2.0", "method": method, "params": params}))
 
-    def hello(self, *, plugin: Mapping[str, str], hooks: Iterable[str], limits: Mapping[str, Any]) -> tuple[str, Reply]:
+    def hello(
+        self, *, plugin: Mapping[str, str], hooks: Iterable[str], limits: Mapping[str, Any]
+    ) -> tuple[str, asyncio.Future[Read]]:  # fmt: skip
         """Offer the protocols; returns the number of the request, and its reply, for ``greeting``."""
         offer = {
             "protocol": list(PROTOCOLS),
@@ -169,11 +195,11 @@ class StreamConnection(LineProtocol):
             "hooks": list(hooks),
             "limits": dict(limits),
         }
-        number, reply = os.urandom(8).hex(), self._loop.create_future()
+        number, reply = new_number(), self._loop.create_future()
         self.write(number, _request("host.hello", offer, number), HELLO_TIMEOUT, reply)
         return number, reply
 
-    async def greeting(self, hooks: Iterable[str], reply: Reply) -> Greeting:
+    async def greeting(self, hooks: Iterable[str], reply: asyncio.Future[Read]) -> Greeting:
         """The plugin's answer to the offer of these hooks; raises NotSentError with the reason when it is none."""
         granted = list(hooks)
         try:
@@ -243,13 +269,12 @@ class StreamConnection(LineProtocol):
 
     def _reply_received(self, message: dict[str, Any], data: bytes) -> None:
         number = message.get("id")
-        future = self._pending.pop(number, None) if isinstance(number, str) else None
-        if future is None:
+        if not isinstance(number, str) or number not in self._pending:
             self.abort("a reply has an id that no open request has")
             return
-        self._deadlines.pop(str(number), None)
-        if not future.done():
-            future.set_result((message, data))
+        one = self._pending.pop(number)
+        if one is not None and not one.reply.done():
+            one.reply.set_result((message, data))
 
     def _request_received(self, message: dict[str, Any], data: bytes) -> None:
         if len(self._calls) >= CALLS_IN_FLIGHT:
@@ -274,7 +299,7 @@ class StreamConnection(LineProtocol):
 
     def pass_on_all(self, departure: Departure) -> StreamState:
         """Hand the connection on; a call of the plugin's that is still unanswered is read again."""
-        deadlines = {number: self._deadlines.get(number, 0.0) for number in self._pending}
+        deadlines = {number: one.deadline if one is not None else 0.0 for number, one in self._pending.items()}
         self._set_timer(None)
         return StreamState(line=self.pass_on(departure, again=self._calls.break_off()), deadlines=deadlines)
 
@@ -284,11 +309,10 @@ class StreamConnection(LineProtocol):
         """Go on with the connection of another host; ``awaited``: the replies that somebody waits for, by number."""
         for number, deadline in state.deadlines.items():
             reply = awaited.get(number)
-            if reply is None:  # its reply may still come, and is no breach then
-                reply = self._pending[number] = self._loop.create_future()
-                reply.cancel()
-            else:
+            if reply is not None:
                 self._await(number, deadline, reply)
+            else:  # its reply may still come, and is no breach then
+                self._pending[number] = None
         await self.take_over(state.line, descriptors)
         self.begin()
 
@@ -296,12 +320,22 @@ class StreamConnection(LineProtocol):
         self.closed.set()
         self._writable.set()
         pending, self._pending = self._pending, {}
-        self._deadlines.clear()
         self._set_timer(None)
-        for future in pending.values():
-            if not future.done():
-                future.set_exception(LostError(self.why or "connection lost", crash=True))
+        for one in pending.values():
+            if one is not None and not one.reply.done():
+                one.reply.set_exception(LostError(self.why or "connection lost", crash=True))
         self._calls.cancel()
+
+
+def _numbers() -> Iterator[str]:
+    while True:
+        drawn = os.urandom(512).hex()
+        for start in range(0, len(drawn), 16):
+            yield drawn[start : start + 16]
+
+
+new_number = _numbers().__next__
+"""The number of a request, which nobody can guess: 64 bits of the kernel's, drawn for many at a time."""
 
 
 def _request(method: str, params: Mapping[str, Any], number: str) -> bytes:
@@ -309,7 +343,7 @@ def _request(method: str, params: Mapping[str, Any], number: str) -> bytes:
 
 
 def event_request(hook: str, params: str, number: str) -> bytes:
-    """The line of an event; ``params`` is JSON, as ``params_text`` builds it."""
+    """The line of an event; ``params`` is JSON, as ``event_params`` builds it."""
     return f'{{"jsonrpc":"2.0","method":"{hook}","params":{params},"id":"{number}"}}\n'.encode()
 
 

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import click
 
 from host.cli import arguments
-from host.cli.options import CONFIG, NAME, VERBOSE, here, yes
+from host.cli.options import CONFIG, NAME, F, Manner, registering
+from host.cli.packages.package import Wishes
 from host.cli.registration import AS_LONG_AS_STARTS_TAKE, register_plugin, update_plugin
 from host.client.client import Client
 from isolator.errors import UsageError
 
-MCP = click.option("--mcp", metavar="PACKAGE", help="An MCP server: npm:NAME@VERSION or pypi:NAME==VERSION.")
-PROGRAM = click.option("--program", metavar="P", help="Which program of the package, if it has several.")
-ARG = click.option("--arg", "args", metavar="A", multiple=True, help="An argument for it; repeatable.")
-EGRESS = click.option("--egress", metavar="HOST:PORT", multiple=True, help="What it asks to reach; repeatable.")
-
+_OF_PACKAGE = (
+    click.option("--mcp", metavar="PACKAGE", help="An MCP server: npm:NAME@VERSION or pypi:NAME==VERSION."),
+    click.option("--program", metavar="P", help="Which program of the package, if it has several."),
+    click.option("--arg", "args", metavar="A", multiple=True, help="An argument for it; repeatable."),
+    click.option("--egress", metavar="HOST:PORT", multiple=True, help="What it asks to reach; repeatable."),
+)
 _SHA256 = click.option("--sha256", metavar="HEX", help="Of a package at a URL: its SHA-256, or it is refused.")
+
+
+def _of_package(command: F) -> F:
+    """Declare ``--mcp``, and the ``wishes`` about it."""
+
+    @functools.wraps(command)
+    def called(*, program: str | None, args: tuple[str, ...], egress: tuple[str, ...], **others: Any) -> Any:
+        return command(wishes=Wishes(program, args, egress), **others)
+
+    for option in reversed(_OF_PACKAGE):
+        called = option(called)
+    return cast(F, called)
 
 
 @click.command(
@@ -37,14 +52,9 @@ _SHA256 = click.option("--sha256", metavar="HEX", help="Of a package at a URL: i
 @click.option("--binary", metavar="P", help="The binary; it stays where it is.")
 @click.option("--hooks", metavar="A,B", help="Events; of a plugin.json beside it only these.")
 @click.option("--files", metavar="DIR", help="A folder that is visible beside the binary.")
-@MCP
-@PROGRAM
-@ARG
-@EGRESS
+@_of_package
 @CONFIG
-@yes()
-@VERBOSE
-@here
+@registering()
 def add(
     root: str | None,
     folder: str | None,
@@ -54,13 +64,9 @@ def add(
     hooks: str | None,
     files: str | None,
     mcp: str | None,
-    program: str | None,
-    args: tuple[str, ...],
-    egress: tuple[str, ...],
+    wishes: Wishes,
     config: tuple[str, ...],
-    yes: bool,
-    verbose: bool,
-    as_json: bool,
+    manner: Manner,
 ) -> None:
     """Register a plugin: show what it asks for and would get, ask, and do it.
 
@@ -70,32 +76,29 @@ def add(
     of host.toml), without running a script of it; it asks for no network but
     what --egress names.
     """
-    if sha256 is not None and not _is_address(folder):
-        raise UsageError("--sha256", "goes with the address of a package", "name one: https://HOST/PATH")
+    _check_fit("plugin add", folder, sha256, mcp, wishes)
     if mcp is not None:
         if folder or binary or hooks or files:
             raise UsageError("plugin add", "--mcp and DIR, --binary, --hooks, --files exclude each other")
         from host.cli.packages.command import add_package
 
-        add_package(root, mcp, name, program, args, egress, config, yes=yes, verbose=verbose, as_json=as_json)
+        add_package(root, mcp, name, wishes, arguments.config_values(config), manner)
         return
-    _refuse_without_package("plugin add", program, args, egress)
     if folder is not None:
         if name or binary or hooks or files:
             raise UsageError("plugin add", "DIR and --name, --binary, --hooks, --files exclude each other")
-        values, literal = arguments.config_values(config)
-        with _offered(root, folder, sha256, quiet=as_json) as request, Client(root) as client:
-            register_plugin(client, request, values, literal, yes=yes, verbose=verbose, as_json=as_json)
+        values = arguments.config_values(config)
+        with _offered(root, folder, sha256, quiet=manner.as_json) as request, Client(root) as client:
+            register_plugin(client, request, values, manner)
         return
-    if name and binary:
-        single: dict[str, Any] = {"name": name, "binary": arguments.absolute(binary), "hooks": _listed(hooks)}
-        if files:
-            single["files"] = arguments.absolute(files)
-    else:
+    if not name or not binary:
         raise UsageError("plugin add", "name a folder, or give --mcp, or --name, --binary and --hooks", "see --help")
-    values, literal = arguments.config_values(config)
+    single: dict[str, Any] = {"name": name, "binary": arguments.absolute(binary), "hooks": _listed(hooks)}
+    if files:
+        single["files"] = arguments.absolute(files)
+    values = arguments.config_values(config)
     with Client(root) as client:
-        register_plugin(client, single, values, literal, yes=yes, verbose=verbose, as_json=as_json)
+        register_plugin(client, single, values, manner)
 
 
 @click.command(
@@ -107,27 +110,18 @@ def add(
 @NAME
 @click.argument("folder", metavar="[DIR | FILE | URL]", required=False)
 @_SHA256
-@MCP
-@PROGRAM
-@ARG
-@EGRESS
+@_of_package
 @CONFIG
-@yes("Agree also if it asks for more than before.")
-@VERBOSE
-@here
+@registering("Agree also if it asks for more than before.")
 def update(
     root: str | None,
     name: str,
     folder: str | None,
     sha256: str | None,
     mcp: str | None,
-    program: str | None,
-    args: tuple[str, ...],
-    egress: tuple[str, ...],
+    wishes: Wishes,
     config: tuple[str, ...],
-    yes: bool,
-    verbose: bool,
-    as_json: bool,
+    manner: Manner,
 ) -> None:
     """Take over a newer version from DIR, FILE or URL, or from where the last one came from.
 
@@ -135,23 +129,21 @@ def update(
     --mcp the newer version of a package is fetched as 'plugin add' does;
     without --arg and --egress it has those of the version before.
     """
-    if sha256 is not None and not _is_address(folder):
-        raise UsageError("--sha256", "goes with the address of a package", "name one: https://HOST/PATH")
+    _check_fit("plugin update", folder, sha256, mcp, wishes)
     if mcp is not None:
         if folder:
             raise UsageError("plugin update", "--mcp and DIR exclude each other")
         from host.cli.packages.command import update_package
 
-        update_package(root, name, mcp, program, args, egress, config, yes=yes, verbose=verbose, as_json=as_json)
+        update_package(root, name, mcp, wishes, arguments.config_values(config), manner)
         return
-    _refuse_without_package("plugin update", program, args, egress)
-    values, literal = arguments.config_values(config)
+    values = arguments.config_values(config)
     with contextlib.ExitStack() as stack:
         request: dict[str, Any] = {"update": name}
         if folder is not None:
-            request |= stack.enter_context(_offered(root, folder, sha256, quiet=as_json))
+            request |= stack.enter_context(_offered(root, folder, sha256, quiet=manner.as_json))
         client = stack.enter_context(Client(root, timeout=AS_LONG_AS_STARTS_TAKE))
-        update_plugin(client, request, values, literal, yes=yes, verbose=verbose, as_json=as_json)
+        update_plugin(client, request, values, manner)
 
 
 def _is_address(text: str | None) -> bool:
@@ -168,12 +160,15 @@ def _offered(root: str | None, text: str, sha256: str | None, *, quiet: bool) ->
 
     if not text.startswith(SCHEME):
         raise UsageError(ascii(text)[1:-1][:200], "is no address that is fetched from", "use https://HOST/PATH")
-    with downloaded(root, text, sha256, quiet=quiet) as package:
-        yield {"path": str(package.path), "resolved": package.resolved}
+    with downloaded(root, text, sha256, quiet=quiet) as request:
+        yield request
 
 
-def _refuse_without_package(command: str, program: str | None, args: tuple[str, ...], egress: tuple[str, ...]) -> None:
-    if program or args or egress:
+def _check_fit(command: str, folder: str | None, sha256: str | None, mcp: str | None, wishes: Wishes) -> None:
+    """Raise UsageError for options that go with something else."""
+    if sha256 is not None and not _is_address(folder):
+        raise UsageError("--sha256", "goes with the address of a package", "name one: https://HOST/PATH")
+    if mcp is None and any(wishes):
         raise UsageError(command, "--program, --arg and --egress go with --mcp", "write them into plugin.json")
 
 

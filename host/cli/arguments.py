@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from isolator.errors import DeniedError, NotFoundError, UsageError
 
@@ -37,8 +37,15 @@ def read_file(name: str) -> str:
         raise UsageError(name, "is not UTF-8 text") from None
 
 
-def config_values(arguments: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
-    """Read ``K=V``, ``K=@FILE``, ``K=-``: the values, and the keys whose value stands on the command line itself.
+class Config(NamedTuple):
+    """Config of a command line: the values, and the keys whose value stands on the line itself."""
+
+    values: dict[str, str]
+    literal: list[str]
+
+
+def config_values(arguments: tuple[str, ...]) -> Config:
+    """Read ``K=V``, ``K=@FILE`` and ``K=-``.
 
     The newline of a file with one line is left out: ``echo SECRET > FILE`` means no other secret than ``SECRET``.
     """
@@ -58,7 +65,7 @@ def config_values(arguments: tuple[str, ...]) -> tuple[dict[str, str], list[str]
         else:
             values[key] = value
             literal.append(key)
-    return values, literal
+    return Config(values, literal)
 
 
 def json_object(argument: str | None) -> dict[str, Any]:

@@ -17,13 +17,13 @@ from typing import Any
 
 import click
 
-from host.cli.options import SINCE, here, of_plugin
+from host.cli.options import SINCE, of_plugin
 from host.cli.output import newest, safe
 from host.client.client import Client
 from isolator.audit import files, reader
 from isolator.audit.record import parse
 from isolator.cli.audit import audit, check_types, moment, print_lines, readable, width
-from isolator.cli.colour import styled
+from isolator.cli.output import here, print_json, styled
 from isolator.errors import DeniedError, IsolatorError, NotFoundError, UnavailableError
 from isolator.paths import Paths
 
@@ -92,7 +92,7 @@ def story(root: str | None, event_id: str, as_json: bool) -> None:
     if as_json:
         records = [json.loads(line) for line, _ in found]
         shown = {"event_id": event_id, "records": records, "deliveries": event and event["deliveries"]}
-        click.echo(json.dumps(shown, indent=2))
+        print_json(shown)
         return
     deliveries = event["deliveries"] if event is not None else None
     for line in story_lines(event_id, [record for _, record in found], width(), deliveries):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
-from host.cli.options import here
-from host.cli.output import print_json, size
+from host.cli.output import size
+from isolator.cli.output import here, print_json
 from isolator.cli.progress import Progress
 from isolator.errors import IsolatorError, UsageError
 from isolator.paths import Paths

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import click
 
-from host.cli.options import here
-from host.cli.output import SETTINGS, show_alarms
+from host.cli.output import show_alarms
 from host.client.client import Client
 from isolator.cli.check import show
+from isolator.cli.output import here
 from isolator.errors import IsolatorError
 from isolator.paths import Paths
-from isolator.policy.parse.load import invoker, load_host_config
+from isolator.policy.parse.trusted import invoker, load_host_config
 
 _TIMEOUT = 20.0
 
 
 @click.command(
-    context_settings=SETTINGS,
     epilog="\b\nExamples:\n  sudo isolator check\n  sudo isolator check --json | jq '.controls[]'",
 )
 @here

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import click
-
 from host.cli.output import safe
 from isolator.audit.failures import failure
 from isolator.audit.record import Record
@@ -111,16 +109,16 @@ def collect(
     return list(found.values())
 
 
-def show(denials: Iterable[Denial], name: str) -> None:
-    """Print denials for people: count and attempt, then the line that would grant it."""
+def lines(denials: Iterable[Denial], name: str) -> Iterator[str]:
+    """Denials for people: count and attempt, then the line that would grant it."""
     for denial in denials:
         events = f", during {', '.join(sorted(denial.events)[:3])}" if denial.events else ""
-        click.echo(f"{denial.count:>6} ×  {attempt(denial)}  (last {denial.last[:19]}Z{events})")
+        yield f"{denial.count:>6} ×  {attempt(denial)}  (last {denial.last[:19]}Z{events})"
         advice = denial.advice
-        click.echo(f"          {safe(advice.why)}")
+        yield f"          {safe(advice.why)}"
         if advice.line is not None:
             where = f"policies/{name}.toml" if advice.file == "policy" else advice.file
-            click.echo(f"          to allow it, in [{advice.table}] of {where}:  {safe(advice.line)}")
+            yield f"          to allow it, in [{advice.table}] of {where}:  {safe(advice.line)}"
 
 
 def _rows(record: Record, policy: EffectivePolicy) -> Iterator[tuple[str, dict[str, Any], int]]:

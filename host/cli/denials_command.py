@@ -8,23 +8,22 @@ import click
 
 from host.cli import denials as summary
 from host.cli import trail
-from host.cli.complete import plugin_names
-from host.cli.output import AS_JSON, SETTINGS, newest, print_json
+from host.cli.options import NAME, SINCE
+from host.cli.output import newest
 from host.client.client import Client
 from isolator.audit.reader import Query
 from isolator.cli.audit import moment
+from isolator.cli.output import here, print_json
 from isolator.errors import IsolatorError
 
 
 @click.command(
-    context_settings=SETTINGS,
     epilog="\b\nExamples:\n  isolator plugin denials slack\n  isolator plugin denials slack --since 1h --json",
 )
-@click.argument("name", shell_complete=plugin_names)
+@NAME
 @newest("limit", 50, 100_000)
-@click.option("--since", metavar="TIME", help="From this time on: 2h, 30m, 2026-01-31T12:00 (UTC).")
-@AS_JSON
-@click.pass_obj
+@SINCE
+@here
 def denials(root: str | None, name: str, limit: int, since: str | None, as_json: bool) -> None:
     """Show what a plugin was refused, and what failed, each thing once.
 
@@ -41,7 +40,7 @@ def denials(root: str | None, name: str, limit: int, since: str | None, as_json:
     if as_json:
         print_json([denial.to_json() for denial in found])
     elif found:
-        summary.show(found, name)
+        click.echo("\n".join(summary.lines(found, name)))
     else:
         click.echo(f"{name} was refused nothing so far, and nothing has failed", err=True)
 

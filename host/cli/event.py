@@ -10,15 +10,18 @@ from typing import Any
 import click
 
 from host.cli import arguments, examples
-from host.cli.complete import event_ids, event_names, plugin_names
+from host.cli.complete import event_ids, event_names
 from host.cli.many import Aliased
-from host.cli.output import AS_JSON, SETTINGS, ago, latency, newest, paragraph, print_json, result_in, safe, table
-from host.client.client import Client
+from host.cli.options import SINCE, of_plugin
+from host.cli.output import ago, latency, newest, paragraph, result_in, safe, table
+from host.client.client import Client, ask
 from host.schemas.flat import fields
 from isolator.cli.audit import moment
+from isolator.cli.output import here, print_json, print_result
 from isolator.cli.progress import Progress
 from isolator.errors import IsolatorError, NotFoundError, UsageError, nearest
 
+_ID = click.argument("event_id", metavar="ID", shell_complete=event_ids)
 _FINE = ("ok", "skipped")
 _JOB_LOOK = 0.2
 """Seconds between two looks at a job that is waited for."""
@@ -26,7 +29,6 @@ _JOB_LOOK = 0.2
 
 @click.group(
     cls=Aliased,
-    context_settings=SETTINGS,
     epilog="\b\nExamples:\n  isolator event types\n"
     '  isolator event emit deploy.completed \'{"project_id": "p1", "deployment_id": "d1",\n'
     '    "url": "https://shop.example", "duration_ms": 5100}\' --wait\n  isolator event dead',
@@ -46,8 +48,7 @@ def event() -> None:
 @click.option("--wait", is_flag=True, help="Wait for the outcome at every plugin; exit 1 unless all are ok.")
 @click.option("--timeout", default=30.0, show_default=True, type=click.FloatRange(0, 3600), help="Seconds to wait.")
 @click.option("--dedupe-key", metavar="KEY", help="Emit once: the same key again returns the first event.")
-@AS_JSON
-@click.pass_obj
+@here
 def emit(
     root: str | None, name: str, payload: str | None, wait: bool, timeout: float, dedupe_key: str | None, as_json: bool
 ) -> int:
@@ -91,11 +92,10 @@ def emit(
 )
 @newest("limit", 50, 10_000)
 @click.option("--type", "--name", "name", metavar="EVENT", shell_complete=event_names, help="Only events of this type.")
-@click.option("--plugin", metavar="NAME", shell_complete=plugin_names, help="Only events for this plugin.")
+@of_plugin("Only events for this plugin.")
 @click.option("--state", metavar="STATE", help="Only with a delivery in this state: retry, dead, ok, ...")
-@click.option("--since", metavar="T", help="A time, or an age such as 2h.")
-@AS_JSON
-@click.pass_obj
+@SINCE
+@here
 def list_events(
     root: str | None,
     limit: int,
@@ -112,8 +112,7 @@ def list_events(
     request: dict[str, Any] = {"limit": limit, "event": name, "plugin": plugin, "state": state, "brief": not as_json}
     if (begin := moment(since)) is not None:
         request["since"] = datetime.fromisoformat(begin).timestamp()
-    with Client(root) as client:
-        events = client.call("event.list", **request)["events"]
+    events = ask(root, "event.list", **request)["events"]
     if as_json:
         print_json(events)
         return
@@ -130,13 +129,11 @@ def list_events(
 
 
 @event.command()
-@click.argument("event_id", metavar="ID", shell_complete=event_ids)
-@AS_JSON
-@click.pass_obj
+@_ID
+@here
 def show(root: str | None, event_id: str, as_json: bool) -> None:
     """Show one event and where each delivery stands."""
-    with Client(root) as client:
-        row = client.call("event.show", id=event_id)
+    row = ask(root, "event.show", id=event_id)
     if as_json:
         print_json(row)
         return
@@ -146,38 +143,27 @@ def show(root: str | None, event_id: str, as_json: bool) -> None:
 
 
 @event.command()
-@click.argument("event_id", metavar="ID", shell_complete=event_ids)
-@click.option(
-    "--plugin", metavar="NAME", shell_complete=plugin_names, help="Only there; also repeats a delivery that succeeded."
-)
-@AS_JSON
-@click.pass_obj
+@_ID
+@of_plugin("Only there; also repeats a delivery that succeeded.")
+@here
 def replay(root: str | None, event_id: str, plugin: str | None, as_json: bool) -> None:
     """Deliver again what was given up."""
-    with Client(root) as client:
-        answer = client.call("event.replay", id=event_id, plugin=plugin)
-    if as_json:
-        print_json(answer)
-    else:
-        click.echo(f"queued {answer['id']} again for {', '.join(answer['plugins'])}")
+    answer = ask(root, "event.replay", id=event_id, plugin=plugin)
+    print_result(answer, f"queued {answer['id']} again for {', '.join(answer['plugins'])}", as_json=as_json)
 
 
 def _change(verb: str, summary: str, done: str, *, of_one: bool = True) -> None:
     epilog = f"\b\nExamples:\n  isolator event {verb} ev_0195"
 
     def command(root: str | None, event_id: str, as_json: bool, plugin: str | None = None) -> None:
-        with Client(root) as client:
-            answer = client.call(f"event.{verb}", id=event_id, **({"plugin": plugin} if plugin is not None else {}))
-        if as_json:
-            print_json(answer)
-        else:
-            click.echo(f"{done} {answer['id']} for {', '.join(answer['plugins'])}")
+        answer = ask(root, f"event.{verb}", id=event_id, **({"plugin": plugin} if plugin is not None else {}))
+        print_result(answer, f"{done} {answer['id']} for {', '.join(answer['plugins'])}", as_json=as_json)
 
-    decorated = AS_JSON(click.pass_obj(command))
+    decorated = here(command)
     if of_one:
-        decorated = click.option("--plugin", metavar="NAME", shell_complete=plugin_names, help="Only there.")(decorated)
+        decorated = of_plugin("Only there.")(decorated)
         epilog += f"\n  isolator event {verb} ev_0195 --plugin slack"
-    decorated = click.argument("event_id", metavar="ID", shell_complete=event_ids)(decorated)
+    decorated = _ID(decorated)
     event.command(verb, help=summary, epilog=epilog)(decorated)
 
 
@@ -198,15 +184,14 @@ def _rate(_: click.Context, __: click.Parameter, text: str) -> float:
     "  isolator event recover --plugin slack --since 2026-01-31T12:00 --missed --rate 50/s --wait\n\n"
     "It runs in the daemon, over restarts too: isolator event jobs; isolator event cancel JOB"
 )
-@click.option("--plugin", metavar="NAME", required=True, shell_complete=plugin_names, help="The plugin to deliver to.")
-@click.option("--since", metavar="T", required=True, help="Events since a time, or an age such as 2h.")
+@of_plugin("The plugin to deliver to.", required=True)
+@click.option("--since", metavar="TIME", required=True, help="Events since a time, or an age such as 2h.")
 @click.option("--dead", is_flag=True, help="Only what was given up; not what killed the plugin.")
 @click.option("--missed", is_flag=True, help="Only what it never got, and is granted now.")
 @click.option("--rate", metavar="N/s", default="20/s", show_default=True, callback=_rate, help="Deliveries a second.")
 @click.option("--dry-run", is_flag=True, help="Only count them.")
 @click.option("--wait", is_flag=True, help="Wait until all are queued; Ctrl-C ends the waiting alone.")
-@AS_JSON
-@click.pass_obj
+@here
 def recover(
     root: str | None, plugin: str, since: str, dead: bool, missed: bool, rate: float, dry_run: bool, wait: bool,
     as_json: bool,
@@ -243,12 +228,10 @@ def _wait_for_job(client: Client, job: str, *, quiet: bool) -> str:
 
 
 @event.command(epilog="\b\nExamples:\n  isolator event jobs\n  isolator event jobs --json")
-@AS_JSON
-@click.pass_obj
+@here
 def jobs(root: str | None, as_json: bool) -> None:
     """List the recovery jobs and how far they are."""
-    with Client(root) as client:
-        found = client.call("event.jobs")["jobs"]
+    found = ask(root, "event.jobs")["jobs"]
     if as_json:
         print_json(found)
     elif found:
@@ -264,14 +247,12 @@ def jobs(root: str | None, as_json: bool) -> None:
 
 
 @event.command()
-@click.option("--plugin", metavar="NAME", shell_complete=plugin_names, help="Only of this plugin.")
+@of_plugin("Only of this plugin.")
 @newest("limit", 1000, 100_000)
-@AS_JSON
-@click.pass_obj
+@here
 def dead(root: str | None, plugin: str | None, limit: int, as_json: bool) -> None:
     """List deliveries that were given up, with the reason."""
-    with Client(root) as client:
-        deliveries = client.call("event.dead", plugin=plugin, limit=limit)["deliveries"]
+    deliveries = ask(root, "event.dead", plugin=plugin, limit=limit)["deliveries"]
     if as_json:
         print_json(deliveries)
         return
@@ -290,14 +271,12 @@ def dead(root: str | None, plugin: str | None, limit: int, as_json: bool) -> Non
 )
 @click.argument("name", required=False, shell_complete=event_names)
 @click.option("--example", is_flag=True, help="Print a payload with every required field; needs NAME.")
-@AS_JSON
-@click.pass_obj
+@here
 def types(root: str | None, name: str | None, example: bool, as_json: bool) -> None:
     """List the events there are; with NAME: the fields of one, with their limits."""
     if example and name is None:
         raise UsageError("--example", "needs the name of an event", "isolator event types NAME --example")
-    with Client(root) as client:
-        found = client.call("event.types")["types"]
+    found = ask(root, "event.types")["types"]
     if name is not None:
         near = nearest(name, [entry["name"] for entry in found])
         found = [entry for entry in found if entry["name"] == name]

@@ -16,10 +16,11 @@ from typing import Any
 
 import click
 
-from host.cli.options import NAME, F, here, yes
-from host.cli.output import print_json, safe
+from host.cli.options import NAME, F, yes
+from host.cli.output import safe
 from host.client.client import Client
 from isolator.base.pacing import Backoff
+from isolator.cli.output import here, print_result
 from isolator.errors import DeniedError, IsolatorError, NeedsApprovalError, NotFoundError, UsageError
 from isolator.paths import Paths
 from isolator.policy.edit import LISTS, Value
@@ -104,10 +105,9 @@ def _edit(
                 _agree(name, kind, yes=yes)
             _write(path, after)
             state = _in_use(client, shown, kind)
-    if as_json:
-        print_json({"plugin": name, "file": str(path), "diff": lines, "state": state})
-    else:
-        click.echo(f"{path}: {state}")
+    print_result(
+        {"plugin": name, "file": str(path), "diff": lines, "state": state}, f"{path}: {state}", as_json=as_json
+    )
 
 
 def _spelled(kind: str, value: str) -> Value:
@@ -152,7 +152,8 @@ def _read(path: Path, name: str) -> str:
 
 def _check(root: str | None, path: Path, text: str) -> None:
     """Raise the error that the daemon would have of this file."""
-    from isolator.policy.parse.load import check_ceiling, load_host_config, parse_plugin_policy
+    from isolator.policy.parse.load import check_ceiling, parse_plugin_policy
+    from isolator.policy.parse.trusted import load_host_config
 
     check_ceiling(parse_plugin_policy(text.encode(), source=str(path)), load_host_config(Paths.of(root).host_toml))
 

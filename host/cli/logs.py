@@ -10,10 +10,11 @@ from typing import Any
 import click
 
 from host.cli.complete import plugin_names
-from host.cli.options import SINCE, here
-from host.cli.output import SETTINGS, newest, safe
+from host.cli.options import SINCE
+from host.cli.output import newest, safe
 from host.client.client import Client
 from isolator.cli.audit import moment
+from isolator.cli.output import here
 from isolator.errors import NotFoundError, UnavailableError
 
 _USUAL, _MOST = 100, 10_000
@@ -21,7 +22,6 @@ _USUAL, _MOST = 100, 10_000
 
 
 @click.command(
-    context_settings=SETTINGS,
     epilog="\b\nExamples:\n  isolator plugin logs slack -f\n  isolator plugin logs --since 10m\n"
     "  isolator plugin logs slack indexer -n 1000 --json",
 )

@@ -9,7 +9,6 @@ from pathlib import Path
 import click
 
 from host.cli.help import VARIABLES, exit_codes
-from host.cli.output import SETTINGS
 from isolator import __version__
 from isolator.errors import IsolatorError
 
@@ -18,7 +17,6 @@ NAMES = "isolator*.1"
 
 
 @click.command(
-    context_settings=SETTINGS,
     epilog="\b\nExamples:\n  sudo isolator man /usr/local/share/man/man1\n  isolator man pages",
 )
 @click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))

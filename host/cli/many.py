@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from host.cli.output import print_json
+from isolator.cli.output import print_json
 from isolator.errors import IsolatorError
 
 _ALIASES = {"ls": "list", "ps": "list", "rm": "remove", "inspect": "show"}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import click
 
 from host.cli.complete import plugin_names
-from host.cli.output import AS_JSON
+from isolator.cli.output import here
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -20,16 +22,33 @@ SINCE = click.option("--since", metavar="TIME", help="From this time on: 2h, 30m
 VERBOSE = click.option("-v", "--verbose", is_flag=True, help="Also what each layer promises, in sentences.")
 
 
-def here(command: F) -> F:
-    """Pass the root to a command, as its first parameter, and give it ``--json`` (``as_json``)."""
-    return AS_JSON(click.pass_obj(command))  # type: ignore[return-value]
-
-
 def yes(meaning: str = "Agree to what is shown.") -> Callable[[F], F]:
     """Declare ``--yes``, which answers a question before it is asked."""
     return click.option("--yes", "-y", is_flag=True, help=meaning)
 
 
-def of_plugin(meaning: str) -> Callable[[F], F]:
+@dataclass(frozen=True)
+class Manner:
+    """The way in which a plugin is registered at a terminal: agreed to beforehand, with all sentences, as JSON."""
+
+    yes: bool
+    verbose: bool
+    as_json: bool
+
+
+def registering(meaning: str = "Agree to what is shown.") -> Callable[[F], F]:
+    """Pass the root to a command that registers, as its first parameter, and declare its ``manner``."""
+
+    def declare(command: F) -> F:
+        @functools.wraps(command)
+        def called(root: str | None, *, yes: bool, verbose: bool, as_json: bool, **others: Any) -> Any:
+            return command(root, manner=Manner(yes, verbose, as_json), **others)
+
+        return cast(F, yes(meaning)(VERBOSE(here(called))))
+
+    return declare
+
+
+def of_plugin(meaning: str, *, required: bool = False) -> Callable[[F], F]:
     """Declare ``--plugin``, which narrows a command to one plugin."""
-    return click.option("--plugin", metavar="NAME", shell_complete=plugin_names, help=meaning)
+    return click.option("--plugin", metavar="NAME", required=required, shell_complete=plugin_names, help=meaning)

@@ -14,14 +14,12 @@ from typing import Any, TypeVar
 
 import click
 
-from isolator.cli.colour import styled
+from isolator.cli.output import styled
 from isolator.errors import printable
 
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 F = TypeVar("F", bound=Callable[..., Any])
 _NARROWEST, _BELOW = 24, "    "
 """Columns that a table's last column has to have, and the indentation of what stands below its row instead."""
-SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 
 
 def newest(name: str, default: int | None, most: int, least: int = 1, *, shown: str | bool = True) -> Callable[[F], F]:
@@ -37,11 +35,6 @@ def newest(name: str, default: int | None, most: int, least: int = 1, *, shown: 
         type=click.IntRange(least, most),
         help="Only the newest N.",
     )
-
-
-def print_json(value: Any) -> None:
-    """Print one indented JSON document."""
-    click.echo(json.dumps(value, indent=2))
 
 
 def show_alarms(alarms: Sequence[str]) -> None:

@@ -13,8 +13,8 @@ from host.cli import arguments, notes
 from host.cli.add import add, update
 from host.cli.grants import grant, revoke
 from host.cli.many import Aliased, each
-from host.cli.options import NAME, NAMES, VERBOSE, here, yes
-from host.cli.output import SETTINGS, ago, print_json, safe, show_alarms, table
+from host.cli.options import NAME, NAMES, Manner, registering, yes
+from host.cli.output import ago, safe, show_alarms, table
 from host.cli.registration import (
     AS_LONG_AS_STARTS_TAKE,
     HISTORY_HINT,
@@ -22,9 +22,10 @@ from host.cli.registration import (
     register_plugin,
     show_proposal,
 )
-from host.client.client import Client
+from host.client.client import Client, ask
 from isolator.base.pacing import Backoff
 from isolator.cli.audit import moment
+from isolator.cli.output import here, print_json, print_result
 from isolator.cli.progress import Progress
 from isolator.errors import IsolatorError, NeedsApprovalError, NotFoundError, UsageError
 from isolator.policy import units
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
         "logs": "host.cli.logs:logs",
         "test": "host.authoring.trial_command:test",
     },
-    context_settings=SETTINGS,
     epilog="\b\nExamples:\n  isolator plugin add ./slack-deploy-notifier --config slack_webhook_url=@url.txt\n"
     "  isolator plugin add --name indexer --binary /opt/indexer --hooks deploy.completed\n"
     "  isolator plugin explain slack-deploy-notifier",
@@ -58,8 +58,7 @@ plugin.add_command(update)
 @here
 def list_plugins(root: str | None, failed: bool, as_json: bool) -> None:
     """List every plugin with its state."""
-    with Client(root) as client:
-        answer = client.call("plugin.list")
+    answer = ask(root, "plugin.list")
     plugins = [p for p in answer["plugins"] if not failed or notes.fails(p)]
     show_alarms(answer["alarms"])
     if as_json:
@@ -83,8 +82,7 @@ def list_plugins(root: str | None, failed: bool, as_json: bool) -> None:
 @here
 def show(root: str | None, name: str, as_json: bool) -> None:
     """Show everything about one plugin."""
-    with Client(root) as client:
-        found = client.call("plugin.show", name=name)
+    found = ask(root, "plugin.show", name=name)
     if as_json:
         print_json(found)
         return
@@ -154,8 +152,7 @@ def _show_troubles(root: str | None, found: Mapping[str, Any]) -> None:
 @here
 def explain(root: str | None, name: str, as_json: bool) -> None:
     """Show request, grant and effect line by line, and the promise of each layer."""
-    with Client(root) as client:
-        proposal = client.call("plugin.explain", name=name)["proposal"]
+    proposal = ask(root, "plugin.explain", name=name)["proposal"]
     if as_json:
         print_json(proposal)
     else:
@@ -253,10 +250,7 @@ def rollback(root: str | None, name: str, to: str | None, as_json: bool) -> None
     """Go back to the version before; if that is not up in time, nothing changes."""
     with Client(root, timeout=AS_LONG_AS_STARTS_TAKE) as client, Progress(f"rollback {name}", quiet=as_json):
         answer = client.call("plugin.rollback", name=name, **({"to": to} if to else {}))
-    if as_json:
-        print_json(answer)
-    else:
-        click.echo(f"rolled back {name}; {answer['plugin']['version']} is in use now")
+    print_result(answer, f"rolled back {name}; {answer['plugin']['version']} is in use now", as_json=as_json)
 
 
 @plugin.command(epilog="\b\nExamples:\n  isolator plugin reject slack")
@@ -267,10 +261,11 @@ def reject(root: str | None, name: str, as_json: bool) -> None:
     with Client(root) as client:
         waiting = client.call("plugin.show", name=name).get("pending") or {}
         answer = client.call("plugin.reject", name=name)
-    if as_json:
-        print_json(answer)
-    else:
-        click.echo(f"rejected {name} {safe(waiting.get('version'))}; {answer['plugin']['version']} stays in use")
+    print_result(
+        answer,
+        f"rejected {name} {safe(waiting.get('version'))}; {answer['plugin']['version']} stays in use",
+        as_json=as_json,
+    )
 
 
 @plugin.command(epilog="\b\nExamples:\n  isolator plugin history slack\n  isolator plugin history slack --json")
@@ -298,10 +293,8 @@ def history(root: str | None, name: str, as_json: bool) -> None:
 
 @plugin.command(epilog="\b\nExamples:\n  isolator plugin approve slack\n  isolator plugin approve slack --verbose")
 @NAME
-@yes()
-@VERBOSE
-@here
-def approve(root: str | None, name: str, yes: bool, verbose: bool, as_json: bool) -> None:
+@registering()
+def approve(root: str | None, name: str, manner: Manner) -> None:
     """Show what waits for an operator's agreement, ask, and agree to it.
 
     That is a newer version that asks for more, a binary that was changed, or a plugin found in plugin_dirs.
@@ -309,9 +302,9 @@ def approve(root: str | None, name: str, yes: bool, verbose: bool, as_json: bool
     with Client(root, timeout=AS_LONG_AS_STARTS_TAKE) as client:
         now = client.call("plugin.show", name=name)
         if now.get("found"):
-            register_plugin(client, {"path": now["found"]}, {}, [], yes=yes, verbose=verbose, as_json=as_json)
+            register_plugin(client, {"path": now["found"]}, arguments.Config({}, []), manner)
         else:
-            approve_plugin(client, now, yes=yes, verbose=verbose, as_json=as_json)
+            approve_plugin(client, now, manner)
 
 
 @plugin.command(epilog="\b\nExamples:\n  isolator plugin remove slack\n  isolator plugin remove --yes slack indexer")
@@ -383,10 +376,7 @@ def config(root: str | None, name: str, action: str, values: tuple[str, ...], as
 
 
 def _show_change(answer: Mapping[str, Any], change: str, *, as_json: bool) -> None:
-    if as_json:
-        print_json(answer)
-    else:
-        click.echo(change + ("; restarted" if answer.get("restarted") else ""))
+    print_result(answer, change + ("; restarted" if answer.get("restarted") else ""), as_json=as_json)
 
 
 def _show_config(items: list[dict[str, Any]]) -> None:

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from host.cli.output import paragraph, print_json, safe, size, table, terminal_width
+from host.cli.arguments import Config
+from host.cli.options import Manner
+from host.cli.output import paragraph, safe, size, table, terminal_width
+from isolator.cli.output import print_json
 from isolator.cli.progress import Progress
 from isolator.errors import NeedsApprovalError, UsageError
 
@@ -28,32 +31,20 @@ _WIDE = 110
 _NAMES = ("hooks", "permissions", "egress", "listen", "read")
 
 
-def register_plugin(
-    client: Client,
-    request: Mapping[str, Any],
-    values: dict[str, str],
-    literal: list[str],
-    *,
-    yes: bool,
-    verbose: bool,
-    as_json: bool,
-) -> None:
-    """Register a new plugin; raises NeedsApprovalError when nobody agrees.
-
-    ``literal``: keys of ``values`` whose value stood on the command line.
-    """
-    staged = _stage(client, request, values, quiet=as_json)
+def register_plugin(client: Client, request: Mapping[str, Any], config: Config, manner: Manner) -> None:
+    """Register a new plugin; raises NeedsApprovalError when nobody agrees."""
+    staged = _stage(client, request, config, quiet=manner.as_json)
     name = staged["name"]
     if staged.get("registered"):
         raise UsageError(f"plugin {name}", "is already registered", f"isolator plugin update {name} DIR")
-    if not as_json:
-        _show_staged(staged, verbose=verbose)
-    _warn_of_history(staged, literal)
-    if not yes:
+    if not manner.as_json:
+        _show_staged(staged, verbose=manner.verbose)
+    _warn_of_history(staged, config)
+    if not manner.yes:
         _require_consent("plugin add", f"Register {name} with exactly this?")
-    with Progress(f"registering {name}", quiet=as_json):
-        done = client.call("plugin.commit", token=staged["token"], config=values)
-    if as_json:
+    with Progress(f"registering {name}", quiet=manner.as_json):
+        done = client.call("plugin.commit", token=staged["token"], config=config.values)
+    if manner.as_json:
         print_json({**done, "proposal": staged["proposal"], "warnings": [*staged["warnings"], *staged["faults"]]})
         return
     click.echo(f"added {name} {done['plugin']['version']}; it starts with its first event")
@@ -64,29 +55,25 @@ def register_plugin(
 def update_plugin(
     client: Client,
     request: Mapping[str, Any],
-    values: dict[str, str],
-    literal: list[str],
-    *,
-    yes: bool,
-    verbose: bool,
-    as_json: bool,
+    config: Config,
+    manner: Manner,
     then: Callable[[], dict[str, Any]] = dict,
 ) -> None:
     """Exchange a version; raises NeedsApprovalError when it asks for more and nobody agrees: then it waits.
 
-    ``then`` is called once the new version is in use; what it returns goes along with ``as_json``.
+    ``then`` is called once the new version is in use; what it returns goes along with ``--json``.
     """
-    staged = _stage(client, request, values, quiet=as_json)
+    staged = _stage(client, request, config, quiet=manner.as_json)
     name, more = staged["name"], staged["differences"]
-    if not as_json:
-        _show_staged(staged, verbose=verbose)
+    if not manner.as_json:
+        _show_staged(staged, verbose=manner.verbose)
         _show_differences(name, more)
-    _warn_of_history(staged, literal)
-    agreed = yes or (bool(more) and sys.stdin.isatty() and click.confirm(f"Let {name} have exactly this?"))
-    with Progress(f"exchanging {name}", quiet=as_json):
-        done = client.call("plugin.update", token=staged["token"], config=values, approve=agreed)
+    _warn_of_history(staged, config)
+    agreed = manner.yes or (bool(more) and sys.stdin.isatty() and click.confirm(f"Let {name} have exactly this?"))
+    with Progress(f"exchanging {name}", quiet=manner.as_json):
+        done = client.call("plugin.update", token=staged["token"], config=config.values, approve=agreed)
     more_known = then() if not done.get("pending") else {}
-    if as_json:
+    if manner.as_json:
         warnings = [*staged["warnings"], *staged["faults"]]
         print_json({**done, "proposal": staged["proposal"], "warnings": warnings, **more_known})
     if done.get("pending"):
@@ -95,22 +82,22 @@ def update_plugin(
             f"asks for more than {done['plugin']['version']}, which stays in use: {'; '.join(map(safe, more))}",
             f"isolator plugin approve {name}",
         )
-    if not as_json:
+    if not manner.as_json:
         unchanged = done.get("unchanged")
         click.echo(f"{name} {done['plugin']['version']} {'is in use already' if unchanged else 'is in use now'}")
         _show_withheld(staged["proposal"])
         _warn_of_missing(name, done["missing"])
 
 
-def approve_plugin(client: Client, entry: Mapping[str, Any], *, yes: bool, verbose: bool, as_json: bool) -> None:
+def approve_plugin(client: Client, entry: Mapping[str, Any], manner: Manner) -> None:
     """Approve the pending version of a registered plugin, exactly as it is shown; ``entry`` is the plugin as it is."""
     name = entry["name"]
     proposal = client.call("plugin.explain", name=name)["proposal"]
     if not (entry.get("pending") or entry.get("error") or proposal["changed_binary"]):
         raise UsageError(f"plugin {name}", "nothing waits for approval", "see 'isolator plugin list'")
-    if not as_json:
+    if not manner.as_json:
         click.echo(f"{name} {safe(proposal['version'])}\n")
-        show_proposal(proposal, verbose=verbose)
+        show_proposal(proposal, verbose=manner.verbose)
         _show_differences(name, proposal["differences"])
         if proposal.get("policy_diff"):
             click.echo(f"{proposal['policy_file']} has been edited; only this changes in it:")
@@ -119,21 +106,21 @@ def approve_plugin(client: Client, entry: Mapping[str, Any], *, yes: bool, verbo
             click.echo()
         if proposal["changed_binary"]:
             click.echo("Its binary is another file than the one that was approved.\n")
-    if not yes:
+    if not manner.yes:
         _require_consent("plugin approve", f"Approve {name} with exactly this?")
-    with Progress(f"approving {name}", quiet=as_json):
+    with Progress(f"approving {name}", quiet=manner.as_json):
         answer = client.call("plugin.approve", name=name, digest=proposal["digest"])
-    if as_json:
+    if manner.as_json:
         print_json({**answer, "withheld": _withheld(proposal)})
         return
     click.echo(f"approved {name}; {answer['plugin']['version']} is in use now")
     _show_withheld(proposal)
 
 
-def _stage(client: Client, request: Mapping[str, Any], values: dict[str, str], *, quiet: bool) -> dict[str, Any]:
+def _stage(client: Client, request: Mapping[str, Any], config: Config, *, quiet: bool) -> dict[str, Any]:
     """Have the daemon copy and read what is offered."""
     with Progress("copying and reading the plugin", quiet=quiet):
-        return client.call("plugin.stage", **request, config=values)
+        return client.call("plugin.stage", **request, config=config.values)
 
 
 def _show_withheld(proposal: Mapping[str, Any]) -> None:
@@ -157,8 +144,8 @@ def _show_differences(name: str, more: Sequence[str]) -> None:
         click.echo()
 
 
-def _warn_of_history(staged: Mapping[str, Any], literal: list[str]) -> None:
-    if {key.lower() for key in staged["secrets_given"]} & {key.lower() for key in literal}:
+def _warn_of_history(staged: Mapping[str, Any], config: Config) -> None:
+    if {key.lower() for key in staged["secrets_given"]} & {key.lower() for key in config.literal}:
         click.echo(HISTORY_HINT, err=True)
 
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import click
 
-from host.cli.options import here
-from host.cli.output import print_json
 from host.client.client import Client
+from isolator.cli.output import here, print_result
 from isolator.cli.progress import Progress
 from isolator.errors import IsolatorError, UnavailableError
 
@@ -37,10 +36,11 @@ def reload(root: str | None, timeout: float, no_wait: bool, as_json: bool) -> No
     with Progress("reloading", _STEPS, quiet=as_json) as progress:
         wanted, before = _ask(root, end)
         found = _wait(root, wanted, end, None if no_wait else before, progress)
-    if as_json:
-        print_json({"generation": found["generation"], "version": found["version"]})
-    else:
-        click.echo(f"reloaded: version {found['version']}, generation {found['generation']}")
+    print_result(
+        {"generation": found["generation"], "version": found["version"]},
+        f"reloaded: version {found['version']}, generation {found['generation']}",
+        as_json=as_json,
+    )
 
 
 def _ask(root: str | None, end: float) -> tuple[int, int]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from host.cli.options import here
-from host.cli.output import ago, print_json, safe, show_alarms
-from host.client.client import Client
+from host.cli.output import ago, safe, show_alarms
+from host.client.client import ask
+from isolator.cli.output import here, print_json
 from isolator.paths import Paths
 
 _BAD_STATES = ("failed", "rejected", "backoff")
@@ -22,8 +22,7 @@ _BAD_STATES = ("failed", "rejected", "backoff")
 @here
 def status(root: str | None, as_json: bool) -> int:
     """Show the daemon on one screen: processes, plugins, queue, trail, alarms."""
-    with Client(root) as client:
-        found = client.call("status")
+    found = ask(root, "status")
     where = str(Paths.of(root).root)
     if as_json:
         print_json({"root": where, **found})

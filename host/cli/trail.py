@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from host.client.client import Client
+from host.client.client import Client, ask
 from isolator.audit import files, reader
 from isolator.audit.reader import Query
 from isolator.audit.record import Record, parse
@@ -61,8 +61,7 @@ def standing(root: str | None, event_id: str) -> dict[str, Any] | None:
 def newest(root: str | None) -> int:
     """Number of the newest record; 0 when there is none."""
     if _asks_daemon(root):
-        with Client(root) as client:
-            return int(client.call("status")["trail"]["last"] or 0)
+        return int(ask(root, "status")["trail"]["last"] or 0)
     lines = reader.tail(Paths.of(root).audit_log, 1)
     return (files.seq_of(lines[-1]) or 0) if lines else 0
 

@@ -45,3 +45,9 @@ class Client:
     def close(self) -> None:
         """Close the connection."""
         self._client.close()
+
+
+def ask(root: str | os.PathLike[str] | None, method: str, /, **params: Any) -> dict[str, Any]:
+    """Ask the daemon of ``root`` one thing, on a connection for that alone; raises as ``Client.call``."""
+    with Client(root) as client:
+        return client.call(method, **params)

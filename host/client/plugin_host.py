@@ -17,19 +17,22 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from host.client.terms import our_errors, published_error
 from isolator.audit.record import Record, parse
 from isolator.errors import IsolatorError
 from isolator.paths import Paths
+from isolator_client.address import StrPath
 from isolator_client.aio import AsyncClient
-from isolator_client.calls import Delivered, Emitted, Health
+from isolator_client.calls import Call, Delivered, Emitted, Staged
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
 __all__ = ["ApiHandler", "Delivered", "Emitted", "PluginHost", "Recorded"]
+
+T = TypeVar("T")
 
 ApiHandler = Callable[[str, dict[str, Any]], Awaitable[Any]]
 """Answers a plugin's call: (plugin name, params) → JSON value. Raises IsolatorError to refuse."""
@@ -43,70 +46,36 @@ class Recorded:
     record: Record
 
 
-class PluginHost:
-    """A connection to the daemon; make one with ``connect``."""
-
-    def __init__(self, path: os.PathLike[str] | str) -> None:
-        self._client = AsyncClient(path)
+class PluginHost(AsyncClient):
+    """A connection to the daemon; make one with ``connect``. What it raises are errors of ``isolator.errors``."""
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def connect(cls, root: str | os.PathLike[str] | None = None) -> AsyncIterator[PluginHost]:
+    async def connect(cls, root: os.PathLike[str] | str | None = None) -> AsyncIterator[PluginHost]:
         """Connect to the daemon of ``root`` (default: ``$ISOLATOR_ROOT``, else ``/``).
 
         Raises UnavailableError when none runs there, DeniedError when this user cannot reach its socket.
         """
         host = cls(Paths.of(root).control_socket)
         with our_errors():
-            await host._client.open()
+            await host.open()
         try:
             yield host
         finally:
-            await host._client.close()
-
-    async def emit(
-        self,
-        name: str,
-        payload: Mapping[str, Any],
-        *,
-        dedupe_key: str | None = None,
-        ttl: float | None = None,
-        traceparent: str | None = None,
-        on_behalf_of: str | None = None,
-    ) -> Emitted:
-        """Emit an event; it is safe on disk when this returns. Raises UsageError for a payload that does not fit."""
-        more = {"dedupe_key": dedupe_key, "traceparent": traceparent, "on_behalf_of": on_behalf_of}
-        with our_errors():
-            return await self._client.emit(name, payload, ttl=ttl, **more)
-
-    async def wait(self, event_id: str, *, timeout: float = 30.0) -> list[Delivered]:
-        """The deliveries of an event once all are final, or as they stand after ``timeout`` seconds."""
-        with our_errors():
-            return await self._client.wait(event_id, timeout=timeout)
+            await host.close()
 
     async def register_event(
         self,
         name: str,
-        model: type[BaseModel],
+        schema: Mapping[str, Any] | type[BaseModel],
         *,
         order_by: str | None = None,
         version: int = 1,
         breaking: bool = False,
     ) -> None:
-        """Make an event of the platform's own known; its payloads are checked against ``model`` by the daemon."""
-        schema = model.model_json_schema()
-        with our_errors():
-            await self._client.register_event(name, schema, order_by=order_by, version=version, breaking=breaking)
-
-    async def unregister_event(self, name: str) -> None:
-        """Have the daemon forget an event type; refused while plugins subscribe to it or its events wait."""
-        with our_errors():
-            await self._client.unregister_event(name)
-
-    async def health(self, name: str | None = None) -> list[Health]:
-        """How every plugin, or the one of this name, is doing."""
-        with our_errors():
-            return await self._client.health(name)
+        """Register an event of the platform's own; the daemon checks its payloads against ``schema``, or a model's."""
+        found = schema if isinstance(schema, Mapping) else schema.model_json_schema()
+        await super().register_event(name, found, order_by=order_by, version=version, breaking=breaking)
 
     async def serve(self, method: str, permission: str, handler: ApiHandler) -> None:
         """Answer a host-API method that plugins may call with ``permission``."""
@@ -117,29 +86,34 @@ class PluginHost:
             except IsolatorError as error:
                 raise published_error(error) from error
 
-        with our_errors():
-            await self._client.serve(method, permission, answer)
+        await super().serve(method, permission, answer)
 
-    async def audit(self, *, after: int | None = None, lines: int = 0) -> AsyncIterator[Recorded]:
+    async def audit(  # type: ignore[override]  # its records are of this project's type
+        self, *, after: int | None = None, lines: int = 0
+    ) -> AsyncIterator[Recorded]:
         """The records of the trail as they are written: those after record ``after``, else from the last ``lines`` on.
 
         Goes on where it was when the daemon was away. Raises IsolatorError when a record does not continue the one
         before, and when the trail ends before ``after``: then it was changed.
         """
         with our_errors():
-            async with contextlib.aclosing(self._client.audit(after=after, lines=lines)) as arriving:
+            async with contextlib.aclosing(super().audit(after=after, lines=lines)) as arriving:
                 async for recorded in arriving:
                     record = parse(recorded.line.encode("ascii"))
                     if record is None:
                         raise IsolatorError("audit trail", "sends no record", "isolator audit verify")
                     yield Recorded(recorded.line, record)
 
-    async def plugins(self) -> list[dict[str, Any]]:
-        """Every plugin with its live figures."""
-        with our_errors():
-            return await self._client.plugins()
-
     async def call(self, method: str, /, **params: Any) -> dict[str, Any]:
         """Any verb of the control socket; raises the error that the daemon raised."""
         with our_errors():
-            return await self._client.call(method, **params)
+            return await super().call(method, **params)
+
+    async def stage(self, source: StrPath | int, **more: Any) -> Staged:
+        """As ``AsyncClient.stage``."""
+        with our_errors():
+            return await super().stage(source, **more)
+
+    async def _do(self, call: Call[T]) -> T:
+        with our_errors():
+            return await super()._do(call)

@@ -9,9 +9,9 @@ from typing import Any, Final
 
 import click
 
-from host.cli.options import here
-from host.cli.output import print_json, safe, table
-from host.client.client import Client
+from host.cli.output import safe, table
+from host.client.client import Client, ask
+from isolator.cli.output import here, print_json, print_result
 from isolator.errors import IsolatorError, UnavailableError, UsageError
 from isolator.policy.cluster import parse_name, parse_server
 
@@ -126,10 +126,7 @@ def users(_: str | None, names: tuple[str, ...], folder: Path, more: bool, as_js
     if len({*hosts}) != len(hosts) or "admin" in hosts:
         raise UsageError("HOST", "each host needs a name of its own, and none is called admin")
     files = [*map(str, (add if more else write)(folder, hosts))]
-    if as_json:
-        print_json({"files": files})
-    else:
-        click.echo("\n".join(files))
+    print_result({"files": files}, "\n".join(files), as_json=as_json)
 
 
 @cluster.command(
@@ -139,8 +136,7 @@ def users(_: str | None, names: tuple[str, ...], folder: Path, more: bool, as_js
 @here
 def status(root: str | None, as_json: bool) -> int:
     """Show this host in its cluster: problems, the log, the hosts, who holds which plugin."""
-    with Client(root) as client:
-        found = client.call("cluster.status")
+    found = ask(root, "cluster.status")
     if as_json:
         print_json(found)
     else:
@@ -172,10 +168,7 @@ def place(
     """
     placement = None if everywhere is None else "all" if everywhere else "one"
     wanted = list(labels) if labels or no_labels else None
-    with Client(root) as client:
-        found = client.call(
-            "cluster.place", name=plugin, placement=placement, shards=shards or 0, labels=wanted, anew=anew
-        )
+    found = ask(root, "cluster.place", name=plugin, placement=placement, shards=shards or 0, labels=wanted, anew=anew)
     if as_json:
         print_json(found)
         return

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Sequence
-from typing import Final, cast
+from typing import Final
 
 from pydantic import TypeAdapter
 
@@ -156,30 +156,17 @@ class Outbox:
         first, last = entries[0].ref, entries[-1].ref
         if first.series != self.generation:
             return True
-        rows, emitted = self._database.read(
-            lambda db: (
-                dict(
-                    db.execute(
-                        "SELECT number, entry FROM cluster_outbox WHERE number BETWEEN ? AND ?", (first[2], last[2])
-                    )
-                ),
-                db.execute("SELECT emitted FROM cluster_self").fetchone()[0],
-            )
-        )
-        return last.number <= emitted and all(
+        where = "number BETWEEN ? AND ?"
+        rows = dict(self._database.rows(f"SELECT number, entry FROM cluster_outbox WHERE {where}", (first[2], last[2])))
+        return last.number <= self._database.read(self.emitted) and all(
             _ENTRY.validate_json(rows[one.ref.number]) == one.entry for one in entries if one.ref.number in rows
         )
 
     def waiting(self) -> tuple[int, int]:
         """How many events wait to be read back, and their bytes."""
-        return cast(
-            tuple[int, int],
-            self._database.read(
-                lambda db: db.execute(
-                    "SELECT (SELECT COUNT(*) FROM cluster_outbox WHERE back IS NULL), unsent FROM cluster_self"
-                ).fetchone()
-            ),
-        )
+        count = "SELECT COUNT(*) FROM cluster_outbox WHERE back IS NULL"
+        events, size = self._database.row(f"SELECT ({count}), unsent FROM cluster_self")
+        return events, size
 
 
 def read_back(db: sqlite3.Connection, last: int, time: float) -> None:

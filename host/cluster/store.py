@@ -117,11 +117,8 @@ class FoldStore:
 
     def load(self) -> State:
         """The state up to the place where the database is."""
-        place, time, digest = self._database.read(
-            lambda db: db.execute("SELECT place, time, digest FROM cluster_self").fetchone()
-        )
-        state = State(place, time, digest)
-        for part, key, value in self._database.read(lambda db: db.execute("SELECT * FROM cluster_fold").fetchall()):
+        state = State(*self._database.row("SELECT place, time, digest FROM cluster_self"))
+        for part, key, value in self._database.rows("SELECT * FROM cluster_fold"):
             getattr(state, part)[_key_of(part, key)] = _OF_PARTS[part].validate_json(value)
         self._written = {part: dict(getattr(state, part)) for part in _OF_PARTS}
         return state
@@ -129,10 +126,9 @@ class FoldStore:
     def is_first(self, unique: str, event: EventRef, time: float) -> bool:
         found = self._seen.get(unique)
         if found is None:
-            row = self._database.read(
-                lambda db: db.execute(
-                    "SELECT host, series, number FROM cluster_unique WHERE name=? AND time>?", (unique, time - KEEP)
-                ).fetchone()
+            where = "name=? AND time>?"
+            row = self._database.row(
+                f"SELECT host, series, number FROM cluster_unique WHERE {where}", (unique, time - KEEP)
             )
             found = self._seen[unique] = EventRef(*row) if row is not None else event
             if row is None:

@@ -101,16 +101,10 @@ class App:
             Route(INGRESS + "{name}", self._ingress, methods=["POST"]),
         ]
 
-        async def refused(request: Request, error: Exception) -> Response:
-            return self._refused(request, error)
-
-        async def http_refused(request: Request, error: Exception) -> Response:
-            return self._http_refused(request, error)
-
         async def failed(request: Request, error: Exception) -> Response:
             return self._error(request, 500, IsolatorError("console", "has failed at this", "see the daemon's log"))
 
-        handlers: Any = {IsolatorError: refused, HTTPException: http_refused, Exception: failed}
+        handlers: Any = {IsolatorError: self._refused, HTTPException: self._http_refused, Exception: failed}
         self._routes = Starlette(routes=routes, exception_handlers=handlers)
         # A redirect to the same path with a slash would be made of what the caller sent.
         self._routes.router.redirect_slashes = False
@@ -128,7 +122,7 @@ class App:
         try:
             self._admit(request)
         except IsolatorError as error:
-            answer = self._refused(request, error)
+            answer = await self._refused(request, error)
             answer.headers["connection"] = "close"  # nobody guesses where the next one begins
             await answer(scope, receive, guarded)
             return
@@ -315,7 +309,7 @@ class App:
 
     # --- refusals ----------------------------------------------------------------------------------------------------
 
-    def _refused(self, request: Request, error: Exception) -> Response:
+    async def _refused(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, IsolatorError)
         status = api.STATUS.get(error.code, 502)
         if error.code == "denied" and self._is_unknown(request, error):
@@ -327,7 +321,7 @@ class App:
             return isinstance(error, events.UnknownSenderError)
         return self._caller(request) is None
 
-    def _http_refused(self, request: Request, error: Exception) -> Response:
+    async def _http_refused(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         found: IsolatorError = NotFoundError("page", "there is none of this name", "see /v1/openapi.json")
         if error.status_code != 404:

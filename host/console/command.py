@@ -12,9 +12,8 @@ from pathlib import Path
 
 import click
 
-from host.cli.options import here
-from host.cli.output import print_json
 from host.wire.strict_json import parse_object
+from isolator.cli.output import here, print_json
 from isolator.errors import IsolatorError, UnavailableError
 from isolator.paths import Paths
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from host.channel.calls import patient
 from host.channel.reply import RETRY_LATER
-from host.control.endpoints import AnyEndpoint, Belonging, Caller, Endpoint
+from host.control.endpoints import Belonging, Caller, Verbs, serves
 from host.control.platform_types import ApiAnswer, ApiCall, ApiRegister, ApiUnregister, RegisteredMethod
 from host.control.terms import Nothing
 from host.host_api.api import PLATFORM_TIMEOUT, HostApi
@@ -51,7 +51,7 @@ class _Call:
             self.answer.set_exception(ApiError(RETRY_LATER, "the platform went away", retry_after_ms=1000))
 
 
-class ApiVerbs:
+class ApiVerbs(Verbs):
     """Methods of the host API that the platform serves."""
 
     def __init__(self, api: HostApi) -> None:
@@ -66,14 +66,7 @@ class ApiVerbs:
         self.numbers = 0
         """The number of the newest call."""
 
-    def endpoints(self) -> list[AnyEndpoint]:
-        """The verbs with their handlers."""
-        return [
-            Endpoint(ApiRegister, self.register),
-            Endpoint(ApiUnregister, self.unregister),
-            Endpoint(ApiAnswer, self.answer),
-        ]
-
+    @serves(ApiRegister)
     async def register(self, request: ApiRegister, caller: Caller) -> RegisteredMethod:
         try:
             permission = parse_permission(request.permission)
@@ -102,6 +95,7 @@ class ApiVerbs:
         over = caller.keep(end, kept)
         self._served[method] = caller, end
 
+    @serves(ApiUnregister)
     async def unregister(self, request: ApiUnregister, caller: Caller) -> Nothing:
         server, end = self._served.get(request.method, (None, None))
         if server is not caller or end is None:
@@ -110,6 +104,7 @@ class ApiVerbs:
         end()
         return {}
 
+    @serves(ApiAnswer)
     async def answer(self, request: ApiAnswer, caller: Caller) -> Nothing:
         call = self._calls.get(request.call)
         if call is None or call.caller is not caller:

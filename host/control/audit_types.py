@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypedDict
 
-from host.control.parameters import Request, Texts, Whole
+from host.control.parameters import ListOf, Request, Whole
 from host.control.terms import LARGEST, Nothing, OptionalText
 
 MAX_RECORDS = 10_000
@@ -33,7 +33,7 @@ class AuditSearch(Request, verb="audit.search", role="viewer", recorded=True, re
     """
 
     plugin: OptionalText = None
-    types: Annotated[list[str] | None, Texts()] = None
+    types: Annotated[list[str] | None, ListOf(str)] = None
     event: OptionalText = None
     since: OptionalText = None
     until: OptionalText = None

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Protocol
 
-from host.control.endpoints import AnyEndpoint, Caller, Endpoint
+from host.control.endpoints import Caller, Verbs, serves
 from host.control.platform_types import EventRegister, EventTypeList, EventTypes, EventUnregister, RegisteredEvent
 from host.control.terms import Nothing
 from host.database.store import Store
@@ -35,7 +35,7 @@ class SharedTypes(Protocol):
         """Have all hosts forget a type; raises as ``register``."""
 
 
-class CatalogueVerbs:
+class CatalogueVerbs(Verbs):
     """Event types of the daemon and of the platform.
 
     Whoever relies on a type of the platform's is asked before it changes: plugins that subscribe to it were written for
@@ -47,14 +47,7 @@ class CatalogueVerbs:
     ) -> None:
         self._catalogue, self._registry, self._store, self._shared = catalogue, registry, store, shared
 
-    def endpoints(self) -> list[AnyEndpoint]:
-        """The verbs with their handlers."""
-        return [
-            Endpoint(EventTypes, self.types),
-            Endpoint(EventRegister, self.register),
-            Endpoint(EventUnregister, self.unregister),
-        ]
-
+    @serves(EventTypes)
     async def types(self, _: EventTypes, __: Caller) -> EventTypeList:
         return {
             "types": [
@@ -63,6 +56,7 @@ class CatalogueVerbs:
             ]
         }
 
+    @serves(EventRegister)
     async def register(self, request: EventRegister, caller: Caller) -> RegisteredEvent:
         made = from_schema(request.name, request.schema, request.order_by, request.version)
         self._catalogue.check(made)
@@ -77,6 +71,7 @@ class CatalogueVerbs:
             await self._store.run(lambda db: db.execute("INSERT OR REPLACE INTO event_types VALUES (?,?,?,?,?)", row))
         return {"name": made.name, "version": made.version}
 
+    @serves(EventUnregister)
     async def unregister(self, request: EventUnregister, caller: Caller) -> Nothing:
         name = self._catalogue.need(request.name).name
         readers, waiting = self._readers(name), self._waiting(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, TypedDict
 
-from host.control.parameters import Flag, Request, Text, Texts, Whole
+from host.control.parameters import Flag, ListOf, Request, Text, Whole
 from host.control.terms import Name
 
 
@@ -113,7 +113,7 @@ class ClusterPlace(Request, verb="cluster.place", role="operator", recorded=True
     name: Name
     placement: Annotated[str | None, Text(most=3, nullable=True)] = None
     shards: Annotated[int, Whole(64)] = 0
-    labels: Annotated[list[str] | None, Texts()] = None
+    labels: Annotated[list[str] | None, ListOf(str)] = None
     anew: Annotated[bool, Flag()] = False
 
 

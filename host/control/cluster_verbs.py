@@ -13,7 +13,7 @@ from host.control.cluster_types import (
     ClusterStatus,
     PlacedPlugin,
 )
-from host.control.endpoints import AnyEndpoint, Caller, Endpoint
+from host.control.endpoints import Caller, Verbs, serves
 from host.plugins.registry import Registry
 from isolator.errors import UnavailableError, UsageError
 
@@ -21,21 +21,13 @@ if TYPE_CHECKING:
     from host.cluster.node import Node
 
 
-class ClusterVerbs:
+class ClusterVerbs(Verbs):
     """The cluster. ``node``: this host's, where there is one; ``problems``: why there is none although it is wanted."""
 
     def __init__(
         self, node: Callable[[], Node | None], registry: Registry, problems: Callable[[], Iterable[str]] = tuple
     ) -> None:
         self._node, self._registry, self._problems = node, registry, problems
-
-    def endpoints(self) -> list[AnyEndpoint]:
-        """The verbs with their handlers."""
-        return [
-            Endpoint(ClusterStatus, self.status),
-            Endpoint(ClusterPlace, self.place),
-            Endpoint(ClusterLeave, self.leave),
-        ]
 
     def _here(self) -> Node:
         node = self._node()
@@ -47,6 +39,7 @@ class ClusterVerbs:
             )
         return node
 
+    @serves(ClusterStatus)
     async def status(self, _: ClusterStatus, __: Caller) -> ClusterStanding:
         node = self._here()
         from host.cluster.lease import boottime
@@ -54,6 +47,7 @@ class ClusterVerbs:
 
         return cast(ClusterStanding, standing(node, boottime()))
 
+    @serves(ClusterPlace)
     async def place(self, request: ClusterPlace, _: Caller) -> PlacedPlugin:
         node = self._here()
         from host.cluster.placing import place
@@ -77,6 +71,7 @@ class ClusterVerbs:
             "problem": why_unheld(node.state, placed.name, node.alive()) if placed.labels else None,
         }
 
+    @serves(ClusterLeave)
     async def leave(self, request: ClusterLeave, _: Caller) -> ClusterLeft:
         node = self._here()
         from host.cluster.log import LogUnavailableError

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from host.control.config_types import (
     ConfigChange,
     ConfigItems,
@@ -11,7 +13,7 @@ from host.control.config_types import (
     ConfigUnset,
     Reencrypted,
 )
-from host.control.endpoints import AnyEndpoint, Caller, Endpoint
+from host.control.endpoints import Caller, Verbs, serves
 from host.control.plugin_types import ConfigItem
 from host.lifecycle.lifecycle import PluginLifecycle
 from host.plugins.manifest import Manifest
@@ -22,25 +24,18 @@ from isolator.audit.schema import ConfigChanged
 from isolator.errors import IsolatorError
 
 
-class ConfigVerbs:
+class ConfigVerbs(Verbs):
     """Config of registered plugins, and the key that encrypts it."""
 
     def __init__(self, registry: Registry, config: ConfigStore, lifecycle: PluginLifecycle, audit: AuditClient) -> None:
         self._registry, self._config, self._lifecycle, self._audit = registry, config, lifecycle, audit
 
-    def endpoints(self) -> list[AnyEndpoint]:
-        """The verbs with their handlers."""
-        return [
-            Endpoint(ConfigList, self.list_items),
-            Endpoint(ConfigSet, self.set_values),
-            Endpoint(ConfigUnset, self.unset_value),
-            Endpoint(ConfigRotateKey, self.rotate_key),
-        ]
-
+    @serves(ConfigList)
     async def list_items(self, request: ConfigList, _: Caller) -> ConfigItems:
         plugin = self._registry.need(request.name)
         return {"items": config_items(self._config, plugin.name, plugin.manifest)}
 
+    @serves(ConfigSet)
     async def set_values(self, request: ConfigSet, caller: Caller) -> ConfigChange:
         plugin = self._registry.need(request.name)
         if plugin.manifest is None:
@@ -50,12 +45,14 @@ class ConfigVerbs:
         self._audit.record(ConfigChanged(names=keys, by=caller.by), plugin=plugin.name)
         return {"restarted": await self._lifecycle.restart_for_config(plugin, keys)}
 
+    @serves(ConfigUnset)
     async def unset_value(self, request: ConfigUnset, caller: Caller) -> ConfigChange:
         plugin = self._registry.need(request.name)
         await self._config.unset(plugin.name, request.key)
         self._audit.record(ConfigChanged(names=[request.key], by=caller.by), plugin=plugin.name)
         return {"restarted": await self._lifecycle.restart_for_config(plugin, [request.key])}
 
+    @serves(ConfigRotateKey)
     async def rotate_key(self, _: ConfigRotateKey, caller: Caller) -> Reencrypted:
         count = await self._config.rotate()
         self._audit.record(ConfigChanged(names=[], rotated=count, by=caller.by))
@@ -64,15 +61,4 @@ class ConfigVerbs:
 
 def config_items(config: ConfigStore, name: str, manifest: Manifest | None) -> list[ConfigItem]:
     """A plugin's config as listings show it."""
-    return [
-        {
-            "key": item.key,
-            "type": item.type,
-            "secret": item.secret,
-            "required": item.required,
-            "is_set": item.is_set,
-            "value": item.value,
-            "default": item.default,
-        }
-        for item in config.listing(name, manifest)
-    ]
+    return [cast(ConfigItem, vars(item)) for item in config.listing(name, manifest)]

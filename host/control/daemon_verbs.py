@@ -13,7 +13,7 @@ from typing import cast
 
 from host.control import daemon_types
 from host.control.alarms import Alarms
-from host.control.endpoints import AnyEndpoint, Caller, Endpoint
+from host.control.endpoints import Caller, Verbs, serves
 from host.control.verbs import NOTIFICATIONS, listing, result_keys
 from host.database.store import Store
 from host.delivery.dispatch import Dispatcher
@@ -32,7 +32,7 @@ _SNAPSHOT_ID = re.compile(r"[0-9a-f]{16}")
 _SNAPSHOT_SECONDS = 120.0
 
 
-class DaemonVerbs:
+class DaemonVerbs(Verbs):
     """The daemon as a whole."""
 
     def __init__(
@@ -51,18 +51,7 @@ class DaemonVerbs:
         self._dispatcher, self._trail = dispatcher, trail
         self._started_at = time.time()
 
-    def endpoints(self) -> list[AnyEndpoint]:
-        """The verbs with their handlers."""
-        return [
-            Endpoint(daemon_types.Status, self.status),
-            Endpoint(daemon_types.Ledger, self.ledger),
-            Endpoint(daemon_types.ShowVersion, self.version),
-            Endpoint(daemon_types.ShowHelp, self.help),
-            Endpoint(daemon_types.Reload, self.reload),
-            Endpoint(daemon_types.DaemonGeneration, self.generation),
-            Endpoint(daemon_types.DaemonSnapshot, self.snapshot),
-        ]
-
+    @serves(daemon_types.Status)
     async def status(self, _: daemon_types.Status, __: Caller) -> daemon_types.DaemonStatus:
         plugins = list(self._registry)
         paused = [p.name for p in plugins if self._dispatcher.paused(p.name)]
@@ -97,9 +86,11 @@ class DaemonVerbs:
         except IsolatorError:
             return []
 
+    @serves(daemon_types.Reload)
     async def reload(self, _: daemon_types.Reload, __: Caller) -> daemon_types.ReloadBegun:
         return {"generation": (await self._link.reload()).generation}
 
+    @serves(daemon_types.DaemonGeneration)
     async def generation(self, _: daemon_types.DaemonGeneration, __: Caller) -> daemon_types.Reloaded:
         found = await self._link.generation()
         try:
@@ -115,6 +106,7 @@ class DaemonVerbs:
             "outdated": outdated,
         }
 
+    @serves(daemon_types.DaemonSnapshot)
     async def snapshot(self, request: daemon_types.DaemonSnapshot, caller: Caller) -> daemon_types.SnapshotTaken:
         if caller.uid != 0:
             raise DeniedError("daemon.snapshot", f"uid {caller.uid} could not read the copy", "run it as root")
@@ -135,9 +127,11 @@ class DaemonVerbs:
             ) from None
         return {"file": place.name}
 
+    @serves(daemon_types.ShowVersion)
     async def version(self, _: daemon_types.ShowVersion, __: Caller) -> daemon_types.Version:
         return {"isolator": __version__, "protocols": list(API_MAJORS)}
 
+    @serves(daemon_types.ShowHelp)
     async def help(self, request: daemon_types.ShowHelp, _: Caller) -> daemon_types.Help:
         verbs = {verb: entry for verb, entry in listing().items() if request.verb in (None, verb)}
         if not verbs:
@@ -145,6 +139,7 @@ class DaemonVerbs:
             raise NotFoundError(f"verb {request.verb}", "does not exist", f"did you mean {near}?" if near else "")
         return {"verbs": verbs, "notifications": {name: result_keys(keys) for name, keys in NOTIFICATIONS.items()}}
 
+    @serves(daemon_types.Ledger)
     async def ledger(self, _: daemon_types.Ledger, __: Caller) -> daemon_types.Controls:
         return cast(daemon_types.Controls, (await self._link.ledger()).to_json())
 

@@ -11,6 +11,7 @@ from host.control.parameters import Request, Spec
 from isolator.ipc.body import Body, Json
 
 R = TypeVar("R", bound=Request)
+V = TypeVar("V")
 ROLES = ("caller", "viewer", "emitter", "operator")
 
 
@@ -121,6 +122,27 @@ class QuickEndpoint(Generic[R]):
 
 
 AnyEndpoint = Endpoint[Any] | QuickEndpoint[Any]
+
+Handler = Callable[[V, R, Caller], Awaitable[Result]]
+
+
+def serves(request: type[R]) -> Callable[[Handler[V, R]], Handler[V, R]]:
+    """Declare that a method of ``Verbs`` answers a verb."""
+
+    def declare(handler: Handler[V, R]) -> Handler[V, R]:
+        handler.__dict__["serves"] = request
+        return handler
+
+    return declare
+
+
+class Verbs:
+    """Base of the handlers of some verbs: methods that are declared with ``serves``."""
+
+    def endpoints(self) -> list[AnyEndpoint]:
+        """The verbs with their handlers."""
+        found = ((name, getattr(one, "serves", None)) for name, one in vars(type(self)).items())
+        return [Endpoint(request, getattr(self, name)) for name, request in found if request is not None]
 
 
 def may(caller: Caller, spec: Spec) -> bool:

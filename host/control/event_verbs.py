@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, cast
 
 from host.control import event_types
-from host.control.endpoints import AnyEndpoint, Caller, Endpoint, QuickEndpoint, Reply
+from host.control.endpoints import AnyEndpoint, Caller, QuickEndpoint, Reply, Verbs, serves
 from host.delivery.dispatch import Dispatcher
 from host.events import OPERATIONAL, Catalogue
 from host.intake.intake import EventIntake
@@ -18,7 +18,7 @@ from isolator.audit.schema import EventReplayed
 from isolator.errors import UsageError
 
 
-class EventVerbs:
+class EventVerbs(Verbs):
     """Events: emitted, followed, replayed."""
 
     def __init__(
@@ -36,12 +36,8 @@ class EventVerbs:
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""
         return [
+            *super().endpoints(),
             QuickEndpoint(event_types.EventEmit, self.emit, full=self._intake.full, room=self._intake.room),
-            Endpoint(event_types.EventWait, self.wait),
-            Endpoint(event_types.EventList, self.list_newest),
-            Endpoint(event_types.EventShow, self.show),
-            Endpoint(event_types.EventDead, self.dead),
-            Endpoint(event_types.EventReplay, self.replay),
         ]
 
     def emit(self, request: event_types.EventEmit, caller: Caller, reply: Reply) -> None:
@@ -73,11 +69,13 @@ class EventVerbs:
             trace=request.trace,
         )
 
+    @serves(event_types.EventWait)
     async def wait(self, request: event_types.EventWait, _: Caller) -> event_types.Event:
         event_id = self._queue.resolve(request.id)
         row = await self._queue.wait(event_id, timeout=request.timeout)
         return self._with_reasons(await self._queue.complete(row))
 
+    @serves(event_types.EventList)
     async def list_newest(self, request: event_types.EventList, _: Caller) -> event_types.Events:
         name = self._catalogue.need(request.event).name if request.event is not None else None
         if request.plugin is not None:
@@ -88,6 +86,7 @@ class EventVerbs:
         )  # fmt: skip
         return {"events": [_event(row) for row in rows]}
 
+    @serves(event_types.EventShow)
     async def show(self, request: event_types.EventShow, _: Caller) -> event_types.Event:
         return self._with_reasons(await self._queue.complete(self._queue.show(self._queue.resolve(request.id))))
 
@@ -99,12 +98,14 @@ class EventVerbs:
                 delivery["holding"] = self._dispatcher.status(delivery["plugin"])["holding"]
         return event
 
+    @serves(event_types.EventDead)
     async def dead(self, request: event_types.EventDead, _: Caller) -> event_types.Deliveries:
         if request.plugin is not None:
             self._registry.need(request.plugin)
         rows = await self._queue.list_dead(plugin=request.plugin, limit=request.limit)
         return cast(event_types.Deliveries, {"deliveries": [_fields(row) for row in rows]})
 
+    @serves(event_types.EventReplay)
     async def replay(self, request: event_types.EventReplay, caller: Caller) -> event_types.Replayed:
         if request.plugin is not None:
             self._registry.need(request.plugin)

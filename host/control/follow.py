@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from host.control.audit_types import AuditFollow, FollowedTrail
-from host.control.endpoints import AnyEndpoint, Caller, Endpoint
+from host.control.endpoints import Caller, Verbs, serves
 from isolator.audit import files, reader
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError, UnavailableError, UsageError
@@ -34,7 +34,7 @@ AT_REST = 0.02
 _RETRY = 1.0
 
 
-class TrailStreams:
+class TrailStreams(Verbs):
     """The streams of the trail to callers of this process."""
 
     def __init__(self, directory: Path, audit: AuditClient) -> None:
@@ -43,10 +43,7 @@ class TrailStreams:
         self._streams: dict[Caller, _Stream] = {}
         audit.on_blocked = self._blocked
 
-    def endpoints(self) -> list[AnyEndpoint]:
-        """The verb with its handler."""
-        return [Endpoint(AuditFollow, self.follow)]
-
+    @serves(AuditFollow)
     async def follow(self, request: AuditFollow, caller: Caller) -> FollowedTrail:
         if caller in self._streams:
             raise UsageError("audit.follow", "this connection follows the trail already", "open another one")

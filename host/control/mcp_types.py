@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Any, NotRequired, TypedDict
 
-from host.control.parameters import Flag, Object, Objects, Request, Text
+from host.control.parameters import Flag, ListOf, Object, Request, Text
 from host.control.terms import Name, Nothing
 
 
@@ -80,7 +80,7 @@ class McpTools(Request, verb="mcp.tools", role="operator", result=ComparedTools)
     """
 
     name: Name
-    tools: Annotated[list[dict[str, Any]] | None, Objects()] = None
+    tools: Annotated[list[dict[str, Any]] | None, ListOf(dict)] = None
 
 
 class McpApprove(Request, verb="mcp.approve", role="operator", recorded=True, result=ApprovedTools):
@@ -91,7 +91,7 @@ class McpApprove(Request, verb="mcp.approve", role="operator", recorded=True, re
 
     name: Name
     digest: Name
-    tools: Annotated[list[dict[str, Any]] | None, Objects()] = None
+    tools: Annotated[list[dict[str, Any]] | None, ListOf(dict)] = None
 
 
 class McpProgress(TypedDict):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from host.control import mcp_types
 from host.control.elsewhere import Elsewhere
-from host.control.endpoints import AnyEndpoint, Caller, Endpoint
+from host.control.endpoints import Caller, Verbs, serves
 from host.control.terms import Nothing
 from host.plugins.registry import Registry
 
@@ -22,22 +22,13 @@ _RUNS_THERE = "its server runs there alone"
 _REMEDY = "see isolator mcp tools {0} --json on {{}}; isolator mcp approve {0} --from FILE approves that here"
 
 
-class McpVerbs:
+class McpVerbs(Verbs):
     """Tools of MCP servers; ``servers`` loads the room."""
 
     def __init__(self, servers: Callable[[], Servers], registry: Registry, elsewhere: Elsewhere | None = None) -> None:
         self._servers, self._registry, self._elsewhere = servers, registry, elsewhere or Elsewhere()
 
-    def endpoints(self) -> list[AnyEndpoint]:
-        """The verbs with their handlers."""
-        return [
-            Endpoint(mcp_types.McpOpen, self.open),
-            Endpoint(mcp_types.McpCall, self.call),
-            Endpoint(mcp_types.McpCancel, self.cancel),
-            Endpoint(mcp_types.McpTools, self.tools),
-            Endpoint(mcp_types.McpApprove, self.approve),
-        ]
-
+    @serves(mcp_types.McpOpen)
     async def open(self, request: mcp_types.McpOpen, caller: Caller) -> mcp_types.Tools:
         self._elsewhere.check(request.name, _RUNS_THERE)
         instructions, tools, server = await self._servers().shown_to(request.name, caller.uid)
@@ -45,6 +36,7 @@ class McpVerbs:
             "name": request.name, "server": server, "instructions": instructions, "tools": [dict(t) for t in tools],
         }  # fmt: skip
 
+    @serves(mcp_types.McpCall)
     async def call(self, request: mcp_types.McpCall, caller: Caller) -> mcp_types.CalledTool:
         def report(progress: Mapping[str, Any]) -> None:
             if caller.drained.is_set():  # whoever does not read misses some
@@ -57,10 +49,12 @@ class McpVerbs:
         )  # fmt: skip
         return cast(mcp_types.CalledTool, answer)
 
+    @serves(mcp_types.McpCancel)
     async def cancel(self, request: mcp_types.McpCancel, caller: Caller) -> Nothing:
         self._servers().cancel(caller.uid, request.call)
         return {}
 
+    @serves(mcp_types.McpTools)
     async def tools(self, request: mcp_types.McpTools, _: Caller) -> mcp_types.ComparedTools:
         if request.tools is None:
             self._elsewhere.check(request.name, _RUNS_THERE, _REMEDY.format(request.name))
@@ -77,6 +71,7 @@ class McpVerbs:
             ],
         }  # fmt: skip
 
+    @serves(mcp_types.McpApprove)
     async def approve(self, request: mcp_types.McpApprove, caller: Caller) -> mcp_types.ApprovedTools:
         if request.tools is None:
             self._elsewhere.check(request.name, _RUNS_THERE, _REMEDY.format(request.name))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import cast
 
 from host.control import event_types
 from host.control.elsewhere import Elsewhere
-from host.control.endpoints import AnyEndpoint, Caller, Endpoint
+from host.control.endpoints import Caller, Verbs, serves
 from host.control.plugin_types import PauseChange, PluginPause, PluginResume
 from host.delivery.dispatch import Dispatcher
 from host.intake.jobs import JOB, Jobs
@@ -19,7 +20,7 @@ from isolator.audit.schema import EventCancelled, EventRetried, EventSkipped
 from isolator.errors import UsageError
 
 
-class OperationVerbs:
+class OperationVerbs(Verbs):
     """Deliveries as an operator changes them."""
 
     def __init__(
@@ -34,28 +35,19 @@ class OperationVerbs:
         self._queue, self._dispatcher, self._registry, self._debts = queue, dispatcher, registry, debts
         self._jobs, self._elsewhere = jobs, elsewhere or Elsewhere()
 
-    def endpoints(self) -> list[AnyEndpoint]:
-        """The verbs with their handlers."""
-        return [
-            Endpoint(PluginPause, self.pause),
-            Endpoint(PluginResume, self.resume),
-            Endpoint(event_types.EventRetry, self.retry),
-            Endpoint(event_types.EventSkip, self.skip),
-            Endpoint(event_types.EventCancel, self.cancel),
-            Endpoint(event_types.EventRecover, self.recover),
-            Endpoint(event_types.EventJobs, self.jobs),
-        ]
-
+    @serves(PluginPause)
     async def pause(self, request: PluginPause, caller: Caller) -> PauseChange:
         name = self._registry.need(request.name).name
         changed = await self._dispatcher.pause(name, caller.by)
         return {"paused": True, "changed": changed, "holders": [*self._elsewhere.holders(name)]}
 
+    @serves(PluginResume)
     async def resume(self, request: PluginResume, caller: Caller) -> PauseChange:
         name = self._registry.need(request.name).name
         changed = await self._dispatcher.resume(name, caller.by) is not None
         return {"paused": False, "changed": changed, "holders": [*self._elsewhere.holders(name)]}
 
+    @serves(event_types.EventRetry)
     async def retry(self, request: event_types.EventRetry, caller: Caller) -> event_types.ChangedEvent:
         event_id = self._resolved(request.id, request.plugin)
         change = self._recorded(EventRetried, event_id, caller)
@@ -66,11 +58,13 @@ class OperationVerbs:
             self._dispatcher.wake(one.plugin)
         return {"id": event_id, "plugins": [one.plugin for one in changed]}
 
+    @serves(event_types.EventSkip)
     async def skip(self, request: event_types.EventSkip, caller: Caller) -> event_types.ChangedEvent:
         event_id = self._resolved(request.id, request.plugin)
         result = Result("skipped", "operator", f"skipped by {caller.by}")
         return await self._end(EventSkipped, event_id, request.plugin, result, caller)
 
+    @serves(event_types.EventCancel)
     async def cancel(self, request: event_types.EventCancel, caller: Caller) -> event_types.ChangedEvent:
         if request.id.startswith(JOB):
             job = await self._jobs.cancel(request.id)
@@ -89,6 +83,7 @@ class OperationVerbs:
         change.pay()
         return {"id": event_id, "plugins": [one.plugin for one in changed]}
 
+    @serves(event_types.EventRecover)
     async def recover(self, request: event_types.EventRecover, caller: Caller) -> event_types.Recovery:
         plugin = self._registry.need(request.plugin)
         both = not request.dead and not request.missed
@@ -101,24 +96,14 @@ class OperationVerbs:
         begun = await self._jobs.begin(job, request.rate, caller.by)
         return {"job": begun.id, "plugin": plugin.name, "count": begun.total}
 
+    @serves(event_types.EventJobs)
     async def jobs(self, _: event_types.EventJobs, __: Caller) -> event_types.RecoveryJobs:
-        return {
-            "jobs": [
-                {
-                    "id": job.id,
-                    "plugin": job.plugin,
-                    "dead": bool(job.dead),
-                    "missed": bool(job.missed),
-                    "rate": job.rate,
-                    "by": job.by,
-                    "created": job.created,
-                    "state": job.state,
-                    "total": job.total,
-                    "done": job.done,
-                }
-                for job in self._jobs.all()
-            ]
-        }
+        keys = event_types.RecoveryJob.__annotations__
+        found = [
+            {key: getattr(job, key) for key in keys} | {"dead": bool(job.dead), "missed": bool(job.missed)}
+            for job in self._jobs.all()
+        ]
+        return {"jobs": cast(list[event_types.RecoveryJob], found)}
 
     @contextlib.contextmanager
     def _of_this_host(self, event_id: str, plugin: str | None) -> Iterator[None]:

@@ -113,19 +113,6 @@ class Flag:
 
 
 @struct_class(frozen=True)
-class Texts:
-    """A list of texts; null is None."""
-
-    def parse(self, key: str, value: Any) -> list[str] | None:
-        if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
-            raise UsageError(key, "must be a list of texts")
-        return value
-
-    def schema(self) -> dict[str, Any]:
-        return _nullable({"type": "array", "items": {"type": "string"}}, True)
-
-
-@struct_class(frozen=True)
 class Object:
     """A JSON object of any content; ``what`` and ``why`` are those of the error, where they differ from the key's."""
 
@@ -142,16 +129,18 @@ class Object:
 
 
 @struct_class(frozen=True)
-class Objects:
-    """A list of JSON objects of any content; null is None."""
+class ListOf:
+    """A list of texts, or of JSON objects of any content; null is None."""
 
-    def parse(self, key: str, value: Any) -> list[dict[str, Any]] | None:
-        if value is not None and not (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
-            raise UsageError(key, "must be a list of objects")
+    kind: type[str | dict[str, Any]]
+
+    def parse(self, key: str, value: Any) -> Any:
+        if value is not None and not (isinstance(value, list) and all(isinstance(item, self.kind) for item in value)):
+            raise UsageError(key, f"must be a list of {'texts' if self.kind is str else 'objects'}")
         return value
 
     def schema(self) -> dict[str, Any]:
-        return _nullable({"type": "array", "items": {"type": "object"}}, True)
+        return _nullable({"type": "array", "items": {"type": "string" if self.kind is str else "object"}}, True)
 
 
 @struct_class(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import field
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from host.control.cluster_types import ClusterPlugin
-from host.control.parameters import Flag, Object, Request, Texts, Whole
+from host.control.parameters import Flag, ListOf, Object, Request, Whole
 from host.control.terms import Attempted, Config, Name, Nothing, OptionalText, Pause
 
 
@@ -177,7 +177,7 @@ class PluginStage(Request, verb="plugin.stage", role="operator", recorded=True, 
     path: OptionalText = None
     name: OptionalText = None
     binary: OptionalText = None
-    hooks: Annotated[list[str] | None, Texts()] = None
+    hooks: Annotated[list[str] | None, ListOf(str)] = None
     files: OptionalText = None
     update: OptionalText = None
     config: Config = field(default_factory=dict, repr=False)

@@ -10,7 +10,7 @@ from host.control import plugin_types
 from host.control.alarms import Alarms
 from host.control.config_verbs import config_items
 from host.control.elsewhere import Elsewhere
-from host.control.endpoints import AnyEndpoint, Caller, Endpoint
+from host.control.endpoints import Caller, Verbs, serves
 from host.control.platform_types import PluginHealth, PluginHealthEntry, PluginsHealth
 from host.control.terms import Nothing
 from host.delivery.dispatch import Dispatcher
@@ -26,7 +26,7 @@ _SERVING = ("stopped", "starting", "running", "stopping")
 """States in which a plugin gets its events; a stopped one is started by the next."""
 
 
-class PluginVerbs:
+class PluginVerbs(Verbs):
     """Plugins as they are: listed, explained, started, stopped."""
 
     def __init__(
@@ -47,22 +47,11 @@ class PluginVerbs:
         self._in_cluster, self._elsewhere = in_cluster, elsewhere or Elsewhere()
         self._following: set[tuple[Caller, PluginLog]] = set()
 
-    def endpoints(self) -> list[AnyEndpoint]:
-        """The verbs with their handlers."""
-        return [
-            Endpoint(plugin_types.PluginList, self.list_all),
-            Endpoint(plugin_types.PluginShow, self.show),
-            Endpoint(PluginHealth, self.health),
-            Endpoint(plugin_types.PluginExplain, self.explain),
-            Endpoint(plugin_types.PluginLogs, self.logs),
-            Endpoint(plugin_types.PluginStart, self.start),
-            Endpoint(plugin_types.PluginStop, self.stop),
-            Endpoint(plugin_types.PluginRestart, self.restart),
-        ]
-
+    @serves(plugin_types.PluginList)
     async def list_all(self, _: plugin_types.PluginList, __: Caller) -> plugin_types.ListedPlugins:
         return {"plugins": [self._listed(entry) for entry in await self._entries()], "alarms": self._alarms.lines()}
 
+    @serves(plugin_types.PluginShow)
     async def show(self, request: plugin_types.PluginShow, _: Caller) -> plugin_types.ShownPlugin:
         of_cluster = self._in_cluster(request.name)
         if of_cluster is not None and self._registry.get(request.name) is None:
@@ -84,6 +73,7 @@ class PluginVerbs:
             shown["cluster"] = of_cluster
         return cast(plugin_types.ShownPlugin, shown)
 
+    @serves(PluginHealth)
     async def health(self, request: PluginHealth, _: Caller) -> PluginsHealth:
         name = self._registry.need(request.name).name if request.name else None
         entries = [entry for entry in await self._entries() if name is None or entry.get("name") == name]
@@ -100,11 +90,13 @@ class PluginVerbs:
         held_by = self._queue.consumer(name).held_by if self._registry.get(name) is not None else None
         return cast(PluginHealthEntry, {**shown, "healthy": why is None, "why": why, "held_by": held_by, "ping": ping})
 
+    @serves(plugin_types.PluginExplain)
     async def explain(self, request: plugin_types.PluginExplain, _: Caller) -> plugin_types.Explanation:
         return cast(
             plugin_types.Explanation, (await self._link.explain(self._registry.need(request.name).name)).to_json()
         )
 
+    @serves(plugin_types.PluginLogs)
     async def logs(self, request: plugin_types.PluginLogs, caller: Caller) -> plugin_types.LogLines:
         log = self._logs.of(self._registry.need(request.name).name)
         lines = log.read(request.lines)
@@ -127,10 +119,12 @@ class PluginVerbs:
         self._following.add(key)
         caller.keep(end)
 
+    @serves(plugin_types.PluginStart)
     async def start(self, request: plugin_types.PluginStart, _: Caller) -> plugin_types.StartedRun:
         run = await self._link.ensure_run(self._startable(request.name), "operator")
         return {"run": run.run, "pid": run.pid}
 
+    @serves(plugin_types.PluginStop)
     async def stop(self, request: plugin_types.PluginStop, _: Caller) -> Nothing:
         plugin = self._registry.need(request.name)
         if plugin.run is None:
@@ -138,6 +132,7 @@ class PluginVerbs:
         await self._link.stop_run(plugin.name, "operator")
         return {}
 
+    @serves(plugin_types.PluginRestart)
     async def restart(self, request: plugin_types.PluginRestart, _: Caller) -> plugin_types.StartedRun:
         run = await self._link.restart_run(self._startable(request.name), "restart")
         return {"run": run.run, "pid": run.pid}

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, cast
 
 from host.control import plugin_types
-from host.control.endpoints import AnyEndpoint, Belonging, Caller, Endpoint
+from host.control.endpoints import Belonging, Caller, Verbs, serves
 from host.control.terms import Nothing
 from host.delivery.modes import check_mode
 from host.events import Catalogue
@@ -43,7 +43,7 @@ class _Staged:
     name: str
 
 
-class RegistrationVerbs:
+class RegistrationVerbs(Verbs):
     """Plugins as they change: staged, committed, exchanged, approved, enabled, removed."""
 
     def __init__(
@@ -63,21 +63,7 @@ class RegistrationVerbs:
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         """Locks by name: the plugin that is registered and its config change together."""
 
-    def endpoints(self) -> list[AnyEndpoint]:
-        """The verbs with their handlers."""
-        return [
-            Endpoint(plugin_types.PluginStage, self.stage),
-            Endpoint(plugin_types.PluginCommit, self.commit),
-            Endpoint(plugin_types.PluginUpdate, self.update),
-            Endpoint(plugin_types.PluginDiscard, self.discard),
-            Endpoint(plugin_types.PluginApprove, self.approve),
-            Endpoint(plugin_types.PluginReject, self.reject),
-            Endpoint(plugin_types.PluginRollback, self.roll_back),
-            Endpoint(plugin_types.PluginEnable, self.enable),
-            Endpoint(plugin_types.PluginDisable, self.disable),
-            Endpoint(plugin_types.PluginRemove, self.remove),
-        ]
-
+    @serves(plugin_types.PluginStage)
     async def stage(self, request: plugin_types.PluginStage, caller: Caller) -> plugin_types.StagedPlugin:
         wanted = ("path", "name", "binary", "hooks", "files", "update", "ticket")
         given = {k: v for k in wanted if (v := getattr(request, k)) is not None}
@@ -162,6 +148,7 @@ class RegistrationVerbs:
                 why = f"{hook} has no field {name!r}" + (f"; did you mean {near!r}?" if near else "")
                 raise UsageError(where, why, f"known: {', '.join(known)}")
 
+    @serves(plugin_types.PluginCommit)
     async def commit(self, request: plugin_types.PluginCommit, caller: Caller) -> plugin_types.RegisteredPlugin:
         staged = self._staged.get(request.token)
         if staged is None:
@@ -184,6 +171,7 @@ class RegistrationVerbs:
                 raise
             return await self._registered(request, staged.manifest, answer, caller)
 
+    @serves(plugin_types.PluginUpdate)
     async def update(self, request: plugin_types.PluginUpdate, caller: Caller) -> plugin_types.UpdatedPlugin:
         staged = self._staged.get(request.token)
         if staged is None:
@@ -222,10 +210,12 @@ class RegistrationVerbs:
         self._lifecycle.start_if_eager(plugin)
         return {"plugin": _shown(plugin), "missing": missing}
 
+    @serves(plugin_types.PluginDiscard)
     async def discard(self, request: plugin_types.PluginDiscard, _: Caller) -> Nothing:
         self._abandon(request.token)
         return {}
 
+    @serves(plugin_types.PluginApprove)
     async def approve(self, request: plugin_types.PluginApprove, caller: Caller) -> plugin_types.ApprovedPlugin:
         found = self._registry.need(request.name).raw.get("found")
         if found:
@@ -242,6 +232,7 @@ class RegistrationVerbs:
         )
         return cast(plugin_types.ApprovedPlugin, changed)
 
+    @serves(plugin_types.PluginReject)
     async def reject(self, request: plugin_types.PluginReject, _: Caller) -> plugin_types.ChangedPlugin:
         waiting = self._registry.need(request.name).raw.get("pending")
         answer = await self._change(request.name, lambda name: self._link.reject(name, request.ticket))
@@ -249,17 +240,21 @@ class RegistrationVerbs:
             self._config.drop_next(request.name, str(waiting["digest"]))
         return answer
 
+    @serves(plugin_types.PluginRollback)
     async def roll_back(self, request: plugin_types.PluginRollback, _: Caller) -> plugin_types.ChangedPlugin:
         return await self._change(request.name, lambda name: self._link.roll_back(name, request.ticket, request.to))
 
+    @serves(plugin_types.PluginEnable)
     async def enable(self, request: plugin_types.PluginEnable, _: Caller) -> plugin_types.ChangedPlugin:
         answer = await self._change(request.name, lambda name: self._link.enable(name, request.ticket))
         self._lifecycle.start_if_eager(self._registry.need(request.name))
         return answer
 
+    @serves(plugin_types.PluginDisable)
     async def disable(self, request: plugin_types.PluginDisable, _: Caller) -> plugin_types.ChangedPlugin:
         return await self._change(request.name, self._link.disable)
 
+    @serves(plugin_types.PluginRemove)
     async def remove(self, request: plugin_types.PluginRemove, _: Caller) -> Nothing:
         if request.cluster:
             await self._lifecycle.end_in_cluster(request.name)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from host.control.audit_types import AuditSearch
-from host.control.endpoints import AnyEndpoint, Caller, Endpoint
+from host.control.endpoints import Caller, Verbs, serves
 from host.control.terms import Nothing
 from isolator.audit.search import CPU_SECONDS, FAILED, MEMORY
 from isolator.errors import IsolatorError, UnavailableError
@@ -36,7 +36,7 @@ PAUSE = 0.004
 """Seconds after each block, so that a caller that reads fast takes a small part of this process's time."""
 
 
-class Searches:
+class Searches(Verbs):
     """The searches of this process's callers."""
 
     def __init__(self, directory: Path) -> None:
@@ -46,10 +46,7 @@ class Searches:
         self._turns: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._running: dict[Caller, asyncio.Task[None]] = {}
 
-    def endpoints(self) -> list[AnyEndpoint]:
-        """The verb with its handler."""
-        return [Endpoint(AuditSearch, self.search)]
-
+    @serves(AuditSearch)
     async def search(self, request: AuditSearch, caller: Caller) -> Nothing:
         if caller in self._running:
             raise UnavailableError("audit.search", "this connection searches already", "wait, or open another one")

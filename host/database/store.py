@@ -32,7 +32,7 @@ import logging
 import math
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -221,6 +221,14 @@ class Store:
             self._end_if_damaged(error)
             raise
 
+    def rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        """The rows of a short query, as ``read`` reads."""
+        return self.read(lambda db: db.execute(query, values).fetchall())
+
+    def row(self, query: str, values: Sequence[Any] = ()) -> Any:
+        """The first row of a short query, None if there is none."""
+        return self.read(lambda db: db.execute(query, values).fetchone())
+
     def make(self, tables: str) -> None:
         """Make tables, unless they are there, while nothing is served yet: another's lock of a moment is waited for."""
         wait = int(files.OPENING * 1000)
@@ -321,7 +329,7 @@ class Store:
     @property
     def _checkpoint_due(self) -> bool:
         commits, rows = self._checkpointed
-        return (
+        return self._checkpoint is None and (
             self.commits - commits >= CHECKPOINT_COMMITS
             or self._connection.total_changes - rows >= CHECKPOINT_ROWS
             or (self.commits - commits >= CHECKPOINT_LEAST and self._wal.size > self._wal_high)
@@ -380,19 +388,28 @@ class Store:
             self._scheduled = True
             self._loop.call_later(RETRY, self._commit)
 
-    def _start_sync(self) -> None:
-        if self._syncing or not (self._gathering or self._checkpoint_due):
+    def _start_sync(self, *, one_has_ended: bool = False) -> None:
+        """Begin the sync that operations wait for; a checkpoint that is due begins where a sync has ended.
+
+        So it takes its turn from nobody who waits alone, and under load it has its turn all the same.
+        """
+        checkpoint = self._checkpoint_due and (one_has_ended or not self._gathering)
+        if self._syncing or not (self._gathering or checkpoint):
             return
         self._syncing = True
         job, self._gathering = Sync(self._gathering), []
         self._in_sync = job.ops
-        if self._checkpoint_due:
+        if checkpoint:
             self._checkpointed = (self.commits, self._connection.total_changes)
             job.checkpoint = True
             self._wal_high = self._wal.high()
             job.hold = self._wal.size > self._wal_high
             self._checkpoint = job
         self._wal.begin(job)
+
+    def _start_checkpoint(self) -> None:
+        if not self._closed:
+            self._start_sync(one_has_ended=True)
 
     def _release(self, job: Sync[_Op]) -> None:
         if self._checkpoint is job:
@@ -409,10 +426,13 @@ class Store:
             self._fail(ops, f"cannot be synced: {error.strerror}")
             self._fatal(f"{self.path}: sync failed: {error.strerror}")
             return
-        self._start_sync()
+        if self._gathering:
+            self._start_sync(one_has_ended=True)
         for op in ops:
             if op.done is not None:
                 op.done(op.result, None)
+        if self._checkpoint_due:
+            self._loop.call_soon(self._start_checkpoint)  # behind what tells of these
 
     def _fail(self, ops: list[_Op], why: str) -> None:
         for op in ops:

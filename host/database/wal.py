@@ -77,6 +77,8 @@ class WriteAheadLog(Generic[Op]):
         self._direct: FileSync | None = None
         self._under_way: list[Op] = []
         """Operations of the direct sync that is under way."""
+        self._found: tuple[OSError | None, str | None] = (None, None)
+        """What became of the files, which are looked at while they are being synced."""
         self._ended = asyncio.Event()
         self._ended.set()
         with contextlib.suppress(OSError):
@@ -109,6 +111,7 @@ class WriteAheadLog(Generic[Op]):
                 self._direct.begin()
                 self._under_way = job.ops
                 self._ended.clear()
+                self._found = self._outcome(lambda: None)
                 return
         self._work.put(job)
 
@@ -137,10 +140,16 @@ class WriteAheadLog(Generic[Op]):
     def _direct_ended(self) -> None:
         assert self._direct is not None
         ops, self._under_way = self._under_way, []
+        error, harm = self._found
+        try:
+            error = self._direct.end() or error
+        except OSError as failure:
+            error = failure
         self._ended.set()
-        self._synced(ops, *self._outcome(self._direct.end))
+        self._synced(ops, error, None if error is not None else harm)
 
     def _outcome(self, sync: Callable[[], OSError | None]) -> tuple[OSError | None, str | None]:
+        """The error of a sync or, where there is none, what somebody did to the files."""
         try:
             error = sync()
             return error, None if error is not None else self._harm()

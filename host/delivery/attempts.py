@@ -20,9 +20,9 @@ from isolator.ipc.tasks import essential
 
 
 class Attempt(NamedTuple):
-    """A delivery that is about to be tried; ``send`` writes the request at once and never raises.
+    """A delivery that is about to be tried; ``send`` writes the request at once, or gathers it, and never raises.
 
-    ``listen`` awaits the reply, once every request of this turn is written.
+    ``listen`` writes what was gathered and awaits the reply, once every request of this turn is sent.
     """
 
     delivery: Delivery
@@ -65,8 +65,9 @@ class Attempts:
         if not attempts:
             return
         await self._queue.sent([attempt.delivery for attempt in attempts])
+        now = self._loop.time()
         for attempt in attempts:
-            self._record(attempt)
+            self._record(attempt, now)
         if self._wait_for_trail:
             await self._audit.flushed()
         else:
@@ -77,10 +78,10 @@ class Attempts:
             if attempt.listen is not None:
                 attempt.listen()
 
-    def _record(self, attempt: Attempt) -> None:
+    def _record(self, attempt: Attempt, now: float) -> None:
         delivery = attempt.delivery
         assert delivery.event is not None
-        waited = self._loop.time() - delivery.ready_at if delivery.ready_at else None
+        waited = now - delivery.ready_at if delivery.ready_at else None
         delivery.ready_at = 0.0
         self._audit.record(
             EventDispatched(

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from host.channel.exit_codes import OK, outcome_of
-from host.channel.reply import STREAM_MESSAGE, NotSentError, Outcome, meta_of, params_text
+from host.channel.reply import STREAM_MESSAGE, NotSentError, Outcome, event_params
 from host.delivery.modes import Mode, Parts
 from host.delivery.sidecar import RENEWED
 from host.fence.fences import NO_LEASE
@@ -88,9 +88,9 @@ class ExecDelivery(Mode):
     async def deliver(self, plugin: Plugin, hook: str, delivery: Delivery) -> None:
         assert delivery.event is not None and plugin.manifest is not None
         event_type = self.parts.catalogue.get(delivery.event.name)
-        meta = meta_of(delivery.event, delivery.attempts + 1, plugin.timeout, delivery.epoch)
-        # A line, as the read of a shell wants it.
-        request = params_text(delivery.event, event_type, plugin.major, meta).encode() + b"\n"
+        attempt, timeout = delivery.attempts + 1, plugin.timeout
+        params = event_params(delivery.event, event_type, plugin.major, attempt, timeout, delivery.epoch)
+        request = params.encode() + b"\n"  # a line, as the read of a shell wants it
         if len(request) > STREAM_MESSAGE:
             self.parts.outcomes.give_up(delivery, "payload_too_large")
             return

@@ -69,17 +69,15 @@ class HttpDelivery(Mode):
 
     async def deliver(self, plugin: Plugin, hook: str, delivery: Delivery) -> None:
         assert delivery.event is not None and plugin.manifest is not None
-        transport, limit = plugin.manifest.transport, plugin.manifest.delivery.concurrency
         body = params_text(delivery.event, self.parts.catalogue.get(delivery.event.name), plugin.major).encode()
         if len(body) > STREAM_MESSAGE:
             self.parts.outcomes.give_up(delivery, "payload_too_large")
             return
-        most = min(limit, transport.max_in_flight)
-        while len(self._posts) >= (1 if self.parts.outcomes.isolated_retries else most):
+        while len(self._posts) >= (1 if self.parts.outcomes.isolated_retries else plugin.most_in_flight):
             self._slot.clear()
             await self._slot.wait()
         headers = self._headers(plugin, hook, delivery, body)
-        data = write_request("POST", transport.path, headers, body)
+        data = write_request("POST", plugin.manifest.transport.path, headers, body)
         sock, run = await self._connect(plugin)
         try:
             self.parts.sidecar.begin_request(run)

@@ -6,13 +6,15 @@ attempt; a question to a person, an unknown tool and arguments that it does not 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from host.channel.reply import NotSentError, build_params
+from host.channel.reply import LostError, NotSentError, build_params
 from host.delivery.modes import Mode, Parts
-from host.delivery.requests import Requests, RequestState
+from host.delivery.requests import PendingRequest, Requests, RequestState
 from host.mcp.event_calls import call_of, outcome_of
+from host.mcp.session import Reply
 from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
 from host.wire import mcp as protocol
@@ -33,9 +35,9 @@ class McpDelivery(Mode):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        self._requests = Requests[tuple[protocol.Answer, bytes]](
-            parts.sidecar, parts.outcomes, lambda reply, _: outcome_of(reply)
-        )
+        self._requests = Requests[tuple[protocol.Answer, bytes]](parts.sidecar, parts.outcomes, outcome_of)
+        self._replies: set[Reply] = set()
+        """Those of the requests that were written and are not concluded."""
 
     @property
     def busy(self) -> bool:
@@ -62,8 +64,27 @@ class McpDelivery(Mode):
             raise NotSentError(session.why or "the server is being stopped")
         self._requests.send(
             plugin, delivery, session.run, number, request,
-            lambda reply: session.write(number, request, plugin.timeout, reply),
+            lambda one: session.write(number, request, plugin.timeout, self._reply(one)),
         )  # fmt: skip
+
+    def _reply(self, one: PendingRequest[tuple[protocol.Answer, bytes]]) -> Reply:
+        """The reply to a request, which concludes it in the turn after it is there."""
+        reply: Reply = asyncio.get_running_loop().create_future()
+        self._replies.add(reply)
+
+        def conclude(_: Reply) -> None:
+            self._replies.discard(reply)
+            if reply.cancelled():
+                return
+            try:
+                answer = reply.result()
+            except (LostError, NotSentError) as error:
+                one.set_exception(error)
+            else:
+                one.set_result(answer)
+
+        reply.add_done_callback(conclude)
+        return reply
 
     async def ping(self, plugin: Plugin, timeout: float) -> None:
         session = await self.parts.servers().session(plugin.name)
@@ -72,15 +93,21 @@ class McpDelivery(Mode):
 
     def close(self) -> None:
         self._requests.cancel()
+        self._cancel_replies()
+
+    def _cancel_replies(self) -> None:
+        for reply in list(self._replies):
+            reply.cancel()
 
     # One host in the place of another
 
     @property
     def replied(self) -> bool:
-        return self._requests.answered
+        return any(reply.done() for reply in self._replies)
 
     def pass_on(self, departure: Departure) -> McpState | None:
         requests = self._requests.pass_on()
+        self._cancel_replies()
         return McpState(requests=requests) if requests else None
 
     @classmethod
@@ -90,6 +117,5 @@ class McpDelivery(Mode):
     async def take_over(
         self, plugin: Plugin | None, deliveries: Mapping[int, Delivery], state: Any, descriptors: Descriptors
     ) -> None:
-        for number, reply in self._requests.take_over(plugin, deliveries, state.requests):
-            assert plugin is not None
-            self.parts.servers().awaited.setdefault(plugin.name, {})[number] = reply
+        for one in self._requests.take_over(plugin, deliveries, state.requests):
+            self.parts.servers().awaited.setdefault(one.plugin.name, {})[one.number] = self._reply(one)

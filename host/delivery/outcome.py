@@ -100,7 +100,7 @@ class Outcomes:
         fence: Fence,
     ) -> None:
         self._name, self._consumer, self._audit, self._redactor = name, consumer, audit, redactor
-        self._attempts, self._fence = attempts, fence
+        self.attempts, self._fence = attempts, fence
         self._deferred: list[_Ended] = []
         """Attempts that have ended past the plugin's deadline."""
         self.last: Attempted | None = None
@@ -177,15 +177,21 @@ class Outcomes:
         """
 
         def written() -> None:
-            if self._fence.closed:
-                give_up(NO_LEASE)
-                return
-            if self._in_flight:
-                self._overlapped |= {*self._in_flight, delivery.seq}
-            self._in_flight[delivery.seq] = run
-            send()
+            why = self.note_sent(delivery, run)
+            send() if why is None else give_up(why)
 
-        self._attempts.begin(Attempt(delivery, run, request, written, listen))
+        self.attempts.begin(Attempt(delivery, run, request, written, listen))
+
+    def note_sent(self, delivery: Delivery, run: str) -> str | None:
+        """Note that a request is written now; returns the reason if it may not be."""
+        if self._fence.closed:
+            return NO_LEASE
+        if self._in_flight:
+            if len(self._in_flight) == 1:  # of several, each is noted already
+                self._overlapped.update(self._in_flight)
+            self._overlapped.add(delivery.seq)
+        self._in_flight[delivery.seq] = run
+        return None
 
     def conclude(
         self, plugin: Plugin, delivery: Delivery, run: str, outcome: Outcome, latency: int, *, broken: bool

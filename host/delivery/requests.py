@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from host.channel.reply import LostError, NotSentError, Outcome
+from host.delivery.attempts import Attempt
 from host.delivery.outcome import Outcomes
 from host.delivery.sidecar import SidecarLink
 from host.plugins.registry import Plugin
@@ -26,41 +27,70 @@ class RequestState(Body):
     sent_ns: int
 
 
-@dataclass(eq=False)
-class _Request(Generic[A]):
-    """A request that is not answered."""
+@dataclass(eq=False, slots=True)
+class PendingRequest(Generic[A]):
+    """A request that waits for its answer: the first thing that ends it concludes its attempt, at once."""
 
+    requests: Requests[A]
     plugin: Plugin
     delivery: Delivery
     run: str
     number: str
-    answer: asyncio.Future[A]
+    write: Callable[[PendingRequest[A]], None] | None = None
+    """Writes it; None: it is written, by this host or by another."""
     sent_ns: int = 0
+
+    def send(self) -> None:
+        """Write the request, which is on record by now, if its answer is still awaited."""
+        if self.done():
+            return
+        self.sent_ns = time.perf_counter_ns()
+        why = self.requests.outcomes.note_sent(self.delivery, self.run)
+        if why is not None:
+            self.set_exception(LostError(why))
+        elif self.write is not None:
+            self.write(self)
+            self.write = None  # with the bytes that it writes
+
+    def done(self) -> bool:
+        """Whether the answer is no longer awaited."""
+        return self.number not in self.requests
+
+    def set_result(self, result: A, /) -> None:
+        """Take the answer."""
+        self.requests.conclude(self, result)
+
+    def set_exception(self, exception: LostError | NotSentError, /) -> None:
+        """Take the reason why there is no answer."""
+        self.requests.conclude(self, exception)
 
 
 class Requests(Generic[A]):
-    """The requests in flight; ``judge`` says what the answer to the request of that number means."""
+    """The requests in flight; ``judge`` says what an answer means."""
 
-    def __init__(self, sidecar: SidecarLink, outcomes: Outcomes, judge: Callable[[A, str], Outcome]) -> None:
-        self._sidecar, self._outcomes, self._judge = sidecar, outcomes, judge
-        self._requests: dict[asyncio.Future[A], _Request[A]] = {}
-        self._freed = asyncio.Event()
+    def __init__(self, sidecar: SidecarLink, outcomes: Outcomes, judge: Callable[[A], Outcome]) -> None:
+        self.outcomes = outcomes
+        self._sidecar, self._judge = sidecar, judge
+        self._requests: dict[str, PendingRequest[A]] = {}
+        """By number."""
+        self._waiter: asyncio.Future[None] | None = None
+        """Of whoever waits for room."""
 
-    def __bool__(self) -> bool:
-        return bool(self._requests)
+    def __len__(self) -> int:
+        return len(self._requests)
 
-    @property
-    def answered(self) -> bool:
-        """Whether an answer is there whose attempt is not concluded yet."""
-        return any(answer.done() for answer in self._requests)
+    def __contains__(self, number: str) -> bool:
+        return number in self._requests
+
+    def has_room(self, plugin: Plugin) -> bool:
+        """Whether one more may be in flight; during isolated retries, if none is."""
+        return len(self._requests) < (1 if self.outcomes.isolated_retries else plugin.most_in_flight)
 
     async def slot(self, plugin: Plugin) -> None:
-        """Wait until one more may be in flight; during isolated retries, until none is."""
-        spec = plugin.manifest
-        most = min(spec.transport.max_in_flight, spec.delivery.concurrency) if spec is not None else 1
-        while len(self._requests) >= (1 if self._outcomes.isolated_retries else most):
-            self._freed.clear()
-            await self._freed.wait()
+        """Wait until there is room; for one taker."""
+        while not self.has_room(plugin):
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
 
     def send(
         self,
@@ -69,67 +99,64 @@ class Requests(Generic[A]):
         run: str,
         number: str,
         request: bytes,
-        write: Callable[[asyncio.Future[A]], None],
+        write: Callable[[PendingRequest[A]], None],
+        flush: Callable[[], None] | None = None,
     ) -> None:
-        """Begin an attempt: ``write`` writes the request once that is on record; raises NotSentError."""
+        """Begin an attempt: ``write`` writes the request once that is on record; raises NotSentError.
+
+        ``flush`` is called once every request of this turn is written: to send what ``write`` only gathers.
+        """
         self._sidecar.begin_request(run)
-        one = self._await(plugin, delivery, run, number)
-
-        def send() -> None:
-            one.sent_ns = time.perf_counter_ns()
-            write(one.answer)
-
-        def give_up(why: str) -> None:
-            one.sent_ns = time.perf_counter_ns()
-            if not one.answer.done():
-                one.answer.set_exception(LostError(why))
-
-        self._outcomes.begin(delivery, run, request, send, give_up)
+        one = self._requests[number] = PendingRequest(self, plugin, delivery, run, number, write)
+        self.outcomes.attempts.begin(Attempt(delivery, run, request, one.send, flush))
         self._sidecar.status = "in_flight"
+
+    def conclude(self, one: PendingRequest[A], answer: A | LostError | NotSentError) -> None:
+        """End the attempt of a request, unless it is no longer awaited; never raises."""
+        if self._requests.pop(one.number, None) is None:
+            return
+        latency = (time.perf_counter_ns() - one.sent_ns) // 1000
+        self._sidecar.end_request()
+        if self._waiter is not None:
+            waiter, self._waiter = self._waiter, None
+            if not waiter.done():
+                waiter.set_result(None)
+                self.outcomes.attempts.schedule()
+        try:
+            broken = False
+            if isinstance(answer, (LostError, NotSentError)):
+                outcome, broken = Outcome("unknown", detail=str(answer)), isinstance(answer, LostError) and answer.crash
+            else:
+                outcome = self._judge(answer)
+            self.outcomes.conclude(one.plugin, one.delivery, one.run, outcome, latency, broken=broken)
+        except Exception as error:  # this attempt's; those whose answers come with it go on
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": "an attempt could not be concluded", "exception": error}
+            )
 
     def cancel(self) -> None:
         """Await no more answers."""
-        for answer in list(self._requests):
-            answer.cancel()
+        for _ in self._requests:
+            self._sidecar.end_request()
+        self._requests.clear()
 
     def pass_on(self, numbers: Collection[str] | None = None) -> dict[str, RequestState]:
         """Hand on the requests in flight, of all or these numbers, by number; none is awaited here any more."""
         states = {
-            one.number: RequestState(seq=one.delivery.seq, run=one.run, sent_ns=one.sent_ns)
-            for one in self._requests.values()
-            if numbers is None or one.number in numbers
+            number: RequestState(seq=one.delivery.seq, run=one.run, sent_ns=one.sent_ns)
+            for number, one in self._requests.items()
+            if numbers is None or number in numbers
         }
         self.cancel()
         return states
 
     def take_over(
         self, plugin: Plugin | None, deliveries: Mapping[int, Delivery], states: Mapping[str, RequestState]
-    ) -> Iterator[tuple[str, asyncio.Future[A]]]:
-        """Go on with the requests of another host; yields number and awaited answer of each that goes on."""
+    ) -> Iterator[PendingRequest[A]]:
+        """Go on with the requests of another host; yields each that goes on."""
         for number, state in states.items():
             delivery = deliveries.get(state.seq)
             if plugin is not None and delivery is not None:
                 self._sidecar.take_request()
-                one = self._await(plugin, delivery, state.run, number)
-                one.sent_ns = state.sent_ns
-                yield number, one.answer
-
-    def _await(self, plugin: Plugin, delivery: Delivery, run: str, number: str) -> _Request[A]:
-        answer: asyncio.Future[A] = asyncio.get_running_loop().create_future()
-        answer.add_done_callback(self._conclude)
-        one = self._requests[answer] = _Request(plugin, delivery, run, number, answer)
-        return one
-
-    def _conclude(self, answer: asyncio.Future[A]) -> None:
-        one = self._requests.pop(answer)
-        self._freed.set()
-        self._sidecar.end_request()
-        if answer.cancelled():  # the worker ends
-            return
-        broken = False
-        try:
-            outcome = self._judge(answer.result(), one.number)
-        except (LostError, NotSentError) as error:
-            outcome, broken = Outcome("unknown", detail=str(error)), isinstance(error, LostError) and error.crash
-        latency = (time.perf_counter_ns() - one.sent_ns) // 1000
-        self._outcomes.conclude(one.plugin, one.delivery, one.run, outcome, latency, broken=broken)
+                one = PendingRequest(self, plugin, delivery, state.run, number, sent_ns=state.sent_ns)
+                yield self._requests.setdefault(number, one)

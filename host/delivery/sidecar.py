@@ -60,7 +60,7 @@ class SidecarLink:
         """The run whose end was heard of last."""
         self._unanswered = 0
         self._all_answered = asyncio.Event()
-        self._all_answered.set()
+        """Set when the last request was answered, while a drain waits for that."""
 
     @property
     def accepts(self) -> bool:
@@ -181,7 +181,6 @@ class SidecarLink:
     def take_request(self) -> None:
         """Count a request that another host has sent, until ``end_request``."""
         self._unanswered += 1
-        self._all_answered.clear()
 
     def pass_on(self) -> SidecarState:
         """The state of the link for the successor of this process."""
@@ -200,4 +199,6 @@ class SidecarLink:
     async def drain(self) -> None:
         """Begin no further request to the present run; returns once none is unanswered."""
         self._draining = self.run
-        await self._all_answered.wait()
+        while self._unanswered:
+            self._all_answered.clear()
+            await self._all_answered.wait()

@@ -7,13 +7,21 @@ each of their events is retried alone, until the one that the plugin dies of is 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from host.channel.reply import STREAM_MESSAGE, NotSentError, judge_reply, meta_of, params_text
-from host.channel.stream import Greeting, Reply, StreamConnection, StreamState, event_request, open_stream
+from host.channel.reply import STREAM_MESSAGE, NotSentError, event_params, judge_reply
+from host.channel.stream import (
+    Greeting,
+    Read,
+    Reply,
+    StreamConnection,
+    StreamState,
+    event_request,
+    new_number,
+    open_stream,
+)
 from host.delivery.outcome import Outcomes
 from host.delivery.requests import Requests, RequestState
 from host.delivery.sidecar import SidecarLink
@@ -40,14 +48,17 @@ class _Session:
     """Done once the plugin has answered ``host.hello``; fails with NotSentError."""
     hello: str = ""
     """The number of that request."""
-    reply: Reply | None = None
+    reply: asyncio.Future[Read] | None = None
     """The reply to it; None: another host had it."""
+    _greeting: Greeting | None = None
 
     @property
     def greeting(self) -> Greeting | None:
         """The plugin's greeting, if there is one."""
-        done = self.greeted.done() and not self.greeted.cancelled() and self.greeted.exception() is None
-        return self.greeted.result() if done else None
+        if self._greeting is None and self.greeted.done():
+            fails = self.greeted.cancelled() or self.greeted.exception() is not None
+            self._greeting = None if fails else self.greeted.result()
+        return self._greeting
 
     @property
     def is_open(self) -> bool:
@@ -86,7 +97,7 @@ class StreamDelivery:
         self._sidecar, self._outcomes, self._catalogue, self._api = sidecar, outcomes, catalogue, api
         self._redact = redact
         self._session: _Session | None = None
-        self._requests = Requests[tuple[dict[str, Any], bytes]](sidecar, outcomes, lambda reply, _: judge_reply(*reply))
+        self._requests = Requests[Read](sidecar, outcomes, lambda reply: judge_reply(*reply))
         self.connecting = False
         """A connection is being made, and not greeted yet."""
         self._tasks = Tasks()
@@ -112,29 +123,42 @@ class StreamDelivery:
 
     async def deliver(self, plugin: Plugin, hook: str, delivery: Delivery) -> None:
         """Send a delivery, which concludes by itself; raises NotSentError or IsolatorError when nothing can be sent."""
-        assert delivery.event is not None
-        session = self._present or await self._connect(plugin)
-        greeting = await asyncio.shield(session.greeted)
+        while True:
+            session = self._present or await self._connect(plugin)
+            await asyncio.shield(session.greeted)
+            await self._requests.slot(plugin)
+            await session.connection.writable(plugin.timeout)
+            if not session.is_open:
+                raise NotSentError(session.connection.why)
+            if self.deliver_now(plugin, hook, delivery):
+                return
+
+    def deliver_now(self, plugin: Plugin, hook: str, delivery: Delivery) -> bool:
+        """As ``deliver``, if that takes no wait; returns whether it took none."""
+        session = self._present
+        greeting = session.greeting if session is not None else None
+        if session is None or greeting is None:
+            return False
+        event = delivery.event
+        assert event is not None
         if hook not in greeting.handles:
             self._outcomes.give_up(delivery, "the plugin said in host.hello that it does not handle this event")
-            return
-        event_type = self._catalogue.get(delivery.event.name)
-        meta = meta_of(delivery.event, delivery.attempts + 1, plugin.timeout, delivery.epoch)
-        params = params_text(delivery.event, event_type, plugin.major, meta)
-        number = os.urandom(8).hex()
+            return True
+        connection = session.connection
+        if not self._requests.has_room(plugin) or not connection.is_writable:
+            return False
+        event_type = self._catalogue.get(event.name)
+        params = event_params(event, event_type, plugin.major, delivery.attempts + 1, plugin.timeout, delivery.epoch)
+        number = new_number()
         request = event_request(hook, params, number)
         if len(request) > STREAM_MESSAGE:
             self._outcomes.give_up(delivery, "payload_too_large")
-            return
-        await self._requests.slot(plugin)
-        connection = session.connection
-        await connection.writable(plugin.timeout)
-        if not session.is_open:
-            raise NotSentError(connection.why)
+            return True
         self._requests.send(
             plugin, delivery, session.run, number, request,
-            lambda reply: connection.write(number, request, plugin.timeout, reply),
+            lambda one: connection.write(number, request, plugin.timeout, one), connection.flush,
         )  # fmt: skip
+        return True
 
     async def _connect(self, plugin: Plugin) -> _Session:
         """Open a session with the present run in the place of the one before; its ``greeted`` is under way."""
@@ -169,7 +193,9 @@ class StreamDelivery:
         )
         return _Session(run, connection, self._greeted(connection, hooks, reply), number, reply)
 
-    def _greeted(self, connection: StreamConnection, hooks: Iterable[str], reply: Reply) -> asyncio.Future[Greeting]:
+    def _greeted(
+        self, connection: StreamConnection, hooks: Iterable[str], reply: asyncio.Future[Read]
+    ) -> asyncio.Future[Greeting]:  # fmt: skip
         name = f"greeting of {self._sidecar.name}"
         return self._tasks.run(name, connection.greeting(hooks, reply), expected=(NotSentError,))
 
@@ -200,11 +226,11 @@ class StreamDelivery:
 
     @property
     def replied(self) -> bool:
-        """Whether a reply is there that is not concluded yet."""
+        """Whether a greeting is there that is not read yet; a reply to an event is concluded as it is read."""
         session = self._session
-        if session is not None and session.reply is not None and session.reply.done() and not session.greeted.done():
-            return True
-        return self._requests.answered
+        if session is None or session.reply is None or session.greeted.done():
+            return False
+        return session.reply.done()
 
     def pass_on(self, departure: Departure) -> SessionState | None:
         """Hand on the connection with every request that is in flight over it."""
@@ -230,11 +256,12 @@ class StreamDelivery:
         self, plugin: Plugin | None, deliveries: Mapping[int, Delivery], state: SessionState, descriptors: Descriptors
     ) -> None:
         """Go on with the connection of another host, and with the requests of these deliveries, by event number."""
-        awaited = dict(self._requests.take_over(plugin, deliveries, state.requests))
+        requests = self._requests.take_over(plugin, deliveries, state.requests)
+        awaited: dict[str, Reply] = {one.number: one for one in requests}
         connection = self._connection(state.run)
         loop = asyncio.get_running_loop()
         if state.hello:
-            reply: Reply = loop.create_future()
+            reply: asyncio.Future[Read] = loop.create_future()
             awaited[state.hello] = reply
             hooks = sorted(plugin.hooks.values()) if plugin is not None else ()
             greeted = self._greeted(connection, hooks, reply)

@@ -343,9 +343,11 @@ class Worker:
         await self._begin()
         while True:
             self._sidecar.status = "idle"
-            await self._until_resumed()
+            if self._sidecar.paused:
+                await self._until_resumed()
             delivery = self._taken = await self._consumer.take(self._prepare)
-            await self._gate.wait_open()
+            if not self._gate.is_open:
+                await self._gate.wait_open()
             if self._sidecar.leaving:
                 await asyncio.Event().wait()  # pass_on ends it
             if self._sidecar.paused or self.fence.closed:
@@ -366,12 +368,13 @@ class Worker:
                 _log.exception("plugin %s: a delivery failed within the host", self.name)
                 self._note_failure(delivery, f"it failed within the host: {type(error).__name__}")
             self._taken = None
+            if self._stream.busy and self._consumer.depth == 1:
+                await asyncio.sleep(0)  # until it is sent: the requests of a turn need not wait until all wait again
 
     async def _until_resumed(self) -> None:
-        if self._sidecar.paused:
-            self._sidecar.status, self.blocked_on = "holding", PAUSED
-            await self._resumed_by_operator.wait()
-            self._sidecar.status, self.blocked_on = "idle", None
+        self._sidecar.status, self.blocked_on = "holding", PAUSED
+        await self._resumed_by_operator.wait()
+        self._sidecar.status, self.blocked_on = "idle", None
 
     async def _until_opened(self) -> None:
         """Hold back past the deadline, as a delivery waits, until that is moved on or something else has changed."""
@@ -413,7 +416,8 @@ class Worker:
             # It was accepted, or is replayed, under another grant or version.
             self._outcomes.give_up(delivery, "the filters of the plugin's grant or manifest leave this event out")
         elif plugin.mode == "stream":
-            await self._stream.deliver(plugin, hook, delivery)
+            if not self._stream.deliver_now(plugin, hook, delivery):
+                await self._stream.deliver(plugin, hook, delivery)
         elif plugin.mode == "oneshot":
             await self._oneshot.deliver(plugin, hook, delivery)
         else:

@@ -54,9 +54,7 @@ class KeyValue:
     async def get(self, context: Context, params: Mapping[str, Any]) -> dict[str, Any]:
         """Serve ``{key}`` → ``{value, found}``; the value is null when there is none."""
         where = (context.plugin.name, key_of(params))
-        row = self._store.read(
-            lambda db: db.execute("SELECT value, expires FROM kv WHERE plugin=? AND key=?", where).fetchone()
-        )
+        row = self._store.row("SELECT value, expires FROM kv WHERE plugin=? AND key=?", where)
         found = row is not None and (not isinstance(row[1], int | float) or row[1] > time.time())
         try:
             return {"value": json.loads(row[0]) if found else None, "found": found}
@@ -104,13 +102,10 @@ class KeyValue:
         prefix = params.get("prefix", "")
         if not isinstance(prefix, str):
             raise ApiError(-32602, "prefix must be text")
-        rows = self._store.read(
-            lambda db: db.execute(
-                "SELECT key FROM kv WHERE plugin=? AND substr(key, 1, ?)=? AND (expires IS NULL OR expires>?)"
-                " ORDER BY key",
-                (context.plugin.name, len(prefix), prefix, time.time()),
-            ).fetchall()
+        query = (
+            "SELECT key FROM kv WHERE plugin=? AND substr(key, 1, ?)=? AND (expires IS NULL OR expires>?) ORDER BY key"
         )
+        rows = self._store.rows(query, (context.plugin.name, len(prefix), prefix, time.time()))
         return {"keys": [key for (key,) in rows]}
 
 

@@ -97,10 +97,7 @@ class Jobs:
 
     def all(self) -> list[Job]:
         """Every job that is kept, the newest first."""
-        found = self._store.read(
-            lambda db: db.execute(f"SELECT {_COLUMNS} FROM jobs ORDER BY created DESC, id").fetchall()
-        )
-        return [Job(*row) for row in found]
+        return [Job(*row) for row in self._store.rows(f"SELECT {_COLUMNS} FROM jobs ORDER BY created DESC, id")]
 
     async def plan(self, plugin: Plugin, since: float, *, dead: bool, missed: bool) -> Job:
         """Return the job that queues what was given up, or missed, since a Unix time; nothing is changed."""
@@ -173,7 +170,7 @@ class Jobs:
                     await asyncio.sleep(AGAIN)
 
     def _job(self, job_id: str) -> Job | None:
-        row = self._store.read(lambda db: db.execute(f"SELECT {_COLUMNS} FROM jobs WHERE id=?", (job_id,)).fetchone())
+        row = self._store.row(f"SELECT {_COLUMNS} FROM jobs WHERE id=?", (job_id,))
         return Job(*row) if row is not None else None
 
     async def _step(self, job_id: str, most: int, by: str) -> int:

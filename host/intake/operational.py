@@ -154,7 +154,7 @@ class OperationalEvents:
         self._follower: reader.Follower | None = None
         self._reading: asyncio.Future[list[bytes]] | None = None
         self._seq, self._saved, self._conditions = 0, -1, Conditions()
-        row = store.read(lambda db: db.execute("SELECT seq, standing FROM operational").fetchone())
+        row = store.row("SELECT seq, standing FROM operational")
         self._begun = row is not None and isinstance(row[0], int)
         self._owed: Operational | None = None
         """An event whose condition is kept, and that may not have been accepted."""

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from host.channel.reply import shown
 from host.mcp.session import Reply
@@ -20,7 +20,7 @@ CALLS = 64
 
 
 class CallState(Body):
-    """A call of a caller's, on its way to another host."""
+    """A call of a caller's, as another host goes on with it; ``key`` is the caller's name for it."""
 
     plugin: str
     uid: int
@@ -36,56 +36,35 @@ class CallState(Body):
 class Sent:
     """A call whose answer is awaited."""
 
-    plugin: str
-    uid: int
+    call: CallState
     run: str | None
     """That it was sent to; None: nobody knows any more."""
-    number: str
-    id: str
-    tool: str
-    arguments_sha256: str
-    sent_ns: int
     reply: Reply
     given_up: bool = False
     """The caller has cancelled it."""
     awaited: bool = False
     """Its caller waits for the answer: not so until it has asked the host that took this one over."""
 
-    def pass_on(self, key: str) -> CallState:
-        """Hand the call, which its caller knows by ``key``, to another host."""
-        return CallState(
-            plugin=self.plugin, uid=self.uid, key=key, number=self.number, id=self.id, tool=self.tool,
-            arguments_sha256=self.arguments_sha256, sent_ns=self.sent_ns,
-        )  # fmt: skip
-
-    @classmethod
-    def taken_over(cls, call: CallState, run: str | None, reply: Reply) -> Self:
-        """Await ``reply`` to a call that another host has sent."""
-        return cls(
-            call.plugin, call.uid, run, call.number, call.id, call.tool, call.arguments_sha256, call.sent_ns, reply
-        )  # fmt: skip
-
     def over(self, outcome: Any, detail: str | None) -> ToolCalled:
         """The record of a call that has come to an end; ``detail`` is fit to be shown."""
+        call = self.call
+        latency = (time.perf_counter_ns() - call.sent_ns) // 1000
         return ToolCalled(
-            tool=self.tool,
-            uid=self.uid,
-            arguments_sha256=self.arguments_sha256,
-            outcome=outcome,
-            detail=detail,
-            latency_us=(time.perf_counter_ns() - self.sent_ns) // 1000,
-        )
+            tool=call.tool, uid=call.uid, arguments_sha256=call.arguments_sha256, outcome=outcome, detail=detail,
+            latency_us=latency,
+        )  # fmt: skip
 
 
 def keep_until_asked_for(
-    calls: dict[tuple[int, str], Sent], key: str, sent: Sent, record: Callable[[Sent, str, str], None]
-) -> None:
+    calls: dict[tuple[int, str], Sent], sent: Sent, record: Callable[[Sent, str, str], None]
+) -> None:  # fmt: skip
     """Keep a call of another host's for its caller, who asks again; one who has gone does not, and it is given up."""
-    calls[sent.uid, key] = sent
+    place = sent.call.uid, sent.call.key
+    calls[place] = sent
 
     def drop() -> None:
-        if calls.get((sent.uid, key)) is sent and not sent.awaited:
-            del calls[sent.uid, key]
+        if calls.get(place) is sent and not sent.awaited:
+            del calls[place]
             if not sent.reply.cancel():
                 sent.reply.exception()  # nobody awaits that either
             record(sent, "cancelled", "the caller no longer waits")

@@ -135,7 +135,7 @@ class Servers(Sessions):
         sent = self._calls.get((uid, key))
         if sent is None:
             sent = await self._begin_call(name, tool, arguments, uid, key, progress)
-        elif sent.awaited or sent.plugin != name or sent.tool != tool:
+        elif sent.awaited or (sent.call.plugin, sent.call.tool) != (name, tool):
             raise under_way(key)
         sent.awaited = True
         try:
@@ -158,10 +158,10 @@ class Servers(Sessions):
         judged = protocol.judge(answer)
         self._record(sent, judged.verdict, judged.detail)
         if judged.verdict in ("input_required", "bad_reply"):
-            return {"id": sent.id, "error": {"code": protocol.INTERNAL_ERROR, "message": judged.detail}}
+            return {"id": sent.call.id, "error": {"code": protocol.INTERNAL_ERROR, "message": judged.detail}}
         if answer.result is None:
-            return {"id": sent.id, "error": dict(answer.error or {})}
-        return {"id": sent.id, "result": dict(answer.result)}
+            return {"id": sent.call.id, "error": dict(answer.error or {})}
+        return {"id": sent.call.id, "result": dict(answer.result)}
 
     def cancel(self, uid: int, key: str) -> None:
         """Give up a call of a user's, if it is under way; one that was not sent yet never is."""
@@ -222,13 +222,15 @@ class Servers(Sessions):
         data = protocol.request(session.era, number, "tools/call", params, progress=progress is not None)
         if len(data) > protocol.MAX_LINE:
             raise UsageError(f"tool {tool}", f"its arguments are longer than {protocol.MAX_LINE} bytes")
-        sent_ns = time.perf_counter_ns()
-        sent = Sent(name, uid, session.run, number, new_event_id(time.time()), tool, digest, sent_ns, reply)
+        event_id = new_event_id(time.time())
         started = ToolStarted(tool=tool, uid=uid, arguments_sha256=digest)
-        self._audit.record(started, plugin=name, run=session.run, event_id=sent.id)
+        self._audit.record(started, plugin=name, run=session.run, event_id=event_id)
         await self._audit.flushed()
-        sent.sent_ns = time.perf_counter_ns()
-        self._calls[uid, key] = sent
+        call = CallState(
+            plugin=name, uid=uid, key=key, number=number, id=event_id, tool=tool, arguments_sha256=digest,
+            sent_ns=time.perf_counter_ns(),
+        )  # fmt: skip
+        sent = self._calls[uid, key] = Sent(call, session.run, reply)
         session.write(number, data, protocol.PATIENCE, reply, progress)
         return sent
 
@@ -272,8 +274,9 @@ class Servers(Sessions):
         return plugin
 
     def _record(self, sent: Sent, outcome: Any, detail: str | None) -> None:
-        record = sent.over(outcome, self._shown(sent.plugin, detail) if detail else None)
-        self._audit.record(record, plugin=sent.plugin, run=sent.run, event_id=sent.id)
+        plugin = sent.call.plugin
+        record = sent.over(outcome, self._shown(plugin, detail) if detail else None)
+        self._audit.record(record, plugin=plugin, run=sent.run, event_id=sent.call.id)
 
     # One host in the place of another
 
@@ -285,7 +288,7 @@ class Servers(Sessions):
 
     def pass_on(self, departure: Departure) -> ServersState:
         """Hand every session on, with the calls that are in flight."""
-        calls = tuple(one.pass_on(key) for (_, key), one in self._calls.items())
+        calls = tuple(one.call for one in self._calls.values())
         sessions = {**self._sessions, **self._greeted}
         states = {name: session.leave(departure) for name, session in sessions.items() if session.lasts}
         return ServersState(sessions=states, calls=calls)
@@ -302,8 +305,7 @@ class Servers(Sessions):
             for call in state.calls:
                 if call.plugin == name and call.number in one.deadlines:
                     awaited[call.number] = loop.create_future()
-                    sent = Sent.taken_over(call, one.run, awaited[call.number])
-                    keep_until_asked_for(self._calls, call.key, sent, self._record)
+                    keep_until_asked_for(self._calls, Sent(call, one.run, awaited[call.number]), self._record)
             with contextlib.suppress(OSError):
                 await session.go_on(one, awaited, descriptors)
                 if one.hello:
@@ -314,7 +316,7 @@ class Servers(Sessions):
             if (call.uid, call.key) not in self._calls:  # not to be sent again, to another run
                 lost = loop.create_future()
                 lost.set_exception(LostError("its session has ended"))
-                keep_until_asked_for(self._calls, call.key, Sent.taken_over(call, None, lost), self._record)
+                keep_until_asked_for(self._calls, Sent(call, None, lost), self._record)
 
 
 def _items(name: str, bodies: list[dict[str, Any]]) -> tuple[Item, ...]:

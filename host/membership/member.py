@@ -99,7 +99,7 @@ class Member:
         await node.start()
         self.types.follow()
         self.follower.tell()
-        wishes = self._store.read(lambda db: db.execute("SELECT plugin FROM cluster_wishes").fetchall())
+        wishes = self._store.rows("SELECT plugin FROM cluster_wishes")
         for plugin in self._registry:
             self.follower.serve(plugin.name, before=(plugin.name,) not in wishes)
         self._tasks.keep("wishes for the cluster", self._fulfil)
@@ -191,7 +191,7 @@ class Member:
     async def _fulfil(self) -> None:
         """Write what commands have wished for, one after the other."""
         while True:
-            row = self._store.read(lambda db: db.execute("SELECT plugin, entry FROM cluster_wishes").fetchone())
+            row = self._store.row("SELECT plugin, entry FROM cluster_wishes")
             if row is None:
                 self._wished.clear()
                 await self._wished.wait()

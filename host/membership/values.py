@@ -70,7 +70,7 @@ class ClusterKeyValue(KeyValue):
         if not isinstance(prefix, str):
             raise ApiError(-32602, "prefix must be text")
         query = "SELECT key, value FROM cluster_values WHERE plugin=? AND substr(key, 1, ?)=? ORDER BY key"
-        rows = self._store.read(lambda db: db.execute(query, (plugin, len(prefix), prefix)).fetchall())
+        rows = self._store.rows(query, (plugin, len(prefix), prefix))
         return {"keys": [key for key, text in rows if _read(text) is not None]}
 
     async def _write(self, plugin: str, key: str, text: str | None) -> None:

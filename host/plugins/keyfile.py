@@ -11,6 +11,7 @@ import stat
 from pathlib import Path
 
 from isolator.errors import IsolatorError
+from isolator.registration.durable import replace_file
 
 
 class KeyFile:
@@ -49,18 +50,8 @@ class KeyFile:
 
     def save(self, keys: list[bytes]) -> None:
         """Replace the file in one step, synced."""
-        temporary = self.path.with_name(f".{self.path.name}.{os.urandom(6).hex()}")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        with os.fdopen(os.open(temporary, flags, 0o600), "w") as file:
-            json.dump({"keys": [base64.b64encode(key).decode() for key in keys]}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        content = json.dumps({"keys": [base64.b64encode(key).decode() for key in keys]}).encode()
+        replace_file(self.path, content, temporary=self.path.with_name(f".{self.path.name}.new"), mode=0o600)
         self.keys = keys
 
     def seal(self, plugin: str, key: str, value: str) -> bytes:

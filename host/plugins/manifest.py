@@ -20,7 +20,8 @@ from isolator.policy.units import parse_duration
 from isolator.reader.json_text import load_json_with_lines
 from isolator.reader.manifest import parse_manifest
 
-ERAS = ("2025-11-25", "2026-07-28")
+Era = Literal["2025-11-25", "2026-07-28"]
+ERAS: tuple[Era, ...] = get_args(Era)
 CALLED_IDLE = 600.0
 """Seconds after which an MCP server that nobody uses is stopped."""
 ConfigType = Literal["string", "integer", "number", "boolean", "enum", "file"]
@@ -87,7 +88,7 @@ class Transport(Frozen):
     """Mode http: the port of its own loopback that the sidecar listens on; None: its socket."""
     secret: str | None = None
     """Mode http: the key of its config with which requests are signed."""
-    era: Literal["2025-11-25", "2026-07-28"] = "2025-11-25"
+    era: Era = ERAS[0]
     """Mode mcp: the newest version of the protocol before, or the first since, it does without sessions."""
     calls: dict[str, ToolCall] = fresh(default_factory=dict)
     """Mode mcp: by hook."""

@@ -12,10 +12,6 @@ from isolator.errors import IsolatorError, UsageError, nearest
 policy = command.policy
 
 
-def _parse(data: dict[str, Any], lines: dict[Any, int], name: str) -> object:
-    return from_data(data, lines=lines, name=name)
-
-
 def _note_hooks(data: dict[str, Any], errors: list[IsolatorError], notes: list[str]) -> None:
     """Tell hooks that are misspelt from those of events which the platform may register."""
     catalogue = Catalogue()
@@ -30,5 +26,5 @@ def _note_hooks(data: dict[str, Any], errors: list[IsolatorError], notes: list[s
             notes.append(f"{hook} is an event that the platform has to register first")
 
 
-command.manifest_parser = _parse
+command.manifest_parser = from_data
 command.manifest_notes = _note_hooks

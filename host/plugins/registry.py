@@ -12,6 +12,7 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from host.database.store import Store
@@ -57,11 +58,11 @@ class Plugin:
         asked = self.manifest.core.hooks if self.manifest is not None else ()
         return tuple(sorted({*self.hooks, *(OLDER_HOOKS.get(hook, hook) for hook in asked)}))
 
-    @property
+    @cached_property
     def mode(self) -> str:
         return self.manifest.transport.mode if self.manifest is not None else "oneshot"
 
-    @property
+    @cached_property
     def major(self) -> int:
         """Major of the plugin's ``api_version``."""
         return int(self.manifest.core.api_version.partition(".")[0]) if self.manifest is not None else 1
@@ -72,19 +73,25 @@ class Plugin:
         granted = self.effective.filters if self.effective is not None else ()
         return passes((*granted, *wanted), payload)
 
-    @property
+    @cached_property
     def filtered(self) -> bool:
         """Whether it has a filter at all."""
         manifest, effective = self.manifest, self.effective
         return bool((effective and effective.filters) or (manifest and manifest.delivery.filters))
 
-    @property
+    @cached_property
     def timeout(self) -> float:
         return self.effective.delivery_timeout if self.effective is not None else 10.0
 
-    @property
+    @cached_property
     def attempts(self) -> int:
         return self.effective.delivery_attempts if self.effective is not None else 12
+
+    @cached_property
+    def most_in_flight(self) -> int:
+        """Requests that may be unanswered at a time, in a mode that has several."""
+        spec = self.manifest
+        return min(spec.transport.max_in_flight, spec.delivery.concurrency) if spec is not None else 1
 
 
 class Registry:
@@ -148,7 +155,7 @@ class Registry:
 
     def known(self) -> set[str]:
         """Return the names that have a row, registered at present or not."""
-        rows = self._store.read(lambda db: db.execute("SELECT name FROM plugins").fetchall())
+        rows = self._store.rows("SELECT name FROM plugins")
         return {name for (name,) in rows if isinstance(name, str)}
 
     def subscribers(self, event_type: EventType, payload: Mapping[str, Any]) -> list[Subscriber]:

@@ -132,11 +132,9 @@ class ConfigStore:
         """Held while values or the key change: memory and disk change together, one change after the other."""
         self.broken: dict[str, IsolatorError] = {}
         """Plugins whose config cannot be read, with the reason; they are not started."""
-        rows = store.read(
-            lambda db: db.execute(
-                "SELECT plugin, NULL, key, secret, type, value FROM config"
-                " UNION ALL SELECT plugin, digest, key, secret, type, value FROM config_next"
-            ).fetchall()
+        rows = store.rows(
+            "SELECT plugin, NULL, key, secret, type, value FROM config"
+            " UNION ALL SELECT plugin, digest, key, secret, type, value FROM config_next"
         )
         self._unusable: IsolatorError | None = None
         try:
@@ -195,59 +193,53 @@ class ConfigStore:
     async def set(self, plugin: str, manifest: Manifest, values: Mapping[str, str], *, replace: bool = False) -> None:
         """Store values; ``replace`` deletes all others first (a plugin of that name is new)."""
         async with self._changing:
-            await self._set(plugin, manifest, values, replace=replace)
+            if self._unusable is not None:
+                raise self._unusable
+            checked = self.check(manifest, values)
+            current = {} if replace else dict(self._values.get(plugin, {}))
+            for key, (spec, text) in checked.items():
+                current[key] = _Value(text, spec.secret, spec.type)
+            _check_size(plugin, current)
+            now = time.time()
+            rows = [
+                (plugin, key, spec.secret, spec.type, self._keys.seal(plugin, key, text), now)
+                for key, (spec, text) in checked.items()
+            ]
 
-    async def _set(self, plugin: str, manifest: Manifest, values: Mapping[str, str], *, replace: bool) -> None:
-        if self._unusable is not None:
-            raise self._unusable
-        checked = self.check(manifest, values)
-        current = {} if replace else dict(self._values.get(plugin, {}))
-        for key, (spec, text) in checked.items():
-            current[key] = _Value(text, spec.secret, spec.type)
-        _check_size(plugin, current)
-        now = time.time()
-        rows = [
-            (plugin, key, spec.secret, spec.type, self._keys.seal(plugin, key, text), now)
-            for key, (spec, text) in checked.items()
-        ]
+            def write(db: sqlite3.Connection) -> None:
+                if replace:
+                    db.execute("DELETE FROM config WHERE plugin=?", (plugin,))
+                db.executemany("INSERT OR REPLACE INTO config VALUES (?,?,?,?,?,?)", rows)
 
-        def write(db: sqlite3.Connection) -> None:
-            if replace:
-                db.execute("DELETE FROM config WHERE plugin=?", (plugin,))
-            db.executemany("INSERT OR REPLACE INTO config VALUES (?,?,?,?,?,?)", rows)
-
-        await self._store.run(write)
-        self._values[plugin] = current
-        self._redactors.pop(plugin, None)
-        self.broken.pop(plugin, None)
+            await self._store.run(write)
+            self._values[plugin] = current
+            self._redactors.pop(plugin, None)
+            self.broken.pop(plugin, None)
 
     async def set_next(self, plugin: str, digest: str, manifest: Manifest, values: Mapping[str, str]) -> None:
         """Keep values for the version of that digest; those of an earlier attempt at it are dropped."""
         async with self._changing:
-            await self._set_next(plugin, digest, manifest, values)
+            if self._unusable is not None:
+                raise self._unusable
+            checked = self.check(manifest, values)
+            kept = {key: _Value(text, spec.secret, spec.type) for key, (spec, text) in checked.items()}
+            _check_size(plugin, {**self._values.get(plugin, {}), **kept})
+            now = time.time()
+            rows = [
+                (plugin, digest, key, value.secret, value.type, self._keys.seal(plugin, key, value.text), now)
+                for key, value in kept.items()
+            ]
 
-    async def _set_next(self, plugin: str, digest: str, manifest: Manifest, values: Mapping[str, str]) -> None:
-        if self._unusable is not None:
-            raise self._unusable
-        checked = self.check(manifest, values)
-        kept = {key: _Value(text, spec.secret, spec.type) for key, (spec, text) in checked.items()}
-        _check_size(plugin, {**self._values.get(plugin, {}), **kept})
-        now = time.time()
-        rows = [
-            (plugin, digest, key, value.secret, value.type, self._keys.seal(plugin, key, value.text), now)
-            for key, value in kept.items()
-        ]
+            def write(db: sqlite3.Connection) -> None:
+                db.execute("DELETE FROM config_next WHERE plugin=? AND digest=?", (plugin, digest))
+                db.executemany("INSERT INTO config_next VALUES (?,?,?,?,?,?,?)", rows)
 
-        def write(db: sqlite3.Connection) -> None:
-            db.execute("DELETE FROM config_next WHERE plugin=? AND digest=?", (plugin, digest))
-            db.executemany("INSERT INTO config_next VALUES (?,?,?,?,?,?,?)", rows)
-
-        await self._store.run(write)
-        versions = self._next.setdefault(plugin, {})
-        versions.pop(digest, None)
-        if kept:
-            versions[digest] = kept
-        self._redactors.pop(plugin, None)
+            await self._store.run(write)
+            versions = self._next.setdefault(plugin, {})
+            versions.pop(digest, None)
+            if kept:
+                versions[digest] = kept
+            self._redactors.pop(plugin, None)
 
     def settle(self, plugin: str, digest: str) -> None:
         """Make the values of a confirmed version the plugin's config."""
@@ -327,8 +319,9 @@ class ConfigStore:
 
     def missing(self, plugin: str, manifest: Manifest, digest: str = "") -> list[str]:
         """Find required keys without a value, for the version of that digest."""
-        values = self._in_use(plugin, digest)
-        return [f.key for f in manifest.config or () if f.required and f.default is None and f.key not in values]
+        required = [f.key for f in manifest.config or () if f.required and f.default is None]
+        values = self._in_use(plugin, digest) if required else {}
+        return [key for key in required if key not in values]
 
     def check_whole(self, plugin: str, manifest: Manifest | None, digest: str = "") -> None:
         """Raise IsolatorError if a version cannot start: a required value is missing, or the config cannot be read."""
@@ -374,35 +367,32 @@ class ConfigStore:
     async def rotate(self) -> int:
         """Make a new key and seal every value with it; returns how many. Safe to interrupt at any instant."""
         async with self._changing:
-            return await self._rotate()
+            if self._unusable is not None:
+                raise self._unusable
+            old = self._keys.keys
+            self._keys.save([os.urandom(32), *old])
+            now = time.time()
+            rows = [
+                (self._keys.seal(plugin, key, value.text), now, plugin, key)
+                for plugin, values in self._values.items()
+                for key, value in values.items()
+            ]
+            rows_next = [
+                (self._keys.seal(plugin, key, value.text), plugin, digest, key)
+                for plugin, versions in self._next.items()
+                for digest, values in versions.items()
+                for key, value in values.items()
+            ]
 
-    async def _rotate(self) -> int:
-        if self._unusable is not None:
-            raise self._unusable
-        old = self._keys.keys
-        self._keys.save([os.urandom(32), *old])
-        now = time.time()
-        rows = [
-            (self._keys.seal(plugin, key, value.text), now, plugin, key)
-            for plugin, values in self._values.items()
-            for key, value in values.items()
-        ]
-        rows_next = [
-            (self._keys.seal(plugin, key, value.text), plugin, digest, key)
-            for plugin, versions in self._next.items()
-            for digest, values in versions.items()
-            for key, value in values.items()
-        ]
+            def write(db: sqlite3.Connection) -> None:
+                db.executemany("UPDATE config SET value=?, updated=? WHERE plugin=? AND key=?", rows)
+                db.executemany("UPDATE config_next SET value=? WHERE plugin=? AND digest=? AND key=?", rows_next)
 
-        def write(db: sqlite3.Connection) -> None:
-            db.executemany("UPDATE config SET value=?, updated=? WHERE plugin=? AND key=?", rows)
-            db.executemany("UPDATE config_next SET value=? WHERE plugin=? AND digest=? AND key=?", rows_next)
-
-        await self._store.run(write)
-        # Rows that could not be opened before cannot be sealed anew: the old keys stay while there are any.
-        if not self.broken:
-            self._keys.save(self._keys.keys[:1])
-        return len(rows) + len(rows_next)
+            await self._store.run(write)
+            # Rows that could not be opened before cannot be sealed anew: the old keys stay while there are any.
+            if not self.broken:
+                self._keys.save(self._keys.keys[:1])
+            return len(rows) + len(rows_next)
 
 
 def _check_size(plugin: str, values: Mapping[str, _Value]) -> None:

@@ -111,7 +111,8 @@ class SqliteConsumer:
             return
         self._lane.remove(delivery)
         self._rows.write(delivery, result, 0.0)
-        self._wake()
+        if self._lane.has_next:
+            self._wake()
 
     def nak(self, delivery: Delivery, result: Result, *, delay: float) -> None:
         if delivery.final:

@@ -1,4 +1,4 @@
-"""Queries on the queue's tables: list, show, prune."""
+"""Statements on the queue's tables: change, list, show, prune."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import sqlite3
 from typing import Any
 
+from host.database import schema
 from host.queue.interface import DeliveryRow, Event, EventRow
 
 EVENT_COLUMNS = ("seq", "id", "name", "time", "accepted", "expires", "payload", "subject", "trace")
@@ -17,6 +18,11 @@ DELIVERY = (
 GIVEN_UP = "('dead', 'expired', 'quarantined')"
 ENDED = "('ok', 'skipped', 'cancelled', 'moved')"
 PENDING = "('queued', 'retry', 'in_flight')"
+OUTCOME = (
+    "UPDATE deliveries SET state=?, attempts=?, crashes=?, due=?, status=?, detail=?,"
+    " reply=coalesce(?, reply), latency_us=coalesce(?, latency_us), updated=? WHERE seq=? AND plugin=?"
+)
+"""Sets the state of a delivery; run most often of all."""
 LISTED = 4 << 20
 """Bytes of payloads and replies in one listing: the newest events have them, and all others are listed without."""
 
@@ -180,13 +186,13 @@ def prune(
     below: int = min(max(oldest, first_kept[0] if first_kept is not None else oldest), start + 4000)
     below = below if needed is None else min(below, needed)
     db.execute(f"DELETE FROM deliveries WHERE seq < ? AND state IN {ENDED}", (below,))
-    for (plugin,) in db.execute(f"SELECT DISTINCT plugin FROM deliveries WHERE state IN {GIVEN_UP}").fetchall():
+    for (plugin,) in db.execute(f"SELECT DISTINCT plugin FROM deliveries WHERE {schema.GIVEN_UP}").fetchall():
         last = db.execute(
-            f"SELECT seq FROM deliveries WHERE plugin=? AND state IN {GIVEN_UP} ORDER BY seq DESC LIMIT 1 OFFSET ?",
+            f"SELECT seq FROM deliveries WHERE plugin=? AND {schema.GIVEN_UP} ORDER BY seq DESC LIMIT 1 OFFSET ?",
             (plugin, keep_dead),
         ).fetchone()
         if last is not None:
-            db.execute(f"DELETE FROM deliveries WHERE plugin=? AND state IN {GIVEN_UP} AND seq<=?", (plugin, last[0]))
+            db.execute(f"DELETE FROM deliveries WHERE plugin=? AND {schema.GIVEN_UP} AND seq<=?", (plugin, last[0]))
     db.execute(
         "DELETE FROM events WHERE seq < ? AND seq < (SELECT max(seq) FROM events)"
         " AND NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.seq=events.seq)",

@@ -305,11 +305,7 @@ class SqliteQueue(Listing):
     def _write_outcomes(self, db: sqlite3.Connection, batch: _Outcomes) -> None:
         if self._outcomes is batch:
             self._outcomes = None
-        db.executemany(
-            "UPDATE deliveries SET state=?, attempts=?, crashes=?, due=?, status=?, detail=?,"
-            " reply=coalesce(?, reply), latency_us=coalesce(?, latency_us), updated=? WHERE seq=? AND plugin=?",
-            batch.values(),
-        )
+        db.executemany(rows.OUTCOME, batch.values())
 
     def load(self, delivery: Delivery, upcoming: Sequence[Delivery]) -> None:
         """Read the payload of a delivery and of those that follow soon; ``event`` stays None where it is pruned."""

@@ -95,7 +95,7 @@ class LineProtocol(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """Have nothing be lost that was said in this turn: the connection is closed, unless this returns True."""
-        self._write_gathered()
+        self.flush()
         return False
 
     @property
@@ -110,7 +110,7 @@ class LineProtocol(asyncio.Protocol):
         """
         transport = self.transport
         assert transport is not None
-        self._write_gathered()
+        self.flush()
         unread = b"".join(line + b"\n" for line in again) + self._buffer
         number = departure.copy(transport.get_extra_info("socket").fileno())
         state = LineState(socket=number, unread=to_text(unread), unsent=to_text(_unsent(transport)))
@@ -179,7 +179,7 @@ class LineProtocol(asyncio.Protocol):
     def send(self, data: bytes) -> None:
         """Write bytes if the connection is open."""
         if self._gathered:
-            self._write_gathered()
+            self.flush()
         if self.transport is not None and not self.transport.is_closing():
             self.transport.write(data)
 
@@ -189,17 +189,20 @@ class LineProtocol(asyncio.Protocol):
         Of many short messages the kernel and the peer have one then: each costs more to hand over than to make.
         """
         if not self._gathered:
-            self._loop.call_soon(self._write_gathered)
+            self._loop.call_soon(self.flush)
         self._gathered.append(data)
 
-    def _write_gathered(self) -> None:
+    def flush(self) -> None:
+        """Write what ``send_soon`` has gathered."""
+        if not self._gathered:
+            return
         gathered, self._gathered = self._gathered, []
-        if gathered and self.transport is not None and not self.transport.is_closing():
+        if self.transport is not None and not self.transport.is_closing():
             self.transport.write(gathered[0] if len(gathered) == 1 else b"".join(gathered))
 
     def close(self) -> None:
         """Close once all that was written has been sent, or after ``LINGER`` seconds."""
-        self._write_gathered()
+        self.flush()
         if self.transport is not None:
             if self.transport.get_write_buffer_size():
                 self._loop.call_later(LINGER, self.transport.abort)

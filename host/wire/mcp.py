@@ -18,7 +18,6 @@ from isolator import __version__
 Era = Literal["2025-11-25", "2026-07-28"]
 SESSION: Final = "2025-11-25"
 STATELESS: Final = "2026-07-28"
-ERAS: tuple[Era, Era] = (SESSION, STATELESS)
 """The newest version of each era: the one with a session, and the one without."""
 SESSION_VERSIONS = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")
 """Versions of a session that this host understands: ``tools`` are the same in each."""

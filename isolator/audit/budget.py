@@ -58,15 +58,12 @@ class Budgets:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.tight = False
+        self.counting = False
+        """Whether some records are in no summary yet."""
         self._clock = clock
         self._shares: dict[_Key, _Share] = {}
         self._callers: dict[str, TokenBucket] = {}
         """Bucket of all callers together, by type."""
-
-    @property
-    def counting(self) -> bool:
-        """Whether some records are in no summary yet."""
-        return any(share.count for share in self._shares.values())
 
     @property
     def window(self) -> float:
@@ -81,6 +78,7 @@ class Budgets:
         share = self._share(record, summed, source)
         if share.bucket.try_take() and (not summed.by_caller or self._callers[record.type].try_take()):
             return True
+        self.counting = True
         if not share.count:
             share.first, share.since = record.time, self._clock()
             share.source, share.plugin = source, record.plugin
@@ -105,6 +103,7 @@ class Budgets:
                     self._shares[key] = _Share(share.bucket)
             elif share.bucket.tokens >= share.bucket.burst:
                 del self._shares[key]
+        self.counting = any(share.count for share in self._shares.values())
         return found
 
     def tighten(self, tight: bool) -> None:

@@ -66,15 +66,15 @@ class CauseState(Body):
     flows: tuple[FlowCause, ...]
 
 
-@struct_class()
 class Window:
     """One delivery in flight; times are CLOCK_MONOTONIC in ns."""
 
-    event_id: str
-    delivery_id: str | None
-    run: str | None
-    start: int
-    end: int = _FOREVER
+    __slots__ = ("delivery_id", "end", "event_id", "run", "start")
+
+    def __init__(
+        self, event_id: str, delivery_id: str | None, run: str | None, start: int, end: int = _FOREVER
+    ) -> None:
+        self.event_id, self.delivery_id, self.run, self.start, self.end = event_id, delivery_id, run, start, end
 
 
 @struct_class()
@@ -88,7 +88,8 @@ class _Windows:
 
     def begin(self, window: Window) -> None:
         key = (window.event_id, window.delivery_id)
-        self.finish(key, window.start)
+        if key in self.open:
+            self.finish(key, window.start)
         self.open[key] = window
         oldest = next(iter(self.open.values()))
         if oldest.start <= window.start - _MAX_OPEN_NS or len(self.open) > _MAX_WINDOWS:
@@ -130,7 +131,9 @@ class Causes:
             return
         at = now if record.happened is None else record.happened
         if record.type in _BEGINS:
-            windows = self._windows.setdefault(record.plugin, _Windows())
+            windows = self._windows.get(record.plugin)
+            if windows is None:
+                windows = self._windows[record.plugin] = _Windows()
             windows.begin(Window(record.event_id, record.delivery_id, record.run, at))
         elif record.type in _ENDS and record.plugin in self._windows:
             self._windows[record.plugin].finish((record.event_id, record.delivery_id), at)
@@ -194,5 +197,6 @@ class Causes:
 
     def _open_between(self, plugin: str, run: str | None, began: int, at: int) -> _Causes:
         windows = self._windows.get(plugin)
-        found = windows.between(began, at, run) if windows is not None else []
-        return tuple((window.event_id, window.delivery_id) for window in found)
+        if windows is None:
+            return ()
+        return tuple((window.event_id, window.delivery_id) for window in windows.between(began, at, run))

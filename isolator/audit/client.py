@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 MAX_PENDING = 20_000
 """Records kept in memory while the writer is away or slow; beyond that they are lost and counted."""
 _RETRY = 0.01
+_MANY = 128
+"""Records that are sent before the caller's turn of the loop ends: the writer works on them meanwhile."""
 
 AWAY = "the audit process is not there"
 """``blocked`` between two writers."""
@@ -128,7 +130,7 @@ class AuditClient:
             self.record(AuditGap(count=lost, why="the sender's buffer was full"))
         line = self._line(record, plugin, run, event_id, delivery_id, happened_ns, since_ns)
         self._pending.append(line)
-        if urgent:
+        if urgent or len(self._pending) % _MANY == 0:
             self.flush()
         elif not self._scheduled:
             self._scheduled = True

@@ -19,12 +19,12 @@ import stat
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from isolator.audit import files
 from isolator.audit.record import Incoming, RejectedError, own_hash_fits, spell
-from isolator.audit.recover import HEAD_NAME, ChainEnd, follow_run, read_head, recover
+from isolator.audit.recover import HEAD_NAME, OF_RUNS, ChainEnd, follow_run, read_head, recover
 from isolator.audit.schema import RETENTION, AuditGap, AuditSeal
 from isolator.audit.seal import Signer, load_signer, set_aside, sync_directory
 
@@ -61,10 +61,10 @@ class Outlook:
 class Batch:
     """Lines that are committed together. ``last``: the file is full after this one."""
 
-    lines: list[bytes] = field(default_factory=list)
-    seq: int = 0
-    hash: str = ""
-    last: bool = False
+    lines: list[bytes]
+    seq: int
+    hash: str
+    last: bool
 
 
 class Chain:
@@ -82,7 +82,7 @@ class Chain:
         self._file_bytes = 0 if end.size >= limits.rotate_size else end.size
         self._begun = end.begun if self._file_bytes else time.time()
         self._batches: list[Batch] = []
-        self._open = Batch()
+        self._lines: list[bytes] = []
 
     @property
     def unsealed(self) -> int:
@@ -109,9 +109,7 @@ class Chain:
         self._add(Incoming(now, seal.TYPE, data=seal.data))
         self.seals += 1
         if self._is_full():
-            self._open.last = True
-            self._batches.append(self._open)
-            self._open = Batch()
+            self._gather(last=True)
             self._file_bytes, self._begun = 0, time.time()
 
     def _is_full(self) -> bool:
@@ -119,24 +117,32 @@ class Chain:
 
     def take(self) -> list[Batch]:
         """Everything gathered so far, for a commit."""
-        batches = [*self._batches, self._open] if self._open.lines else self._batches
-        self._batches, self._open, self.bytes = [], Batch(), 0
+        if self._lines:
+            self._gather(last=False)
+        batches, self._batches, self.bytes = self._batches, [], 0
         return batches
+
+    def _gather(self, *, last: bool) -> None:
+        self._batches.append(Batch(self._lines, self.seq, self.hash, last))
+        self._lines = []
 
     def count(self, record: Incoming) -> None:
         """Note the number of a record that is counted instead of written: its sender has not lost it."""
         if record.number:
-            self.origins[record.origin.partition(":")[0]] = f"{record.session}:{record.number}"
+            self.origins[record.source] = record.number
 
     def _add(self, record: Incoming) -> None:
-        line, digest = spell(self.seq + 1, record, self.hash)
-        self.seq, self.hash = self.seq + 1, digest
-        self._open.lines.append(line)
-        self._open.seq, self._open.hash = self.seq, digest
-        self.bytes += len(line)
-        self._file_bytes += len(line)
-        self.count(record)
-        follow_run(self.runs, record.type, record.plugin, record.run)
+        seq = self.seq + 1
+        line, self.hash = spell(seq, record, self.hash)
+        self.seq = seq
+        self._lines.append(line)
+        size = len(line)
+        self.bytes += size
+        self._file_bytes += size
+        if record.number:
+            self.origins[record.source] = record.number
+        if record.type in OF_RUNS:
+            follow_run(self.runs, record.type, record.plugin, record.run)
 
 
 class Trail:
@@ -195,9 +201,10 @@ class Trail:
             while self._todo:
                 self._check()
                 batch = self._todo[0]
-                self._write(b"".join(batch.lines))
+                data = b"".join(batch.lines)
+                self._write(data)
                 os.fdatasync(self._fd)
-                self._size += sum(map(len, batch.lines))
+                self._size += len(data)
                 self.seq, self._hash = batch.seq, batch.hash
                 self._full = batch.last
                 self._todo.popleft()

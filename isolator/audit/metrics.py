@@ -216,7 +216,7 @@ class Metrics:
                     self._of(gauge, plugin).set(_number(data[field]))
             for field, counter in (("cpu_us", self._cpu), ("throttled_us", self._throttled)):
                 self._spend(counter, plugin, field, _number(data.get(field)))
-        elif kind == AuditGap.TYPE and (data.get("why") != RETENTION or record.origin != AUDIT):
+        elif kind == AuditGap.TYPE and (data.get("why") != RETENTION or record.source != AUDIT):
             self._lost.of().inc(_number(data.get("count")))
 
     def gauges(self, data: dict[str, Any]) -> None:

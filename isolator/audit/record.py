@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from isolator.audit.schema import IDENTIFIERS, MAX_ID, may_write
+from isolator.audit.schema import AUDIT, IDENTIFIERS, MAX_ID, may_write
 from isolator.base import core
 
 T = TypeVar("T")
@@ -42,12 +42,13 @@ PREV_TAIL = HASH_TAIL + 74
 GAUGES = b'{"gauges":'
 """Beginning of a line that is no record but present values for the metrics."""
 
-_is_time = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z").fullmatch
+_is_time = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII).fullmatch
 _TYPE = re.compile(r"[a-z][a-z0-9_]{0,31}(?:\.[a-z][a-z0-9_]{0,31}){0,3}")
-_number = re.compile(r"([0-9a-f]{8}):([0-9]{1,15})").fullmatch
+_is_number = re.compile(r"[0-9a-f]{8}:[1-9][0-9]{0,14}").fullmatch
 _PLAIN = re.compile(r"[A-Za-z0-9_.:@/+-]{1,256}")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-_ODD = re.compile(rb"\x7f|NaN|Infinity")
+_FLAT = frozenset({str, int, float, bool, type(None)})
+"""Types of the JSON values that hold no others."""
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode
 
 
@@ -66,10 +67,9 @@ class Incoming:
     event_id: str | None = None
     delivery_id: str | None = None
     data: dict[str, Any] = field(default_factory=dict)
-    origin: str = "audit"
-    session: str = ""
-    number: int = 0
-    """Session and number of this record in its source; empty and 0 when the source does not number them."""
+    source: str = AUDIT
+    number: str = ""
+    """``SESSION:NUMBER`` of this record in its source, from 1 on; empty when the source does not number them."""
     happened: int | None = None
     """CLOCK_MONOTONIC in ns when it happened, comparable between the processes of one host; never on disk."""
     began: int | None = None
@@ -77,8 +77,11 @@ class Incoming:
     cut: dict[str, dict[str, Any]] | None = None
 
 
-def parse_incoming(source: str, line: bytes) -> Incoming:
-    """Check one line of a source; raises RejectedError with a reason fit for the trail."""
+def parse_incoming(source: str, line: bytes, awaited: str = "") -> Incoming:
+    """Check one line of a source; raises RejectedError with a reason fit for the trail.
+
+    ``awaited``: a number as it should be, which the record probably has.
+    """
     try:
         value = core.from_json_of_few_keys(line)
     except ValueError:
@@ -97,15 +100,23 @@ def parse_incoming(source: str, line: bytes) -> Incoming:
         data = {}
     if not isinstance(data, dict):
         raise RejectedError("data is not an object")
+    happened, began, number = get("mono"), get("since"), get("n")
+    if number != awaited and not (isinstance(number, str) and _is_number(number)):
+        number = ""
     cuts: dict[str, dict[str, Any]] = {}
-    origin, session, count, number = source, "", 0, get("n")
-    if isinstance(number, str) and (match := _number(number)):
-        session, count, origin = match[1], int(match[2]), f"{source}:{number}"
-    happened, began = get("mono"), get("since")
-    plugin, run, event, delivery = [
-        None if (text := get(key)) is None else _identifier(text, key, cuts) for key in IDENTIFIERS
-    ]
-    incoming = Incoming(
+    ids = plugin, run, event, delivery = get("plugin"), get("run"), get("event_id"), get("delivery_id")
+    for text in ids:
+        if text is not None and (type(text) is not str or len(text) > MAX_ID):
+            plugin, run, event, delivery = [
+                _identifier(id, key, cuts) for id, key in zip(ids, IDENTIFIERS, strict=True)
+            ]
+            break
+    # A string over the cap only fits into a long line, a deep nest only into a bracketed one: most lines need no walk.
+    if len(line) > MAX_TEXT or (
+        not _FLAT.issuperset(map(type, data.values())) and line.count(b"{") + line.count(b"[") > MAX_DEPTH
+    ):
+        data = cap(data, cuts)
+    return Incoming(
         time,
         type_,
         plugin,
@@ -113,17 +124,12 @@ def parse_incoming(source: str, line: bytes) -> Incoming:
         event,
         delivery,
         data,
-        origin,
-        session,
-        count,
+        source,
+        number,
         happened if isinstance(happened, int) else None,
         began if isinstance(began, int) else None,
+        cuts or None,
     )
-    # A string over the cap or a deep nest only fits into a long or a bracketed line: most lines need no walk.
-    if len(line) > MAX_TEXT or line.count(b"{") + line.count(b"[") > MAX_DEPTH:
-        incoming.data = cap(data, cuts)
-    incoming.cut = cuts or None
-    return incoming
 
 
 def _parse_leniently(line: bytes) -> Any:
@@ -144,8 +150,10 @@ def _mended(value: Any) -> Any:
     return value
 
 
-def _identifier(text: Any, key: str, cuts: dict[str, dict[str, Any]]) -> str:
+def _identifier(text: Any, key: str, cuts: dict[str, dict[str, Any]]) -> str | None:
     """An identifier, cut like any string: a caller may name a plugin as it likes, and is on record all the same."""
+    if text is None:
+        return None
     if not isinstance(text, str):
         raise RejectedError(f"{key} is not a string")
     if len(text) <= MAX_ID:
@@ -205,11 +213,11 @@ def quoted(text: str | None) -> str:
 def _ascii(value: Any) -> str:
     """Spell a value as JSON in ASCII; raises ValueError, TypeError or RecursionError for one that JSON cannot hold."""
     try:
-        quick = core.to_json(value)
+        quick = core.to_json(value).decode()
     except ValueError:
-        quick = b""
-    if quick and quick.isascii() and not _ODD.search(quick):
-        return quick.decode()
+        quick = "\x7f"
+    if quick.isascii() and "\x7f" not in quick and "NaN" not in quick and "Infinity" not in quick:
+        return quick
     # DEL is the one control character that JSON encoders leave alone.
     return _encode(value).replace("\x7f", "\\u007f")
 
@@ -220,13 +228,13 @@ def spell(seq: int, record: Incoming, prev: str) -> tuple[bytes, str]:
         data = _ascii(record.data)
     except (ValueError, TypeError, RecursionError):
         raise RejectedError("data has a value that JSON cannot hold") from None
-    cut = f',"cut":{_ascii(record.cut)}' if record.cut else ""
-    # With a number it is as plain as its pattern, and there is no other like it to be remembered.
-    origin = f'"{record.origin}"' if record.number else quoted(record.origin)
+    if record.cut:
+        data = f'{data},"cut":{_ascii(record.cut)}'
+    origin = f"{record.source}:{record.number}" if record.number else record.source
     body = (
-        f'{{"seq":{seq},"time":"{record.time}","type":"{record.type}","origin":{origin}'
+        f'{{"seq":{seq},"time":"{record.time}","type":"{record.type}","origin":"{origin}"'
         f',"plugin":{quoted(record.plugin)},"run":{quoted(record.run)},"event_id":{quoted(record.event_id)}'
-        f',"delivery_id":{quoted(record.delivery_id)},"data":{data}{cut},"prev":"{prev}"'
+        f',"delivery_id":{quoted(record.delivery_id)},"data":{data},"prev":"{prev}"'
     ).encode("ascii")
     digest = hashlib.sha256(body).hexdigest()
     return b'%b,"hash":"%b"}\n' % (body, digest.encode()), digest

@@ -183,15 +183,19 @@ def _advance(end: ChainEnd, line: bytes) -> None:
     elif ":" in record.origin:
         source, _, number = record.origin.partition(":")
         end.origins[source] = number
-    follow_run(end.runs, record.type, record.plugin, record.run)
+    if record.type in OF_RUNS:
+        follow_run(end.runs, record.type, record.plugin, record.run)
 
 
 _BEGINS = frozenset({schema.PluginStarted.TYPE, schema.ExecStarted.TYPE, schema.RunStarted.TYPE})
 _ENDS = frozenset({schema.PluginStopped.TYPE, schema.PluginCrashed.TYPE, schema.ExecEnded.TYPE, schema.RunEnded.TYPE})
 
+OF_RUNS = _BEGINS | _ENDS
+"""Types of records by which a run begins or ends."""
+
 
 def follow_run(runs: dict[str, str], kind: str, plugin: str | None, run: str | None) -> None:
-    """Update ``runs``, those without an end, with one more record of the trail."""
+    """Update ``runs``, those without an end, with one more record of ``OF_RUNS``."""
     if run is None:
         return
     if kind in _BEGINS and plugin is not None:

@@ -8,8 +8,11 @@ import socket
 from typing import Any, Self
 
 from isolator.ipc.body import Body
-from isolator.ipc.packet import MAX_PACKET, next_size
+from isolator.ipc.packet import MAX_PACKET
 from isolator.ipc.succession import Departure, Descriptors
+
+_ROOM = memoryview(bytearray(MAX_PACKET))
+"""Where a packet arrives: to ask for its size first would be another call, to make room for the largest costs more."""
 
 
 class SourceState(Body):
@@ -39,6 +42,8 @@ class Source:
         self.blocked: str | None = None
         self.alarm: str | None = None
         self._sent_state: tuple[int, str | None, str | None] = (0, None, None)
+        self._full = False
+        """The state is sent once the socket has room."""
         self._loop = asyncio.get_running_loop()
 
     def receive(self) -> bytes | None:
@@ -46,13 +51,13 @@ class Source:
         if not self.open:
             return None
         try:
-            packet = self.sock.recv(min(next_size(self.sock), MAX_PACKET) or 1)
+            size = self.sock.recv_into(_ROOM)
         except (BlockingIOError, InterruptedError):
             return None
         except OSError:
-            packet = b""
-        self.open = bool(packet)
-        return packet or None
+            size = 0
+        self.open = size > 0
+        return bytes(_ROOM[:size]) if size else None
 
     def report(self, *, acked: int | None = None, blocked: str | None, alarm: str | None) -> None:
         """Report progress and trouble; a source that does not read gets the latest state once it does."""
@@ -100,8 +105,11 @@ class Source:
                 self.sock.send(json.dumps(message, separators=(",", ":")).encode(), socket.MSG_NOSIGNAL)
             except (BlockingIOError, InterruptedError):
                 self._loop.add_writer(self.sock, self._push)
+                self._full = True
                 return
             except OSError:
                 pass  # closed: noticed where it is read
         self._sent_state = (self.acked, self.blocked, self.alarm)
-        self._loop.remove_writer(self.sock)
+        if self._full:
+            self._loop.remove_writer(self.sock)
+            self._full = False

@@ -18,9 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import json
-import logging
 import os
 import socket
 import time
@@ -28,14 +25,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from isolator.audit.budget import WINDOW, Budgets
-from isolator.audit.cause import TAGGED, Causes, CauseState
+from isolator.audit.budget import WINDOW
+from isolator.audit.cause import CauseState
 from isolator.audit.client import utc_now
+from isolator.audit.intake import Intake
 from isolator.audit.log import Chain, Limits, Outlook, Trail
 from isolator.audit.metrics import Metrics, MetricState
-from isolator.audit.notable import Notable
-from isolator.audit.record import GAUGES, Incoming, RejectedError, parse_incoming
-from isolator.audit.schema import BROKER, HOST, RETENTION, SENDERS, AuditGap
+from isolator.audit.schema import BROKER, HOST, RETENTION, SENDERS
 from isolator.audit.source import Source, SourceState
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body
@@ -81,11 +77,9 @@ class Writer:
         self.ended = True
         """Whether, by the trail, the daemon before had stopped."""
         self._limits = limits
-        self._notable = Notable(logging.getLogger("isolator.audit"))
         self._trail = Trail(paths.audit_log, paths.audit_lib, limits)
-        self._chain: Chain | None = None
-        self._causes = Causes()
-        self._budgets = Budgets()
+        self._intake: Intake | None = None
+        """None until the trail is open."""
         self._sources: list[Source] = []
         self._loop = asyncio.get_running_loop()
         self._worker = ThreadPoolExecutor(1, "commit")
@@ -106,7 +100,7 @@ class Writer:
     @property
     def runs(self) -> dict[str, str]:
         """Plugins by run, of runs that have no end in the trail; empty while the trail cannot be taken up."""
-        return dict(self._chain.runs) if self._chain is not None else {}
+        return dict(self._intake.chain.runs) if self._intake is not None else {}
 
     def attach(self, name: str, sock: socket.socket) -> None:
         """Read records of source ``name`` from ``sock``; a socket it had before is read to its end first."""
@@ -131,10 +125,10 @@ class Writer:
         for source in list(self._sources):
             self._drain(source)
         async with self._progress:
-            await self._progress.wait_for(lambda: self._chain is not None)
-            assert self._chain is not None
-            self._sum_up(everything=True)
-            target = self._chain.seq
+            await self._progress.wait_for(lambda: self._intake is not None)
+            assert self._intake is not None
+            self._intake.sum_up(everything=True)
+            target = self._intake.chain.seq
             self._wake.set()
             await self._progress.wait_for(lambda: self._trail.seq >= target)
 
@@ -158,13 +152,13 @@ class Writer:
         """
         self._leaving = True
         self._update_reading()
-        chain = self._chain
-        if chain is None:
+        intake = self._intake
+        if intake is None:
             raise IsolatorError("the audit trail", "is not open yet")
-        self._sum_up(everything=True)
+        intake.sum_up(everything=True)
         self._wake.set()
         async with self._progress:
-            await self._progress.wait_for(lambda: self._trail.seq >= chain.seq)
+            await self._progress.wait_for(lambda: self._trail.seq >= intake.chain.seq)
         # Nothing has come since: the next commit would be empty.
         if self._work is not None:
             self._work.cancel()
@@ -175,17 +169,17 @@ class Writer:
         self._trail.close()
         return WriterState(
             sources=tuple(source.pass_on(departure) for source in self._sources if source.open),
-            origins=dict(chain.origins),
-            causes=self._causes.pass_on(),
+            origins=dict(intake.chain.origins),
+            causes=intake.causes.pass_on(),
             metrics=self.metrics.pass_on(),
         )
 
     def take_over(self, state: WriterState, descriptors: Descriptors) -> None:
         """Go on in the place of another writer, whose records are all in the trail; to be called once it is open."""
-        if self._chain is None:
+        if self._intake is None:
             raise IsolatorError("the audit trail", self.blocked or "is not open")
-        self._chain.origins.update(state.origins)
-        self._causes.take_over(state.causes)
+        self._intake.chain.origins.update(state.origins)
+        self._intake.causes.take_over(state.causes)
         self.metrics.take_over(state.metrics)
         self._sources = [Source.taken_over(one, descriptors) for one in state.sources]
         self._report()
@@ -200,7 +194,7 @@ class Writer:
 
     @property
     def _has_room(self) -> bool:
-        return self._chain is not None and self._chain.bytes < MAX_WAITING and not self._leaving
+        return self._intake is not None and self._intake.chain.bytes < MAX_WAITING and not self._leaving
 
     def _update_reading(self) -> None:
         """Listen to the sockets unless there is no chain yet or too much waits for the disk."""
@@ -226,7 +220,7 @@ class Writer:
                 for host in self._sources:
                     if host.name == HOST:
                         self._drain(host)
-            self._handle(source, packet)
+            self._take(source, packet)
         if source.received > before or not source.open:
             self._wake.set()
         self._update_reading()
@@ -240,99 +234,23 @@ class Writer:
 
     def _drain(self, source: Source) -> None:
         for _ in range(_DRAIN):
-            if self._chain is None or (packet := source.receive()) is None:
+            if self._intake is None or (packet := source.receive()) is None:
                 return
-            self._handle(source, packet)
+            self._take(source, packet)
 
-    def _handle(self, source: Source, packet: bytes) -> None:
-        assert self._chain is not None
-        now, name = time.monotonic_ns(), source.name
-        is_host = name == HOST
-        refused: dict[str, list[bytes]] = {}
-        lines = packet.split(b"\n")
-        source.received += len(lines)
-        for line in lines:
-            if is_host and line.startswith(GAUGES):
-                self._take_gauges(line)
-                continue
-            try:
-                record = parse_incoming(name, line)
-                if record.number and not self._is_new(record, name, now):
-                    continue
-                if is_host:
-                    self._causes.observe(record, now)
-                if record.type in TAGGED:
-                    self._causes.tag(record, now)
-                self._notable.note(record)
-                if not self._budgets.admit(record, name):
-                    self._chain.count(record)
-                    self.metrics.observe(record, summed=True)
-                    if self._summary_timer is None:
-                        self._summary_timer = self._loop.call_later(self._budgets.window, self._summary_due)
-                    continue
-                self._chain.append(record)
-            except RejectedError as error:
-                refused.setdefault(str(error), []).append(line)
-                continue
-            self.metrics.observe(record)
-        for why, lines in refused.items():
-            self._append_gap(
-                AuditGap(
-                    count=len(lines),
-                    why=f"refused: {why}",
-                    source=name,
-                    sha256=hashlib.sha256(lines[0]).hexdigest(),
-                    text=lines[0][:512].decode("ascii", "replace"),
-                )
-            )
-
-    def _take_gauges(self, line: bytes) -> None:
-        with contextlib.suppress(ValueError, AttributeError, RecursionError):
-            self.metrics.gauges(json.loads(line).get("gauges"))
-
-    def _is_new(self, record: Incoming, source: str, now: int) -> bool:
-        """Whether a numbered record is not in the trail yet; records how many were lost before it."""
-        assert self._chain is not None
-        before = self._chain.origins.get(source, "")
-        if before == f"{record.session}:{record.number - 1}":  # as nearly every one is: the next
-            return True
-        session, _, last = before.partition(":")
-        if session != record.session:
-            if source == HOST and session:
-                self._causes.host_restarted(now)
-            return True
-        number = int(last) if last.isdigit() else 0
-        if record.number > number + 1:
-            lost = record.number - number - 1
-            self._append_gap(AuditGap(count=lost, why="lost between the source and the writer", source=source))
-        return record.number > number
-
-    def _append_gap(self, gap: AuditGap) -> None:
-        assert self._chain is not None
-        record = Incoming(utc_now(), gap.TYPE, data=gap.data)
-        self._chain.append(record)
-        self.metrics.observe(record)
-
-    def _sum_up(self, *, everything: bool = False) -> None:
-        """Write the summaries that are due, or all."""
-        assert self._chain is not None
-        for summary in self._budgets.due(everything=everything):
-            self._chain.append(summary)
-            self.metrics.observe(summary)
-
-    def _last_summaries(self) -> list[Incoming]:
-        """The summaries that a full file ends with."""
-        summaries = self._budgets.due(everything=True)
-        for summary in summaries:
-            self.metrics.observe(summary)
-        return summaries
+    def _take(self, source: Source, packet: bytes) -> None:
+        assert self._intake is not None
+        source.received += self._intake.take(source.name, packet)
+        if self._summary_timer is None and self._intake.budgets.counting:
+            self._summary_timer = self._loop.call_later(self._intake.budgets.window, self._summary_due)
 
     def _summary_due(self) -> None:
         self._summary_timer = None
+        assert self._intake is not None
         if self.blocked is None:
-            self._sum_up()
+            self._intake.sum_up()
             self._wake.set()
-        if self._budgets.counting:
+        if self._intake.budgets.counting:
             self._summary_timer = self._loop.call_later(WINDOW, self._summary_due)
 
     def _detach(self, source: Source) -> None:
@@ -343,14 +261,16 @@ class Writer:
 
     def _seal(self) -> None:
         self._seal_timer = None
-        if self._chain is not None and self._chain.unsealed and self.blocked is None:
-            self._chain.seal(utc_now())
+        if self._intake is None or not self._intake.chain.unsealed:
+            return
+        if self.blocked is None:
+            self._intake.chain.seal(utc_now())
             self._wake.set()
-        elif self._chain is not None and self._chain.unsealed:
+        else:
             self._seal_timer = self._loop.call_later(self._limits.seal_interval, self._seal)
 
     async def _run(self, attempted: asyncio.Event) -> None:
-        while self._chain is None:
+        while self._intake is None:
             try:
                 end, signer = await self._loop.run_in_executor(self._worker, self._trail.open)
             except (OSError, ValueError) as error:
@@ -359,11 +279,11 @@ class Writer:
                 if await self._pause():
                     return
                 continue
-            self._chain = Chain(end, signer, self._limits)
-            self._chain.sum_up = self._last_summaries
+            self._intake = Intake(Chain(end, signer, self._limits), self.metrics)
             self.ended = end.stopped
             for delivery in end.deliveries:
-                self._causes.observe(delivery, time.monotonic_ns())
+                self._intake.causes.observe(delivery, time.monotonic_ns())
+        intake, chain = self._intake, self._intake.chain
         self._take_notes()
         self._look_ahead()
         self._wake.set()
@@ -374,24 +294,24 @@ class Writer:
             await self._wake.wait()
             self._wake.clear()
             if self._stopping.is_set():
-                self._sum_up(everything=True)
-                if self._chain.unsealed:
-                    self._chain.seal(utc_now())
+                intake.sum_up(everything=True)
+                if chain.unsealed:
+                    chain.seal(utc_now())
             if not await self._commit():
                 return
             await asyncio.sleep(_GATHER)
             if self._stopping.is_set():
-                if not self._chain.bytes and not self._chain.unsealed:
+                if not chain.bytes and not chain.unsealed:
                     return
                 self._wake.set()
-            elif self._seal_timer is None and self._chain.unsealed:
+            elif self._seal_timer is None and chain.unsealed:
                 self._seal_timer = self._loop.call_later(self._limits.seal_interval, self._seal)
 
     async def _commit(self) -> bool:
         """Bring everything that has gathered to the disk; False when it is time to stop without it."""
-        assert self._chain is not None
+        assert self._intake is not None
         reached = [(source, source.received) for source in self._sources]
-        batches = self._chain.take()
+        batches = self._intake.chain.take()
         self._update_reading()
         while True:
             stalled = self._loop.call_later(
@@ -430,26 +350,28 @@ class Writer:
 
     def _take_notes(self) -> None:
         """Turn what the worker found about the files into records."""
+        assert self._intake is not None
         notes, self._trail.notes = self._trail.notes, []
         seen: list[dict[str, Any]] = []
         for note in notes:
             if note.data in seen:
                 continue
             seen.append(note.data)
-            self._append_gap(note)
-            if note.why == RETENTION and self._chain is not None:
+            self._intake.append_gap(note)
+            if note.why == RETENTION:
                 # Sealed before anything is deleted: nobody without the key can explain missing files like this.
-                self._chain.seal(utc_now())
-                self._trail.retired(self._chain.seq, note.files)
+                self._intake.chain.seal(utc_now())
+                self._trail.retired(self._intake.chain.seq, note.files)
             self._wake.set()
 
     def _look_ahead(self) -> None:
         """Raise or end the alarm of a trail that fills up too fast, and set the budgets by it."""
+        assert self._intake is not None
         outlook = self._trail.outlook
         if outlook is not None:
             self.metrics.set_lifetime(outlook.lifetime)
         short = outlook is not None and outlook.short
-        self._budgets.tighten(short)
+        self._intake.budgets.tighten(short)
         if short != (self.alarm is not None):
             self.alarm = _too_fast(outlook, self._limits) if short and outlook is not None else None
             self._report()

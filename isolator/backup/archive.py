@@ -14,8 +14,8 @@ import os
 import stat
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
+from isolator.base import typed
 from isolator.errors import IsolatorError, UsageError
 from isolator.linux.files import read_plain
 
@@ -44,6 +44,12 @@ class Entry:
     sha256: str = ""
     goal: str = ""
     """Text of a link."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an entry that no backup has."""
+        check_name(self.path)
+        if self.area not in AREAS or self.kind not in ("file", "folder", "link") or self.size < 0:
+            raise ValueError("an entry of no known kind")
 
 
 @dataclass
@@ -149,29 +155,11 @@ def read(place: Path, passphrase: str) -> tuple[Manifest, dict[str, bytes]]:
         if isinstance(form, int) and form > FORMAT:
             raise IsolatorError(str(place), f"is of a newer version (format {form})", "install that version first")
         keys = _unseal(passphrase, sealed, text)
-        manifest = _manifest(json.loads(text))
+        manifest = typed.read(Manifest, json.loads(text))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = f"is damaged: {str(error)[:100] or type(error).__name__}"
         raise IsolatorError(str(place), why, _ANOTHER) from None
     return manifest, keys
-
-
-def _manifest(data: dict[str, Any]) -> Manifest:
-    made = Manifest(**{**data, "entries": [_entry(entry) for entry in data["entries"]]})
-    for text in (made.id, made.taken, made.version, made.machine):
-        if not isinstance(text, str):
-            raise TypeError("a name is no text")
-    return made
-
-
-def _entry(data: dict[str, Any]) -> Entry:
-    made = Entry(**data)
-    check_name(made.path)
-    if made.area not in AREAS or made.kind not in ("file", "folder", "link"):
-        raise ValueError("an entry of no known kind")
-    if type(made.mode) is not int or type(made.size) is not int or made.size < 0 or not isinstance(made.goal, str):
-        raise TypeError("an entry with values that are none")
-    return made
 
 
 def check_name(path: str) -> None:

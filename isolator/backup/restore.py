@@ -20,7 +20,7 @@ from isolator.layers.user import add_service_user, add_user, plugin_gid, remove_
 from isolator.linux import loop, mount
 from isolator.linux.files import openat2
 from isolator.paths import Paths
-from isolator.policy.parse.load import load_host_config
+from isolator.policy.parse.trusted import load_host_config
 from isolator.recovery import daemon as recovery
 from isolator.recovery.journal import Journal
 from isolator.registration.durable import sync_tree

@@ -133,7 +133,6 @@ class Broker:
             await self._drop(run)
         await self._nat64.close()
         self._host.close()
-        self._shared.scratch.close()
 
     async def _sockets(self, run: str, count: int, version: int) -> list[socket.socket]:
         """Request unconnected sockets inside a run's network; raises IsolatorError."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 from collections.abc import Sequence
 
 from isolator.broker.buffers import keep_small
-from isolator.broker.relay import keep_alive
+from isolator.broker.relay import tune
 from isolator.ipc.fence import Fence
 from isolator.policy.addresses import Address
 
@@ -16,6 +17,7 @@ STAGGER = 0.25
 """Seconds that one address has before the next is tried beside it (RFC 8305)."""
 TIMEOUT = 10.0
 """Seconds for all addresses together."""
+_UNDER_WAY = frozenset({errno.EINPROGRESS, errno.EALREADY})
 
 
 async def dial(
@@ -25,13 +27,9 @@ async def dial(
 
     ``fence``: no connection is begun past this deadline. ``small``: with buffers that do not grow.
     """
-    loop = asyncio.get_running_loop()
     if len(addresses) == 1:
-        try:
-            async with asyncio.timeout(TIMEOUT):
-                return await _connect(addresses[0], port, fence, small), addresses[0]
-        except TimeoutError as late:
-            raise OSError(errno.ETIMEDOUT, "no answer in time") from late
+        return await _connect(addresses[0], port, fence, small), addresses[0]
+    loop = asyncio.get_running_loop()
     waiting = list(addresses)
     running: dict[asyncio.Task[socket.socket], Address] = {}
     failure = OSError(errno.EADDRNOTAVAIL, "no address to connect to")
@@ -70,14 +68,24 @@ async def _connect(address: Address, port: int, fence: Fence, small: bool) -> so
         sock.setblocking(False)
         if small:
             keep_small(sock)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        keep_alive(sock)
+        tune(sock)
         where = (str(address), port)
-        try:
-            sock.connect(where)
-        except BlockingIOError:  # asked again, a near one has answered by now, and no turn of the loop is waited for
-            await asyncio.get_running_loop().sock_connect(sock, where)
+        error = sock.connect_ex(where)
+        if error in _UNDER_WAY:  # asked again, a near one has answered by now, and no turn of the loop is waited for
+            error = sock.connect_ex(where)
+        if error in _UNDER_WAY:
+            await _wait(sock, where)
+        elif error:
+            raise OSError(error, os.strerror(error))
     except BaseException:  # cancelled too: the socket has no other owner yet
         sock.close()
         raise
     return sock
+
+
+async def _wait(sock: socket.socket, where: tuple[str, int]) -> None:
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            await asyncio.get_running_loop().sock_connect(sock, where)
+    except TimeoutError as late:
+        raise OSError(errno.ETIMEDOUT, "no answer in time") from late

@@ -88,9 +88,17 @@ class Answers:
 
     async def answer(self, message: bytes) -> bytes | None:
         """The reply to one message, or None when none is due; never raises, whatever the bytes."""
-        if not self._bucket.try_take():
-            self._record("", "", "denied", DenialRule.DNS_RATE)
-            return wire.refusal(message[:MAX_QUERY])
+        if self.within_rate():
+            return await self.read(message)
+        self.refused(1)
+        return wire.refusal(message[:MAX_QUERY])
+
+    def within_rate(self) -> bool:
+        """Take one message into account; False when it is beyond the rate, and to be refused unread."""
+        return self._bucket.try_take()
+
+    async def read(self, message: bytes) -> bytes | None:
+        """As ``answer``, for a message within the rate."""
         try:
             question = wire.read_question(message[:MAX_QUERY])
         except wire.Broken:
@@ -104,8 +112,8 @@ class Answers:
         self._record(question.name.lower(), kind, decision.verdict, decision.rule)
         return question.reply(decision.code, decision.address, TTL)
 
-    def dropped(self, count: int) -> None:
-        """Record messages that the kernel dropped, because they came faster than they were read."""
+    def refused(self, count: int) -> None:
+        """Record messages beyond the rate: refused unread, or dropped by the kernel as they came faster still."""
         self._record("", "", "denied", DenialRule.DNS_RATE, count)
 
     async def _decide(self, text: str, kind: int) -> Decision:
@@ -207,18 +215,25 @@ class NameServer:
         )  # fmt: skip
 
     def _readable(self) -> None:
+        refused = 0
         for _ in range(32):
             try:
                 message, peer = self._udp.recvfrom(MAX_QUERY)
             except OSError:
-                return
-            task = self._spawn(self._datagram(message, peer))
-            self._questions.add(task)
-            task.add_done_callback(self._questions.discard)
+                break
+            if self._answers.within_rate():
+                task = self._spawn(self._datagram(message, peer))
+                self._questions.add(task)
+                task.add_done_callback(self._questions.discard)
+            else:  # a flood of these costs neither a task nor a record for each
+                refused += 1
+                self._reply(wire.refusal(message), peer)
             if self._reading.take():
                 self._loop.remove_reader(self._udp)
                 self._resting = self._loop.call_later(self._reading.until(READ_TOGETHER), self._rested)
-                return
+                break
+        if refused:
+            self._answers.refused(refused)
 
     def _rested(self) -> None:
         self._resting = None
@@ -228,11 +243,13 @@ class NameServer:
     def _count_drops(self) -> None:
         drops = _MEMINFO.unpack(self._udp.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size))[_DROPS]
         if drops != self._drops:
-            self._answers.dropped((drops - self._drops) & 0xFFFFFFFF)
+            self._answers.refused((drops - self._drops) & 0xFFFFFFFF)
             self._drops = drops
 
     async def _datagram(self, message: bytes, peer: tuple[str, int]) -> None:
-        reply = await self._answers.answer(message)
+        self._reply(await self._answers.read(message), peer)
+
+    def _reply(self, reply: bytes | None, peer: tuple[str, int]) -> None:
         if reply is not None:
             with contextlib.suppress(OSError):  # the client has gone, or its socket is full: it asks again
                 self._udp.sendto(reply, peer)

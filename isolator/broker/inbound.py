@@ -21,7 +21,7 @@ from ipaddress import IPv4Address, IPv6Address
 from isolator.broker.buffers import Buffers, keep_small
 from isolator.broker.flow import Flow, FlowState, FlowTable
 from isolator.broker.gate.gate import Gate, GateState
-from isolator.broker.relay import Scratch, keep_alive, reset
+from isolator.broker.relay import Scratch, reset, tune
 from isolator.broker.repeats import Write
 from isolator.broker.turns import Turns
 from isolator.errors import IsolatorError, UsageError
@@ -78,7 +78,10 @@ class Inbound:
         self._stock: deque[socket.socket] = deque()
         self._tasks = Tasks()
         self._filling: asyncio.Task[None] | None = None
-        self._accepting = [AcceptLoop(listener, partial(self._accepted, rule)) for listener, rule in listeners]
+        self._accepting = []
+        for listener, rule in listeners:
+            tune(listener)
+            self._accepting.append(AcceptLoop(listener, partial(self._accepted, rule)))
 
     async def pass_on(self, departure: Departure) -> InboundState:
         """Hand the listeners and connections to another broker."""
@@ -131,9 +134,7 @@ class Inbound:
                 flow.server = await self._connect(flow)
                 flow.recorded = True
                 self._write(flow.opened(), happened_ns=flow.began)
-                for sock in (flow.client, flow.server):
-                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    keep_alive(sock)
+                tune(flow.server)
                 for pipe in flow.join(self._scratch, self._fence, self._turns):
                     pipe.start()
             orderly = await flow.relay()

@@ -39,7 +39,7 @@ from isolator.broker.guard import Denied
 from isolator.broker.host_addresses import HostAddresses
 from isolator.broker.inbound import Fetch, Inbound, InboundState
 from isolator.broker.nat64 import Nat64
-from isolator.broker.relay import Scratch, keep_alive, reset
+from isolator.broker.relay import Scratch, reset, tune
 from isolator.broker.repeats import Repeatable, RepeatCounter
 from isolator.broker.resolver import HostResolvers, ResolveError, Resolver
 from isolator.broker.turns import Turns
@@ -138,7 +138,10 @@ class Outbound:
         self._name_server = NameServer(answers, dns_udp, dns_tcp, drops)
         if tcp6.family != socket.AF_INET6:
             tcp6.close()  # a host without IPv6 has something else in the place of its listener
-        self._accepting = [AcceptLoop(listener, self._accepted) for listener in (tcp4, tcp6) if listener.fileno() >= 0]
+        listeners = [listener for listener in (tcp4, tcp6) if listener.fileno() >= 0]
+        for listener in listeners:
+            tune(listener)
+        self._accepting = [AcceptLoop(listener, self._accepted) for listener in listeners]
         log.setblocking(False)
         self._nflog = log
         self._loop.add_reader(log, self._read_refusals)
@@ -297,12 +300,12 @@ class Outbound:
 
     def _join(self, flow: Flow, gate: Gate | None = None, first: bytes = b"") -> None:
         flow.recorded, flow.first = True, b""
-        self._write(flow.opened(), happened_ns=flow.began)
+        self._write(flow.opened(), happened_ns=flow.began, urgent=True)  # ahead of the first byte
         up, down = flow.join(self._shared.scratch, self._fence, self._turns)
         if gate is not None:
             up.guard(gate, down)
-        down.start()
         up.start(first)
+        down.start()
 
     def _judge(self, flow: Flow, hello: sniff.Hello) -> None:
         assert flow.name is not None
@@ -361,8 +364,6 @@ class Outbound:
         else:
             flow.via = self._proxy.where
             flow.server, flow.dialled = await self._proxy.dial(addresses, flow.name, flow.port, small=not flow.roomy)
-        flow.client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        keep_alive(flow.client)
 
     async def _first_bytes(self, flow: Flow, gate: Gate) -> bytes:
         """Read until the gate lets bytes pass; returns these; raises Denied or OSError."""
@@ -428,8 +429,12 @@ class Outbound:
     def _query(self, name: str, kind: str, verdict: str, rule: str, count: int = 1) -> None:
         self._questions.add(NetQuery(name=name or None, type=kind or None, verdict=verdict, rule=rule), count=count)
 
-    def _write(self, record: RecordData, *, since_ns: int | None = None, happened_ns: int | None = None) -> None:
-        self._shared.audit.record(record, plugin=self.plugin, run=self.run, since_ns=since_ns, happened_ns=happened_ns)
+    def _write(
+        self, record: RecordData, *, since_ns: int | None = None, happened_ns: int | None = None, urgent: bool = False
+    ) -> None:
+        self._shared.audit.record(
+            record, plugin=self.plugin, run=self.run, since_ns=since_ns, happened_ns=happened_ns, urgent=urgent
+        )
 
 
 def _original_destination(client: socket.socket) -> tuple[Address, int]:

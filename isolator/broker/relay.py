@@ -1,9 +1,8 @@
 """Carry bytes between a cage's connection and the outside's, both directions, with half-close.
 
 Callbacks on the event loop rather than streams: one read buffer serves every flow, and a direction keeps bytes of its
-own only while its sink is full, at most one read's worth; its source then waits, and TCP makes the sender wait. Where
-nobody looks at the bytes and there are many, the kernel moves them from one socket to the other (``splice``). However
-many flows a cage has, they hold up those of other cages no longer than one would (``Turns``).
+own only while its sink is full, at most one read's worth; its source then waits, and TCP makes the sender wait.
+However many flows a cage has, they hold up those of other cages no longer than one would (``Turns``).
 
 A flow to a name has a ``Gate`` between client and server until everything may pass; then its bytes are not looked at.
 While looking has cost the cage too much, such a flow is not read.
@@ -16,11 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
-import os
 import socket
 import struct
-from functools import cached_property
 from time import thread_time
 
 from isolator.broker.gate.gate import Gate, GateState
@@ -31,17 +27,15 @@ from isolator.ipc.fence import Fence
 from isolator.ipc.succession import to_bytes, to_text
 from isolator.policy.denial import DenialRule
 
-CHUNK = 256 * 1024
-BULK = 512 * 1024
-"""Bytes that the kernel moves at once, where nobody looks at them and reads have been full."""
+CHUNK = 512 * 1024
 SMALL = 32 * 1024
 BUDGET = 32 * 1024 * 1024
 """Bytes that all flows together may keep waiting; beyond it they read in small pieces."""
-WAKEUP = 40e-6
-"""Seconds of CPU time that one turn of a pipe costs beside itself: the loop's, and the wakeups at either end."""
 _LINGER_RESET = struct.pack("ii", 1, 0)
 _ROUNDS = 4
-_AT_ONCE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
+_TUNED = (
+    (socket.TCP_NODELAY, 1), (socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4),
+)  # fmt: skip
 
 
 def reset(sock: socket.socket) -> None:
@@ -51,32 +45,22 @@ def reset(sock: socket.socket) -> None:
     sock.close()
 
 
-def keep_alive(sock: socket.socket) -> None:
-    """Notice within two minutes that the other end of a quiet connection is gone; the flow then ends on both sides."""
+def tune(sock: socket.socket) -> None:
+    """Send every piece at once, and notice within two minutes that the other end of a quiet connection is gone.
+
+    Connections that a listener accepts have what was set for it (tcp(7)).
+    """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4)):
+    for option, value in _TUNED:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 class Scratch:
-    """What all flows of one event loop share: a read buffer, a pipe, and the number of bytes that they keep waiting."""
+    """What all flows of one event loop share: a read buffer, and the number of bytes that they keep waiting."""
 
     def __init__(self) -> None:
         self.buffer = memoryview(bytearray(CHUNK))
         self.waiting = 0
-
-    @cached_property
-    def bulk(self) -> tuple[int, int]:
-        """A pipe, empty between two uses, through which the kernel moves bytes without a copy; raises OSError."""
-        pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        with contextlib.suppress(OSError):  # what all pipes of a user may hold is limited; a small one is slower
-            fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, BULK)
-        return pipe
-
-    def close(self) -> None:
-        """Close the pipe, if it was used."""
-        for fd in self.__dict__.pop("bulk", ()):
-            os.close(fd)
 
 
 class PipeState(Body):
@@ -113,15 +97,17 @@ class Pipe:
         self._in, self._out = source.fileno(), sink.fileno()
         self._loop = asyncio.get_running_loop()
         self._rest = memoryview(b"")
-        self._reading = self._bulk = False
+        self._reading = False
 
-    def start(self, first: bytes = b"") -> None:
-        """Begin, after sending ``first`` (bytes of the source that were read already)."""
+    def start(self, first: bytes | None = None) -> None:
+        """Begin to read. ``first``: send these bytes of the source before; none of them, read what is there at once."""
         self.touched = self._loop.time()
         if first:
             self._send(memoryview(first))
         if not self._rest and not self.ended.done():
             self._go_on()
+        if first == b"" and self._reading:
+            self._readable()
 
     def guard(self, gate: Gate, back: Pipe) -> None:
         """Let pass what ``gate`` lets pass; ``back``, the other direction, tells it of the server's answers."""
@@ -189,16 +175,14 @@ class Pipe:
             self._take_turn()
 
     def _take_turn(self) -> None:
-        began, self.touched = thread_time(), self._loop.time()
+        began, before, self.touched = thread_time(), self.total, self._loop.time()
         try:
             self._read_some(began + self._turns.part)
         finally:
-            self._turns.took(thread_time() - began + WAKEUP)
+            self._turns.took_piece(thread_time() - began, self.total + len(self._rest) - before)
 
     def _read_some(self, end: float) -> None:
         """Pass on what is there to read, until this thread's CPU time is ``end``."""
-        if self._bulk:
-            return self._move(end)
         buffer = self._scratch.buffer
         size = CHUNK if self._scratch.waiting < BUDGET else SMALL
         for _ in range(_ROUNDS if self.gate is None else 1):
@@ -223,44 +207,7 @@ class Pipe:
                     return None
             elif not self._send(buffer[:count]):
                 return None
-            elif count == CHUNK:
-                return self._move(end)
             if count < size // 2 or thread_time() >= end:
-                return None
-        return None
-
-    def _move(self, end: float) -> None:
-        """Have the kernel pass on what else is there, of a flow whose bytes nobody looks at."""
-        try:
-            drained, filled = self._scratch.bulk
-        except OSError:
-            self._bulk = False  # no descriptor is free: they are read, as before
-            return None
-        for _ in range(_ROUNDS):
-            try:
-                count = left = os.splice(self._in, filled, BULK, flags=_AT_ONCE)
-            except BlockingIOError:
-                return None
-            except OSError as error:
-                return self._fail(error)
-            if not count:
-                return self._finish()
-            self._bulk = count >= CHUNK
-            failure = None
-            try:
-                while left and not self._fence.closed:
-                    left -= os.splice(drained, self._out, left, flags=_AT_ONCE)
-            except BlockingIOError:
-                pass
-            except OSError as error:
-                failure = error
-            self.total += count - left
-            rest = _read_all(drained, left)
-            if failure is not None:
-                return self._fail(failure)
-            if rest:
-                return self._wait(rest)
-            if not self._bulk or thread_time() >= end:
                 return None
         return None
 
@@ -356,7 +303,7 @@ class Pipe:
         except OSError as error:
             self._fail(error)
             return
-        self._turns.took(thread_time() - began + WAKEUP)
+        self._turns.took_piece(thread_time() - began, sent)
         self.total += sent
         self._keep(self._rest[sent:])
         if not self._rest:
@@ -394,12 +341,3 @@ class Pipe:
     def _fail(self, error: OSError) -> None:
         self.error = error
         self.stop()
-
-
-def _read_all(pipe: int, count: int) -> bytes:
-    """The ``count`` bytes that are left in a pipe."""
-    parts = []
-    while count:
-        parts.append(os.read(pipe, count))
-        count -= len(parts[-1])
-    return b"".join(parts)

@@ -20,7 +20,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from isolator.base.structs import struct_class
@@ -39,7 +39,7 @@ from isolator.layers.landlock import Landlock
 from isolator.layers.namespaces import Namespaces
 from isolator.layers.network.layer import Network
 from isolator.layers.no_new_privs import NoNewPrivs
-from isolator.layers.plan import Birth, Plan
+from isolator.layers.plan import LOGS, Birth, Plan
 from isolator.layers.proc.layer import Proc
 from isolator.layers.rlimits import Rlimits
 from isolator.layers.seccomp.layer import Seccomp
@@ -69,9 +69,10 @@ class Stdio:
 class Cage:
     """A cage, from ``start`` to ``release``.
 
-    ``handover`` gets the cage's network once its rules are in force, and is awaited before the exec: it takes the
-    broker's sockets. ``admit`` is called right before the exec; what it raises keeps it from happening. ``without``
-    names layers to leave out, for tests of their absence.
+    ``logs``: reading ends of stdout and stderr, if they are pipes, which pid 1 keeps. ``handover`` gets the cage's
+    network once its rules are in force, and is awaited before the exec: it takes the broker's sockets. ``admit`` is
+    called right before the exec; what it raises keeps it from happening. ``without`` names layers to leave out, for
+    tests of their absence.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Cage:
         runtime: CageRuntime,
         stdio: Stdio,
         *,
+        logs: Sequence[int] = (),
         without: frozenset[str] = frozenset(),
         handover: Callable[[CageNetwork], Awaitable[None]] | None = None,
         admit: Callable[[], None] = lambda: None,
@@ -90,7 +92,7 @@ class Cage:
         self.steps: dict[str, float] = {}
         """Milliseconds by step of the start."""
         self._runtime = runtime
-        self._stdio = stdio
+        self._stdio, self._logs = stdio, logs
         self._cgroup = Cgroup(runtime.subtree)
         self._network = Network()
         self._namespaces = Namespaces()
@@ -183,6 +185,7 @@ class Cage:
         plan = Plan(cage=spec.leaf, argv=spec.argv, env=spec.env, cwd=spec.cwd)
         plan.to_group, plan.terminal = spec.to_group, spec.terminal
         plan.fds = {"stdin": self._stdio.stdin, "stdout": self._stdio.stdout, "stderr": self._stdio.stderr}
+        plan.fds |= zip(LOGS, self._logs, strict=False)
         try:
             for layer in self._layers:
                 layer.prepare(spec, plan)

@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
-from isolator.base.structs import field, struct_class
+import asyncio
+
 from isolator.cage.warm_pool import WarmPool
 from isolator.launcher.client import Launcher
 from isolator.layers.cgroup.subtree import Subtree
 from isolator.recovery.journal import Journal
 
 
-@struct_class()
 class CageRuntime:
-    """Shared by every cage of one process. ``launcher`` is replaced when it dies."""
+    """Shared by every cage of one process. ``keep_warm``: refill the pool after each start."""
 
-    launcher: Launcher
-    journal: Journal
-    subtree: Subtree
-    keep_warm: bool = False
-    """Refill the pool after each start."""
-    pool: WarmPool = field(init=False)
+    def __init__(
+        self, launcher: Launcher | None, journal: Journal, subtree: Subtree, *, keep_warm: bool = False
+    ) -> None:
+        """``launcher``: None has it started by whoever needs it first, as without a cage nobody does."""
+        self.journal, self.subtree, self.keep_warm = journal, subtree, keep_warm
+        self.launched = asyncio.Event()
+        """Set once there is a launcher."""
+        self._launcher = launcher
+        if launcher is not None:
+            self.launched.set()
+        self.pool = WarmPool(lambda: self.launcher, journal, subtree)
 
-    def __post_init__(self) -> None:
-        self.pool = WarmPool(lambda: self.launcher, self.journal, self.subtree)
+    @property
+    def launcher(self) -> Launcher:
+        """The launcher, which is started if there is none yet, and replaced when it dies."""
+        if self._launcher is None:
+            self.launcher = Launcher()
+        assert self._launcher is not None
+        return self._launcher
+
+    @launcher.setter
+    def launcher(self, started: Launcher) -> None:
+        self._launcher = started
+        self.launched.set()
+
+    def launch(self) -> None:
+        """Start the launcher ahead of a cage that is expected: it loads meanwhile."""
+        _ = self.launcher
+
+    def close_launcher(self) -> None:
+        """End the launcher if there is one, whichever it is by then."""
+        if self._launcher is not None:
+            self._launcher.close()

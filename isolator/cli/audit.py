@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from isolator.cli.colour import styled
+from isolator.cli.output import here, print_json, styled
 from isolator.cli.progress import Progress
 from isolator.errors import IsolatorError, NotFoundError, UsageError, nearest, printable
 from isolator.paths import Paths
@@ -31,11 +30,9 @@ T = TypeVar("T")
 _AGO = re.compile(r"(\d+)\s*([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _BAD = (".denied", ".crashed", ".failed", ".dead", ".quarantined", ".rejected", ".gap")
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 
 
 @click.group(
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     epilog="\b\nExamples:\n  isolator audit tail -f\n  isolator audit query --plugin slack --since 2h\n"
     "  isolator audit story ev_01a2\n  isolator audit verify",
 )
@@ -52,8 +49,7 @@ def audit() -> None:
     "--key", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Default: public.pem beside it."
 )
 @click.option("--anchor", "anchors", metavar="SEQ:HASH", multiple=True, help="A hash noted elsewhere; repeatable.")
-@AS_JSON
-@click.pass_obj
+@here
 def verify(root: str | None, file: Path | None, key: Path | None, anchors: tuple[str, ...], as_json: bool) -> None:
     """Check that nothing was changed, removed, inserted or moved.
 
@@ -93,7 +89,7 @@ def verify(root: str | None, file: Path | None, key: Path | None, anchors: tuple
     with Progress("verifying the trail", size, quiet=as_json) as progress:
         report = readable(lambda: verify(found, keys, known, whole=place.is_dir(), advance=progress.advance))
     if as_json:
-        click.echo(json.dumps(_as_json(report), indent=2))
+        print_json(_as_json(report))
     elif not report.misfits:
         for paragraph in _good(report).splitlines():
             click.echo(textwrap.fill(paragraph, width(), break_long_words=False, break_on_hyphens=False))

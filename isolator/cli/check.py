@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 
 import click
 
+from isolator.cli.output import print_json
 from isolator.layers.base import Control
 
 _WIDTH = 80
@@ -26,7 +26,7 @@ def show(alarms: Sequence[str], notes: Sequence[str] = (), *, as_json: bool) -> 
     ready = not lacking and not alarms
     if as_json:
         body = {"kernel": platform.release(), "ready": ready, "controls": [c.to_json() for c in controls]}
-        click.echo(json.dumps({**body, "alarms": list(alarms), "notes": list(notes)}, indent=2))
+        print_json({**body, "alarms": list(alarms), "notes": list(notes)})
     else:
         click.echo(f"Linux {platform.release()} on {platform.machine()}\n")
         click.echo("\n".join(render(controls)))

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 
 import click
 
+from isolator.cli.output import here, print_json
 from isolator.errors import IsolatorError
 from isolator.paths import Paths
 
 
 @click.command(epilog="\b\nExamples:\n  sudo isolator gc --dry-run\n  sudo isolator gc")
 @click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.pass_obj
+@here
 def gc(root: str | None, dry_run: bool, as_json: bool) -> None:
     """Remove what earlier runs left behind: processes, control groups, mounts.
 
@@ -47,7 +46,7 @@ def gc(root: str | None, dry_run: bool, as_json: bool) -> None:
     except PermissionError as error:
         raise IsolatorError("gc", error.strerror or "", "run it with sudo") from None
     if as_json:
-        click.echo(json.dumps([{"kind": f.kind, "name": f.name, "detail": f.detail} for f in found], indent=2))
+        print_json([{"kind": f.kind, "name": f.name, "detail": f.detail} for f in found])
         return
     for left in found:
         click.echo(f"{'would remove' if dry_run else 'removed'}: {left.kind} {left.name} {left.detail}".rstrip())

@@ -149,7 +149,7 @@ def _reload(program: Path, paths: Paths) -> bool:
 def _refuse_unfit_host(paths: Paths) -> None:
     """Raise IsolatorError for whatever would keep the daemon from starting, before anything is changed."""
     from isolator.layers.ledger import missing
-    from isolator.policy.parse.load import load_host_config
+    from isolator.policy.parse.trusted import load_host_config
 
     config = load_host_config(paths.host_toml)
     for control in missing(frozenset(config.may_degrade)):

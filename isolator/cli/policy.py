@@ -7,7 +7,6 @@ held against the ``host.toml`` of the same command line, else against the instal
 from __future__ import annotations
 
 import copy
-import json
 import sys
 import tomllib
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from isolator.cli.output import here, print_json
 from isolator.errors import DeniedError, IsolatorError, NotFoundError, UsageError
 from isolator.paths import Paths
 
@@ -23,21 +23,8 @@ if TYPE_CHECKING:
     from isolator.policy.grant import PluginPolicy
     from isolator.policy.host import HostConfig
     from isolator.policy.meet.proposal import Line, Proposal
+    from isolator.policy.parse.strict import Table
 
-_HOST_KEYS = {
-    "uid_range",
-    "plugin_dirs",
-    "may_degrade",
-    "ceiling",
-    "defaults",
-    "roles",
-    "runner",
-    "network",
-    "inbound",
-    "metrics",
-    "trust",
-}
-_POLICY_KEYS = {"grant", "limits", "filesystem", "syscalls", "env"}
 _REQUIRED = {"name": "stand-in", "version": "1.0.0", "api_version": "1", "binary": "./stand-in", "hooks": []}
 """Keys of a manifest that may not be missing, with values that are good."""
 
@@ -57,8 +44,7 @@ def policy() -> None:
     type=click.Choice(["host", "policy", "manifest"]),
     help="What the files are (default: by name and folder, else by content).",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
-@click.pass_obj
+@here
 def check(root: str | None, files: tuple[Path, ...], kind: str | None, as_json: bool) -> None:
     """Check policy files, host.toml or plugin.json; every problem with its file and line.
 
@@ -89,7 +75,7 @@ def check(root: str | None, files: tuple[Path, ...], kind: str | None, as_json: 
             "errors": list(map(str, errors)), "note": "; ".join(notes) if notes and not errors else None,
         })  # fmt: skip
     if as_json:
-        click.echo(json.dumps(results, indent=2))
+        print_json(results)
     else:
         for result in results:
             if result["ok"]:
@@ -104,11 +90,11 @@ def check(root: str | None, files: tuple[Path, ...], kind: str | None, as_json: 
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
     "--manifest",
+    metavar="FILE",
     type=click.Path(path_type=Path),
     help="The plugin.json to meet it with (default: what it allows at most).",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.pass_obj
+@here
 def explain(root: str | None, file: Path, manifest: Path | None, as_json: bool) -> None:
     """Say in plain words what a policy allows, and where each value comes from.
 
@@ -119,7 +105,7 @@ def explain(root: str | None, file: Path, manifest: Path | None, as_json: bool) 
 
     proposal = _proposal(root, file, manifest)
     if as_json:
-        click.echo(json.dumps({"file": str(file), **proposal_json(proposal)}, indent=2))
+        print_json({"file": str(file), **proposal_json(proposal)})
         return
     for line in proposal_text(proposal):
         click.echo(line)
@@ -155,7 +141,8 @@ def _proposal(root: str | None, file: Path, manifest: Path | None) -> Proposal:
     from isolator.policy.grant import PluginPolicy
     from isolator.policy.meet.effective import meet, policy_alone
     from isolator.policy.names import PLUGIN_NAME
-    from isolator.policy.parse.load import invoker, load_host_config, load_plugin_policy
+    from isolator.policy.parse.load import load_plugin_policy
+    from isolator.policy.parse.trusted import invoker, load_host_config
     from isolator.reader.manifest import parse_manifest_core
 
     if not file.is_file() and PLUGIN_NAME.fullmatch(str(file)):
@@ -180,7 +167,7 @@ def _proposal(root: str | None, file: Path, manifest: Path | None) -> Proposal:
 
 
 def _host(root: str | None) -> HostConfig:
-    from isolator.policy.parse.load import invoker, load_host_config
+    from isolator.policy.parse.trusted import invoker, load_host_config
 
     return load_host_config(Paths.of(root).host_toml, also_owner=invoker())
 
@@ -190,16 +177,17 @@ def _check(
 ) -> HostConfig | None:
     """Collect what is wrong with one file; the settings when it is a good ``host.toml``."""
     from isolator.policy.parse.host_file import host_config_of
-    from isolator.policy.parse.load import invoker, over_ceiling, policy_of, read_trusted
+    from isolator.policy.parse.load import over_ceiling, policy_of
     from isolator.policy.parse.strict import Table, every_fault
     from isolator.policy.parse.toml_file import document
+    from isolator.policy.parse.trusted import invoker, read_trusted
     from isolator.policy.request import MAX_BYTES, MAX_DEPTH
     from isolator.reader.json_text import load_json_with_lines
 
     if kind == "manifest":
         data, lines = load_json_with_lines(_bytes(path), max_bytes=MAX_BYTES, max_depth=MAX_DEPTH, name=str(path))
         errors += every_fault(
-            lambda data: manifest_parser(data, lines, str(path)), copy.deepcopy(data), required=_REQUIRED
+            lambda data: manifest_parser(data, lines=lines, name=str(path)), copy.deepcopy(data), required=_REQUIRED
         )
         if not errors:
             _check_program(path, data, lines, errors)
@@ -218,13 +206,13 @@ def _check(
     return None
 
 
-def _parse_core(data: dict[str, Any], lines: dict[Any, int], name: str) -> object:
+def _parse_core(data: dict[str, Any], **about: Any) -> object:
     from isolator.reader.manifest import parse_manifest
 
-    return parse_manifest(data, lines=lines, name=name)
+    return parse_manifest(data, **about)
 
 
-manifest_parser: Callable[[dict[str, Any], dict[Any, int], str], object] = _parse_core
+manifest_parser: Callable[..., object] = _parse_core
 """Reads the content of a plugin.json; the host's command line puts its own here, which reads the whole of it."""
 
 
@@ -249,6 +237,9 @@ def _check_program(path: Path, data: dict[str, Any], lines: dict[Any, int], erro
 
 def _kind(path: Path) -> str:
     """``host``, ``policy`` or ``manifest``: by its name and folder, else by the tables in it."""
+    from isolator.policy.parse.host_file import host_config_of
+    from isolator.policy.parse.load import policy_of
+
     if path.suffix == ".json":
         return "manifest"
     if path.name == "host.toml":
@@ -260,7 +251,17 @@ def _kind(path: Path) -> str:
             keys = set(tomllib.loads(file.read(256 * 1024).decode("utf-8-sig", "replace")))
     except (OSError, ValueError):
         return "policy"
-    return "host" if keys & _HOST_KEYS and not keys & _POLICY_KEYS else "policy"
+    of_host, of_policy = _known(host_config_of), _known(policy_of)
+    return "host" if keys & (of_host - of_policy) and not keys & (of_policy - of_host) else "policy"
+
+
+def _known(read: Callable[[Table], object]) -> frozenset[str]:
+    """The keys that files of a kind have at the top."""
+    from isolator.policy.parse.strict import Table
+
+    top = Table({}, name="", lines={})
+    read(top)
+    return top.known
 
 
 def _existing(path: Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import shutil
 import sys
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from isolator.cli.output import here, print_json
 from isolator.cli.progress import Progress
 from isolator.errors import ConfinementError, UsageError
 from isolator.paths import Paths
@@ -37,8 +37,7 @@ _MARKS = {"held": "held", "through": "GOT THROUGH", "broken": "NO RESULT"}
 @click.option(
     "--policy", "policy_file", metavar="FILE", type=click.Path(path_type=Path), help="Take the grants of FILE."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.pass_obj
+@here
 def prove(root: str | None, plugin: str | None, policy_file: Path | None, as_json: bool) -> None:
     """Attack a cage from inside and show what held.
 
@@ -58,7 +57,7 @@ def prove(root: str | None, plugin: str | None, policy_file: Path | None, as_jso
             "held": len(findings) - len(failed),
             "findings": [finding.to_json() for finding in findings],
         }
-        click.echo(json.dumps(body, indent=2))
+        print_json(body)
     else:
         click.echo(f"\n{_verdict(findings)}")
     if failed:
@@ -69,7 +68,7 @@ async def _prove(paths: Paths, plugin: str | None, policy_file: Path | None, as_
     from isolator.standalone.session import StandaloneSession
 
     async with StandaloneSession(paths) as session:
-        from isolator.policy.parse.load import load_host_config
+        from isolator.policy.parse.trusted import load_host_config
         from isolator.probe.run import attack, attempts_at
         from isolator.standalone.records import Records
 

@@ -11,27 +11,23 @@ A request type names its operation and, as its type argument, its reply; both en
 
 The sender of a message may be a process that was taken over, so ``from_json`` believes nothing: a missing or unknown
 key, another type than the field's, or a number that is not finite is a ``UsageError``, which the channel returns as
-the refusal. Fields may be ``str``, ``int``, ``float``, ``bool``, a ``StrEnum``, another body, ``tuple[X, ...]``,
-``dict[str, X]``, ``Any`` (JSON that the receiver checks itself), each also ``| None``.
+the refusal. Fields may be of the types of ``isolator.base.typed`` (``Any``: JSON that the receiver checks itself), and
+other bodies.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 import os
-import types
 import typing
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from enum import StrEnum
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast, dataclass_transform
 
+from isolator.base.typed import Check, check_of
 from isolator.errors import UsageError
 
 Json = dict[str, Any]
 R = TypeVar("R", bound="Body | None")
-_Check = Callable[[object], Any]
 
 
 @dataclass
@@ -81,6 +77,11 @@ class Body:
         return made
 
     @classmethod
+    def read_value(cls, value: object) -> Self:
+        """For a field of another body: ``from_json`` under the name of this one."""
+        return cls.from_json(value, cls.__name__)
+
+    @classmethod
     def from_json(cls, data: object, where: str) -> Self:
         """Check and convert a JSON object; ``where`` names it in the UsageError that is raised for a bad one."""
         if not isinstance(data, dict):
@@ -96,8 +97,8 @@ class Body:
         for name, value in data.items():
             try:
                 values[name] = shape.checks[name](value)
-            except TypeError as error:
-                raise UsageError(where, f"field {name!r} has to be {error}") from None
+            except ValueError as error:
+                raise UsageError(where, f"field {name!r} {error}") from None
         return cls(**values)
 
 
@@ -156,7 +157,7 @@ class _Shape:
 
     fields: tuple[Field[Any], ...]
     required: frozenset[str]
-    checks: Mapping[str, _Check]
+    checks: Mapping[str, Check]
 
 
 _shapes: dict[type[Body], _Shape] = {}
@@ -170,7 +171,7 @@ def _shape(cls: type[Body]) -> _Shape:
                 dataclass(frozen=True, kw_only=True)(base)
         all_fields, hints = fields(cls), typing.get_type_hints(cls)  # type: ignore[arg-type]
         required = frozenset(f.name for f in all_fields if f.default is MISSING and f.default_factory is MISSING)
-        checks = {one.name: _check(hints[one.name]) for one in all_fields}
+        checks = {one.name: check_of(hints[one.name]) for one in all_fields}
         shape = _shapes[cls] = _Shape(all_fields, required, checks)
     return shape
 
@@ -189,75 +190,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict) and any(isinstance(one, Body) for one in value.values()):
         return {key: _plain(one) for key, one in value.items()}
     return value
-
-
-def _check(hint: Any) -> _Check:
-    """The function that converts a JSON value to a field's type, or raises TypeError with the type for a person."""
-    if hint is Any:
-        return lambda value: value
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        (inner,) = (_check(one) for one in arguments if one is not type(None))
-        return lambda value: None if value is None else inner(value)
-    if origin is tuple:
-        return functools.partial(_tuple, _check(arguments[0]))
-    if origin is dict:
-        return functools.partial(_dict, _check(arguments[1]))
-    if issubclass(hint, StrEnum):
-        return functools.partial(_member, hint, f"one of {', '.join(hint)}")
-    if issubclass(hint, Body):
-        return functools.partial(_body, hint)
-    return _SCALARS[hint]
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError("text")
-    return value
-
-
-def _truth(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError("true or false")
-    return value
-
-
-def _integer(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError("an integer")
-    return value
-
-
-def _number(value: object) -> float:
-    try:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    except OverflowError:  # an integer beyond any float
-        pass
-    raise TypeError("a finite number")
-
-
-_SCALARS: dict[Any, _Check] = {str: _text, bool: _truth, int: _integer, float: _number}
-
-
-def _tuple(check: _Check, value: object) -> tuple[Any, ...]:
-    if not isinstance(value, list):
-        raise TypeError("a list")
-    return tuple(check(one) for one in value)
-
-
-def _dict(check: _Check, value: object) -> Json:
-    if not isinstance(value, dict):
-        raise TypeError("an object")
-    return {key: check(one) for key, one in value.items()}
-
-
-def _member(kind: Callable[[object], StrEnum], names: str, value: object) -> StrEnum:
-    try:
-        return kind(value)
-    except ValueError:
-        raise TypeError(names) from None
-
-
-def _body(kind: type[Body], value: object) -> Body:
-    return kind.from_json(value, kind.__name__)

@@ -17,6 +17,8 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 
+from isolator.linux.files import write_all
+
 MAX_FILES = 50_000
 MAX_BYTES = 2 << 30
 MAX_DEPTH = 64
@@ -90,7 +92,7 @@ class FolderWriter:
                     self._write(chunk)
                 else:
                     self._flush()
-                    self._write_all(chunk)
+                    write_all(self._fd, chunk)
         finally:
             self._write(_LENGTH.pack(0))  # also of what cannot be read to its end: the error comes as a record
 
@@ -101,12 +103,7 @@ class FolderWriter:
 
     def _flush(self) -> None:
         held, self._held = self._held, bytearray()
-        self._write_all(held)
-
-    def _write_all(self, data: bytes | bytearray) -> None:
-        left = memoryview(data)
-        while left:
-            left = left[os.write(self._fd, left) :]
+        write_all(self._fd, held)
 
 
 class FolderDigest:

@@ -16,7 +16,8 @@ did ahead in the parked process (isolator.launcher.prefork). Order matters, and 
  9. guard        end with the supervisor: a change of ids would have taken that back
 10. seccomp      last layer; the listener goes to the supervisor
 11. report ``caged``: the supervisor reads everything back, the network's rules too
-12. close every inherited descriptor: last of all, or listeners of other cages leak in; then wait for ``x``
+12. close every inherited descriptor but those of the own output that are kept for the supervisor: last of all, or
+    listeners of other cages leak in; then wait for ``x``
 13. become pid 1 (isolator.launcher.init), which starts the sidecar
 """
 
@@ -38,7 +39,7 @@ from isolator.layers.landlock import LandlockSection
 from isolator.layers.namespaces import NamespacesSection
 from isolator.layers.network.layer import NetworkSection
 from isolator.layers.no_new_privs import NoNewPrivsSection
-from isolator.layers.plan import ParkOrder, Plan, Section
+from isolator.layers.plan import LOGS, ParkOrder, Plan, Section
 from isolator.layers.proc.layer import ProcSection
 from isolator.layers.rlimits import RlimitsSection
 from isolator.layers.seccomp.layer import LISTENER, SeccompSection
@@ -106,7 +107,7 @@ def enter_cage(plan: Plan, link: socket.socket, status: int, took: dict[str, flo
         mark(step)
         _send(link, {"step": "caged", "took": took}, [plan.fds[LISTENER]] if LISTENER in plan.fds else [])
         step = "descriptors"
-        close_all_but({0, 1, 2, link.fileno(), status})
+        close_all_but({0, 1, 2, link.fileno(), status, *(plan.fds[name] for name in LOGS if name in plan.fds)})
         step = "exec"
         if link.recv(1) != b"x":
             os._exit(125)  # the supervisor gave up on this cage

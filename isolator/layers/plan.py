@@ -137,6 +137,11 @@ class Birth:
         self.cgroup = self.folder = -1
 
 
+LOGS = ("stdout log", "stderr log")
+"""Descriptors that a plan may have: reading ends of the sidecar's output. Pid 1 keeps them and reads nothing: the
+supervisor opens them again, for a host process that comes in the place of another."""
+
+
 @struct_class()
 class Plan:
     """Everything that the child needs: one section a layer, by the layer's name, and the program to exec.

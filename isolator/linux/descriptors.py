@@ -46,7 +46,7 @@ def open_standard_streams() -> None:
 def allow_many_files() -> None:
     """Raise this process's limit of open files to the hard one: a login shell allows 1024, and every child inherits it.
 
-    A running plugin takes about ten descriptors of its supervisor, a folder that a cage sees one or two.
+    A running plugin takes about six descriptors of its supervisor, a folder that a cage sees one or two.
     """
     import resource
 

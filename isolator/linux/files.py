@@ -96,6 +96,13 @@ def write_file(path: str, text: str) -> None:
         os.close(fd)
 
 
+def write_all(fd: int, data: bytes | bytearray) -> None:
+    """Write all of it, however little is taken at a time: by a pipe, or a disk that is nearly full. Raises OSError."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(fd, left) :]
+
+
 def close_all_but(keep: set[int]) -> None:
     """Close every descriptor that is not in ``keep`` (close_range(2))."""
     low = 0

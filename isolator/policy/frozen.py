@@ -4,21 +4,19 @@ The interface is that part of pydantic's which policies need. It is made anew be
 every process, and of every ``isolator run``: importing pydantic takes longer than all else that these do before there
 is a cage.
 
-Fields may be ``str``, ``int``, ``float``, ``bool``, a ``Literal``, another model, ``tuple[X, ...]``, ``tuple[X, Y]``,
-``dict[str, X]``, ``Any``, a union of these, and each in an ``Annotated``. The fields of the last base come first.
+Fields may be of the types of ``isolator.base.typed``, and other models. The fields of the last base come first.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import math
-import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self, dataclass_transform
 
-_Check = Callable[[Any], Any]
+from isolator.base.typed import Check, check_of
+
 _REQUIRED = object()
 
 
@@ -111,6 +109,11 @@ class Frozen:
         return json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
     @classmethod
+    def read_value(cls, value: Any) -> Self:
+        """For a field of another model: an object of this one, or its dictionary; raises ValueError."""
+        return value if isinstance(value, cls) else cls.model_validate(value)
+
+    @classmethod
     def model_validate(cls, data: Any) -> Self:
         """The object of a dictionary as ``model_dump`` makes it, whoever made it; raises ValueError."""
         if not isinstance(data, dict) or not all(isinstance(name, str) for name in data):
@@ -138,110 +141,11 @@ def _plain(value: Any, *, lists: bool) -> Any:
     return {key: _plain(one, lists=lists) for key, one in value.items()} if isinstance(value, dict) else value
 
 
-_made: dict[type[Frozen], dict[str, _Check]] = {}
+_made: dict[type[Frozen], dict[str, Check]] = {}
 
 
-def _checks(model: type[Frozen]) -> dict[str, _Check]:
+def _checks(model: type[Frozen]) -> dict[str, Check]:
     """How each field of a model is checked; made when the first object is that needs it."""
     if model not in _made:
-        _made[model] = {name: _check(hint) for name, hint in field_types(model).items()}
+        _made[model] = {name: check_of(hint) for name, hint in field_types(model).items()}
     return _made[model]
-
-
-def _check(hint: Any) -> _Check:
-    """The check of a type: returns the value as the model has it, or raises ValueError."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Annotated:
-        return _check(arguments[0])
-    if origin is Literal:
-        return functools.partial(_choice, arguments)
-    if origin is typing.Union or origin is types.UnionType:
-        return functools.partial(_first, [_check(one) for one in arguments])
-    if origin is tuple and arguments[1:] == (...,):
-        return functools.partial(_tuple, _check(arguments[0]))
-    if origin is tuple:
-        return functools.partial(_record, [_check(one) for one in arguments])
-    if origin is dict:
-        return functools.partial(_dict, _check(arguments[1]))
-    if isinstance(hint, type) and issubclass(hint, Frozen):
-        return functools.partial(_model, hint)
-    return _SCALARS[hint]
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("is no text")
-    return value
-
-
-def _truth(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("is neither true nor false")
-    return value
-
-
-def _integer(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError("is no whole number")
-    return value
-
-
-def _number(value: Any) -> float:
-    try:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    except OverflowError:  # an integer beyond any float
-        pass
-    raise ValueError("is no finite number")
-
-
-def _nothing(value: Any) -> None:
-    if value is not None:
-        raise ValueError("is not null")
-
-
-def _any(value: Any) -> Any:
-    return value
-
-
-_SCALARS: dict[Any, _Check] = {
-    str: _text, bool: _truth, int: _integer, float: _number, type(None): _nothing, Any: _any,
-}  # fmt: skip
-
-
-def _choice(choices: tuple[Any, ...], value: Any) -> Any:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"is none of {', '.join(map(repr, choices))}")
-    return value
-
-
-def _first(checks: list[_Check], value: Any) -> Any:
-    problem = ""
-    for check in checks:
-        try:
-            return check(value)
-        except ValueError as error:
-            problem = problem or str(error)
-    raise ValueError(problem)
-
-
-def _tuple(check: _Check, value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, list | tuple):
-        raise ValueError("is no list")
-    return tuple([check(one) for one in value])
-
-
-def _record(checks: list[_Check], value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, list | tuple) or len(value) != len(checks):
-        raise ValueError(f"is no list of {len(checks)}")
-    return tuple([check(one) for check, one in zip(checks, value, strict=True)])
-
-
-def _dict(check: _Check, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError("is no object")
-    return {key: check(one) for key, one in value.items()}
-
-
-def _model(kind: type[Frozen], value: Any) -> Frozen:
-    return value if isinstance(value, kind) else kind.model_validate(value)

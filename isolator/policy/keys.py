@@ -19,6 +19,14 @@ from isolator.policy import units
 from isolator.policy.frozen import Frozen, field_types
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+_REQUESTS = {
+    "grant": "sandbox.network",
+    "limits": "sandbox.resources",
+    "filesystem": "sandbox.filesystem",
+    "delivery": "delivery",
+    "restart": "restart",
+}
+"""Tables of a policy file, and where a manifest has their keys."""
 
 
 @struct_class(frozen=True)
@@ -43,10 +51,10 @@ class Key:
 
     policy: str
     """Dotted key in a policy file: ``limits.memory``."""
-    manifest: str
-    """Dotted key in a manifest; empty where an author has no say."""
     about: str
     """Meaning, as a phrase of Markdown for the tables of the documents."""
+    requestable: bool = False
+    """A manifest has it, too; where it has not, an author has no say."""
     name: str = ""
     """The field's name; filled in by ``_declared``."""
 
@@ -59,6 +67,11 @@ class Key:
     def key(self) -> str:
         """The last part of ``policy``: the key in that table."""
         return self.policy.rpartition(".")[2]
+
+    @property
+    def manifest(self) -> str:
+        """Dotted key in a manifest: ``sandbox.resources.memory``; empty where an author has no say."""
+        return f"{_REQUESTS[self.section]}.{self.key}" if self.requestable else ""
 
     def check(self, value: Any) -> Any:
         """The model's value of one from a file; raises ValueError."""
@@ -74,12 +87,15 @@ class Limit(Key):
     """The ceiling of a host that does not say otherwise."""
     least: float = 0
     """The least that makes sense; less is taken for a typing error (``memory = 256`` is 256 bytes)."""
-    always_shown: bool = False
-    """``explain`` has a line of it even where nobody speaks of it."""
     written: bool = False
     """The policy file that ``plugin add`` writes has it."""
     left_to_author: bool = False
     """The author chooses up to the ceiling where the policy file is silent: the number confines nobody."""
+
+    @property
+    def always_shown(self) -> bool:
+        """Whether ``explain`` has a line of it even where nobody speaks of it."""
+        return self.written or self.left_to_author
 
     def check(self, value: Any) -> float:
         """``unit.parse``, and refuse what is too small to make sense."""
@@ -116,223 +132,104 @@ class Switch(Key):
 class ResourceLimits(Frozen):
     """Caps kept by the cgroup and rlimits layers."""
 
-    memory: Annotated[
-        int,
-        Limit(
-            "limits.memory",
-            "sandbox.resources.memory",
-            "memory, without any swap; a plugin that takes more is ended",
-            unit=SIZE,
-            most=2 * GIB,
-            least=4 * MIB,
-            always_shown=True,
-            written=True,
-        ),
-    ] = 256 * MIB
-    cpu: Annotated[
-        int,
-        Limit(
-            "limits.cpu",
-            "sandbox.resources.cpu",
-            "share of one core; `200%` is two cores",
-            unit=CPU,
-            most=4000,
-            least=10,
-            always_shown=True,
-            written=True,
-        ),
-    ] = 250
-    tasks: Annotated[
-        int,
-        Limit(
-            "limits.tasks",
-            "sandbox.resources.tasks",
-            "processes and threads together",
-            most=512,
-            least=1,
-            always_shown=True,
-            written=True,
-        ),
-    ] = 64
-    nofile: Annotated[
-        int,
-        Limit(
-            "limits.nofile",
-            "sandbox.resources.nofile",
-            "open files",
-            most=4096,
-            least=16,
-            always_shown=True,
-            written=True,
-        ),
-    ] = 1024
-    io_read: Annotated[
-        int,
-        Limit(
-            "limits.io_read",
-            "sandbox.resources.io_read",
-            "bytes per second from each disk it reaches: the one its state is on, and those of what it reads",
-            unit=RATE,
-            most=units.NO_CAP,
-            least=64 * KIB,
-        ),
-    ] = units.NO_CAP
-    io_write: Annotated[
-        int,
-        Limit(
-            "limits.io_write",
-            "sandbox.resources.io_write",
-            "bytes per second to each of those disks",
-            unit=RATE,
-            most=units.NO_CAP,
-            least=64 * KIB,
-        ),
-    ] = units.NO_CAP
+    memory: Annotated[int, Limit(
+        "limits.memory", "memory, without any swap; a plugin that takes more is ended",
+        unit=SIZE, most=2 * GIB, least=4 * MIB, written=True, requestable=True,
+    )] = 256 * MIB  # fmt: skip
+    cpu: Annotated[int, Limit(
+        "limits.cpu", "share of one core; `200%` is two cores",
+        unit=CPU, most=4000, least=10, written=True, requestable=True,
+    )] = 250  # fmt: skip
+    tasks: Annotated[int, Limit(
+        "limits.tasks", "processes and threads together", most=512, least=1, written=True, requestable=True,
+    )] = 64  # fmt: skip
+    nofile: Annotated[int, Limit(
+        "limits.nofile", "open files", most=4096, least=16, written=True, requestable=True,
+    )] = 1024  # fmt: skip
+    io_read: Annotated[int, Limit(
+        "limits.io_read", "bytes per second from each disk it reaches: the one its state is on, and those of what it "
+        "reads", unit=RATE, most=units.NO_CAP, least=64 * KIB, requestable=True,
+    )] = units.NO_CAP  # fmt: skip
+    io_write: Annotated[int, Limit(
+        "limits.io_write", "bytes per second to each of those disks",
+        unit=RATE, most=units.NO_CAP, least=64 * KIB, requestable=True,
+    )] = units.NO_CAP  # fmt: skip
 
 
 # A tmpfs of size 0 or with 0 inodes is one without a limit (tmpfs(5)), so zero must never get there.
 class FileLimits(Frozen):
     """Sizes of the file systems that a cage may fill."""
 
-    state: Annotated[
-        int,
-        Limit(
-            "filesystem.state",
-            "sandbox.filesystem.state",
-            "size of `/state`, which is kept; `0`: none",
-            unit=VOLUME,
-            most=10 * GIB,
-            always_shown=True,
-            written=True,
-        ),
-    ] = 64 * MIB
-    tmp: Annotated[
-        int,
-        Limit(
-            "filesystem.tmp",
-            "sandbox.filesystem.tmp",
-            "size of `/tmp`, in memory",
-            unit=SIZE,
-            most=256 * MIB,
-            least=64 * KIB,
-            always_shown=True,
-            written=True,
-        ),
-    ] = 32 * MIB
-    shm: Annotated[
-        int, Limit("filesystem.shm", "", "size of `/dev/shm`, in memory", unit=SIZE, most=64 * MIB, least=64 * KIB)
-    ] = 8 * MIB
-    state_inodes: Annotated[
-        int,
-        Limit(
-            "filesystem.state_inodes",
-            "",
-            "number of files in `/state`; at most one for each 4 KiB",
-            most=1 << 20,
-            least=16,
-        ),
-    ] = 16384
-    tmp_inodes: Annotated[
-        int, Limit("filesystem.tmp_inodes", "", "number of files in `/tmp`", most=1 << 16, least=16)
-    ] = 4096
+    state: Annotated[int, Limit(
+        "filesystem.state", "size of `/state`, which is kept; `0`: none",
+        unit=VOLUME, most=10 * GIB, written=True, requestable=True,
+    )] = 64 * MIB  # fmt: skip
+    tmp: Annotated[int, Limit(
+        "filesystem.tmp", "size of `/tmp`, in memory",
+        unit=SIZE, most=256 * MIB, least=64 * KIB, written=True, requestable=True,
+    )] = 32 * MIB  # fmt: skip
+    shm: Annotated[int, Limit(
+        "filesystem.shm", "size of `/dev/shm`, in memory", unit=SIZE, most=64 * MIB, least=64 * KIB,
+    )] = 8 * MIB  # fmt: skip
+    state_inodes: Annotated[int, Limit(
+        "filesystem.state_inodes", "number of files in `/state`; at most one for each 4 KiB", most=1 << 20, least=16,
+    )] = 16384  # fmt: skip
+    tmp_inodes: Annotated[int, Limit(
+        "filesystem.tmp_inodes", "number of files in `/tmp`", most=1 << 16, least=16,
+    )] = 4096  # fmt: skip
 
 
 class ConnectionLimits(Frozen):
     """Caps kept by the broker."""
 
-    connects_per_second: Annotated[
-        int, Limit("limits.connects_per_second", "", "new connections, on average", most=200, least=1)
-    ] = 20
-    connect_burst: Annotated[int, Limit("limits.connect_burst", "", "new connections at once", most=400, least=1)] = 40
-    connects_open: Annotated[int, Limit("limits.connects_open", "", "connections at one time", most=512, least=1)] = 64
-    idle: Annotated[
-        float,
-        Limit(
-            "limits.idle",
-            "",
-            "time without a byte after which a connection is ended; a dead one ends within two minutes",
-            unit=TIME,
-            most=30 * 86400.0,
-            least=1.0,
-        ),
-    ] = 86400.0
+    connects_per_second: Annotated[int, Limit(
+        "limits.connects_per_second", "new connections, on average", most=200, least=1,
+    )] = 20  # fmt: skip
+    connect_burst: Annotated[int, Limit("limits.connect_burst", "new connections at once", most=400, least=1)] = 40
+    connects_open: Annotated[int, Limit("limits.connects_open", "connections at one time", most=512, least=1)] = 64
+    idle: Annotated[float, Limit(
+        "limits.idle", "time without a byte after which a connection is ended; a dead one ends within two minutes",
+        unit=TIME, most=30 * 86400.0, least=1.0,
+    )] = 86400.0  # fmt: skip
 
 
 class DeliveryLimits(Frozen):
     """Patience with one event, kept by the host."""
 
-    delivery_timeout: Annotated[
-        float,
-        Limit(
-            "delivery.timeout",
-            "delivery.timeout",
-            "time for one answer to an event",
-            unit=TIME,
-            most=900.0,
-            least=0.1,
-            always_shown=True,
-            left_to_author=True,
-        ),
-    ] = 10.0
-    delivery_attempts: Annotated[
-        int,
-        Limit(
-            "delivery.attempts",
-            "delivery.attempts",
-            "attempts before an event is dead",
-            most=100,
-            least=1,
-            always_shown=True,
-            left_to_author=True,
-        ),
-    ] = 12
+    delivery_timeout: Annotated[float, Limit(
+        "delivery.timeout", "time for one answer to an event",
+        unit=TIME, most=900.0, least=0.1, left_to_author=True, requestable=True,
+    )] = 10.0  # fmt: skip
+    delivery_attempts: Annotated[int, Limit(
+        "delivery.attempts", "attempts before an event is dead",
+        most=100, least=1, left_to_author=True, requestable=True,
+    )] = 12  # fmt: skip
 
 
 class RunLimits(Frozen):
     """Patience with a plugin that stops or starts, kept by the supervisor."""
 
-    stop_grace: Annotated[
-        float, Limit("restart.stop_grace", "", "time between SIGTERM and SIGKILL", unit=TIME, most=60.0)
-    ] = 5.0
-    start_timeout: Annotated[
-        float,
-        Limit(
-            "restart.start_timeout",
-            "restart.start_timeout",
-            "time from a start to the plugin's socket",
-            unit=TIME,
-            most=300.0,
-            least=1.0,
-            always_shown=True,
-            left_to_author=True,
-        ),
-    ] = 10.0
+    stop_grace: Annotated[float, Limit(
+        "restart.stop_grace", "time between SIGTERM and SIGKILL", unit=TIME, most=60.0,
+    )] = 5.0  # fmt: skip
+    start_timeout: Annotated[float, Limit(
+        "restart.start_timeout", "time from a start to the plugin's socket",
+        unit=TIME, most=300.0, least=1.0, left_to_author=True, requestable=True,
+    )] = 10.0  # fmt: skip
 
 
 class NetworkSwitches(Frozen):
     """Yes-or-no keys kept by the broker."""
 
-    allow_no_sni: Annotated[
-        bool,
-        Switch(
-            "grant.allow_no_sni",
-            "sandbox.network.allow_no_sni",
-            "let TLS to a granted name through that does not name its server, or hides it (encrypted ClientHello)",
-            phrase="TLS without a server name",
-            needs_network=True,
-        ),
-    ] = False
-    allow_ech: Annotated[
-        bool,
-        Switch(
-            "grant.allow_ech",
-            "sandbox.network.allow_ech",
-            "let TLS through that may hide a second server name (ECH, as browsers send it); the one in the clear is "
-            "checked all the same",
-            phrase="TLS that may hide a second server name",
-            needs_network=True,
-        ),
-    ] = False
+    allow_no_sni: Annotated[bool, Switch(
+        "grant.allow_no_sni", "let TLS to a granted name through that does not name its server, or hides it "
+        "(encrypted ClientHello)", phrase="TLS without a server name", needs_network=True, requestable=True,
+    )] = False  # fmt: skip
+    allow_ech: Annotated[bool, Switch(
+        "grant.allow_ech", "let TLS through that may hide a second server name (ECH, as browsers send it); the one "
+        "in the clear is checked all the same",
+        phrase="TLS that may hide a second server name", needs_network=True, requestable=True,
+    )] = False  # fmt: skip
 
 
 # The fields of the last base come first; their order is part of ``HostConfig.digest``.

@@ -96,6 +96,8 @@ _CALLED = ("tools", "callers")
 class EffectivePolicy(DeliveryLimits):
     """Everything a plugin may do. Two equal policies have equal digests."""
 
+    __slots__ = ("_digest",)  # no field: neither compared nor shown
+
     plugin: str
     hooks: tuple[str, ...] = ()
     permissions: tuple[str, ...] = ()
@@ -124,9 +126,13 @@ class EffectivePolicy(DeliveryLimits):
 
     def digest(self) -> str:
         """SHA-256 of the canonical JSON, hex; in every ``plugin.started`` record."""
-        import hashlib
+        digest: str = getattr(self, "_digest", "")
+        if not digest:
+            import hashlib
 
-        return hashlib.sha256(self.canonical().encode()).hexdigest()
+            digest = hashlib.sha256(self.canonical().encode()).hexdigest()
+            object.__setattr__(self, "_digest", digest)  # asked for four times in a start
+        return digest
 
 
 def canonical_json(value: Any) -> str:

@@ -8,7 +8,7 @@ start anything, and what it may use up is little.
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from isolator.errors import nearest
@@ -31,17 +31,24 @@ _CALLS = (
 
 def harden(manifests: int) -> None:
     """Drop every right that parsing so many manifests does not need, for good. Raises OSError."""
-    # Compiled first: it needs a library and memory.
-    program = compile_rules(rules())
     nearest("", ())  # imports what it needs, as nothing here can do later
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    confine(_CALLS, used + MEMORY, _spent() + CPU_SECONDS * manifests, descriptors=0)
+
+
+def confine(calls: Iterable[str], memory: int, cpu: int, descriptors: int) -> None:
+    """Leave this process these calls and so much: bytes of address space, seconds of processor time, descriptors.
+
+    It starts nothing and writes no file any more. Raises OSError.
+    """
+    program = compile_rules((name, syscalls.ALLOW, ()) for name in calls)  # first: it needs a library and memory
     go_behind(10)
     start_no_handler()
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     for kind, most in (
-        (resource.RLIMIT_AS, used + MEMORY),
-        (resource.RLIMIT_CPU, _spent() + CPU_SECONDS * manifests),
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_CPU, cpu),
         (resource.RLIMIT_NPROC, 0),
-        (resource.RLIMIT_NOFILE, 0),
+        (resource.RLIMIT_NOFILE, descriptors),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_MEMLOCK, 0),
     ):
@@ -53,12 +60,6 @@ def begin_share() -> None:
     """Grant the next manifest its share of processor time; whoever uses up more is killed."""
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     resource.setrlimit(resource.RLIMIT_CPU, (min(_spent() + CPU_SECONDS, hard), hard))
-
-
-def rules() -> Iterator[syscalls.Rule]:
-    """The calls that stay; any other fails."""
-    for name in _CALLS:
-        yield name, syscalls.ALLOW, ()
 
 
 def _spent() -> int:

@@ -8,16 +8,10 @@ manifests does not; so it is a process of its own, and its filter leaves it look
 from __future__ import annotations
 
 import json
-import os
-import resource
-from collections.abc import Iterator
 
-from isolator.layers.seccomp import profiles as syscalls
-from isolator.layers.seccomp.layer import compile_rules
-from isolator.linux import seccomp
-from isolator.linux.coredump import start_no_handler
-from isolator.linux.priority import go_behind
+from isolator.linux.files import write_all
 from isolator.linux.unprivileged import inherited
+from isolator.reader.hardening import confine
 from isolator.reader.inspection import Host, inspect
 
 CPU_SECONDS = 20
@@ -32,27 +26,9 @@ _CALLS = (
 ).split()
 
 
-def rules() -> Iterator[syscalls.Rule]:
-    """The calls that stay; any other fails."""
-    for name in _CALLS:
-        yield name, syscalls.ALLOW, ()
-
-
 def harden() -> None:
     """Drop every right that looking through a folder does not need. Raises OSError."""
-    program = compile_rules(rules())
-    go_behind(10)
-    start_no_handler()
-    for kind, most in (
-        (resource.RLIMIT_AS, _MEMORY),
-        (resource.RLIMIT_CPU, CPU_SECONDS),
-        (resource.RLIMIT_NPROC, 0),
-        (resource.RLIMIT_NOFILE, _DESCRIPTORS),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_MEMLOCK, 0),
-    ):
-        resource.setrlimit(kind, (most, most))
-    seccomp.load_filter(program, listener=False)
+    confine(_CALLS, _MEMORY, CPU_SECONDS, _DESCRIPTORS)
 
 
 def main() -> None:
@@ -60,9 +36,7 @@ def main() -> None:
     folder = inherited()["folder"]
     host = Host.here()
     harden()
-    line = memoryview(json.dumps(inspect(folder, host)).encode() + b"\n")
-    while line:
-        line = line[os.write(1, line) :]
+    write_all(1, json.dumps(inspect(folder, host)).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,8 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
-from isolator.errors import UsageError
 from isolator.policy.parse.load import parse_plugin_policy
-from isolator.policy.parse.strict import prose
-from isolator.reader.service import serve
+from isolator.reader.service import line_of, serve
 
 _SAMPLE = b"""[grant]
 egress = ["a.com:443", "nowhere"]
@@ -27,13 +22,7 @@ read = ["/srv"]
 
 def answer(text: bytes) -> bytes:
     """The line for one policy file."""
-    try:
-        found: dict[str, Any] = {"policy": parse_plugin_policy(text, source="").model_dump(mode="json")}
-    except UsageError as error:
-        found = {"at": error.what, "why": prose(error.why), "remedy": prose(error.remedy)}
-    except (MemoryError, RecursionError):
-        found = {"at": "", "why": "takes too much memory to read", "remedy": "make it smaller"}
-    return json.dumps(found, ensure_ascii=False).encode() + b"\n"
+    return line_of(lambda: {"policy": parse_plugin_policy(text, source="").model_dump(mode="json")})
 
 
 if __name__ == "__main__":

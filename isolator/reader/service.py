@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from isolator.errors import UsageError
+from isolator.linux.files import write_all
 from isolator.policy.parse.strict import prose
 from isolator.policy.request import MAX_BYTES
 from isolator.reader.hardening import begin_share, harden
@@ -24,11 +25,20 @@ _SAMPLE = b'{"name": "sample", "version": "1.0.0", "api_version": "1", "binary":
 
 def answer(text: bytes) -> bytes:
     """The line for one manifest."""
-    try:
+
+    def read() -> dict[str, Any]:
         # Without a name: what the file is called is known to who wants the answer.
         data, lines = load_json_with_lines(text, max_bytes=MAX_BYTES, name="")
         core = parse_manifest(data, lines=lines, name="")
-        found: dict[str, Any] = {"core": core.model_dump(mode="json"), "manifest": data}
+        return {"core": core.model_dump(mode="json"), "manifest": data}
+
+    return line_of(read)
+
+
+def line_of(read: Callable[[], dict[str, Any]]) -> bytes:
+    """The line for what ``read`` returns, or for its refusal (UsageError)."""
+    try:
+        found = read()
     except UsageError as error:
         found = {"at": error.what, "why": prose(error.why), "remedy": prose(error.remedy)}
     except (MemoryError, RecursionError):
@@ -49,9 +59,7 @@ def serve(answered: Callable[[bytes], bytes]) -> None:
     for _ in range(count):
         begin_share()
         size = int.from_bytes(_read(4), "big")
-        line = memoryview(answered(_read(size)))
-        while line:
-            line = line[os.write(1, line) :]
+        write_all(1, answered(_read(size)))
 
 
 def _read(size: int) -> bytes:

@@ -10,13 +10,13 @@ from isolator.errors import IsolatorError
 from isolator.linux.files import sync_filesystem
 
 
-def replace_file(path: Path, content: bytes, *, temporary: Path) -> None:
-    """Replace ``path`` (mode 0644) atomically and durably; ``temporary`` in the same folder is what a kill leaves."""
+def replace_file(path: Path, content: bytes, *, temporary: Path, mode: int = 0o644) -> None:
+    """Replace ``path`` atomically and durably; ``temporary`` in the same folder is what a kill leaves."""
     temporary.unlink(missing_ok=True)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
     with os.fdopen(fd, "wb") as out:
         out.write(content)
-        os.fchmod(out.fileno(), 0o644)
+        os.fchmod(out.fileno(), mode)
         out.flush()
         os.fsync(out.fileno())
     temporary.rename(path)

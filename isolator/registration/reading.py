@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import select
 import signal
 import subprocess
 import threading
@@ -23,8 +22,6 @@ from typing import Any, NoReturn, TypeVar
 
 from isolator.base.structs import struct_class
 from isolator.errors import IsolatorError, UsageError
-from isolator.layers.user import UidLease
-from isolator.linux.unprivileged import service_command
 from isolator.policy.grant import PluginPolicy
 from isolator.policy.grant_check import check as check_policy
 from isolator.policy.names import PLUGIN_NAME
@@ -32,6 +29,7 @@ from isolator.policy.parse.strict import prose
 from isolator.policy.request import MAX_BYTES, MAX_DEPTH, VERSION, ManifestCore, check
 from isolator.policy.trust import SIGNATURE_BYTES
 from isolator.registration.certificates import Claim
+from isolator.registration.processes import leased, next_chunk, running
 
 T = TypeVar("T")
 
@@ -100,18 +98,15 @@ class ManifestReader:
             kept = sum(size for _, size in _known.values())
             while kept > _KEPT_BYTES:
                 kept -= _known.popitem(last=False)[1][1]
-        return [_named(found[digest], name) for digest, (_, name) in zip(digests, manifests, strict=True)]
+        answers = [(found[digest], name) for digest, (_, name) in zip(digests, manifests, strict=True)]
+        return [_named(one, name) if isinstance(one, IsolatorError) else one for one, name in answers]
 
     def _answers(self, texts: Sequence[bytes]) -> list[ReadManifest | IsolatorError]:
         """Answers of one process, as far as it comes, and at least one."""
         answers: list[ReadManifest | IsolatorError] = []
         try:
-            lease = UidLease(self.uid_range)
-            try:
-                for answer in _read(texts, lease.uid, _MODULE, _checked):
-                    answers.append(answer)  # those before a failure count
-            finally:
-                lease.release()
+            for answer in _read(texts, self.uid_range, _MODULE, "core", _manifest):
+                answers.append(answer)  # those before a failure count
         except (IsolatorError, OSError) as error:
             # Not the manifest's fault.
             answers.append(IsolatorError("", f"could not be read: {error}", "try again"))
@@ -120,52 +115,48 @@ class ManifestReader:
 
 def read_certificate(text: bytes, name: str, uid_range: tuple[int, int]) -> Claim:
     """A certificate from elsewhere, read likewise; ``name`` is what errors call it. Raises IsolatorError; blocks."""
-    return _read_one(text, name, uid_range, _CERTIFICATE_MODULE, _checked_claim)
+    return _read_one(text, name, uid_range, _CERTIFICATE_MODULE, "claim", _claim)
 
 
 def read_policy(text: bytes, name: str, uid_range: tuple[int, int]) -> PluginPolicy:
     """A stranger's policy file, read likewise; ``name`` is what errors call it. Raises IsolatorError; blocks."""
-    found = _read_one(text, name, uid_range, _POLICY_MODULE, _checked_policy)
+    found = _read_one(text, name, uid_range, _POLICY_MODULE, "policy", _policy)
     where = {key: f"{name}{place}" for key, place in found.where.items()}
     return found.model_copy(update={"source": name, "where": where})
 
 
 def _read_one(
-    text: bytes, name: str, uid_range: tuple[int, int], module: str, checked: Callable[[bytes], T | IsolatorError]
+    text: bytes, name: str, uid_range: tuple[int, int], module: str, key: str, made: Callable[[dict[str, Any]], T]
 ) -> T:
-    lease = UidLease(uid_range)
-    try:
-        (found,) = _read([text], lease.uid, module, checked)
-    finally:
-        lease.release()
+    (found,) = _read([text], uid_range, module, key, made)
     if isinstance(found, IsolatorError):
-        raise type(found)(name + found.what, found.why, found.remedy)
+        raise _named(found, name)
     return found
 
 
 def _read(
-    texts: Sequence[bytes],
-    uid: int,
-    module: str,
-    checked: Callable[[bytes], T | IsolatorError],
+    texts: Sequence[bytes], uid_range: tuple[int, int], module: str, key: str, made: Callable[[dict[str, Any]], T]
 ) -> Iterator[T | IsolatorError]:
-    process = _start(texts, uid, module)
-    assert process.stdout is not None
-    try:
-        for line in _lines(process.stdout.fileno(), len(texts)):
-            yield checked(line)
-    except EOFError:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)
-        yield _ended(process.returncode)
-    except _NoAnswerError as error:
-        yield UsageError("", str(error), "simplify it")
-    except TimeoutError:
-        yield IsolatorError("", f"was not read within {_SECONDS:g} s", "try again when the host is less busy")
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    """Have a process read texts; what ``made`` makes of each answer, which holds ``key``, or the refusal."""
+    # A file and not a pipe: it is there whole, so nobody waits for the other.
+    with leased(uid_range) as uid, os.fdopen(os.memfd_create("manifests", os.MFD_CLOEXEC), "wb") as file:
+        for text in texts:
+            bounded = text[: MAX_BYTES + 1]  # one byte too many is refused by who parses it
+            file.write(len(bounded).to_bytes(4, "big") + bounded)
+        file.seek(0)
+        with running(module, uid, str(len(texts)), stdin=file) as process:
+            try:
+                for line in _lines(process, len(texts)):
+                    yield _answer(line, key, made)
+            except EOFError:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
+                yield _ended(process.returncode)
+            except _NoAnswerError as error:
+                yield UsageError("", str(error), "simplify it")
+            except TimeoutError:
+                why = f"was not read within {_SECONDS:g} s"
+                yield IsolatorError("", why, "try again when the host is less busy")
 
 
 def _ended(code: int | None) -> IsolatorError:
@@ -179,37 +170,15 @@ class _NoAnswerError(Exception):
     """The reader wrote something that the parser does not make."""
 
 
-def _start(texts: Sequence[bytes], uid: int, module: str) -> subprocess.Popen[bytes]:
-    # A file and not a pipe: it is there whole, so nobody waits for the other.
-    stdin = os.memfd_create("manifests", os.MFD_CLOEXEC)
-    try:
-        with open(stdin, "wb", closefd=False) as file:  # a descriptor
-            for text in texts:
-                bounded = text[: MAX_BYTES + 1]  # one byte too many is refused by who parses it
-                file.write(len(bounded).to_bytes(4, "big") + bounded)
-        os.lseek(stdin, 0, os.SEEK_SET)
-        return subprocess.Popen(
-            [*service_command(module, uid, uid, {}), str(len(texts))],
-            stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/", start_new_session=True,
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"},
-        )  # fmt: skip
-    finally:
-        os.close(stdin)
-
-
-def _lines(fd: int, count: int) -> Iterator[bytes]:
+def _lines(process: subprocess.Popen[bytes], count: int) -> Iterator[bytes]:
     """So many lines, each bounded. Raises _NoAnswerError, EOFError or TimeoutError when there are not so many."""
     data = bytearray()
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
     for _ in range(count):
         end = time.monotonic() + _SECONDS
         while b"\n" not in data:
             if len(data) > _MAX_ANSWER:
                 raise _NoAnswerError("is too large once it is read")
-            if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
-                raise TimeoutError
-            chunk = os.read(fd, 1 << 16)
+            chunk = next_chunk(process, end)
             if not chunk:
                 raise EOFError
             data += chunk
@@ -217,48 +186,38 @@ def _lines(fd: int, count: int) -> Iterator[bytes]:
         yield bytes(line)
 
 
-def _checked(line: bytes) -> ReadManifest | IsolatorError:
+def _answer(line: bytes, key: str, made: Callable[[dict[str, Any]], T]) -> T | IsolatorError:
     """The answer in one line; raises _NoAnswerError when it is not one that the parser makes."""
     try:
         answer = json.loads(line, parse_constant=_refuse)
-        if "core" not in answer:
-            return _refusal(answer)
-        found = ReadManifest(ManifestCore.model_validate(answer["core"]), answer["manifest"])
-        check(found.core)
-        _check_json(answer["core"])
-        _check_json(found.manifest)
-        return found
+        return made(answer) if key in answer else _refusal(answer)
     except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         raise _NoAnswerError("cannot be read: its reader gave no answer that makes sense") from None
 
 
-def _checked_policy(line: bytes) -> PluginPolicy | IsolatorError:
-    try:
-        answer = json.loads(line, parse_constant=_refuse)
-        if "policy" not in answer:
-            return _refusal(answer)
-        found = PluginPolicy.model_validate(answer["policy"])
-        check_policy(found)
-        return found
-    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
-        raise _NoAnswerError("cannot be read: its reader gave no answer that makes sense") from None
+def _manifest(answer: dict[str, Any]) -> ReadManifest:
+    found = ReadManifest(ManifestCore.model_validate(answer["core"]), answer["manifest"])
+    check(found.core)
+    _check_json(answer["core"])
+    _check_json(found.manifest)
+    return found
 
 
-def _checked_claim(line: bytes) -> Claim | IsolatorError:
-    try:
-        answer = json.loads(line, parse_constant=_refuse)
-        if "claim" not in answer:
-            return _refusal(answer)
-        found = answer["claim"]
-        name, version, digest = (str(found[key]) for key in ("name", "version", "digest"))
-        signatures = tuple(str(one) for one in found["signatures"])
-        if not PLUGIN_NAME.fullmatch(name) or not VERSION.fullmatch(version) or len(version) > 256:
-            raise ValueError("no name or version")
-        if not re.fullmatch(r"[0-9a-f]{64}", digest) or any(not _SIGNATURE.fullmatch(one) for one in signatures):
-            raise ValueError("no digest or signature")
-        return Claim(name, version, digest, signatures)
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise _NoAnswerError("cannot be read: its reader gave no answer that makes sense") from None
+def _policy(answer: dict[str, Any]) -> PluginPolicy:
+    found = PluginPolicy.model_validate(answer["policy"])
+    check_policy(found)
+    return found
+
+
+def _claim(answer: dict[str, Any]) -> Claim:
+    found = answer["claim"]
+    name, version, digest = (str(found[key]) for key in ("name", "version", "digest"))
+    signatures = tuple(str(one) for one in found["signatures"])
+    if not PLUGIN_NAME.fullmatch(name) or not VERSION.fullmatch(version) or len(version) > 256:
+        raise ValueError("no name or version")
+    if not re.fullmatch(r"[0-9a-f]{64}", digest) or any(not _SIGNATURE.fullmatch(one) for one in signatures):
+        raise ValueError("no digest or signature")
+    return Claim(name, version, digest, signatures)
 
 
 def _refusal(answer: dict[str, Any]) -> UsageError:
@@ -285,7 +244,5 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(constant)
 
 
-def _named(answer: ReadManifest | IsolatorError, name: str) -> ReadManifest | IsolatorError:
-    if isinstance(answer, ReadManifest):
-        return answer
-    return type(answer)(name + answer.what, answer.why, answer.remedy)
+def _named(error: IsolatorError, name: str) -> IsolatorError:
+    return type(error)(name + error.what, error.why, error.remedy)

@@ -22,7 +22,7 @@ from typing import Literal
 from isolator.base.lean import sha256_of_much
 from isolator.errors import UsageError
 from isolator.linux.descriptors import FdSet
-from isolator.linux.files import open_nofollow, openat2, remove_tree
+from isolator.linux.files import open_nofollow, openat2, remove_tree, write_all
 from isolator.policy.request import MAX_BYTES as MAX_MANIFEST
 from isolator.policy.request import synthesise_manifest
 from isolator.registration.collecting import Collected, Offer, collect
@@ -329,10 +329,8 @@ def _write_new(path: Path, content: bytes, mode: int) -> None:
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    left = memoryview(content)
     try:
-        while left:  # on a disk that is nearly full a write may be short
-            left = left[os.write(fd, left) :]
+        write_all(fd, content)
         os.fchmod(fd, mode)
     finally:
         os.close(fd)

@@ -21,11 +21,12 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from isolator.base.typed import read
 from isolator.errors import IsolatorError, NotFoundError
 from isolator.linux.files import read_plain, remove_tree
 from isolator.registration.durable import replace_file, sync_folder, sync_tree
@@ -59,6 +60,11 @@ class Release:
     binary_sha256: str = ""
     signer: str = ""
     """The publisher of ``[trust]`` whose signature was good when it was added."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a digest that is none: it names a folder."""
+        if not self.digest.isalnum():
+            raise ValueError("a digest that is none")
 
     @property
     def signed_by(self) -> dict[str, str]:
@@ -151,7 +157,7 @@ class Store:
         if not NAME.match(name):
             raise NotFoundError(f"plugin {name!r}", "no such plugin", "see 'isolator plugin list'")
         try:
-            registration = self._read(self.base / name / _STATE, _registration)
+            registration = self._read(self.base / name / _STATE, Registration)
         except FileNotFoundError:
             raise NotFoundError(f"plugin {name}", "no such plugin", "see 'isolator plugin list'") from None
         if registration.name != name:
@@ -173,7 +179,7 @@ class Store:
 
     def intents(self) -> list[Intent]:
         """Changes that were begun and not ended, by name."""
-        return list(self._readable(_INTENT, _intent))
+        return list(self._readable(_INTENT, Intent))
 
     def begin_trial(self, trial: Trial) -> None:
         """Put the version of the next registration on trial."""
@@ -186,7 +192,7 @@ class Store:
     def trial(self, name: str) -> Trial | None:
         """The trial of the version in use, if it has not been judged."""
         try:
-            trial = self._read(self.base / name / _TRIAL, _trial)
+            trial = self._read(self.base / name / _TRIAL, Trial)
         except (FileNotFoundError, IsolatorError):
             return None  # one that cannot be read is no reason not to start: the version in use stays in use
         return trial if self.load(name).serial == trial.serial else None
@@ -199,7 +205,7 @@ class Store:
 
     def removed(self) -> list[Registration]:
         """Plugins whose removal was begun and not ended."""
-        left = self._readable(_REMOVED, _registration)
+        left = self._readable(_REMOVED, Registration)
         return [registration for registration in left if not (self.base / registration.name / _STATE).exists()]
 
     def folder(self, name: str, release: Release) -> Path:
@@ -297,28 +303,28 @@ class Store:
         folder.chmod(_MODE)
         return folder
 
-    def _readable(self, file: str, convert: Callable[[Any], N]) -> Iterator[N]:
+    def _readable(self, file: str, kind: type[N]) -> Iterator[N]:
         """Every plugin's file of that name that can be read; the others are named in the log and stay as they are."""
         for path in sorted(self.base.glob(f"*/{file}")):
             try:
-                found = self._read(path, convert)
+                found = self._read(path, kind)
                 if found.name != path.parent.name:
                     raise IsolatorError(str(path), "cannot be read: it is that of another plugin", "delete it")
                 yield found
             except (IsolatorError, FileNotFoundError) as error:
                 logger.error("%s", error)
 
-    def _read(self, path: Path, convert: Callable[[Any], T]) -> T:
+    def _read(self, path: Path, kind: type[T]) -> T:
         """One file of JSON; raises FileNotFoundError, and IsolatorError with one line that names it."""
         try:
-            return convert(json.loads(read_plain(path, most=_MOST)))
+            return read(kind, json.loads(read_plain(path, most=_MOST)))
         except FileNotFoundError:
             raise
         except OSError as error:
             why = error.strerror or "the disk fails"
         except RecursionError:
             why = "it is nested too deeply"
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except ValueError as error:
             why = ascii(str(error))[1:-1][:200] or type(error).__name__
         raise IsolatorError(str(path), f"cannot be read: {why}", "restore it, or delete the folder")
 
@@ -341,46 +347,3 @@ def _is_folder(path: Path) -> bool:
 def _is_forgotten(folder: Path) -> bool:
     """Whether a plugin's folder holds nothing but versions that no registration names."""
     return all(_is_folder(entry) and _DIGEST.fullmatch(entry.name) for entry in folder.iterdir())
-
-
-def _registration(data: Any) -> Registration:
-    """A registration from its JSON; raises ValueError, KeyError, TypeError or AttributeError for what is none."""
-    made = Registration(
-        **{
-            **data,
-            "release": _release(data["release"]),
-            "previous": tuple(map(_release, data["previous"])),
-            "pending": _release(data["pending"]) if data["pending"] else None,
-            "source": Source(**{**data["source"], "hooks": tuple(data["source"]["hooks"])}),
-        }
-    )
-    _check(made, name=str, user=str, uid=int, enabled=bool, policy_sha256=str, serial=int)
-    _check(made.source, path=str, binary=str, files=str, name=str)
-    return made
-
-
-def _release(data: Any) -> Release:
-    made = Release(**data)
-    _check(made, digest=str, version=str, kind=str, binary_path=str, binary_sha256=str, signer=str)
-    if not made.digest.isalnum():  # it names a folder
-        raise ValueError("a digest that is none")
-    return made
-
-
-def _intent(data: Any) -> Intent:
-    made = Intent(**data)
-    _check(made, name=str, serial=int, user=str, policy_before=str | None, policy_sha256=str)
-    return made
-
-
-def _trial(data: Any) -> Trial:
-    made = Trial(**{**data, "before": _registration(data["before"])})
-    optional = str | None
-    _check(made, policy=optional, reason=str, record=str, who=optional, old_policy_sha256=optional)
-    return made
-
-
-def _check(made: object, **kinds: Any) -> None:
-    for name, kind in kinds.items():
-        if not isinstance(getattr(made, name), kind):
-            raise TypeError(f"{name} is {type(getattr(made, name)).__name__}")

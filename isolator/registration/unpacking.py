@@ -11,9 +11,8 @@ import subprocess
 from pathlib import Path
 
 from isolator.errors import UsageError
-from isolator.layers.user import UidLease
-from isolator.linux.unprivileged import service_command
 from isolator.registration.collecting import PACKAGE, Collected, receive
+from isolator.registration.processes import leased, running
 
 _MODULE = "isolator.reader.package"
 """Named, never imported."""
@@ -26,40 +25,19 @@ _SECONDS = 10.0
 def unpack(target: Path, shown: str, uid_range: tuple[int, int]) -> Collected:
     """Replace the package in a folder, alone in it, by its content; raises UsageError for what is no package."""
     package = target / PACKAGE
-    fd = os.open(package, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
+    with os.fdopen(os.open(package, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), "rb") as file:
         package.unlink()
-        lease = UidLease(uid_range)
-        try:
-            return receive(_reader(fd, lease.uid), target, shown, by="reader")
-        finally:
-            lease.release()
-    finally:
-        os.close(fd)
+        with leased(uid_range) as uid, running(_MODULE, uid, stdin=file) as process:
+            return receive(process, target, shown, by="reader")
 
 
 def manifest_of(fd: int, shown: str, uid_range: tuple[int, int]) -> bytes:
     """The manifest in an open package, for a listing; raises UsageError for a file that has none."""
-    lease = UidLease(uid_range)
-    try:
-        process = _reader(fd, lease.uid, "manifest")
+    with leased(uid_range) as uid, running(_MODULE, uid, "manifest", stdin=fd) as process:
         try:
             text, _ = process.communicate(timeout=_SECONDS)
         except subprocess.TimeoutExpired:
             text = b""
-        finally:
-            process.kill()
-            process.wait()
-    finally:
-        lease.release()
     if not text:
         raise UsageError(shown, "is no package with a plugin.json", "pack it again with 'isolator pack'")
     return text
-
-
-def _reader(fd: int, uid: int, *arguments: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [*service_command(_MODULE, uid, uid, {}), *arguments], stdin=fd, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, cwd="/", start_new_session=True,
-        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"},
-    )  # fmt: skip

@@ -49,6 +49,15 @@ class BrokerLink:
         """Requests of the broker."""
         return by_op(CageSockets.on(self._cage_sockets))
 
+    def need(self) -> None:
+        """Have a broker for the cages that come: without one nobody needs it, and it takes memory."""
+        self.process.need()
+
+    async def needed(self) -> Channel:
+        """The broker's channel, once it is up; raises UnavailableError."""
+        self.need()
+        return await self.process.wait_up()
+
     async def hello(self, channel: Channel) -> None:
         """Say hello to a new broker."""
         await self.process.first_answer(self.succeed(channel, 0))
@@ -82,7 +91,7 @@ class BrokerLink:
         terminate: Callable[[str], None],
     ) -> None:  # fmt: skip
         """Hand a cage's sockets to the broker; ``terminate`` ends the run when a later broker cannot get them."""
-        channel = await self.process.wait_up()
+        channel = await self.needed()
         attached = self._attached[run] = _Attached(plugin, network, policy, terminate)
         sockets, network.sockets = network.sockets, []
         try:

@@ -14,6 +14,7 @@ from isolator.layers.user import plugin_gid
 from isolator.linux import mount
 from isolator.registration import store as plugin_store
 from isolator.registration.staging import hash_descriptor, open_binary
+from isolator.supervisor.reach import SOCKET_FOLDER
 
 if TYPE_CHECKING:
     from isolator.ipc.messages import Environment
@@ -85,7 +86,7 @@ def plugin_spec(
         cwd="/plugin",
         hostname=name[:63],
         binds=binds,
-        mounts={"/run/isolator/plugin": directory},
+        mounts={SOCKET_FOLDER: directory},
         files=environment.files,
     )
 
@@ -116,7 +117,7 @@ def sidecar_environment(name: str, policy: EffectivePolicy, environment: Environ
         "HOME": state or "/tmp",
         "TMPDIR": "/tmp",
         "PLUGIN_NAME": name,
-        "PLUGIN_SOCKET": f"/run/isolator/plugin/{SOCKET}",
+        "PLUGIN_SOCKET": f"{SOCKET_FOLDER}/{SOCKET}",
         "PLUGIN_HOST_SOCKET": "/run/isolator/host/host.sock",
         **({"PLUGIN_STATE_DIR": state} if state else {}),
     }

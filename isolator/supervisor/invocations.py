@@ -147,11 +147,11 @@ class Invocation:
         return await prepare_run(context, self._registration, self._effective, argv, self.id, environment, given)
 
     def _started(self, run: Run, request: StartInvocation) -> None:
-        run.for_start.close()
         # The next one may come before the pool has had its rest.
         self._context.runtime.pool.begin(EVERY_LAYER, hurried=True)
-        for pipe in run.pipes:
-            self.fds.add(os.dup(pipe))
+        for pipe in run.open_logs().release_all():
+            self.fds.add(pipe)
+        run.release_start()
         run.began = asyncio.get_running_loop().time()
         self.deadline = run.began + self._effective.delivery_timeout
         started = ExecStarted(

@@ -60,8 +60,12 @@ class PluginTable:
                 logger.error("plugin %s is rejected: %s", name, plugin.error)
 
     def expect_starts(self, *, others: bool = False) -> None:
-        """Make a cage ahead, unless nobody can start one: then it would only take memory. ``others``: users may."""
+        """Make a cage ahead, and the broker, unless nobody can start one: then they would only take memory.
+
+        ``others``: users may.
+        """
         if self.plugins or others:
+            self._context.broker.need()
             self._context.runtime.pool.begin(EVERY_LAYER)
 
     async def close(self) -> None:

@@ -22,7 +22,8 @@ from isolator.layers.user import plugin_gid
 from isolator.linux.descriptors import FdSet, check_open
 from isolator.registration.staging import hash_binary
 from isolator.supervisor.cage_spec import plugin_spec
-from isolator.supervisor.run import Run, RunContext, identity
+from isolator.supervisor.reach import SOCKET_FOLDER, find_pipe, identity
+from isolator.supervisor.run import Run, RunContext
 from isolator.volume.volume import Volume
 
 if TYPE_CHECKING:
@@ -82,11 +83,16 @@ def _adopt_run(
     # Its program and environment are its own by now: only the names and the policy are needed from here on.
     spec = CageSpec(name, before.id, before.uid, before.gid, registration.user, effective, context.paths, [], {})
     cage, without = Cage.adopt(spec, context.runtime, before.cage, kept_by)
-    pipes = [before.stdout, before.stderr]
+    pipes, folder = [before.stdout, before.stderr], os.fstat(before.directory)
+    logs = tuple(os.fstat(pipe).st_ino for pipe in pipes)
+    for_start = [before.directory]
+    if all(find_pipe(before.cage.pid, pipe) for pipe in logs):  # not in a cage of an earlier version
+        for_start += pipes
+        pipes = []
     streams = [before.streams[key] for key in ("stdin", "stdout") if key in before.streams]
     run = Run(
-        before.id, name, effective, cage, before.directory, pipes,
-        FdSet([before.directory, *pipes, *streams]), FdSet(), context, streams=streams,
+        before.id, name, effective, cage, identity(folder), logs,
+        FdSet([*pipes, *streams]), FdSet(for_start), context, pipes=pipes, streams=streams,
         started_at=before.started_at, began=before.began, forced_cause=before.forced_cause, origin=before.origin,
         reached=before.reached, shown={path: (device, inode) for path, (device, inode) in before.shown.items()},
         _usage=before.usage, port=before.port,
@@ -103,6 +109,7 @@ def _adopt_run(
         problem = str(error)
         run.terminate(f"it did not hold when the daemon was reloaded: {error}", Origin.OPERATOR)
     run.answer_denied(before.listener)
+    run.for_start.close()
     return Adopted(run, without, problem)
 
 
@@ -142,15 +149,17 @@ async def prepare_run(
         if talks:
             streams, stdin, stdout = _streams(owned)
         stdio, admit = Stdio(stdin, stdout, writers[1]), functools.partial(context.fences.check, name)
-        cage = Cage(spec, context.runtime, stdio, handover=hand_over, admit=admit)
-        directory = spec.mounts["/run/isolator/plugin"]
+        cage = Cage(spec, context.runtime, stdio, logs=pipes, handover=hand_over, admit=admit)
+        folder = os.fstat(spec.mounts[SOCKET_FOLDER])
         read = set(effective.filesystem.read)
         shown = {bind.target: identity(os.fstat(bind.fd)) for bind in spec.binds if bind.target in read}
-        kept = FdSet([owned.release(fd) for fd in (directory, *pipes, *streams)])
+        logs = tuple(os.fstat(pipe).st_ino for pipe in pipes)
+        kept = FdSet([owned.release(fd) for fd in streams])
         for_start = FdSet(owned.release_all())
         run = Run(
-            run_id, name, effective, cage, directory, pipes, kept, for_start, context, streams=streams, shown=shown
-        )
+            run_id, name, effective, cage, identity(folder), logs, kept, for_start, context, pipes=pipes,
+            streams=streams, shown=shown,
+        )  # fmt: skip
         run.port = port
         return run
 

@@ -12,7 +12,7 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,13 @@ from isolator.cage.cage import Cage
 from isolator.cage.processes import CageExit
 from isolator.errors import DeniedError, UnavailableError
 from isolator.ipc.messages import Origin
+from isolator.layers.network import namespace as network_layer
 from isolator.linux.descriptors import FdSet
 from isolator.linux.files import let_group_write, openat2
 from isolator.policy.denial import DenialRule
-from isolator.supervisor import ports
+from isolator.supervisor import ports, reach
 from isolator.supervisor.cage_spec import SOCKET
+from isolator.supervisor.reach import Identity, identity
 from isolator.supervisor.ruleset_watch import watched_ruleset
 from isolator.volume.volume import Volume
 
@@ -87,14 +89,14 @@ class Run:
     plugin: str
     effective: EffectivePolicy
     cage: Cage
-    directory: int
-    """The socket directory: a descriptor of its mount, which is attached nowhere on the host."""
-    pipes: list[int]
-    """Read ends of stdout and stderr, kept for a host that comes back."""
+    place: Identity
+    """Of the socket directory, whose mount is attached nowhere but in the cage."""
+    logs: tuple[int, ...]
+    """Inodes of the pipes of stdout and stderr, of which pid 1 of the cage keeps reading ends."""
     kept: FdSet
-    """Owner of ``directory`` and ``pipes``."""
+    """Owner of ``streams``, and of ``pipes`` that pid 1 has not."""
     for_start: FdSet
-    """Descriptors that only the start needs."""
+    """Descriptors that only the start needs: the socket directory and the log pipes, too."""
     context: RunContext
     socket_there: asyncio.Event = field(default_factory=asyncio.Event)
     started_at: str = ""
@@ -108,6 +110,10 @@ class Run:
     """Whose doing its end is, unless it is stopped."""
     shown: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Device and inode of each path that its policy shows it, as they were at its start."""
+    pipes: list[int] = field(default_factory=list)
+    """Reading ends of the log pipes, while this process has them."""
+    crossing: FdSet = field(default_factory=FdSet)
+    """Descriptors that are open for an exec of this process."""
     streams: list[int] = field(default_factory=list)
     """Of a sidecar that the host speaks to over its stdin and stdout: this end of both, sockets."""
     reached: bool = False
@@ -223,7 +229,9 @@ class Run:
         when it has been for ``STEADY_SECONDS``.
         """
         patience = self.effective.restart.start_timeout
-        watched = self.context.sockets.add(self.directory, self._check_socket)
+        watched = -1
+        with contextlib.suppress(FileNotFoundError), self.folder() as folder:  # it may have ended by now
+            watched = self.context.sockets.add(folder, self._check_socket)
         self._check_socket()
         polling = asyncio.create_task(self._poll_port(self.port)) if self.port is not None else None
         watching = contextlib.ExitStack()
@@ -329,6 +337,28 @@ class Run:
             await ports.until_listening(self.cage.pid, port)
             self.socket_there.set()
 
+    def release_start(self) -> None:
+        """Close what only the start needed: from now on it is reached through the cage."""
+        self.for_start.close()
+        self.pipes.clear()
+
+    def open_logs(self) -> FdSet:
+        """Reading ends of its stdout and stderr for a host, which are the caller's."""
+        if self.pipes:
+            return FdSet([os.dup(pipe) for pipe in self.pipes])
+        return FdSet([reach.open_pipe(self.cage.pid, pipe) for pipe in self.logs])
+
+    @contextlib.contextmanager
+    def folder(self) -> Iterator[int]:
+        """A descriptor of the socket directory (O_PATH); raises OSError, FileNotFoundError when the cage has ended."""
+        if not self.cage.started:
+            raise FileNotFoundError(errno.ENOENT, "the cage has ended", reach.SOCKET_FOLDER)
+        folder = reach.open_folder(self.cage.pid, self.place)
+        try:
+            yield folder
+        finally:
+            os.close(folder)
+
     def connect_at_once(self, uid: int) -> socket.socket:
         """Connect to the sidecar's Unix socket; raises OSError when that takes longer, and as ``connect``."""
         fd = self._own_socket(uid)
@@ -358,7 +388,8 @@ class Run:
             before = os.fstat(fd)
             await asyncio.sleep(CTIME_STEP)
             if alive():
-                now = os.stat(SOCKET, dir_fd=self.directory, follow_symlinks=False)
+                with self.folder() as folder:
+                    now = os.stat(SOCKET, dir_fd=folder, follow_symlinks=False)
                 if (identity(now), now.st_ctime_ns) == (identity(before), before.st_ctime_ns):
                     return fd, now.st_ctime_ns
             raise UnavailableError(f"plugin {self.plugin}", "its socket was just replaced", "ask again")
@@ -369,7 +400,8 @@ class Run:
     def _own_socket(self, uid: int) -> int:
         """Open what has the socket's name (O_PATH); raises DeniedError if it is no socket of the user's, OSError."""
         try:
-            fd = openat2(self.directory, SOCKET, os.O_PATH | os.O_NOFOLLOW)
+            with self.folder() as folder:
+                fd = openat2(folder, SOCKET, os.O_PATH | os.O_NOFOLLOW)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.EXDEV):
                 raise DeniedError(f"plugin {self.plugin}", "its socket is a link", "nothing was sent") from None
@@ -384,7 +416,8 @@ class Run:
 
     async def take_down(self) -> None:
         """Remove everything of the run; also after a start that failed half-way."""
-        self.for_start.close()
+        self.release_start()
+        self.stay()
         await self.cage.release()
         with contextlib.suppress(UnavailableError):
             await self.context.broker.detach(self.id)
@@ -403,17 +436,27 @@ class Run:
             self.denials = self.context.notifier.watch(listener, record)
 
     def hand_over(self) -> RunState:
-        """The state of this run, which is being watched, before an exec."""
+        """The state of this run, which is being watched, before an exec, with descriptors that are open until ``stay``.
+
+        The version that comes may be one that holds them for as long as the run lasts.
+        """
         from isolator.ipc.handover import RunState
 
+        self.stay()
+        stdout, stderr = map(self.crossing.add, self.open_logs().release_all())
+        try:
+            with self.folder() as folder:
+                directory = os.dup(folder)
+        except FileNotFoundError:  # it ends at this moment
+            directory = reach.empty_folder()
         return RunState(
             id=self.id,
             uid=self.cage.spec.uid,
             gid=self.cage.spec.gid,
             cage=self.cage.hand_over(),
-            directory=self.directory,
-            stdout=self.pipes[0],
-            stderr=self.pipes[1],
+            directory=self.crossing.add(directory),
+            stdout=stdout,
+            stderr=stderr,
             listener=self.context.notifier.listener_of(self.denials),
             streams=dict(zip(("stdin", "stdout"), self.streams, strict=False)),
             drift=-1,
@@ -428,11 +471,17 @@ class Run:
             port=self.port,
         )
 
+    def stay(self) -> None:
+        """Close what was opened for an exec, which has not come."""
+        if self.crossing:
+            self.crossing.close()
+            network_layer.settle(self.cage.network)
+
     def _check_socket(self) -> None:
         if self.streams or self.port is not None:
             return
-        with contextlib.suppress(OSError):
-            os.close(openat2(self.directory, SOCKET, os.O_PATH | os.O_NOFOLLOW))
+        with contextlib.suppress(OSError), self.folder() as folder:
+            os.close(openat2(folder, SOCKET, os.O_PATH | os.O_NOFOLLOW))
             self.socket_there.set()
 
     def ruleset_changed(self, difference: str) -> None:
@@ -442,11 +491,7 @@ class Run:
         self.terminate("its network rules were changed", Origin.OPERATOR)
 
 
-def identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
-
-
-def _identity_at(path: str) -> tuple[int, int] | None:
+def _identity_at(path: str) -> Identity | None:
     try:
         return identity(os.lstat(path))
     except OSError:

@@ -128,6 +128,8 @@ class ChildProcess:
         self.kept = ""
         """Why the last exchange has failed, and the process that was to leave goes on."""
         self._adopted: Generation | None = None
+        self.begun = False
+        """A process was started or adopted, or will be as soon as it can."""
         self.ways = Ways(_no_introduction)
         self._subtree, self._journal = subtree, journal
         self._waiting: list[tuple[Request[Any], list[int]]] | None = None
@@ -142,8 +144,14 @@ class ChildProcess:
 
     async def begin(self, ways: Ways) -> None:
         """Start the first process, which loads its modules, and then waits to be introduced."""
-        self.ways = ways
+        self.ways, self.begun = ways, True
         await self._fork()
+
+    def need(self) -> None:
+        """Start the service, whose ``ways`` are known, unless that was begun; as after a crash, until it is up."""
+        if not self.begun:
+            self.begun = True
+            self._tasks.keep(f"watch over {self.spec.name}", self._keep)
 
     async def introduce(self) -> None:
         """Say hello to the process that has begun, and keep the service running; a failure is the caller's."""
@@ -165,7 +173,7 @@ class ChildProcess:
 
         One that cannot be taken over is ended, and another is started as after a crash.
         """
-        self.ways = ways
+        self.ways, self.begun = ways, True
         self.starts, self.generations = before.starts, before.generations
         own = re.fullmatch(rf"service\.{self.spec.name}\.\d+", before.leaf) is not None
         leaf = before.leaf if own else f"service.{self.spec.name}.{self.generations}"
@@ -352,6 +360,8 @@ class ChildProcess:
     async def _keep(self) -> None:
         deaths, failures = Backoff(_BACKOFF_FIRST, _LONGEST_AWAY), Backoff(_BACKOFF_FIRST, _BACKOFF_LAST)
         loop = asyncio.get_running_loop()
+        if self.current is None:
+            await self._come_up(0.0, failures)
         while not self._stopping:
             started = loop.time()
             generation = self.current
@@ -373,23 +383,24 @@ class ChildProcess:
             logger.warning("%s ended (%s); starting it again", self.spec.name, self.ended)
             if loop.time() - started > _STEADY_SECONDS:
                 deaths.reset()
-            pause = deaths.next()
-            while True:
-                await asyncio.sleep(pause)
-                try:
-                    await self._fork()
-                    await self._introduce()
-                    failures.reset()
-                    self._health.is_up(self.spec.name)
-                    break
-                except Exception as error:  # whatever it was, the service must come back; the next try is paced
-                    self._health.does_not_start(self.spec.name, error)
-                    await self._clear(generation)
-                    pause = failures.next()
+            await self._come_up(deaths.next(), failures)
 
-    async def _clear(self, before: Generation) -> None:
-        if self.current is not None and self.current is not before:
-            await self.discard(self.current)
+    async def _come_up(self, pause: float, failures: Backoff) -> None:
+        """Start a process after a pause, again until one is up; there is none, or the one before is cleared away."""
+        before = self.current
+        while True:
+            await asyncio.sleep(pause)
+            try:
+                await self._fork()
+                await self._introduce()
+                failures.reset()
+                self._health.is_up(self.spec.name)
+                return
+            except Exception as error:  # whatever it was, the service must come back; the next try is paced
+                self._health.does_not_start(self.spec.name, error)
+                if self.current is not None and self.current is not before:
+                    await self.discard(self.current)
+                pause = failures.next()
 
 
 def _how(code: int | None) -> str:

@@ -1,9 +1,9 @@
 """The daemon's unprivileged processes, introduced to each other: audit, broker, host, and the console if there is one.
 
-They start in this order and stop in the reverse. Each gets a channel to the supervisor and (but for audit itself) a
-source socket of its own to the audit process; whoever dies is started again and introduced anew: to audit come new
-source sockets, to the broker the listeners of every cage that runs, to the host the plugins, their log pipes and the
-listeners of their host API. The messages are in isolator/ipc/messages.
+They start in this order, the broker with the first cage to come, and stop in the reverse. Each gets a channel to the
+supervisor and (but for audit itself) a source socket of its own to the audit process; whoever dies is started again and
+introduced anew: to audit come new source sockets, to the broker the listeners of every cage that runs, to the host the
+plugins, their log pipes and the listeners of their host API. The messages are in isolator/ipc/messages.
 """
 
 from __future__ import annotations
@@ -93,15 +93,18 @@ class Services:
 
     @property
     def every(self) -> tuple[ChildProcess, ...]:
-        """The processes, in the order of their starts."""
+        """The processes that were begun, in the order of their starts."""
         console = (self.console.process,) if self.console is not None else ()
-        return self.audit.process, self.broker.process, self.host.process, *console
+        known = (self.audit.process, self.broker.process, self.host.process, *console)
+        return tuple(process for process in known if process.begun)
 
     async def start(
         self, table: PluginTable, handlers: Mapping[str, Handler], before: Mapping[str, ServiceState] | None = None,
-        links: AuditState | None = None,
+        links: AuditState | None = None, *, cages: bool = True,
     ) -> None:  # fmt: skip
         """Start the services; returns when the host accepts commands, which ``handlers`` serve.
+
+        Without ``cages`` to come there is no broker until one does (``BrokerLink.need``).
 
         With the states ``before`` this process's exec, by name, and that of the ``links`` to the audit process, those
         that run go on, the console aside (``start_console``), and nothing is awaited: the host is served from the next
@@ -153,13 +156,16 @@ class Services:
             broker.process.adopt(before["broker"], of_broker)
             host.process.adopt(before["host"], of_host)
             return
+        broker.process.ways = of_broker
         async with self._zygotes.ready():  # one for all
             for process, ways in ((audit.process, of_audit), (broker.process, of_broker), (host.process, of_host)):
-                await process.begin(ways)  # they load their modules beside each other
+                if process is not broker.process or cages:
+                    await process.begin(ways)  # they load their modules beside each other
             await audit.process.introduce()
             if audit.found.blocked is None:
                 kept.note(self._paths.trail_begun)
-            await broker.process.introduce()
+            if cages:
+                await broker.process.introduce()
             await host.process.introduce()
             kept.note(self._paths.database_begun)
             await self.start_console()

@@ -1,10 +1,11 @@
 """The supervisor: root, small, the one process that decides; it parses only manifests and policies.
 
 Starts in this order and stops in the reverse: the lock on the root (a second daemon is refused), leftovers of an
-earlier daemon are cleared, the launcher, the registered plugins are read (they start when an event wants them), then
-audit, broker and host with their users, then files are watched. Anything that dies is started again; running sidecars
-stay, except when the launcher dies: it is what ends cages if this process is killed, so the runs it cloned are ended
-and come back under a new one.
+earlier daemon are cleared, the registered plugins are read (they start when an event wants them), the launcher, then
+audit, broker and host with their users, then files are watched. Launcher and broker are for cages: where no plugin is
+registered and no user may run anything they start with the first that does. Anything that dies is started again;
+running sidecars stay, except when the launcher dies: it is what ends cages if this process is killed, so the runs it
+cloned are ended and come back under a new one.
 """
 
 from __future__ import annotations
@@ -129,8 +130,8 @@ async def running_daemon(
             go_first()
         stack.callback(journal.forget, "subtree")
         stack.callback(subtree.remove)
-        runtime = CageRuntime(Launcher(), journal, subtree, keep_warm=True)
-        stack.callback(_close_launcher, runtime)
+        runtime = CageRuntime(None, journal, subtree, keep_warm=True)
+        stack.callback(runtime.close_launcher)
         stack.push_async_callback(runtime.pool.close)
         notifier = SeccompNotifier()
         stack.callback(notifier.close)
@@ -165,6 +166,9 @@ async def running_daemon(
         tasks = Tasks()
         stack.push_async_callback(tasks.close)
         runners = _runners(context, config, before)
+        cages = bool(table.plugins) or runners is not None
+        if cages:
+            runtime.launch()
         for child in hanging:
             tasks.run(f"end of process {child.pid}", ended(child))
         tasks.keep("watch over the launcher", lambda: _keep_launcher(runtime, table, runners, health))
@@ -179,7 +183,7 @@ async def running_daemon(
             on_trial = await updates.hold_trials()
             progress("starting the services")
             tickets.start()
-            await services.start(table, handlers)
+            await services.start(table, handlers, cages=cages)
             table.expect_starts(others=runners is not None)
             if restored is not None:
                 audit.record(schema.BackupRestored(**restored))
@@ -350,13 +354,10 @@ def _record_dead(
         audit.record(ended(cause=cause), plugin=plugin, run=run)
 
 
-def _close_launcher(runtime: CageRuntime) -> None:
-    runtime.launcher.close()  # whichever it is by then
-
-
 async def _keep_launcher(
     runtime: CageRuntime, table: PluginTable, runners: Runners | None, health: ServiceHealth
 ) -> None:
+    await runtime.launched.wait()
     while True:
         launcher = runtime.launcher
         silent = await alive.until_silent(launcher.closed, launcher.alive, launcher.pid, "launcher")

@@ -203,7 +203,9 @@ class Clock:
 
 def called(uid: Any, *, plugin: str | None = None, verb: str = "x") -> Incoming:
     data = {"verb": verb, "uid": uid, "verdict": "denied"}
-    return Incoming("2026-01-02T03:04:05.000006Z", "control.called", plugin, data=data, origin="host:00000000:1")
+    return Incoming(
+        "2026-01-02T03:04:05.000006Z", "control.called", plugin, data=data, source="host", number="00000000:1"
+    )
 
 
 def test_user_with_thousands_of_uids_has_the_budget_of_a_few() -> None:

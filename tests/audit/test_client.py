@@ -51,6 +51,18 @@ async def test_records_are_numbered_batched_and_acknowledged() -> None:
     client.close()
 
 
+async def test_writer_works_on_a_burst_before_the_turn_that_makes_it_ends() -> None:
+    writer = Writer()
+    client = AuditClient(writer.theirs)
+    for number in range(1, 300):
+        client.record(any_record("net.query", name=str(number)), plugin="p")
+    sent = len(writer.read())
+    assert 0 < sent < client.unacknowledged == 299
+    await asyncio.sleep(0)
+    assert sent + len(writer.read()) == 299
+    client.close()
+
+
 async def test_a_new_writer_gets_what_the_old_one_did_not_acknowledge_and_is_acknowledged_from_zero() -> None:
     first, second = Writer(), Writer()
     client = AuditClient(first.theirs)

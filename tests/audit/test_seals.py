@@ -207,9 +207,7 @@ def test_what_stands_after_a_break_of_the_chain_is_cut_off_and_kept(tmp_path: Pa
 def test_next_writer_seals_from_the_seal_before(tmp_path: Path) -> None:
     """The range of its first seal begins where the last one ended, and origins go on from the records since."""
     written = Written(tmp_path, 0, LIMITS)
-    numbered = (
-        Incoming(TIME, "net.query", origin=f"broker:00000001:{n}", session="00000001", number=n) for n in range(1, 13)
-    )
+    numbered = (Incoming(TIME, "net.query", source="broker", number=f"00000001:{n}") for n in range(1, 13))
     written._add(numbered)
     _, (end, signer) = reopened(written)
     assert (end.sealed, end.origins) == (10, {"broker": "00000001:12"})
@@ -230,6 +228,7 @@ def incoming(**changed: Any) -> Incoming:
     [
         {"time": TIME + '","x":"'},
         {"time": TIME[:-1]},
+        {"time": TIME.replace("2", "\N{ARABIC-INDIC DIGIT TWO}")},
         {"time": 5},
         {"type": 'net.query","x":"'},
         {"type": "audit.seal"},
@@ -259,6 +258,6 @@ def test_depth_and_length_are_bounded_exactly() -> None:
 
 
 def test_number_of_a_source_is_taken_only_in_its_form() -> None:
-    assert incoming(n="0000000a:12").origin == "broker:0000000a:12"
-    for number in ("0000000a:x", "supervisor:1", "0000000a:1\n", 'a","x":"'):
-        assert incoming(n=number).origin == "broker"
+    assert incoming(n="0000000a:12").number == "0000000a:12"
+    for number in ("0000000a:x", "supervisor:1", "0000000a:1\n", "0000000a:01", "0000000a:0", 'a","x":"'):
+        assert incoming(n=number).number == ""

@@ -289,7 +289,8 @@ def test_only_the_writer_explains_missing_files(tmp_path: Path) -> None:
         after = files.first_line(files.rotated(written.log)[1])
         to = (files.seq_of(after) or 0) - 1
         data = {"why": "retention", "count": to, "from": 1, "to": to, "hash": files.prev_of(after)}
-        written.append(Incoming(TIME, "audit.gap", data=data, origin=origin))
+        source, _, number = origin.partition(":")
+        written.append(Incoming(TIME, "audit.gap", data=data, source=source, number=number))
         gone.unlink()
         report = written.verify()
         assert (report.misfits == []) is accepted, origin

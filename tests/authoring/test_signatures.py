@@ -15,7 +15,7 @@ from host.authoring.pack import pack_folder
 from host.authoring.sign import _new_key, public_half, read_key, sign_package, with_signatures
 from isolator.errors import DeniedError, UsageError
 from isolator.policy.host import HostConfig
-from isolator.policy.parse.load import parse_host_config
+from isolator.policy.parse.host_file import parse_host_config
 from isolator.policy.trust import Publisher, Trust, is_older
 from isolator.reader import package
 from isolator.registration.reading import ManifestReader

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from isolator.broker import wire
-from isolator.broker.dns import Answers
+from isolator.broker.dns import READ_TOGETHER, Answers, NameServer
 from isolator.broker.resolver import HostResolvers, ResolveError, Resolver, Server
 from isolator.broker.virtual import VirtualPool
 from isolator.linux import netns
@@ -63,7 +63,7 @@ def resolver(upstream: Dns) -> Resolver:
     return Resolver((f"127.0.0.1:{upstream._udp.getsockname()[1]}",), HostResolvers())
 
 
-Seen = list[tuple[str, str, str, str]]
+Seen = list[tuple[str | int, ...]]
 
 
 def name_server(policy: NetworkPolicy, upstream: Dns) -> tuple[Answers, Seen]:
@@ -135,7 +135,31 @@ async def test_the_rate_of_questions_is_capped(upstream: Dns, monkeypatch: pytes
     codes = [(await ask(server, f"n{i}.com")).rcode() for i in range(150)]
     assert codes[:100] == [dns.rcode.NXDOMAIN] * 100
     assert codes.count(dns.rcode.REFUSED) == 50
-    assert ("", "", "denied", "dns-rate") in seen
+    assert ("", "", "denied", "dns-rate", 1) in seen
+
+
+async def test_flood_beyond_the_rate_is_refused_without_a_task_and_a_record_for_each(upstream: Dns) -> None:
+    answers, seen = name_server(listed("a.com:443"), upstream)
+    while answers.within_rate():
+        pass
+    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    udp.bind(("127.0.0.1", 0))
+    server = NameServer(answers, udp, socket.create_server(("127.0.0.1", 0)))
+    loop = asyncio.get_running_loop()
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.connect(udp.getsockname())
+            client.setblocking(False)
+            tasks = asyncio.all_tasks()
+            for number in range(READ_TOGETHER):
+                client.send(dns.message.make_query("a.com", "A", id=number).to_wire())
+            async with asyncio.timeout(seconds(10)):
+                replies = [dns.message.from_wire(await loop.sock_recv(client, 512)) for _ in range(READ_TOGETHER)]
+            assert {(one.id, one.rcode()) for one in replies} == {(n, dns.rcode.REFUSED) for n in range(READ_TOGETHER)}
+            assert not server._tasks and asyncio.all_tasks() == tasks
+            assert seen == [("", "", "denied", "dns-rate", READ_TOGETHER)]
+    finally:
+        await server.close()
 
 
 async def test_a_truncated_answer_is_fetched_again_by_tcp(upstream: Dns) -> None:

@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import socket
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
 from isolator.base.pacing import TokenBucket
 from isolator.broker import relay
-from isolator.broker.relay import WAKEUP, Pipe, Scratch
-from isolator.broker.turns import ENOUGH, HOLD, LEAST, Turns
+from isolator.broker.relay import Pipe, Scratch
+from isolator.broker.turns import AT_ONCE, ENOUGH, HOLD, LEAST, PER_SECOND, WAKEUP, Turns
 from isolator.ipc.fence import Fence
 from tests.support.timeouts import seconds
 
@@ -203,6 +204,47 @@ async def test_each_turn_costs_a_cage_the_wakeup_of_the_broker_too(monkeypatch: 
         assert turns.budget.tokens == pytest.approx(1.0 - 10 * WAKEUP)
     finally:
         flow.close()
+
+
+async def test_many_connections_beyond_the_budget_wake_the_broker_less_than_one_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An exchange goes on as fast as the budget allows; a flood on many connections is read in larger pieces."""
+    now, pieces, loop = [0.0], [0], asyncio.get_running_loop()
+    read = Pipe._read_some
+
+    def counted(self: Pipe, end: float) -> None:
+        pieces[0] += 1
+        read(self, end)
+
+    def later(delay: float, call: Callable[..., object]) -> asyncio.Handle:
+        now[0] += delay
+        return loop.call_soon(call)
+
+    monkeypatch.setattr(relay, "thread_time", lambda: 0.0)
+    monkeypatch.setattr(loop, "call_later", later)
+    monkeypatch.setattr(Pipe, "_read_some", counted)
+
+    async def of(connections: int) -> int:
+        """The pieces of a second after the budget is spent, of connections that send a byte whenever they can."""
+        turns = Turns(TokenBucket(PER_SECOND, AT_ONCE, clock=lambda: now[0]))
+        flows = [Flow(Scratch(), turns) for _ in range(connections)]
+        turns.took(AT_ONCE)
+        end, pieces[0] = now[0] + 1, 0
+        while now[0] < end:
+            for flow in flows:
+                flow.near.send(b"x")
+            await asyncio.sleep(0)
+            for flow in flows:
+                with contextlib.suppress(BlockingIOError):
+                    flow.far.recv(1 << 16)
+        for flow in flows:
+            flow.close()
+        return pieces[0]
+
+    one, many = await of(1), await of(32)
+    assert one >= 0.95 * PER_SECOND / WAKEUP, "nothing is added to what one exchange costs"
+    assert many < one / 2
 
 
 async def test_connections_of_a_busy_cage_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -65,8 +65,11 @@ class _Reader:
         make_tables(self.db, name, 1)
         self.load()
 
-    def read(self, query: Callable[[sqlite3.Connection], Any]) -> Any:
-        return query(self.db)
+    def row(self, query: str, values: Sequence[Any] = ()) -> Any:
+        return self.db.execute(query, values).fetchone()
+
+    def rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        return self.db.execute(query, values).fetchall()
 
     def load(self) -> None:
         """Start as a process does, from what the database has."""
@@ -90,7 +93,7 @@ class _Reader:
         self.at = other.at
         self.load()
 
-    def rows(self) -> dict[str, list[Any]]:
+    def content(self) -> dict[str, list[Any]]:
         tables = ("cluster_fold", "cluster_values")
         return {table: self.db.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall() for table in tables}
 
@@ -338,9 +341,9 @@ class FoldMachine(RuleBasedStateMachine):
         body=st.binary(max_size=40) | _trees.map(lambda tree: json.dumps(tree).encode()),
     )
     def write_what_no_host_writes(self, published_to: str, body: bytes) -> None:
-        before = self.ahead.rows(), self.ahead.state.digest
+        before = self.ahead.content(), self.ahead.state.digest
         assert self.put(published_to, body) == []
-        assert (self.ahead.rows(), self.ahead.state.digest) == before
+        assert (self.ahead.content(), self.ahead.state.digest) == before
 
     @rule(days=st.sampled_from((0.1, 5.0, 15.0, -3.0)))
     def let_time_jump(self, days: float) -> None:
@@ -389,7 +392,7 @@ class FoldMachine(RuleBasedStateMachine):
             self._read(reader, len(self.log))
             reader.load()
             assert reader.state == self.ahead.state
-            assert reader.rows() == self.ahead.rows()
+            assert reader.content() == self.ahead.content()
 
 
 _QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]

@@ -14,7 +14,7 @@ import pytest
 
 from host.database.store import Store
 from host.delivery.attempts import Attempt, Attempts
-from host.queue.interface import Delivery, NewEvent, Subscriber
+from host.queue.interface import Delivery, NewEvent, Result, Subscriber
 from host.queue.sqlite import SqliteQueue
 from isolator.audit.client import AuditClient
 from isolator.ipc.channel import pair
@@ -97,6 +97,26 @@ async def test_waiting_worker_sends_in_the_turn_after_the_event_is_safe_and_answ
     await asyncio.gather(*workers)
     await attempts.close()
     theirs.close()
+
+
+async def test_end_of_a_delivery_wakes_its_taker_only_where_another_may_go(store: Store) -> None:
+    queue, subscribers = SqliteQueue(store), [Subscriber("a", "key")]
+    consumer = queue.consumer("a")
+    await queue.accept(NewEvent("deploy.completed", "{}"), subscribers)
+    first = await consumer.take()
+    taking = asyncio.create_task(consumer.take())
+    await asyncio.sleep(0)
+    waiter = consumer._waiter
+    consumer.ack(first, Result("ok"))
+    assert waiter is not None and not waiter.done()
+    for _ in range(2):
+        await queue.accept(NewEvent("deploy.completed", "{}"), subscribers)
+    second = await asyncio.wait_for(taking, seconds(5))
+    taking = asyncio.create_task(consumer.take())
+    await asyncio.sleep(0)
+    assert not taking.done(), "it is of the same key"
+    consumer.ack(second, Result("ok"))
+    assert (await asyncio.wait_for(taking, seconds(5))).seq == second.seq + 1
 
 
 async def test_delivery_is_not_sent_before_the_kernel_has_its_record(store: Store) -> None:

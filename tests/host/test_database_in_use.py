@@ -17,6 +17,8 @@ import pytest
 
 from host.database import files
 from host.database.store import Store
+from host.mcp.pins import Pins
+from host.mcp.tools import Item
 from host.queue import rows
 from host.queue.interface import NewEvent, Subscriber
 from host.queue.missing import missing
@@ -28,7 +30,11 @@ HOST = """\
 import asyncio, sys
 from pathlib import Path
 from host.database.store import Store
+from host.mcp.pins import Pins
+from host.mcp.tools import Item
 from host.queue.interface import NewEvent
+from host.mcp.pins import Pins
+from host.mcp.tools import Item
 from host.queue.sqlite import SqliteQueue
 
 async def main():
@@ -190,4 +196,18 @@ async def test_tables_are_made_although_another_connection_holds_the_lock_for_a_
     store.make("CREATE TABLE IF NOT EXISTS waited (x)")
     assert store.read(lambda db: db.execute("PRAGMA busy_timeout").fetchone()) == (0,)
     await held
+    await store.close()
+
+
+async def test_tools_are_approved_although_another_connection_holds_the_lock(tmp_path: Path) -> None:
+    store, items = Store(tmp_path / "host.db"), (Item("look", {"name": "look"}),)
+    with contextlib.closing(sqlite3.connect(tmp_path / "host.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        approving = asyncio.create_task(Pins(store).approve("p", items))  # which makes its table
+        for _ in range(3):  # turns of the loop: the task begins, and the commit is tried
+            await asyncio.sleep(0)
+        assert store.blocked is not None
+        other.execute("ROLLBACK")
+        await approving
+    assert Pins(store).of("p") == items
     await store.close()

@@ -83,7 +83,7 @@ def test_other_name_of_a_command_is_that_command(group: str, alias: str) -> None
 def test_nothing_but_one_place_makes_colours() -> None:
     places = [path for folder in ("host", "isolator") for path in (REPO / folder).rglob("*.py")]
     found = {str(path.relative_to(REPO)) for path in places if re.search(r"secho\(|click\.style\(", path.read_text())}
-    assert found == {"isolator/cli/colour.py"}
+    assert found == {"isolator/cli/output.py"}
 
 
 @pytest.mark.parametrize("name", COLOURED)

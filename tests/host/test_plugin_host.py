@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from host import PluginHost
-from isolator.errors import IsolatorError, NotFoundError, UnavailableError
+from isolator.errors import IsolatorError, NotFoundError, UnavailableError, UsageError
 from isolator.paths import Paths
 from tests.support.timeouts import seconds
 
@@ -154,6 +154,17 @@ async def test_the_platforms_errors_cross_in_both_directions(control: tuple[Cont
         writer.close()
         with pytest.raises(UnavailableError):
             await call
+
+
+async def test_every_verb_of_the_client_raises_the_projects_errors(control: tuple[Control, Path]) -> None:
+    server, root = control
+    async with PluginHost.connect(root) as host:
+        _, writer = await server.next()
+        with pytest.raises(UsageError, match="No such file"):
+            await host.stage(root / "nowhere")
+        with pytest.raises(UsageError):
+            await host.call("plugin.stage", path=str(root / "nowhere"))
+        writer.close()
 
 
 async def test_a_record_of_the_trail_that_is_none_is_the_projects_error(control: tuple[Control, Path]) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from host.database import wal
 from host.database.schema import SCHEMA_VERSION
-from host.database.store import Store
+from host.database.store import CHECKPOINT_COMMITS, Store
 from host.queue import rows
 from host.queue.interface import RETRY_BACKOFF, Delivery, Event, EventRow, NewEvent, Result, Subscriber
 from host.queue.sqlite import SqliteQueue
@@ -544,6 +544,27 @@ async def test_log_is_bounded_also_while_a_checkpoint_takes_long(
         await writing
     assert wal.HIGH < largest[0] < wal.HIGH + (64 << 10)
     await store.close()
+
+
+async def test_events_wait_for_no_checkpoint_that_is_due_while_another_takes_long(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, begun, released = SqliteQueue(store), threading.Event(), threading.Event()
+
+    def hold() -> None:  # the end of a checkpoint
+        begun.set()
+        released.wait()
+
+    store._reserve.release()
+    monkeypatch.setattr(store._reserve, "hold", hold)
+    try:
+        async with asyncio.timeout(60):
+            while not begun.is_set():
+                await queue.accept(_event(), [])
+            for _ in range(2 * CHECKPOINT_COMMITS):
+                await queue.accept(_event(), [])
+    finally:
+        released.set()
 
 
 async def test_log_does_not_fill_a_small_disk(small_disk: Path) -> None:

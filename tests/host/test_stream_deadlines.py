@@ -79,3 +79,16 @@ async def test_plugin_is_told_of_a_request_that_is_given_up_and_may_still_answer
     writer.write(json.dumps({"jsonrpc": "2.0", "result": {}, "id": (await line(reader))["id"]}).encode() + b"\n")
     await following
     assert not breaches
+
+
+async def test_of_a_request_that_is_given_up_its_number_alone_is_kept(stream: Made) -> None:
+    connection, reader, writer, breaches = stream
+    with pytest.raises(LostError, match="no reply in time"):
+        await connection.request("short", {}, 0.01)
+    number = (await line(reader))["id"]
+    assert connection._pending == {number: None}, "it may have had a payload of a megabyte"
+    writer.write(json.dumps({"jsonrpc": "2.0", "result": {}, "id": number}).encode() + b"\n")
+    await line(reader)  # it is told of that
+    while connection._pending:  # noqa: ASYNC110 # a turn or two
+        await asyncio.sleep(0)
+    assert not breaches

@@ -146,11 +146,16 @@ async def test_messages_of_one_turn_are_one_write_and_stay_in_order() -> None:
     await asyncio.sleep(0)
     assert transport.writes == [b"1\n2\n3\n"]
     protocol.send_soon(b"4\n")
+    protocol.flush()
+    assert transport.writes[1:] == [b"4\n"], "at once"
+    await asyncio.sleep(0)
+    assert transport.writes[1:] == [b"4\n"], "and once"
+    protocol.send_soon(b"4\n")
     protocol.send(b"5\n")
     protocol.send_soon(b"6\n")
     protocol.close()
     await asyncio.sleep(0)
-    assert transport.writes[1:] == [b"4\n", b"5\n", b"6\n"]
+    assert transport.writes[2:] == [b"4\n", b"5\n", b"6\n"]
 
 
 async def test_message_of_the_turn_in_which_the_peer_ends_is_written(reader: tuple[Reader, socket.socket]) -> None:

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -20,40 +19,8 @@ from isolator.layers.network.layer import Network
 from isolator.linux import netlink, netns
 from isolator.policy.model import EffectivePolicy, EgressRule, NetworkPolicy
 from tests.broker.conftest import listed
+from tests.layers.conftest import LISTED, PUBLIC, Make, connect
 from tests.support.timeouts import seconds
-
-PUBLIC = NetworkPolicy(mode="public")
-LISTED = listed("hooks.example.com:443", "9.9.9.0/24:8080", "2620:fe::/48:8080")
-
-Make = Callable[[NetworkPolicy], network.CageNetwork]
-
-
-@pytest.fixture
-def make() -> Iterator[Make]:
-    made: list[network.CageNetwork] = []
-
-    def prepare(policy: NetworkPolicy) -> network.CageNetwork:
-        made.append(network.prepare(policy))
-        return made[-1]
-
-    yield prepare
-    for item in made:
-        network.release(item)
-
-
-def connect(cage: network.CageNetwork, address: str, port: int) -> str:
-    """Try to connect inside the cage: ``ok`` or the error's name."""
-
-    def attempt() -> str:
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
-            sock.settimeout(2)
-            try:
-                sock.connect((address, port))
-            except OSError as error:
-                return errno.errorcode.get(error.errno or 0, type(error).__name__)
-            return "ok"
-
-    return netns.in_network(cage.netns_fd, attempt)
 
 
 def denials(cage: network.CageNetwork) -> list[nflog.Refused]:
@@ -170,6 +137,25 @@ def test_the_cages_own_loopback_works_and_is_not_tracked(make: Make) -> None:
     )
     assert count == ""
     assert denials(cage) == []
+
+
+def test_bulk_crosses_a_cages_loopback_in_large_packets(make: Make) -> None:
+    """The kernel gives the size back where it knows it (Linux 6.3)."""
+    cage = make(NetworkPolicy(mode="none"))
+    get_link, header, size = 18, 16, 63
+
+    def loopback() -> dict[int, bytes]:
+        query = netlink.RouteQuery()
+        try:
+            (link,) = query.dump(get_link, header)
+        finally:
+            query.close()
+        return dict(netlink.attributes(link[header:]))
+
+    found = netns.in_network(cage.netns_fd, loopback)
+    if size not in found:
+        pytest.skip("this kernel has no packets of IPv4 beyond 64 KiB")
+    assert int.from_bytes(found[size], sys.byteorder) > 1 << 18
 
 
 @pytest.mark.vm

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from host.mcp import template, tools
 from host.mcp.tools import INSTRUCTIONS, Item
+from host.plugins.manifest import ERAS
 from host.wire import mcp as protocol
 from host.wire.mcp import SESSION, STATELESS, Answer, Call
 from host.wire.strict_json import WireError
@@ -46,7 +47,7 @@ def test_every_line_is_a_message_or_a_wire_error(data: bytes) -> None:
 
 
 @QUICK
-@given(st.dictionaries(st.text(max_size=8), JSON, max_size=4), st.sampled_from(protocol.ERAS), st.booleans())
+@given(st.dictionaries(st.text(max_size=8), JSON, max_size=4), st.sampled_from(ERAS), st.booleans())
 def test_request_is_one_line_that_reads_back(params: dict[str, Any], era: Any, progress: bool) -> None:
     params.pop("_meta", None)
     line = protocol.request(era, "abc", "tools/call", params, progress=progress)

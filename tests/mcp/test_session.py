@@ -13,7 +13,7 @@ import pytest
 
 from host.channel.reply import LostError, NotSentError
 from host.mcp.session import PAGES, STRAYS, Session
-from host.wire import mcp as protocol
+from host.plugins.manifest import ERAS
 from host.wire.mcp import SESSION, STATELESS
 from tests.support.timeouts import seconds
 
@@ -80,7 +80,7 @@ async def pair(era: Any = STATELESS, *, greeted: bool = True) -> AsyncIterator[B
         server.close()
 
 
-@pytest.mark.parametrize("era", protocol.ERAS)
+@pytest.mark.parametrize("era", ERAS)
 async def test_call_is_answered_in_each_era(era: Any) -> None:
     async with pair(era) as both:
         call = asyncio.ensure_future(both.session.ask("tools/call", {"name": "t", "arguments": {"a": 1}}, seconds(10)))

@@ -365,6 +365,21 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
+        "isolator/supervisor/reach.py",
+        (
+            "a folder in the place of the cage's own is taken for it",
+            "if identity(os.fstat(folder)) == known:",
+            "if known:",
+            "supervisor/test_reach.py::test_folder_of_a_socket_is_found_in_the_root_of_the_process_alone",
+        ),
+        (
+            "any pipe that pid 1 has is taken for the log",
+            'if os.readlink(place := f"{folder}/{name}") == f"pipe:[{inode}]":',
+            'if os.readlink(place := f"{folder}/{name}").startswith("pipe:"):',
+            "supervisor/test_reach.py::test_pipe_of_another_process_with_the_pid_is_not_read",
+        ),
+    ),
+    *_mutations(
         "isolator/supervisor/run.py",
         (
             "a socket of another owner is believed",
@@ -374,8 +389,8 @@ MUTATIONS = (
         ),
         (
             "a socket behind a link is used",
-            "fd = openat2(self.directory, SOCKET, os.O_PATH | os.O_NOFOLLOW)\n        except",
-            "fd = os.open(SOCKET, os.O_PATH, dir_fd=self.directory)\n        except",
+            "fd = openat2(folder, SOCKET, os.O_PATH | os.O_NOFOLLOW)\n        except",
+            "fd = os.open(SOCKET, os.O_PATH, dir_fd=folder)\n        except",
             "system/test_socket_swaps.py",
         ),
         (
@@ -509,6 +524,15 @@ MUTATIONS = (
             "yield from _either(call, AnyBit(2, _PROT_EXEC), DENY, ALLOW)",
             "yield call, ALLOW, ()",
             "cage/test_programs.py::test_strict_refuses escape/test_sentences.py::test_a_sentence_is_true_of_its_cage",
+        ),
+    ),
+    *_mutations(
+        "isolator/layers/network/loading.py",
+        (
+            "a recording counts whatever rules it makes",
+            "if list_ruleset() == wanted:",
+            "if wanted:",
+            "layers/test_network_loading.py::test_recording_that_makes_other_rules_is_not_used",
         ),
     ),
     *_mutations(
@@ -839,14 +863,14 @@ MUTATIONS = (
         "host/plugins/secrets.py",
         (
             "a new secret is not redacted",
-            "        self._values[plugin] = current\n        self._redactors.pop(plugin, None)\n",
-            "        self._values[plugin] = current\n",
+            "            self._values[plugin] = current\n            self._redactors.pop(plugin, None)\n",
+            "            self._values[plugin] = current\n",
             "host/test_secrets.py::test_redaction_follows_each_change_of_the_config",
         ),
         (
             "a secret of a version on trial is not redacted",
-            "            versions[digest] = kept\n        self._redactors.pop(plugin, None)\n",
-            "            versions[digest] = kept\n",
+            "                versions[digest] = kept\n            self._redactors.pop(plugin, None)\n",
+            "                versions[digest] = kept\n",
             "host/test_secrets.py::test_redaction_follows_each_change_of_the_config",
         ),
     ),

@@ -7,7 +7,8 @@ from typing import Any
 
 from isolator.policy.grant import PluginPolicy
 from isolator.policy.host import HostConfig
-from isolator.policy.parse.load import parse_host_config, parse_plugin_policy
+from isolator.policy.parse.host_file import parse_host_config
+from isolator.policy.parse.load import parse_plugin_policy
 from isolator.policy.request import ManifestCore, synthesise_manifest
 from isolator.reader.manifest import parse_manifest, parse_manifest_core
 

@@ -186,3 +186,14 @@ def test_check_of_a_manifest_finds_what_the_daemon_refuses(
 def test_name_of_a_plugin_is_told_the_command_that_explains_it(tmp_path: Path) -> None:
     done = isolator(tmp_path, "explain", "slack-deploy-notifier")
     assert done.returncode == 3 and "isolator plugin explain slack-deploy-notifier" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "text", ["[audit]\nkeep_files = 3\n", "[events]\nsource = 'https://a.example'\n", "[packages]\n"]
+)
+def test_check_knows_a_host_toml_by_any_table_that_only_it_has(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "candidate.toml"
+    path.write_text(text)
+    assert f"{path}: ok (as a host.toml, by its content" in isolator(tmp_path, "check", path).stdout
+    path.write_text("[require]\ncertified = true\n[restart]\ncrashes = 3\n")
+    assert isolator(tmp_path, "check", path).stdout == f"{path}: ok\n"

@@ -7,7 +7,7 @@ import pytest
 from isolator.errors import UsageError
 from isolator.policy.cluster import Cluster
 from isolator.policy.host import HostConfig
-from isolator.policy.parse.load import parse_host_config
+from isolator.policy.parse.host_file import parse_host_config
 
 GOOD = '[cluster]\nname = "h-1"\nservers = ["10.0.0.1", "[fd00::1]:4223", "nats.example:4222"]\n'
 

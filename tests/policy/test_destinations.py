@@ -18,7 +18,7 @@ from isolator.policy.destinations import Rules, never_reachable, normal_name, pa
 from isolator.policy.host import HostConfig
 from isolator.policy.meet.effective import meet
 from isolator.policy.model import AddressException, EgressRule, NetworkPolicy
-from isolator.policy.parse.load import parse_host_config
+from isolator.policy.parse.host_file import parse_host_config
 from tests.broker.conftest import listed
 from tests.policy.samples import asking
 

@@ -11,7 +11,8 @@ from isolator.policy.meet.effective import asks_more, meet
 from isolator.policy.meet.proposal import Line, Proposal
 from isolator.policy.meet.single_run import policy_for_run
 from isolator.policy.model import EffectivePolicy
-from isolator.policy.parse.load import check_ceiling, parse_host_config
+from isolator.policy.parse.host_file import parse_host_config
+from isolator.policy.parse.load import check_ceiling
 from isolator.policy.units import format_rate, parse_size
 from tests.policy.samples import DEFAULT, OPEN, asking, manifest, policy, synthesised
 

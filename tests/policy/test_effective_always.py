@@ -16,7 +16,8 @@ from isolator.policy.meet.bounds import Egress, egress_within
 from isolator.policy.meet.effective import asks_more, meet, policy_alone
 from isolator.policy.model import EffectivePolicy, EgressRule, NetworkPolicy
 from isolator.policy.names import covers_hook, covers_permission, path_covers
-from isolator.policy.parse.load import check_ceiling, parse_host_config, parse_plugin_policy
+from isolator.policy.parse.host_file import parse_host_config
+from isolator.policy.parse.load import check_ceiling, parse_plugin_policy
 from isolator.policy.request import ManifestCore, check
 from tests.policy.samples import DEFAULT, OPEN, manifest, policy, synthesised
 

@@ -12,13 +12,9 @@ from isolator.errors import DeniedError, IsolatorError, NotFoundError, UsageErro
 from isolator.policy.host import HostConfig
 from isolator.policy.meet.effective import meet
 from isolator.policy.model import AddressException, EgressRule
-from isolator.policy.parse.load import (
-    check_ceiling,
-    load_host_config,
-    load_plugin_policy,
-    parse_host_config,
-    parse_plugin_policy,
-)
+from isolator.policy.parse.host_file import parse_host_config
+from isolator.policy.parse.load import check_ceiling, load_plugin_policy, parse_plugin_policy
+from isolator.policy.parse.trusted import load_host_config
 from tests.policy.samples import POLICY, manifest, policy
 
 HOST = """\

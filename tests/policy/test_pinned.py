@@ -15,7 +15,7 @@ from isolator.policy.host import HostConfig
 from isolator.policy.meet.effective import meet, policy_alone
 from isolator.policy.meet.single_run import policy_for_run
 from isolator.policy.model import EffectivePolicy
-from isolator.policy.parse.load import parse_host_config
+from isolator.policy.parse.host_file import parse_host_config
 from tests.policy.samples import DEFAULT, OPEN, asking, manifest, policy, synthesised
 
 STRICT = parse_host_config(

@@ -10,8 +10,8 @@ from typing import Any
 from isolator.policy.cluster import Cluster
 from isolator.policy.host import HostConfig
 from isolator.policy.keys import SWITCHES
-from isolator.policy.parse.host_file import OF_A_RUN
-from isolator.policy.parse.load import check_ceiling, parse_host_config, parse_plugin_policy
+from isolator.policy.parse.host_file import OF_A_RUN, parse_host_config
+from isolator.policy.parse.load import check_ceiling, parse_plugin_policy
 
 SHIPPED = Path(__file__).parents[2] / "policies"
 

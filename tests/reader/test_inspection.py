@@ -18,7 +18,7 @@ from isolator.linux.unprivileged import service_command
 from isolator.policy.host import HostConfig
 from isolator.reader.inspection import Host
 from isolator.reader.libraries import Elf, NotUnderstoodError
-from isolator.registration import inspecting
+from isolator.registration import processes
 from isolator.registration.inspecting import inspect_folder
 
 UIDS = HostConfig().uid_range
@@ -220,7 +220,7 @@ def test_broken_inspector_fails_nothing(folder: Path, monkeypatch: pytest.Monkey
         whole = service_command(module, uid, gid, fds)
         return [*whole[: whole.index("-m")], "-c", code]
 
-    monkeypatch.setattr(inspecting, "service_command", command)
+    monkeypatch.setattr(processes, "service_command", command)
     (sentence,) = found(folder)
     assert why in sentence
 

@@ -74,7 +74,7 @@ def test_same_bytes_are_read_once_in_the_life_of_a_process(monkeypatch: pytest.M
     READER.read(text, "one")
     with pytest.raises(UsageError, match=r"^one:1"):
         READER.read(b"[]", "one")
-    monkeypatch.setattr(reading, "_start", None)  # a process more would be a TypeError
+    monkeypatch.setattr(reading, "running", None)  # a process more would be a TypeError
     assert READER.read(text, "two").core.name == MANIFEST["name"]
     with pytest.raises(UsageError, match=r"^two:1"):
         READER.read(b"[]", "two")

@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,11 +24,12 @@ PLUGIN, ANOTHER = 64995, 64996
 
 
 @pytest.fixture
-def scene(shared_dir: Path) -> Iterator[tuple[Run, Path, list[Any]]]:
+def scene(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Run, Path, list[Any]]]:
     records: list[Any] = []
     directory = os.open(shared_dir, os.O_PATH | os.O_DIRECTORY)
     run = object.__new__(Run)
-    run.id, run.plugin, run.directory = "run", "plugin", directory
+    run.id, run.plugin = "run", "plugin"
+    monkeypatch.setattr(run, "folder", lambda: nullcontext(directory), raising=False)
     audit = SimpleNamespace(record=lambda record, **_: records.append(record))
     run.context = SimpleNamespace(audit=audit)  # type: ignore[assignment]
     yield run, shared_dir / SOCKET, records

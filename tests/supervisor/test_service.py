@@ -6,17 +6,21 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from isolator.errors import UnavailableError
+from isolator.ipc.channel import Channel
 from isolator.layers.cgroup.subtree import Subtree, find_hierarchies
 from isolator.linux.child import Child
 from isolator.recovery.journal import Journal
-from isolator.supervisor.service import ChildProcess, ServiceSpec
+from isolator.supervisor.service import ChildProcess, ServiceSpec, Ways
 from isolator.supervisor.zygote import Zygote, Zygotes
 
 SPEC = ServiceSpec("shown", "tests.supervisor.forked", 64998, 64997)
+WAITS = ServiceSpec("shown", "tests.supervisor.waits", 64998, 64997)
 
 
 @pytest.fixture
@@ -56,3 +60,29 @@ async def test_nothing_is_left_of_a_process_that_cannot_be_put_into_its_group(su
         with pytest.raises(ChildProcessError):  # it is reaped
             os.waitpid(forked[0].pid, os.WNOHANG)
     assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+async def test_service_that_is_needed_is_started_once_and_again_until_it_is_up(
+    subtree: Subtree, tmp_path: Path
+) -> None:
+    failed: list[str] = []
+    health: Any = SimpleNamespace(
+        does_not_start=lambda _, error: failed.append(str(error)), is_up=lambda _: None, ended=lambda *_, **__: None
+    )
+
+    async def introduce(_: Channel) -> None:
+        if len(failed) < 2:
+            raise UnavailableError("shown", f"not up after {len(failed)} failures", "wait")
+
+    with contextlib.closing(Journal(tmp_path / "journal")) as journal:
+        service = ChildProcess(WAITS, Zygotes(), subtree, journal, health)
+        service.ways = Ways(introduce)
+        assert not service.begun and service.current is None
+        service.need()
+        service.need()
+        channel = await service.wait_up()
+        assert service.begun and service.starts == 3 and not channel.closed.is_set()
+        assert [error.count(f"not up after {number} failures") for number, error in enumerate(failed)] == [1, 1]
+        assert len(list(subtree.unified.glob("service.*"))) == 1, "a process that did not come up is left"
+        await service.stop()
+        assert not journal.open

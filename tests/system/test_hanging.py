@@ -42,8 +42,10 @@ def test_process_that_hangs_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [pytest.param("launcher", marks=pytest.mark.wide), "audit"])
-def test_daemon_stops_although_a_process_hangs(name: str) -> None:
+def test_daemon_stops_although_a_process_hangs(tmp_path: Path, name: str) -> None:
     with daemon() as d:
+        d.cli("plugin", "add", str(write_plugin(tmp_path / "echo")), "--yes")
+        wait_for(lambda: d.service_pid(MODULES[name], missing_ok=True))
         os.kill(d.service_pid(MODULES[name]), signal.SIGSTOP)
         assert d.stop(seconds(150)) == 0
         assert d.json("gc", "--dry-run") == []

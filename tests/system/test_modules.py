@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.timeouts import seconds
-from tests.system.daemon import Daemon, daemon, write_plugin
+from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
 
+BROKER = "isolator.broker.service"
 LIST = signal.SIGRTMIN + 3
 HOOK = f"""
 import json, os, signal, sys
@@ -102,7 +103,7 @@ def among(found: list[str], names: tuple[str, ...]) -> list[str]:
     return [one for one in found if any(one == name or one.startswith(f"{name}.") for name in names)]
 
 
-@pytest.mark.parametrize("service", ["isolator.audit.service", "isolator.broker.service", "host.service"])
+@pytest.mark.parametrize("service", ["isolator.audit.service", "host.service"])
 def test_services_of_a_plain_daemon_have_nothing_that_is_not_turned_on(listing: Listing, service: str) -> None:
     found = listing.modules(listing.service_pid(service))
     of_its_own = {"cryptography"} if service == "isolator.audit.service" else set()  # it signs seals
@@ -117,15 +118,25 @@ def test_supervisor_without_plugins_has_nothing_that_only_cages_need(listing: Li
     assert not [library for library in LIBRARIES if library in mapped]
 
 
-def test_cage_is_made_ahead_once_there_is_a_plugin_that_may_start(tmp_path: Path) -> None:
+def test_broker_and_launcher_start_with_the_first_plugin_that_may(listing: Listing, tmp_path: Path) -> None:
+    def broker() -> int:
+        return listing.service_pid(BROKER, missing_ok=True)
+
+    assert (_launchers(listing), broker()) == (0, 0)
+    assert {one["name"] for one in listing.json("status")["services"]} == {"supervisor", "audit", "host"}
+    listing.cli("plugin", "add", str(write_plugin(tmp_path / "echo")), "--yes")
+    wait_for(lambda: (_launchers(listing), bool(broker())) == (2, True))  # the launcher, and its copy that is parked
+    listing.cli("event", "emit", "deploy.completed", event(1), "--wait")
+    found = listing.modules(broker())
+    assert BROKER in found and not among(found, NOWHERE)
+
+
+def test_reload_without_a_plugin_hands_on_what_any_version_goes_on_with() -> None:
     with daemon() as running:
-        running.cli("plugin", "list")
-        assert _launchers(running) == 1
-        running.cli("plugin", "add", str(write_plugin(tmp_path / "echo")), "--yes")
-        deadline = time.monotonic() + seconds(30)
-        while _launchers(running) != 2:  # the launcher, and its copy that is parked
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        running.cli("reload")
+        services = {one["name"]: one["up"] for one in running.json("status")["services"]}
+        assert services == dict.fromkeys(("supervisor", "audit", "broker", "host"), True)
+        assert _launchers(running) == 0
 
 
 def _launchers(running: Daemon) -> int:

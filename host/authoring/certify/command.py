@@ -7,7 +7,9 @@ from pathlib import Path
 import click
 
 from host.authoring.certify.checks import NAMES, Check
-from host.cli.output import AS_JSON, SETTINGS, print_json, safe
+from host.cli.options import CONFIG
+from host.cli.output import safe
+from isolator.cli.output import here, print_json, print_result
 from isolator.errors import UsageError
 from isolator.paths import Paths
 
@@ -15,7 +17,6 @@ FILE = "certificate.json"
 
 
 @click.command(
-    context_settings=SETTINGS,
     epilog="\b\nExamples:\n  sudo isolator certify ./deploy-bell\n"
     "  sudo isolator certify deploy-bell-1.0.0.isolator --key lab.key\n"
     "  sudo isolator certify . --check bytes --check sigterm\n  sudo isolator certify --accept certificate.json\n\n"
@@ -26,14 +27,13 @@ FILE = "certificate.json"
 @click.option("--check", "checks", multiple=True, type=click.Choice(NAMES), help="Only this check; no certificate.")
 @click.option("--event", metavar="NAME", help="Play with this event (default: the first hook).")
 @click.option("--payload", metavar="JSON", help="JSON, @FILE or -, for --event (default: an example).")
-@click.option("--config", metavar="K=V", multiple=True, help="K=V, K=@FILE or K=-; repeatable.")
+@CONFIG
 @click.option("--policy", metavar="FILE", help="Grant this and no more (default: what the manifest asks for).")
 @click.option("--schema", "schemas", metavar="NAME=FILE", multiple=True, help="An event of your platform.")
 @click.option("--key", metavar="KEY", help="Sign the certificate with this key of 'isolator sign --new-key'.")
 @click.option("--output", "-o", metavar="FILE", help=f"Write the certificate there (default: {FILE}, here).")
 @click.option("--accept", metavar="FILE", help="Take a certificate that a certifier of [trust] has signed.")
-@AS_JSON
-@click.pass_obj
+@here
 def certify(
     root: str | None,
     folder: str | None,
@@ -61,22 +61,13 @@ def certify(
         return 0
     if folder is None:
         raise UsageError("certify", "name a folder or a package", "see --help")
-    return _certify(root, folder, checks, event, payload, config, policy, schemas, key, output, as_json=as_json)
-
-
-def _certify(
-    root: str | None, folder: str, checks: tuple[str, ...], event: str | None, payload: str | None,
-    config: tuple[str, ...], policy: str | None, schemas: tuple[str, ...], key: str | None, output: str | None, *,
-    as_json: bool,
-) -> int:  # fmt: skip
     from host.authoring.certify import certificate
     from host.authoring.certify.certifier import PATIENCE, Certifier, DeadEnd
     from host.authoring.options import plan_of
-    from host.authoring.private_daemon import PrivateDaemon, ending_cleanly
+    from host.authoring.private_daemon import PrivateDaemon
     from host.authoring.sign import read_key
+    from isolator.linux.signals import ending_cleanly
 
-    if payload is not None and event is None:
-        raise UsageError("--payload", "is for one event", "name it with --event")
     plan = plan_of(folder, [event] if event else [], payload, config, policy, schemas, PATIENCE)
     private = read_key(Path(key)) if key is not None else None
     path = Path(output or FILE)
@@ -121,7 +112,7 @@ def _accept(root: str | None, path: Path, *, as_json: bool) -> None:
 
     from host.authoring.certify import certificate
     from isolator.errors import DeniedError
-    from isolator.policy.parse.load import load_host_config
+    from isolator.policy.parse.trusted import load_host_config
     from isolator.registration import certificates
     from isolator.registration.reading import read_certificate
 
@@ -133,7 +124,8 @@ def _accept(root: str | None, path: Path, *, as_json: bool) -> None:
     found = certificates.checked(claim, host_config.trust)
     certificates.keep(paths, found)
     by = certificates.certifier(paths, found.digest, host_config.trust)
-    if as_json:
-        print_json({"plugin": found.name, "version": found.version, "digest": found.digest, "certifier": by})
-    else:
-        click.echo(f"{found.name} {found.version} counts as certified, by {by}")
+    print_result(
+        {"plugin": found.name, "version": found.version, "digest": found.digest, "certifier": by},
+        f"{found.name} {found.version} counts as certified, by {by}",
+        as_json=as_json,
+    )

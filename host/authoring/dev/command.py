@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from typing import TYPE_CHECKING
 
 import click
 
-from host.authoring.options import of_a_plugin, plan_of, recorder_of
-from host.cli.output import SETTINGS
+from host.authoring.options import of_a_plugin, recorder_of
+
+if TYPE_CHECKING:
+    from host.authoring.trial import Plan
 
 
 @click.command(
-    context_settings=SETTINGS,
     epilog="\b\nExamples:\n  sudo isolator dev ./deploy-bell\n"
     "  sudo isolator dev . --event deploy.failed --payload @failed.json\n"
     "  sudo isolator dev . --recording answers.jsonl --config webhook_url=@webhook.txt\n"
@@ -26,18 +28,7 @@ from host.cli.output import SETTINGS
 @click.option("--event", "events", metavar="NAME", multiple=True, help="Send this event after each load.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line instead of text.")
 @click.pass_obj
-def dev(
-    root: str | None,
-    folder: str,
-    events: tuple[str, ...],
-    payload: str | None,
-    config: tuple[str, ...],
-    policy: str | None,
-    schemas: tuple[str, ...],
-    recording: str | None,
-    timeout: float,
-    as_json: bool,
-) -> None:
+def dev(root: str | None, plan: Plan, recording: str | None, as_json: bool) -> None:
     """Run a plugin in its cage while you write it: loaded again on each save, with its log and what it is refused.
 
     A daemon of this command's own does it, below a root of its own; ^C ends both, and nothing is left. Needs root.
@@ -47,9 +38,9 @@ def dev(
     """
     from host.authoring.dev.screen import Screen
     from host.authoring.dev.session import Session
-    from host.authoring.private_daemon import PrivateDaemon, ending_cleanly
+    from host.authoring.private_daemon import PrivateDaemon
+    from isolator.linux.signals import ending_cleanly
 
-    plan = plan_of(folder, events, payload, config, policy, schemas, timeout)
     screen = Screen(as_json=as_json)
     recorder = recorder_of(recording, screen.note, screen.exchanged)
     # ^C is the usual end. A second one while everything is removed would leave something.

@@ -23,6 +23,7 @@ from host.authoring.recorder.tape import FORMAT, MOST_BYTES, MOST_ENTRIES
 from isolator.broker.hardening import filter_file
 from isolator.errors import IsolatorError, UnavailableError, UsageError
 from isolator.layers.user import UidLease
+from isolator.linux.files import write_all
 from isolator.linux.unprivileged import service_command
 from isolator.paths import Paths
 
@@ -240,8 +241,6 @@ def _contents(file: Path) -> bytes | None:
 def _memory(data: bytes) -> int:
     """A descriptor of these bytes, to be read from the beginning."""
     fd = os.memfd_create("recording", os.MFD_CLOEXEC)
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
+    write_all(fd, data)
     os.lseek(fd, 0, os.SEEK_SET)
     return fd

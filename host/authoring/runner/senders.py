@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 import subprocess
 import time
@@ -26,7 +25,7 @@ from host.channel.reply import (
     NotSentError,
     Outcome,
     build_params,
-    meta_of,
+    event_params,
     oneshot_request,
     params_text,
     read_reply,
@@ -111,7 +110,7 @@ def _stream(cage: Cage, trial: Trial) -> Iterator[Sender]:
     opened: list[tuple[StreamConnection, Greeting]] = []
 
     async def deliver(connect: Callable[[], socket.socket], one: Sending) -> Outcome:
-        from host.channel.stream import event_request
+        from host.channel.stream import event_request, new_number
 
         if not opened or opened[-1][0].closed.is_set():
             opened.append(await _greeted(cage, connect()))
@@ -120,9 +119,9 @@ def _stream(cage: Cage, trial: Trial) -> Iterator[Sender]:
             return Outcome(
                 "rejected", "not_handled", "the plugin said in host.hello that it does not handle this event"
             )
-        meta = meta_of(one.event, 1, one.timeout)
-        number, reply = os.urandom(8).hex(), asyncio.get_running_loop().create_future()
-        request = event_request(one.hook, params_text(one.event, one.event_type, _major(cage), meta), number)
+        number, reply = new_number(), asyncio.get_running_loop().create_future()
+        params = event_params(one.event, one.event_type, _major(cage), 1, one.timeout)
+        request = event_request(one.hook, params, number)
         if len(request) > STREAM_MESSAGE:
             return _TOO_LARGE
         one.begin()
@@ -241,7 +240,7 @@ def _exec(cage: Cage, trial: Trial) -> Iterator[Sender]:
         about = {"PLUGIN_EVENT_ID": one.event.id, "PLUGIN_EVENT_TYPE": one.hook, "PLUGIN_EVENT_ATTEMPT": "1"}
         one.begin()
         run = cage.start(trial, about, subprocess.PIPE)
-        line = params_text(one.event, one.event_type, _major(cage), meta_of(one.event, 1, one.timeout)).encode() + b"\n"
+        line = event_params(one.event, one.event_type, _major(cage), 1, one.timeout).encode() + b"\n"
         assert run.process.stdin is not None
         with contextlib.suppress(OSError):
             run.process.stdin.write(line)

@@ -9,9 +9,10 @@ from typing import Any, BinaryIO, Final
 
 import click
 
-from host.cli.options import NAME, here, yes
-from host.cli.output import print_json, safe
-from host.client.client import Client
+from host.cli.options import NAME, yes
+from host.cli.output import safe
+from host.client.client import Client, ask
+from isolator.cli.output import here, print_json, print_result
 from isolator.errors import NeedsApprovalError, UsageError
 
 _LARGEST: Final = 16 << 20
@@ -46,8 +47,7 @@ def serve(root: str | None, name: str) -> None:
 @here
 def tools(root: str | None, name: str, as_json: bool) -> None:
     """Show what the MCP server NAME offers, and what of it is approved."""
-    with Client(root) as client:
-        found = client.call("mcp.tools", name=name)
+    found = ask(root, "mcp.tools", name=name)
     if as_json:
         print_json(found)
         return
@@ -61,7 +61,7 @@ def tools(root: str | None, name: str, as_json: bool) -> None:
 )
 @NAME
 @yes("Agree without a question.")
-@click.option("--digest", help="Agree only to what has this digest ('mcp tools --json').")
+@click.option("--digest", metavar="HEX", help="Agree only to what has this digest ('mcp tools --json').")
 @click.option("--from", "shown", metavar="FILE", type=click.File("rb"), help="What 'mcp tools --json' shows elsewhere.")
 @here
 def approve(
@@ -86,10 +86,9 @@ def approve(
         if not yes and not (sys.stdin.isatty() and click.confirm("Approve all of this?", err=True)):
             raise NeedsApprovalError(f"tools of {name}", "were not approved", "add --yes to agree")
         approved = client.call("mcp.approve", name=name, digest=found["digest"], **more)
-    if as_json:
-        print_json({"name": name, "digest": found["digest"], **approved})
-    else:
-        click.echo(f"{approved['approved']} approved")
+    print_result(
+        {"name": name, "digest": found["digest"], **approved}, f"{approved['approved']} approved", as_json=as_json
+    )
 
 
 def _read(name: str, file: BinaryIO) -> list[dict[str, Any]]:

@@ -3,59 +3,51 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
 
-from host.cli import arguments
+from host.cli.arguments import Config
+from host.cli.options import Manner
 from host.cli.output import safe
 from host.cli.packages import fetch
-from host.cli.packages.package import Package, parse
+from host.cli.packages.package import Package, Wishes, parse
 from host.cli.registration import AS_LONG_AS_STARTS_TAKE, register_plugin, update_plugin
-from host.client.client import Client
+from host.client.client import Client, ask
 from isolator.errors import IsolatorError, NeedsApprovalError, UsageError
 from isolator.paths import Paths
 from isolator.policy.names import parse_egress
-from isolator.policy.parse.load import load_host_config
+from isolator.policy.parse.trusted import load_host_config
 
 
 def add_package(
-    root: str | None, text: str, name: str | None, program: str | None, args: tuple[str, ...], egress: tuple[str, ...],
-    config: tuple[str, ...], *, yes: bool, verbose: bool, as_json: bool,
+    root: str | None, text: str, name: str | None, wishes: Wishes, config: Config, manner: Manner
 ) -> None:  # fmt: skip
     """Register a package as a plugin; raises IsolatorError."""
-    package = parse(text)
-    values, literal = arguments.config_values(config)
-    with _fetched(root, package, name, program, args, egress, quiet=as_json) as request, Client(root) as client:
-        register_plugin(client, request, values, literal, yes=yes, verbose=verbose, as_json=as_json)
+    with _fetched(root, parse(text), name, wishes, quiet=manner.as_json) as request, Client(root) as client:
+        register_plugin(client, request, config, manner)
 
 
 def update_package(
-    root: str | None, name: str, text: str, program: str | None, args: tuple[str, ...], egress: tuple[str, ...],
-    config: tuple[str, ...], *, yes: bool, verbose: bool, as_json: bool,
+    root: str | None, name: str, text: str, wishes: Wishes, config: Config, manner: Manner
 ) -> None:  # fmt: skip
     """Exchange a plugin that came of a package for another version of it.
 
     Raises NeedsApprovalError when it asks for more than before, or when its tools are others than those approved.
     """
     package = parse(text)
-    values, literal = arguments.config_values(config)
-    with Client(root) as client:
-        manifest = client.call("plugin.show", name=name).get("manifest") or {}
+    manifest = ask(root, "plugin.show", name=name).get("manifest") or {}
     if not fetch.is_of(package, manifest):
         raise UsageError(
             f"plugin {name}", f"is no version of {package.kind}:{safe(package.name)}: its grants are not that one's",
             "add it under another name",
         )  # fmt: skip
     before = fetch.asked_before(manifest)
-    args, egress = args or before[0], egress or before[1]
+    wishes = wishes._replace(args=wishes.args or before[0], egress=wishes.egress or before[1])
     others: dict[str, list[str]] = {}
     with (
-        _fetched(root, package, name, program, args, egress, quiet=as_json) as request,
+        _fetched(root, package, name, wishes, quiet=manner.as_json) as request,
         Client(root, timeout=AS_LONG_AS_STARTS_TAKE) as client,
     ):
 
@@ -63,9 +55,7 @@ def update_package(
             others.update(_other_tools(client, name))
             return {"tools": others}
 
-        update_plugin(
-            client, request | {"update": name}, values, literal, yes=yes, verbose=verbose, as_json=as_json, then=compare
-        )
+        update_plugin(client, request | {"update": name}, config, manner, then=compare)
     if any(others.values()):
         listed = "; ".join(f"{state}: {', '.join(map(safe, names))}" for state, names in others.items() if names)
         raise NeedsApprovalError(
@@ -76,25 +66,18 @@ def update_package(
 
 @contextlib.contextmanager
 def _fetched(
-    root: str | None, package: Package, name: str | None, program: str | None, args: tuple[str, ...],
-    egress: tuple[str, ...], *, quiet: bool,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
+    root: str | None, package: Package, name: str | None, wishes: Wishes, *, quiet: bool
+) -> Iterator[dict[str, Any]]:
     """The request that stages a package, whose files are there meanwhile."""
-    for destination in egress:
+    for destination in wishes.egress:
         _check_destination(destination)
     host_config = load_host_config(Paths.of(root).host_toml)
-    folder = Path(tempfile.mkdtemp(prefix="isolator-package-", dir="/var/tmp"))
-    try:
-        folder.chmod(0o755)
-        if not quiet:
-            click.echo(f"fetching {package}", err=True)
+    with fetch.folder_for(package, quiet=quiet) as folder:
         resolved = fetch.resolve(root, package, host_config, folder)
-        fetch.write_start(package, fetch.entry_of(package, resolved, program), folder)
-        era = fetch.ask_era(root, folder, args)
-        fetch.write_manifest(package, resolved, folder, name=name, era=era, arguments=args, egress=egress)
+        fetch.write_start(package, fetch.entry_of(package, resolved, wishes.program), folder)
+        era = fetch.ask_era(root, folder, wishes.args)
+        fetch.write_manifest(package, resolved, folder, name=name, era=era, arguments=wishes.args, egress=wishes.egress)
         yield {"path": str(folder), "resolved": {"package": str(package), "hashes": resolved.hashes}}
-    finally:
-        shutil.rmtree(folder)
 
 
 def _other_tools(client: Client, name: str) -> dict[str, list[str]]:

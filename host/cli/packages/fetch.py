@@ -8,12 +8,14 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import click
+
 from host.cli.output import safe
-from host.cli.packages.caged import GRACE, TooMuchError, caged
+from host.cli.packages.caged import GRACE, Caged, TooMuchError, caged
 from host.cli.packages.package import Package, Resolved, parse, read_resolved
 from host.wire import mcp as protocol
 from host.wire.strict_json import WireError
@@ -45,22 +47,11 @@ def resolve(root: str | None, package: Package, host_config: HostConfig, folder:
     packages = host_config.packages
     index, *others = packages.npm if package.kind == "npm" else packages.pypi
     host, slash, path = index.partition("/")
-    command = (
-        PYTHON, "-I", "-c", Path(__file__).with_name("inside.py").read_text(),
-        package.kind, package.name, package.version, f"https://{host}{slash}{path}", *filter(None, [packages.ca]),
-    )  # fmt: skip
+    arguments = ("inside.py", package.kind, package.name, package.version, f"https://{host}{slash}{path}")
     egress = (_destination(host), *map(_destination, others))
-    with contextlib.ExitStack() as stack:
-        policy = stack.enter_context(limits_file(host_config))
-        read = (packages.ca,) if packages.ca else ()
-        options = RunOptions(root=root, command=command, egress=egress, read=read, policy=policy)
-        most = MOST_BYTES + MOST_FILES * 1024
-        running = stack.enter_context(caged(options, most=most, seconds=packages.timeout))
-        running.stdin.close()
+    with fetching(root, str(package), arguments, egress, host_config, MOST_BYTES + MOST_FILES * 1024) as running:
         try:
             resolved = unpack(running.stdout, folder)
-        except TooMuchError as error:
-            raise IsolatorError(str(package), error.why, "see [packages] of host.toml") from None
         except (ValueError, OSError) as error:
             code, lines = running.end(GRACE)
             if code == 0:
@@ -80,12 +71,38 @@ def reason(code: int, lines: list[str]) -> str:
 
 
 @contextlib.contextmanager
-def limits_file(host: HostConfig) -> Iterator[str]:
-    """The name of a policy file with the limits of a cage that fetches."""
+def folder_for(what: object, *, quiet: bool) -> Iterator[Path]:
+    """A folder for what is fetched, which every process can read, until the block ends; says so unless ``quiet``."""
+    with tempfile.TemporaryDirectory(prefix="isolator-package-", dir="/var/tmp") as made:
+        folder = Path(made)
+        folder.chmod(0o755)
+        if not quiet:
+            click.echo(f"fetching {what}", err=True)
+        yield folder
+
+
+@contextlib.contextmanager
+def fetching(
+    root: str | None, what: str, arguments: Sequence[str], egress: tuple[str, ...], host: HostConfig, most: int
+) -> Iterator[Caged]:
+    """A program beside this module, with its arguments, in a cage that reaches these destinations alone.
+
+    Raises IsolatorError, about ``what``, when it writes more than ``most`` bytes or takes longer than ``[packages]``
+    has it take.
+    """
+    script, ca = Path(__file__).with_name(arguments[0]).read_text(), host.packages.ca
+    read = (ca,) if ca else ()
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as policy:
         policy.write(_limits(host))
         policy.flush()
-        yield policy.name
+        command = (PYTHON, "-I", "-c", script, *arguments[1:], *read)
+        options = RunOptions(root=root, command=command, egress=egress, read=read, policy=policy.name)
+        with caged(options, most=most, seconds=host.packages.timeout) as running:
+            running.stdin.close()
+            try:
+                yield running
+            except TooMuchError as error:
+                raise IsolatorError(what, error.why, "see [packages] of host.toml") from None
 
 
 def _limits(host: HostConfig) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from isolator.errors import UsageError
 
@@ -56,6 +56,14 @@ class Resolved:
     """Hashes that were compared with the registry's, by ``NAME@VERSION`` of everything that came along."""
     description: str = ""
     files: int = 0
+
+
+class Wishes(NamedTuple):
+    """Wishes about a package: which program of it, arguments for that, and destinations that it asks to reach."""
+
+    program: str | None = None
+    args: tuple[str, ...] = ()
+    egress: tuple[str, ...] = ()
 
 
 def parse(text: str) -> Package:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from host.cli.output import AS_JSON, print_json
 from host.cli.top.order import ORDERS, ordered
+from isolator.cli.output import here, print_json
 from isolator.errors import IsolatorError
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ if TYPE_CHECKING:
 @click.option(
     "--interval", type=click.FloatRange(0.2, 3600), default=2.0, show_default=True, help="Seconds between two looks."
 )
-@AS_JSON
-@click.pass_obj
+@here
 def top(root: str | None, once: bool, sort: str, interval: float, as_json: bool) -> None:
     """Show what plugins use and do at present, beside their caps.
 

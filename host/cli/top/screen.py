@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import signal
 import sys
 import termios
 import time
 from collections.abc import Iterator
-from types import FrameType
 
 from rich.console import Console, ConsoleDimensions, Group, RenderableType
 
 from host.cli.top.figures import Figures, Moment
 from host.cli.top.table import BY_LETTER, drawn, head, line, notes
 from isolator.errors import IsolatorError
+from isolator.linux.signals import ending_cleanly
 
 _ESCAPES = {b"\x1b[A": "k", b"\x1b[B": "j", b"\x1b[5~": "-", b"\x1b[6~": " ", b"\x1bOA": "k", b"\x1bOB": "j"}
 _OTHERS = 4
@@ -27,7 +26,12 @@ HELP = "q quit, r reverse, j/k scroll, sort by n s c m t e w l d b (isolator top
 def run(console: Console, figures: Figures, sort: str, interval: float) -> None:
     """Show a moment every ``interval`` seconds until q or Ctrl-C."""
     view = _View(sort)
-    with _ended_by_signals(), _keys() as terminal, console.screen(hide_cursor=True) as screen:
+    with (
+        ending_cleanly(),
+        contextlib.suppress(KeyboardInterrupt),
+        _keys() as terminal,
+        console.screen(hide_cursor=True) as screen,
+    ):
         while not view.ended:
             view.take(figures)
             screen.update(view.drawn(console.size))
@@ -96,19 +100,3 @@ def _keys() -> Iterator[int]:
         yield terminal
     finally:
         termios.tcsetattr(terminal, termios.TCSADRAIN, before)
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Have signals leave the terminal as q does; SIGINT is an end like q."""
-
-    def end(number: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        with contextlib.suppress(KeyboardInterrupt):
-            yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -21,8 +21,7 @@ class Names:
     def __init__(self, store: Store, table: str) -> None:
         self._store, self._table = store, table
         store.make(_TABLE.format(table))
-        rows = store.read(lambda db: db.execute(f"SELECT plugin FROM {table}").fetchall())
-        self._names = {name for (name,) in rows}
+        self._names = {name for (name,) in store.rows(f"SELECT plugin FROM {table}")}
 
     def __contains__(self, plugin: str) -> bool:
         return plugin in self._names

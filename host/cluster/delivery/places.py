@@ -258,8 +258,7 @@ class Places:
 
     def own(self, plugin: str) -> Place | None:
         """How far this host has read for a plugin of which every host has its own copy."""
-        where = "SELECT place, number FROM cluster_read WHERE plugin=?"
-        found = self._store.read(lambda db: db.execute(where, (plugin,)).fetchone())
+        found = self._store.row("SELECT place, number FROM cluster_read WHERE plugin=?", (plugin,))
         return (found[0], found[1]) if found is not None else None
 
     def begin_own(self, plugin: str, at: Place) -> None:
@@ -314,13 +313,11 @@ class Places:
 
     def left(self, plugin: str) -> list[tuple[Subscriber, Event, Local]]:
         """This host's deliveries to a plugin that are not final, in the log's order; those without a place are last."""
-        found = self._store.read(
-            lambda db: db.execute(
-                f"SELECT d.key, d.state, d.attempts, d.crashes, d.due, {_COLUMNS} FROM deliveries d"
-                " JOIN events e ON e.seq=d.seq LEFT JOIN cluster_events c ON c.seq=d.seq AND c.plugin IS NULL"
-                f" WHERE d.plugin=? AND d.state IN {rows.PENDING} ORDER BY c.place IS NULL, c.place, c.number, d.seq",
-                (plugin,),
-            ).fetchall()
+        found = self._store.rows(
+            f"SELECT d.key, d.state, d.attempts, d.crashes, d.due, {_COLUMNS} FROM deliveries d"
+            " JOIN events e ON e.seq=d.seq LEFT JOIN cluster_events c ON c.seq=d.seq AND c.plugin IS NULL"
+            f" WHERE d.plugin=? AND d.state IN {rows.PENDING} ORDER BY c.place IS NULL, c.place, c.number, d.seq",
+            (plugin,),
         )
         return [
             (Subscriber(plugin, key), event, Local(*local))
@@ -372,8 +369,7 @@ class Places:
 
     def held_before(self, shard: Shard) -> int | None:
         """The epoch in which this host held a shard last."""
-        where = "SELECT epoch FROM cluster_held WHERE plugin=? AND shard=?"
-        found = self._store.read(lambda db: db.execute(where, shard).fetchone())
+        found = self._store.row("SELECT epoch FROM cluster_held WHERE plugin=? AND shard=?", shard)
         return found[0] if found is not None else None
 
     def hold(self, shard: Shard, epoch: int) -> None:

@@ -26,8 +26,10 @@ from typing import TypeVar
 from isolator.base.structs import struct_class
 from isolator.errors import ConfinementError, UnavailableError
 from isolator.layers.base import Control, Kept
+from isolator.layers.network import loading
 from isolator.layers.network.ruleset import PORT, TABLE, render
 from isolator.linux import netlink, netns, nftables
+from isolator.linux.files import write_file
 from isolator.policy.destinations import Rules
 from isolator.policy.model import ListenRule, NetworkPolicy
 
@@ -167,7 +169,7 @@ def confirm(network: CageNetwork, policy: NetworkPolicy) -> None:
         generation = network.generations.current()
         if generation == network.generation:
             return
-        found = _inside(network, _list_ruleset)
+        found = _inside(network, loading.list_ruleset)
     except OSError as error:
         raise ConfinementError("network", f"the ruleset cannot be read back: {error}", _remedy(error)) from error
     if not network.ruleset or found != network.ruleset:
@@ -194,7 +196,7 @@ _MOST_READ = 256
 
 def _read_back(network: CageNetwork) -> None:
     """Note the ruleset as it is given back, unless somebody has changed it. A plugin's is read at its first start."""
-    found = _read.get(network.loaded) or _inside(network, _list_ruleset)
+    found = _read.get(network.loaded) or _inside(network, loading.list_ruleset)
     if network.generations.current() != network.generation:
         return
     network.ruleset = found
@@ -289,7 +291,7 @@ def _build() -> CageNetwork:
         undo.callback(os.close, fd)
         netlink.bring_up_loopback()
         for name, value in _SYSCTLS.items():
-            Path("/proc/sys", name).write_text(value)
+            write_file(f"/proc/sys/{name}", value)
         generations = netlink.Generations()
         undo.callback(generations.close)
         sockets = _open_sockets()
@@ -304,14 +306,7 @@ def _ruleset(policy: NetworkPolicy) -> str:
 
 def _load(network: CageNetwork, text: str) -> None:
     """Load the rules, in a thread that is in the namespace: one transaction, taken whole or not at all."""
-    with nftables.Nftables() as nft:
-        nft.run(text)
-    network.generation, network.loaded = network.generations.current(), text
-
-
-def _list_ruleset() -> str:
-    with nftables.Nftables() as nft:
-        return nft.run("list ruleset")
+    network.generation, network.loaded = loading.load(text, network.generations), text
 
 
 def _open_sockets() -> list[socket.socket]:

@@ -11,7 +11,6 @@ from isolator.policy.host import HostConfig
 from isolator.policy.keys import SWITCHES
 from isolator.policy.meet.bounds import Bounds
 from isolator.policy.model import (
-    VIRTUAL,
     EffectivePolicy,
     FilesystemPolicy,
     ListenRule,
@@ -33,6 +32,11 @@ def compose(
     for switch in SWITCHES:
         values[switch.name] = switch.name in bounds.switches and (mode != "none" or not switch.needs_network)
 
+    reaching: dict[str, Any] = {}
+    if mode != "none":
+        reaching |= {"exceptions": host.exceptions, "resolvers": host.resolvers, "virtual": host.virtual}
+        reaching |= {"proxy": host.proxy, "proxy_resolves": host.proxy_resolves}
+
     def declared(section: type[Frozen]) -> dict[str, Any]:
         return {name: values[name] for name in section.model_fields if name in values}
 
@@ -40,17 +44,7 @@ def compose(
         plugin=plugin,
         hooks=bounds.hooks,
         permissions=bounds.permissions,
-        network=NetworkPolicy(
-            mode=mode,
-            egress=rules,
-            exceptions=host.exceptions if mode != "none" else (),
-            listen=listen,
-            resolvers=host.resolvers if mode != "none" else (),
-            virtual=host.virtual if mode != "none" else VIRTUAL,
-            proxy=host.proxy if mode != "none" else "",
-            proxy_resolves=host.proxy_resolves and mode != "none",
-            **declared(NetworkPolicy),
-        ),
+        network=NetworkPolicy(mode=mode, egress=rules, listen=listen, **reaching, **declared(NetworkPolicy)),
         resources=ResourcePolicy(memory_high=values["memory"] * 7 // 8, **declared(ResourcePolicy)),
         filesystem=FilesystemPolicy(read=bounds.read, **declared(FilesystemPolicy)),
         syscalls="strict" if bounds.strict else "default",

@@ -80,18 +80,10 @@ def default_grant(core: ManifestCore) -> PluginPolicy:
 
 
 def _listen(core: ManifestCore, grant: PluginPolicy, host: HostConfig) -> tuple[ListenRule, ...]:
-    network = core.sandbox.network
-    wanted = None if network is None or network.listen is None else {entry.port for entry in network.listen}
-    return tuple(
-        sorted(
-            (
-                rule
-                for rule in grant.listen or ()
-                if (wanted is None or rule.cage_port in wanted) and host.inbound.allows(rule.address, rule.port)
-            ),
-            key=lambda rule: (rule.port, rule.address, rule.cage_port),
-        )
-    )
+    wanted = _ports(core)
+    rules = (rule for rule in grant.listen or () if wanted is None or rule.cage_port in wanted)
+    forwarded = (rule for rule in rules if host.inbound.allows(rule.address, rule.port))
+    return tuple(sorted(forwarded, key=lambda rule: (rule.port, rule.address, rule.cage_port)))
 
 
 def asks_more(old: ManifestCore, new: ManifestCore, host: HostConfig) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Load ``host.toml`` and ``policies/NAME.toml``: values, their lines, and whether the host allows them.
+"""Load ``policies/NAME.toml``: values, their lines, and whether the host allows them.
 
 Every value keeps its ``FILE:LINE``; every error is one line that begins with it. Who may have written the files, and
 how they are read, is ``trusted.py``.
@@ -18,32 +18,10 @@ from isolator.policy.host import HostConfig
 from isolator.policy.keys import LIMITS, SWITCHES
 from isolator.policy.meet.bounds import Egress, ceiling_egress, egress_within
 from isolator.policy.parse.strict import Table
-from isolator.policy.parse.trusted import invoker, load_host_config, read_trusted
-
-__all__ = [
-    "HostConfig",
-    "PluginPolicy",
-    "check_ceiling",
-    "invoker",
-    "load_host_config",
-    "load_plugin_policy",
-    "over_ceiling",
-    "parse_host_config",
-    "parse_plugin_policy",
-    "policy_of",
-    "read_trusted",
-]
-
+from isolator.policy.parse.trusted import read_trusted
 
 MAX_VARIABLES, MAX_ENVIRONMENT = 64, 16 * 1024
 """The number of variables in a policy, and the characters of all of them."""
-
-
-def parse_host_config(text: bytes, *, source: str) -> HostConfig:
-    """The content of ``host.toml``."""
-    from isolator.policy.parse import host_file
-
-    return host_file.parse_host_config(text, source=source)
 
 
 def load_plugin_policy(

@@ -198,18 +198,14 @@ class Table:
 
     def tables(self, key: str, *, limit: int = 64) -> tuple[Table | Any, ...] | None:
         """A list whose objects come back as tables and whose other elements as they are; None when absent."""
-        value = self.take(key)
-        if key not in self.data:
+        items: tuple[Any, ...] | None = self.items(key, lambda item: item, limit=limit)
+        if items is None:
             return None
-        if not isinstance(value, list):
-            self.fail(key, "must be a list")
-        if len(value) > limit:
-            self.fail(key, f"{len(value)} entries; at most {limit}")
         return tuple(
             Table(item, name=self.name, lines=self.lines, path=(*self.path, key, index))
             if isinstance(item, dict)
             else item
-            for index, item in enumerate(value)
+            for index, item in enumerate(items)
         )
 
     def finish(self) -> None:
@@ -217,6 +213,11 @@ class Table:
         for key in self.data:
             if key not in self._taken:
                 self.fail(key, "unknown key", did_you_mean(key, self._taken))
+
+    @property
+    def known(self) -> frozenset[str]:
+        """The keys that somebody took."""
+        return frozenset(self._taken)
 
     def unknown(self) -> tuple[str, ...]:
         """The keys that nobody took, where they are worth no more than a warning."""

@@ -13,7 +13,7 @@ import signal
 import socket
 import time
 
-from .kit import Held, Promise, attach_segment, attempt, libc, set_limit, syscall
+from .kit import Held, Promise, attach_segment, attempt, last_error, libc, set_limit, syscall
 
 _MIB = 1 << 20
 _BEYOND = 1.25
@@ -188,8 +188,7 @@ def lock_memory(promise: Promise) -> str:
     area = mmap.mmap(-1, _MIB)
     address = ctypes.addressof(ctypes.c_char.from_buffer(area))
     if libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(_MIB)):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), "mlock")
+        raise last_error("mlock")
     return "1 MiB is locked"
 
 

@@ -13,7 +13,7 @@ import struct
 import termios
 from collections.abc import Callable
 
-from .kit import X86, Held, Promise, attempt, libc, syscall
+from .kit import X86, Held, Promise, attempt, last_error, libc, syscall
 
 _NAMESPACES = {
     "user": 0x10000000,
@@ -206,30 +206,27 @@ def _machine_code(code: bytes) -> int:
     area.write(code)
     address = ctypes.addressof(ctypes.c_char.from_buffer(area))
     if libc.mprotect(ctypes.c_void_p(address), mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_EXEC):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), "mprotect")
+        raise last_error("mprotect")
     return int(ctypes.CFUNCTYPE(ctypes.c_long)(address)())
 
 
-@attempt("seccomp", "make a call of the 32-bit ABI, where numbers mean other calls", name="i386-call")
-def i386_call(promise: Promise) -> str:
-    if not X86:
-        raise Held("not an x86 machine")
-    answer = _machine_code(b"\xb8\x14\x00\x00\x00\xcd\x80\xc3")  # mov eax, 20 (getpid of i386); int 0x80; ret
-    if answer < 0:
-        raise OSError(-answer, os.strerror(-answer))
-    return f"getpid answered {answer}"
+def _getpid(name: str, title: str, code: bytes) -> None:
+    def run(promise: Promise) -> str:
+        if not X86:
+            raise Held("not an x86 machine")
+        answer = _machine_code(code)
+        if answer < 0:
+            raise OSError(-answer, os.strerror(-answer))
+        return f"getpid answered {answer}"
+
+    attempt("seccomp", title, name=name)(run)
 
 
-@attempt("seccomp", "make a call of the x32 ABI", name="x32-call")
-def x32_call(promise: Promise) -> str:
-    if not X86:
-        raise Held("not an x86 machine")
-    # mov eax, 39 | 0x40000000 (getpid of x32); syscall; ret
-    answer = _machine_code(b"\xb8\x27\x00\x00\x40\x0f\x05\xc3")
-    if answer < 0:
-        raise OSError(-answer, os.strerror(-answer))
-    return f"getpid answered {answer}"
+# mov eax, 20 (getpid of i386); int 0x80; ret, and mov eax, 39 | 0x40000000 (getpid of x32); syscall; ret
+_getpid(
+    "i386-call", "make a call of the 32-bit ABI, where numbers mean other calls", b"\xb8\x14\x00\x00\x00\xcd\x80\xc3"
+)
+_getpid("x32-call", "make a call of the x32 ABI", b"\xb8\x27\x00\x00\x40\x0f\x05\xc3")
 
 
 # --- terminals -----------------------------------------------------------------------------------------------

@@ -71,6 +71,12 @@ _NEW = {
 NUMBERS = {**_NEW, **{name: pair[0] if X86 else pair[1] for name, pair in _OLD.items()}}
 
 
+def last_error(name: str) -> OSError:
+    """The error of the last call of the C library, for raising; ``name`` is what was called."""
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number), name)
+
+
 def syscall(name: str, *args: object) -> int:
     """Make a system call; integers are passed as full 64-bit words, bytes as a pointer. Raises OSError."""
     words = [
@@ -78,8 +84,7 @@ def syscall(name: str, *args: object) -> int:
     ]
     result: int = _syscall(ctypes.c_long(NUMBERS[name]), *words)
     if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), name)
+        raise last_error(name)
     return result
 
 
@@ -87,8 +92,7 @@ def set_limit(number: int, value: int) -> None:
     """setrlimit(2) of both limits; Python's own turns a refusal into a ValueError. Raises OSError."""
     pair = (ctypes.c_ulong * 2)(value, value)
     if libc.setrlimit(ctypes.c_int(number), pair):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), "setrlimit")
+        raise last_error("setrlimit")
 
 
 def attach_segment(segment: int, flags: int = 0) -> int:
@@ -96,8 +100,7 @@ def attach_segment(segment: int, flags: int = 0) -> int:
     libc.shmat.restype = ctypes.c_void_p
     address: int = libc.shmat(ctypes.c_int(segment), None, ctypes.c_int(flags))
     if address == ctypes.c_void_p(-1).value:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), "shmat")
+        raise last_error("shmat")
     return address
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 from .kit import Held, Promise, attempt
@@ -56,29 +57,18 @@ def abstract_socket(promise: Promise) -> str:
     return _connect(socket.AF_UNIX, f"\0{promise.abstract}")
 
 
-@attempt("network", "reach the cloud's metadata service")
-def metadata_service(promise: Promise) -> str:
-    return _connect(socket.AF_INET, ("169.254.169.254", 80))
+def _beyond(
+    name: str, title: str, family: int, address: tuple[str, int], way: Callable[[int, tuple[str, int]], str]
+) -> None:
+    attempt("network", title, name=name)(lambda _: way(family, address))
 
 
-@attempt("network", "reach the cloud's metadata service by IPv6")
-def metadata_service_6(promise: Promise) -> str:
-    return _connect(socket.AF_INET6, ("fd00:ec2::254", 80))
-
-
-@attempt("network", "reach a private network")
-def private_network(promise: Promise) -> str:
-    return _connect(socket.AF_INET, ("10.0.0.1", 443))
-
-
-@attempt("network", "reach a private network in IPv6's clothes")
-def mapped_private_network(promise: Promise) -> str:
-    return _connect(socket.AF_INET6, ("::ffff:10.0.0.1", 443))
-
-
-@attempt("network", "reach a public address at a port that nobody granted")
-def public_address(promise: Promise) -> str:
-    return _connect(socket.AF_INET, ("192.88.99.1", 4444))
+_4, _6 = socket.AF_INET, socket.AF_INET6
+_beyond("metadata-service", "reach the cloud's metadata service", _4, ("169.254.169.254", 80), _connect)
+_beyond("metadata-service-6", "reach the cloud's metadata service by IPv6", _6, ("fd00:ec2::254", 80), _connect)
+_beyond("private-network", "reach a private network", _4, ("10.0.0.1", 443), _connect)
+_beyond("mapped-private-network", "reach a private network in IPv6's clothes", _6, ("::ffff:10.0.0.1", 443), _connect)
+_beyond("public-address", "reach a public address at a port that nobody granted", _4, ("192.88.99.1", 4444), _connect)
 
 
 @attempt("network", "ask a name server of its own choice")
@@ -87,24 +77,10 @@ def outside_resolver(promise: Promise) -> str:
     return _send(socket.AF_INET, ("198.51.100.53", 53), question)
 
 
-@attempt("network", "the same by TCP")
-def outside_resolver_tcp(promise: Promise) -> str:
-    return _connect(socket.AF_INET, ("198.51.100.53", 53))
-
-
-@attempt("network", "send a datagram")
-def datagram(promise: Promise) -> str:
-    return _send(socket.AF_INET, ("198.51.100.53", 443))
-
-
-@attempt("network", "send a datagram by IPv6")
-def datagram_6(promise: Promise) -> str:
-    return _send(socket.AF_INET6, ("2001:db8::53", 443))
-
-
-@attempt("network", "send to everybody on the network")
-def multicast(promise: Promise) -> str:
-    return _send(socket.AF_INET, ("224.0.0.251", 5353))
+_beyond("outside-resolver-tcp", "the same by TCP", _4, ("198.51.100.53", 53), _connect)
+_beyond("datagram", "send a datagram", _4, ("198.51.100.53", 443), _send)
+_beyond("datagram-6", "send a datagram by IPv6", _6, ("2001:db8::53", 443), _send)
+_beyond("multicast", "send to everybody on the network", _4, ("224.0.0.251", 5353), _send)
 
 
 @attempt("network", "ping an address")

@@ -15,15 +15,14 @@ import signal
 import socket
 import struct
 
-from .kit import Held, Promise, attempt, libc, set_limit, syscall
+from .kit import Held, Promise, attempt, last_error, libc, set_limit, syscall
 
 
 @attempt("seccomp", "watch which programs the host starts", name="watch-programs")
 def watch_programs(promise: Promise) -> str:
     watcher = libc.inotify_init1(0)
     if libc.inotify_add_watch(watcher, b"/usr/bin", 0x20) < 0:  # IN_OPEN
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+        raise last_error("inotify_add_watch")
     return "every open of a file in /usr/bin would be told"
 
 

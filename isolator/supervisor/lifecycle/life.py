@@ -238,7 +238,7 @@ class Life:
             self._plugin.set_state(PluginState.RUNNING)
             self.ends.others = 0
         self._context.host.run_started(self._plugin.name, run.id, run.cage.pid, run.pipes, calls)
-        run.for_start.close()
+        run.release_start()
         self._context.fences.started(self._plugin.name, run)
 
     def _record_end(self, run: Run, end: CageExit, origin: Origin, stderr_tail: tuple[str, ...]) -> None:

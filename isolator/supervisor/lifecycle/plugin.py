@@ -239,8 +239,8 @@ class Plugin:
         if run is not None and run.streams and run.reached:
             run.terminate("the host process that spoke to it has ended")
         if run is not None and self.state == PluginState.RUNNING:
-            with self._context.host.listen(self.name, self.registration.uid) as listener:
-                self._context.host.run_started(self.name, run.id, run.cage.pid, run.pipes, listener.fileno())
+            with self._context.host.listen(self.name, self.registration.uid) as listener, run.open_logs() as logs:
+                self._context.host.run_started(self.name, run.id, run.cage.pid, tuple(logs), listener.fileno())
 
     def record_usage(self) -> None:
         """Write the ``resources`` record of the run, if there is one, and show the figures to its programs."""

@@ -45,9 +45,13 @@ async def reload(
     the daemon was told to end, by a signal that is not to be lost.
     """
     async with daemon.services.exchanging:
+        await daemon.services.broker.needed()  # an earlier version goes on with one only
         tried = program.check()
         began, host_toml = time.monotonic(), settings_text(settings)
-        number = await trial.try_out(program, daemon_state(daemon, generation, began), host_toml)
+        try:
+            number = await trial.try_out(program, daemon_state(daemon, generation, began), host_toml)
+        finally:
+            _stay(daemon)
         began = time.monotonic()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
@@ -173,10 +177,18 @@ def _go_on(daemon: Daemon) -> None:
     for service in daemon.services.every:
         if service.channel is not None:
             service.channel.go_on()
+    _stay(daemon)
     daemon.runtime.pool.reopen()
     daemon.rest.go_on()
     daemon.table.expect_starts(others=daemon.runners is not None)
     daemon.fences.go_on()
+
+
+def _stay(daemon: Daemon) -> None:
+    """Close the descriptors that a state of the daemon names and that nothing else needs."""
+    for plugin in daemon.table.plugins.values():
+        for run in plugin.runs:
+            run.stay()
 
 
 def daemon_state(daemon: Daemon, generation: int, began: float) -> DaemonState:

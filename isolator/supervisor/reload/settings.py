@@ -11,7 +11,7 @@ from pathlib import Path
 
 from isolator.errors import IsolatorError, NotFoundError, UsageError
 from isolator.policy.host import HostConfig
-from isolator.policy.parse.load import load_host_config, parse_host_config, read_trusted
+from isolator.policy.parse.trusted import load_host_config, read_trusted
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ def settings_of(text: str | None, path: Path) -> HostConfig:
     """The settings that came with a state; those in the file if none did. Raises UsageError, DeniedError."""
     if text is None:
         return load_host_config(path)
+    from isolator.policy.parse.host_file import parse_host_config
+
     return parse_host_config(text.encode(), source=str(path)) if text else HostConfig()
 
 

@@ -1,0 +1,40 @@
+"""Output of every command: JSON for programs, and colours for people, none where ``NO_COLOR`` is set.
+
+https://no-color.org; whichever thread writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
+
+
+def here(command: F) -> F:
+    """Pass the root to a command, as its first parameter, and give it ``--json`` (``as_json``)."""
+    return AS_JSON(click.pass_obj(command))  # type: ignore[return-value]
+
+
+def print_json(value: Any) -> None:
+    """Print one indented JSON document."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def print_result(value: Any, text: str, *, as_json: bool) -> None:
+    """Print what a command has done: the answer as JSON, or a text for people."""
+    if as_json:
+        print_json(value)
+    else:
+        click.echo(text)
+
+
+def styled(text: str, fg: str | None = None, *, bold: bool = False) -> str:
+    """The text in a colour, or bold; click leaves either out where no terminal shows it."""
+    return text if os.environ.get("NO_COLOR") else click.style(text, fg=fg, bold=bold or None)

@@ -1,0 +1,95 @@
+"""Order in which a connection's record and its first bytes leave the broker."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from ipaddress import IPv4Address
+
+import pytest
+
+from isolator.audit.client import AuditClient
+from isolator.broker.flow import Flow
+from isolator.broker.gate.gate import Gate
+from isolator.broker.host_addresses import HostAddresses
+from isolator.broker.nat64 import Nat64
+from isolator.broker.outbound import Outbound, Shared
+from isolator.broker.relay import Scratch
+from isolator.broker.resolver import HostResolvers
+from isolator.ipc.channel import pair
+from isolator.ipc.fence import Fence
+from isolator.policy.destinations import Rules
+from tests.broker.conftest import listed
+from tests.support.timeouts import seconds
+
+
+class Line:
+    """A cage's side of the broker, one connection of it whose server has answered, and the audit process's end."""
+
+    def __init__(self) -> None:
+        self.trail, theirs = pair()
+        self.client, client = socket.socketpair()
+        self.server, server = socket.socketpair()
+        for sock in (self.trail, client, server, self.server):
+            sock.setblocking(False)
+        resolvers, self.host = HostResolvers(), HostAddresses()
+        self.audit = AuditClient(theirs)
+        shared = Shared(self.audit, self.host, resolvers, Nat64(resolvers), Scratch())
+        local = ("127.0.0.1", 0)
+        udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        udp.bind(local)
+        log, self.log = socket.socketpair()
+        sockets = [socket.create_server(local), socket.socket(), udp, socket.create_server(local), log]
+        rules = Rules(listed("93.184.216.34:80"))
+        self.cage = Outbound("r1", "tester", rules, Fence(), shared, self._fetch, sockets)
+        self.flow = Flow(client, IPv4Address("93.184.216.34"), 80, 0.0, server=server)
+
+    @staticmethod
+    async def _fetch(count: int, version: int) -> list[socket.socket]:
+        raise AssertionError("nothing comes in")
+
+    def sent(self) -> bytes:
+        """The bytes that the server has got, once a record of their connection is on its way to the trail."""
+        (line,) = self.trail.recv(65536).splitlines()
+        record = json.loads(line)
+        assert (record["type"], record["data"]["flow"]) == ("net.connect", self.flow.id)
+        return self.server.recv(65536)
+
+    async def close(self) -> None:
+        self.flow.release(orderly=True)
+        await self.cage.close()
+        self.audit.close()
+        self.host.close()
+        for sock in (self.trail, self.client, self.server, self.log):
+            sock.close()
+
+
+@pytest.fixture
+async def line() -> AsyncIterator[Line]:
+    made = Line()
+    yield made
+    await made.close()
+
+
+async def test_record_is_on_its_way_before_bytes_that_were_compared(line: Line) -> None:
+    line.cage._join(line.flow, None, b"GET / HTTP/1.1\r\n")
+    assert line.sent() == b"GET / HTTP/1.1\r\n", "in the same turn of the loop"
+
+
+async def test_bytes_that_are_there_go_out_behind_the_record_without_another_turn(line: Line) -> None:
+    line.client.send(b"HELO")
+    line.cage._join(line.flow)
+    assert line.sent() == b"HELO"
+
+
+async def test_bytes_that_are_there_pass_the_gate(line: Line) -> None:
+    line.client.send(b"GET / HTTP/1.1\r\n")
+    line.cage._join(line.flow, Gate(lambda _: None, strict=False))
+    with pytest.raises(BlockingIOError):
+        line.sent()
+    line.client.send(b"Host: a.com\r\n\r\n")
+    async with asyncio.timeout(seconds(10)):
+        passed = await asyncio.get_running_loop().sock_recv(line.server, 100)
+    assert passed == b"GET / HTTP/1.1\r\nHost: a.com\r\n\r\n"

@@ -1,0 +1,122 @@
+"""Requests in flight over one connection: begun together, each concluded once, by whatever comes first."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from host.channel.reply import LostError, Outcome
+from host.delivery.attempts import Attempt
+from host.delivery.outcome import Outcomes
+from host.delivery.requests import PendingRequest, Requests
+from host.delivery.runs import Runs
+from host.delivery.sidecar import SidecarLink
+from isolator.ipc.fence import Fence
+from tests.support.timeouts import seconds
+
+ABSENT: Any = None
+PLUGIN: Any = SimpleNamespace(most_in_flight=2)
+
+
+class Concluded(Outcomes):
+    """Keeps what is concluded, as (number of the event, kind, whether its connection broke)."""
+
+    def __init__(self, attempts: Any) -> None:
+        super().__init__("caller", ABSENT, ABSENT, ABSENT, attempts, Fence())
+        self.concluded: list[tuple[int, str, bool]] = []
+
+    def conclude(
+        self, plugin: Any, delivery: Any, run: str, outcome: Outcome, latency: int, *, broken: bool
+    ) -> None:  # fmt: skip
+        if outcome.detail == "a fault":
+            raise ValueError(outcome.detail)
+        self.concluded.append((delivery.seq, outcome.kind, broken))
+
+
+class Made:
+    """Requests of one plugin, with the attempts that were begun and what was written."""
+
+    def __init__(self) -> None:
+        self.begun: list[Attempt] = []
+        self.scheduled = 0
+        self.written: list[str] = []
+        self.outcomes = Concluded(SimpleNamespace(begin=self.begun.append, schedule=self._schedule))
+        runs: Runs = ABSENT
+        self.sidecar = SidecarLink("caller", runs, ABSENT, Fence())
+        self.requests = Requests[Outcome](self.sidecar, self.outcomes, lambda outcome: outcome)
+
+    def _schedule(self) -> None:
+        self.scheduled += 1
+
+    def send(self, seq: int) -> PendingRequest[Outcome]:
+        delivery: Any = SimpleNamespace(seq=seq)
+        number = f"n{seq}"
+        self.requests.send(PLUGIN, delivery, "run", number, b"request", lambda one: self.written.append(one.number))
+        return self.requests._requests[number]
+
+
+async def test_request_is_concluded_as_its_answer_comes_and_by_nothing_that_comes_later() -> None:
+    made = Made()
+    one = made.send(1)
+    one.send()
+    assert made.written == ["n1"] and not one.done()
+    one.set_result(Outcome("ok"))
+    assert made.outcomes.concluded == [(1, "ok", False)] and one.done() and not made.requests
+    one.set_exception(LostError("the connection broke", crash=True))
+    assert len(made.outcomes.concluded) == 1
+    await asyncio.wait_for(made.sidecar.drain(), seconds(5))
+
+
+async def test_broken_connection_and_silence_conclude_as_unknown() -> None:
+    made = Made()
+    made.send(1).set_exception(LostError("broke", crash=True))
+    made.send(2).set_exception(LostError("no reply in time"))
+    assert made.outcomes.concluded == [(1, "unknown", True), (2, "unknown", False)]
+
+
+async def test_request_that_nobody_awaits_any_more_is_not_written() -> None:
+    made = Made()
+    one = made.send(1)
+    made.requests.cancel()
+    one.send()
+    one.set_result(Outcome("ok"))
+    assert made.written == [] and made.outcomes.concluded == []
+    await asyncio.wait_for(made.sidecar.drain(), seconds(5))
+
+
+async def test_fault_in_a_conclusion_is_reported_and_keeps_no_other_answer_from_its_own() -> None:
+    made, reported = Made(), list[Any]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context["exception"]))
+    one, other = made.send(1), made.send(2)
+    one.set_result(Outcome("ok", detail="a fault"))
+    other.set_result(Outcome("ok"))
+    assert made.outcomes.concluded == [(2, "ok", False)] and not made.requests
+    assert [str(error) for error in reported] == ["a fault"]
+
+
+async def test_room_wakes_its_taker_and_announces_an_attempt_in_one_turn() -> None:
+    made = Made()
+    one = made.send(1)
+    assert made.requests.has_room(PLUGIN)
+    made.send(2)
+    taker = asyncio.create_task(made.requests.slot(PLUGIN))
+    await asyncio.sleep(0)
+    assert not taker.done()
+    one.set_result(Outcome("ok"))
+    assert made.scheduled == 1, "its attempt is sent in the turn in which it runs"
+    await asyncio.wait_for(taker, seconds(5))
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["alone", "beside others"])
+async def test_drain_waits_for_every_answer(several: bool) -> None:
+    made = Made()
+    requests = [made.send(seq) for seq in ((1, 2) if several else (1,))]
+    draining = asyncio.create_task(made.sidecar.drain())
+    for one in requests:
+        await asyncio.sleep(0)
+        assert not draining.done()
+        one.set_result(Outcome("ok"))
+    await asyncio.wait_for(draining, seconds(5))
