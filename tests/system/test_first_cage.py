@@ -10,10 +10,10 @@ from tests.system.daemon import daemon, wait_for, write_plugin
 
 def test_reload_that_comes_upon_the_first_plugin_goes_on_with_it(tmp_path: Path) -> None:
     with daemon() as d:
-        folder = write_plugin(tmp_path / "first")
-        adding, reloading = d.begin("plugin", "add", str(folder), "--yes"), d.begin("reload")
-        for one in (reloading, adding):
-            assert one.wait(seconds(120)) == 0, one.communicate()
+        adding = d.begin("plugin", "add", str(write_plugin(tmp_path / "first")), "--yes")
+        wait_for(lambda: d.service_pid("broker.service", missing_ok=True))
+        d.cli("reload")
+        assert adding.wait(seconds(60)) == 0, adding.communicate()
         d.cli("plugin", "start", "first")
         wait_for(lambda: d.json("plugin", "show", "first")["state"] == "running")
         found = d.json("status")
