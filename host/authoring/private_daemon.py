@@ -95,6 +95,11 @@ class PrivateDaemon:
         if self._recorder is not None:
             self._recorder.hide(secrets)
 
+    def settle(self) -> None:
+        """Have told what the recorder has seen until now."""
+        if self._recorder is not None:
+            self._recorder.settle()
+
     def client(self, timeout: float | None = 150.0) -> Client:
         """A new connection to it."""
         return Client(self.root, timeout=timeout)

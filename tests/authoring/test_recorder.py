@@ -12,6 +12,7 @@ import socket
 import subprocess
 import textwrap
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -289,12 +290,35 @@ def test_user_of_the_host_neither_uses_nor_poisons_a_recorder(direct: Direct, tm
         target = f"127.0.0.1:{server.server_port}"
         assert direct.connect(target) == b""  # before there is a broker
         direct.recorder._order({"peer": os.getuid() + 1})
-        direct.recorder.hide({})  # it has heard both
         assert direct.connect(target) == b""
         direct.recorder._order({"peer": os.getuid()})
-        direct.recorder.hide({})
         assert direct.connect(target).startswith(b"HTTP/1.1 200 Connected")
         server.shutdown()
+
+
+def test_what_was_exchanged_is_told_before_what_came_of_it(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def slow(exchange: Mapping[str, Any]) -> None:
+        time.sleep(0.1)
+        told.append(exchange["url"])
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs, theirs.makefile("rwb", buffering=0) as reports:
+        recorder = Recorder(tmp_path / "answers.jsonl", told.append, slow)
+        recorder._control = ours
+        hearing = threading.Thread(target=recorder._hear)
+        hearing.start()
+        settling = threading.Thread(target=recorder.settle)
+        settling.start()
+        reports.write(b'{"exchange": {"url": "https://hooks.example.com/"}}\n')
+        assert reports.readline() == b"{}\n"
+        reports.write(b'{"heard": true}\n')
+        settling.join()
+        assert told == ["https://hooks.example.com/"]
+        theirs.shutdown(socket.SHUT_WR)
+        hearing.join()
+        recorder.settle()  # of one that has ended, nothing comes
 
 
 def test_key_of_the_authority_leaves_no_process(direct: Direct, tmp_path: Path) -> None:

@@ -143,6 +143,7 @@ class Session:
         answer = send(
             client, self._loader.registered, event, payload, self._plan.timeout, given_up=self._saved.is_set
         )  # fmt: skip
+        self._daemon.settle()  # the requests of an event are told before its answer
         self._screen.answered(answer)
 
     # Threads

@@ -134,12 +134,12 @@ class Exchanges:
                 client.send(h11.Data(data=piece))
                 if len(kept) <= MOST_BODY:
                     kept += piece
+            self._show(request, answer.status_code, body)  # before the program has all of its answer, and goes on
             client.send(h11.EndOfMessage())
         except _UpstreamError as error:
             # As if the other side had broken off: a program has to live with that, too.
             self.note(name, f"did not answer {request.method} {request.url}: {error}")
             raise ConnectionAbortedError from None
-        self._show(request, answer.status_code, body)
         headers = [(key.decode("latin-1"), value.decode("latin-1")) for key, value in answer.headers]
         plain = _plain(bytes(kept), headers) if len(kept) <= MOST_BODY else None
         if plain is None:

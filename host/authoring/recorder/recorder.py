@@ -61,7 +61,7 @@ class Recorder:
         self._certificate: str | None = None
         self._fault: str | None = None
         self._heard = threading.Condition()
-        self._known = 0
+        self._ordered = self._obeyed = 0
         self._control: socket.socket | None = None
 
     @property
@@ -110,9 +110,12 @@ class Recorder:
 
     def hide(self, secrets: Mapping[str, str]) -> None:
         """Keep these values out of the recording, from now on."""
-        before = self._known
         self._order({"secrets": dict(secrets)})
-        self._wait_for(lambda: self._known > before)
+
+    def settle(self) -> None:
+        """Take every report that was made until now, unless the recorder has ended."""
+        with contextlib.suppress(IsolatorError):
+            self._order({})
 
     def _start(self, listener: socket.socket, paths: Paths, uid: int, stack: contextlib.ExitStack) -> None:
         paths.cache.mkdir(parents=True, exist_ok=True)
@@ -177,7 +180,7 @@ class Recorder:
         with self._heard:
             self._certificate = report.get("certificate", self._certificate)
             self._fault = report.get("fault", self._fault)
-            self._known += report.get("known", False)
+            self._obeyed += report.get("heard", False)
             self._heard.notify_all()
 
     def _keep(self, line: str) -> None:
@@ -202,9 +205,12 @@ class Recorder:
                 )
 
     def _order(self, order: Mapping[str, Any]) -> None:
+        """Have an order carried out; raises IsolatorError. Reports of before are taken by then."""
         assert self._control is not None
         with contextlib.suppress(OSError):  # its end is noticed elsewhere
             self._control.sendall(json.dumps(order).encode() + b"\n")
+        self._ordered = number = self._ordered + 1
+        self._wait_for(lambda: self._obeyed >= number)
 
     def _write(self) -> None:
         """Write what was recorded, as a file of the user's who has called sudo."""

@@ -54,7 +54,7 @@ class Recorder:
                 self._peer = order.get("peer", self._peer)
                 if "secrets" in order:
                     self._exchanges.know(order["secrets"])
-                    self._tell({"known": True})
+                self._tell({"heard": True})
 
     def _tell(self, report: Report) -> None:
         with self._lock, contextlib.suppress(OSError):
