@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from host.channel.reply import LostError, NotSentError, Outcome
 from host.delivery.attempts import Attempt
-from host.delivery.outcome import Outcomes
+from host.delivery.outcome import Outcomes, judged
 from host.delivery.sidecar import SidecarLink
 from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
@@ -127,7 +127,7 @@ class Requests(Generic[A]):
             if isinstance(answer, (LostError, NotSentError)):
                 outcome, broken = Outcome("unknown", detail=str(answer)), isinstance(answer, LostError) and answer.crash
             else:
-                outcome = self._judge(answer)
+                outcome = judged(lambda: self._judge(answer))
             self.outcomes.conclude(one.plugin, one.delivery, one.run, outcome, latency, broken=broken)
         except Exception as error:  # this attempt's; those whose answers come with it go on
             asyncio.get_running_loop().call_exception_handler(
