@@ -141,11 +141,11 @@ class Requests(Generic[A]):
         self._requests.clear()
 
     def pass_on(self, numbers: Collection[str] | None = None) -> dict[str, RequestState]:
-        """Hand on the requests in flight, of all or these numbers, by number; none is awaited here any more."""
+        """Hand on what is written of all requests, or of these numbers, by number; none is awaited here any more."""
         states = {
             number: RequestState(seq=one.delivery.seq, run=one.run, sent_ns=one.sent_ns)
             for number, one in self._requests.items()
-            if numbers is None or number in numbers
+            if one.write is None and (numbers is None or number in numbers)
         }
         self.cancel()
         return states

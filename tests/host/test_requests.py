@@ -93,6 +93,16 @@ async def test_request_that_nobody_awaits_any_more_is_not_written() -> None:
     await asyncio.wait_for(made.sidecar.drain(), seconds(5))
 
 
+async def test_request_that_is_not_written_yet_is_not_handed_on() -> None:
+    """The next host would await an answer to what nobody has asked; it repeats the delivery as after a crash."""
+    made = Made()
+    made.send(1).send()
+    late = made.send(2)
+    assert [*made.requests.pass_on()] == ["n1"]
+    late.send()
+    assert made.written == ["n1"]
+
+
 async def test_fault_in_a_conclusion_is_reported_and_keeps_no_other_answer_from_its_own() -> None:
     made, reported = Made(), list[Any]()
     asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context["exception"]))
