@@ -198,6 +198,7 @@ def no_rules(_: Plan, cage: WeakenedCage) -> None:
         netns.in_network(cage.network.netns_fd, flush)
 
     cage._network.load = load_and_flush
+    cage._network.is_loaded = lambda _: False  # or those that were loaded ahead stay
 
 
 # --- the pretend host ----------------------------------------------------------------------------------------
