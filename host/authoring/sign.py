@@ -44,23 +44,17 @@ def sign(file: str | None, key: str | None, new_key: str | None, public: bool, a
     """
     if new_key is not None and not (file or key or public):
         made = _new_key(Path(new_key))
-        _say(
-            {"key": new_key, "public": made},
-            f"wrote {new_key}; its public half, the key in [trust.publishers.YOU] of a host.toml:\n{made}",
-            as_json,
-        )
+        done: dict[str, Any] = {"key": new_key, "public": made}
+        text = f"wrote {new_key}; its public half, the key in [trust.publishers.YOU] of a host.toml:\n{made}"
     elif key is not None and public and not (file or new_key):
-        half = public_half(read_key(Path(key)))
-        _say({"public": half}, half, as_json)
+        text = public_half(read_key(Path(key)))
+        done = {"public": text}
     elif key is not None and file is not None and not (public or new_key):
-        signed = sign_package(Path(file), read_key(Path(key)))
-        _say(signed, f"signed {signed['name']} {signed['version']} with {signed['public']}", as_json)
+        done = sign_package(Path(file), read_key(Path(key)))
+        text = f"signed {done['name']} {done['version']} with {done['public']}"
     else:
         raise UsageError("sign", "takes FILE --key KEY, or --new-key KEY, or --public --key KEY", "see --help")
-
-
-def _say(found: dict[str, Any], text: str, as_json: bool) -> None:
-    print_result(found, text, as_json=as_json)
+    print_result(done, text, as_json=as_json)
 
 
 def sign_package(path: Path, key: Ed25519PrivateKey) -> dict[str, Any]:

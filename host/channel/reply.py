@@ -225,4 +225,4 @@ def shown(text: str, redact: Callable[[str], str], most: int = 400) -> str:
 def _seconds(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
         return None
-    return max(SHORTEST_PAUSE, float(min(value / 1000, 600.0)))
+    return max(SHORTEST_PAUSE, min(value, 600_000) / 1000)  # a larger integer may be none that a float can hold

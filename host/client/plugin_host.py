@@ -17,7 +17,7 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from host.client.terms import our_errors, published_error
 from isolator.audit.record import Record, parse
@@ -56,13 +56,17 @@ class PluginHost(AsyncClient):
 
         Raises UnavailableError when none runs there, DeniedError when this user cannot reach its socket.
         """
-        host = cls(Paths.of(root).control_socket)
-        with our_errors():
-            await host.open()
-        try:
+        async with cls(Paths.of(root).control_socket) as host:
             yield host
-        finally:
-            await host.close()
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def open(self) -> None:
+        """As ``AsyncClient.open``."""
+        with our_errors():
+            await super().open()
 
     async def register_event(
         self,

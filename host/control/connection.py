@@ -56,7 +56,7 @@ class Connection(LineProtocol):
         super().connection_made(transport)
         pid, uid, _ = peer_ids(transport.get_extra_info("socket"))
         self._caller = Caller(
-            uid, pid, self._server.role_of(uid), self._server.may_call(uid), self._notify, self._narrow, self._cut
+            uid, pid, self._server.role_of(uid), self._server.may_call(uid), self._notify, self._narrow, self.cut
         )
         self._caller.drained.set()
         self._caller.is_console = uid == self._server.console
@@ -177,10 +177,6 @@ class Connection(LineProtocol):
             error = IsolatorError("event", f"{type(error).__name__}: {error}", "please report it")
         self._answer(number, result=result, error=error)
         self._closed_one()
-
-    def _cut(self) -> None:
-        if self.transport is not None:
-            self.transport.abort()
 
     def _narrow(self, size: int) -> None:
         if self.transport is not None:

@@ -394,9 +394,10 @@ class Store:
     def _start_sync(self, *, one_has_ended: bool = False) -> None:
         """Begin the sync that operations wait for; a checkpoint that is due begins where a sync has ended.
 
-        So it takes its turn from nobody who waits alone, and under load it has its turn all the same.
+        So it takes its turn from nobody who waits alone, and under load it has its turn all the same; with any sync
+        once the log is large.
         """
-        checkpoint = self._checkpoint_due and (one_has_ended or not self._gathering)
+        checkpoint = self._checkpoint_due and (one_has_ended or not self._gathering or self._wal.size > self._wal_high)
         if self._syncing or not (self._gathering or checkpoint):
             return
         self._syncing = True

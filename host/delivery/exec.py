@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from host.channel.exit_codes import OK, outcome_of
 from host.channel.reply import STREAM_MESSAGE, NotSentError, Outcome, event_params
 from host.delivery.modes import Mode, Parts
+from host.delivery.outcome import judged
 from host.delivery.sidecar import RENEWED
 from host.fence.fences import NO_LEASE
 from host.plugins.registry import Plugin
@@ -166,7 +167,7 @@ class ExecDelivery(Mode):
         self.parts.end_invocation(name, invocation.run)
         line = await self.parts.logs.last_line(invocation.run)
         last_words = await self.parts.logs.stderr_tail(name, invocation.run) if ended.exit_code != OK else []
-        self._conclude(invocation, outcome_of(ended, line, last_words[-1] if last_words else ""))
+        self._conclude(invocation, judged(lambda: outcome_of(ended, line, last_words[-1] if last_words else "")))
 
     def _conclude(self, invocation: _Invocation, outcome: Outcome) -> None:
         del self._invocations[invocation.run]

@@ -13,6 +13,7 @@ from host.channel.cloud_events import GONE, event_headers, outcome_of, sign
 from host.channel.http import Headers, HttpExchange, HttpState, Response, write_request
 from host.channel.reply import STREAM_MESSAGE, LostError, NotSentError, params_text
 from host.delivery.modes import Mode, Parts
+from host.delivery.outcome import judged
 from host.plugins.manifest import Transport
 from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
@@ -153,8 +154,9 @@ class HttpDelivery(Mode):
         if cancelled:  # the worker ends
             return
         try:
-            outcome = outcome_of(reply.result())
-            if reply.result().status == GONE:
+            response = reply.result()
+            outcome = judged(lambda: outcome_of(response))
+            if response.status == GONE:
                 self._tasks.run(f"pause of {post.plugin.name}", self._pause(post), expected=(IsolatorError,))
         except LostError as error:
             outcome, broken = error.outcome, error.crash

@@ -118,4 +118,4 @@ class McpDelivery(Mode):
         self, plugin: Plugin | None, deliveries: Mapping[int, Delivery], state: Any, descriptors: Descriptors
     ) -> None:
         for one in self._requests.take_over(plugin, deliveries, state.requests):
-            self.parts.servers().awaited.setdefault(one.plugin.name, {})[one.number] = self._reply(one)
+            self.parts.servers().awaited[one.number] = self._reply(one)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from host.channel.oneshot import Exchange, ExchangeState
 from host.channel.reply import LostError, NotSentError, oneshot_request, read_reply
-from host.delivery.outcome import Outcomes
+from host.delivery.outcome import Outcomes, judged
 from host.delivery.sidecar import RENEWED, SidecarLink
 from host.events import Catalogue
 from host.plugins.registry import Plugin
@@ -112,7 +112,8 @@ class OneshotDelivery:
         self._sidecar.status = "in_flight"
         broken = False
         try:
-            outcome = read_reply(await exchange.reply)
+            reply = await exchange.reply
+            outcome = judged(lambda: read_reply(reply))
         except LostError as error:
             outcome, broken = error.outcome, error.crash
         finally:

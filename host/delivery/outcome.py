@@ -50,6 +50,19 @@ class Attempted(NamedTuple):
     at: float
 
 
+def judged(judge: Callable[[], Outcome]) -> Outcome:
+    """What an answer means, as ``judge`` says. Where that fails, it is reported, and so has the attempt failed.
+
+    An attempt without an outcome would be in flight for good, and hold back all that follow in the order of its key.
+    """
+    try:
+        return judge()
+    except Exception as error:
+        context = {"message": "an answer could not be judged", "exception": error}
+        asyncio.get_running_loop().call_exception_handler(context)
+        return Outcome("failed", "bad_reply", f"it cannot be judged: {type(error).__name__}")
+
+
 @dataclass(frozen=True, slots=True)
 class _Ended:
     """An attempt that has ended, as ``conclude`` has it."""

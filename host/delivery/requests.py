@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from host.channel.reply import LostError, NotSentError, Outcome
 from host.delivery.attempts import Attempt
-from host.delivery.outcome import Outcomes
+from host.delivery.outcome import Outcomes, judged
 from host.delivery.sidecar import SidecarLink
 from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
@@ -127,7 +127,7 @@ class Requests(Generic[A]):
             if isinstance(answer, (LostError, NotSentError)):
                 outcome, broken = Outcome("unknown", detail=str(answer)), isinstance(answer, LostError) and answer.crash
             else:
-                outcome = self._judge(answer)
+                outcome = judged(lambda: self._judge(answer))
             self.outcomes.conclude(one.plugin, one.delivery, one.run, outcome, latency, broken=broken)
         except Exception as error:  # this attempt's; those whose answers come with it go on
             asyncio.get_running_loop().call_exception_handler(
@@ -141,11 +141,11 @@ class Requests(Generic[A]):
         self._requests.clear()
 
     def pass_on(self, numbers: Collection[str] | None = None) -> dict[str, RequestState]:
-        """Hand on the requests in flight, of all or these numbers, by number; none is awaited here any more."""
+        """Hand on what is written of all requests, or of these numbers, by number; none is awaited here any more."""
         states = {
             number: RequestState(seq=one.delivery.seq, run=one.run, sent_ns=one.sent_ns)
             for number, one in self._requests.items()
-            if numbers is None or number in numbers
+            if one.write is None and (numbers is None or number in numbers)
         }
         self.cancel()
         return states

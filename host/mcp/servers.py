@@ -35,6 +35,7 @@ from isolator.ipc.succession import Departure, Descriptors
 from isolator.policy.model import canonical_json
 
 MODE = "mcp"
+_NO_SESSION = "its session has ended"
 
 
 class ServersState(Body):
@@ -64,8 +65,8 @@ class Servers(Sessions):
         """By caller's uid and its key of the call."""
         self._unsent: dict[tuple[int, str], asyncio.Task[Any]] = {}
         """Tasks whose calls wait for their server, likewise."""
-        self.awaited: dict[str, dict[str, Reply]] = {}
-        """By plugin and id, the answers that events wait for, of requests that another host has sent."""
+        self.awaited: dict[str, Reply] = {}
+        """The answers that events wait for, by the ids of requests that another host has sent."""
 
     def forget(self, name: str) -> None:
         """Forget a plugin that was removed."""
@@ -294,14 +295,17 @@ class Servers(Sessions):
         return ServersState(sessions=states, calls=calls)
 
     async def take_over(self, state: ServersState, descriptors: Descriptors) -> None:
-        """Go on with the sessions of another host; ``awaited`` has what events wait for."""
+        """Go on with the sessions of another host; ``awaited`` has what events wait for.
+
+        A request that no session brings along is lost: that was being stopped, or the request was not written yet.
+        """
         loop = asyncio.get_running_loop()
         for name, one in state.sessions.items():
             plugin = self._registry.get(name)
             if plugin is None:
                 continue
             session = self._new_session(plugin, one.run)
-            awaited = self.awaited.pop(name, {})
+            awaited = {number: self.awaited.pop(number) for number in one.deadlines if number in self.awaited}
             for call in state.calls:
                 if call.plugin == name and call.number in one.deadlines:
                     awaited[call.number] = loop.create_future()
@@ -312,10 +316,13 @@ class Servers(Sessions):
                     self._own(name, one.run, self._greet(name, session))
                 else:
                     self._sessions[name] = session
+        unanswered, self.awaited = self.awaited, {}
+        for reply in unanswered.values():
+            reply.set_exception(LostError(_NO_SESSION))
         for call in state.calls:
             if (call.uid, call.key) not in self._calls:  # not to be sent again, to another run
                 lost = loop.create_future()
-                lost.set_exception(LostError("its session has ended"))
+                lost.set_exception(LostError(_NO_SESSION))
                 keep_until_asked_for(self._calls, Sent(call, None, lost), self._record)
 
 

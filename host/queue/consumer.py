@@ -12,6 +12,8 @@ from host.queue.lane import Lane
 
 _PREFETCH = 64
 """Payloads that are read back together."""
+AT_ONCE = 64
+"""Deliveries that are taken before others have a turn: of a backlog that is given up none is waited for."""
 
 
 class DeliveryRows(Protocol):
@@ -43,6 +45,8 @@ class SqliteConsumer:
         self._timer: asyncio.TimerHandle | None = None
         self._on_delivery_pending: Callable[[], bool] | None = None
         self._closed = False
+        self._at_once = 0
+        """Deliveries that were taken since others had a turn."""
         self._in_flight: dict[int, Delivery] = {}
         """Deliveries that another host has sent, until they are taken again."""
         self.reserved = 0
@@ -88,10 +92,15 @@ class SqliteConsumer:
     async def take(self, on_delivery_pending: Callable[[], bool] | None = None) -> Delivery:
         loop = asyncio.get_running_loop()
         while True:
+            if self._at_once == AT_ONCE:
+                self._at_once = 0
+                await asyncio.sleep(0)
             delivery = self._lane.pop(loop.time())
             if delivery is None:
+                self._at_once = 0
                 await self._wait(loop, on_delivery_pending)
                 continue
+            self._at_once += 1
             if delivery.event is None:
                 self._load(delivery)
             if delivery.expires <= loop.time():

@@ -205,8 +205,13 @@ class LineProtocol(asyncio.Protocol):
         self.flush()
         if self.transport is not None:
             if self.transport.get_write_buffer_size():
-                self._loop.call_later(LINGER, self.transport.abort)
+                self._loop.call_later(LINGER, self.cut)
             self.transport.close()
+
+    def cut(self) -> None:
+        """Close at once, if it is not closed by now; what was not sent is dropped."""
+        if self.transport is not None:
+            self.transport.abort()
 
     def _read_lines(self) -> None:
         start = 0

@@ -243,6 +243,13 @@ def test_pause_that_a_plugin_asks_for_has_a_floor(wait: float) -> None:
     assert interpret({"result": {"status": "retry", "retry_after_ms": wait}})[3] == SHORTEST_PAUSE
 
 
+@pytest.mark.parametrize("wait", [600_001, 10**400], ids=["long", "too large for a float"])
+def test_pause_that_a_plugin_asks_for_has_a_ceiling(wait: int) -> None:
+    busy = {"error": {"code": BUSY, "message": "busy", "data": {"retry_after_ms": wait}}}
+    assert interpret(busy)[3] == 600
+    assert interpret({"result": {"status": "retry", "retry_after_ms": wait}})[3] == 600
+
+
 FAULT = """if True:
     from host.delivery.oneshot import OneshotDelivery
     deliver = OneshotDelivery.deliver

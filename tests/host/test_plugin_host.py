@@ -167,6 +167,14 @@ async def test_every_verb_of_the_client_raises_the_projects_errors(control: tupl
         writer.close()
 
 
+async def test_host_that_is_not_there_is_the_projects_error_however_it_is_opened(shared_dir: Path) -> None:
+    with pytest.raises(UnavailableError):
+        await PluginHost(root=shared_dir).open()
+    with pytest.raises(UnavailableError):
+        async with PluginHost(root=shared_dir):
+            pass
+
+
 async def test_a_record_of_the_trail_that_is_none_is_the_projects_error(control: tuple[Control, Path]) -> None:
     server, root = control
     async with PluginHost.connect(root) as host:

@@ -546,6 +546,28 @@ async def test_log_is_bounded_also_while_a_checkpoint_takes_long(
     await store.close()
 
 
+async def test_log_is_bounded_also_while_each_answer_brings_the_next_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wal, "HIGH", 1 << 20)
+    store, left, ended = Store(tmp_path / "host.db"), iter(range(400)), asyncio.Event()
+
+    def write(db: sqlite3.Connection) -> None:
+        db.execute("INSERT OR REPLACE INTO kv VALUES ('p', 'k', ?, NULL)", ("x" * 8000,))
+
+    def go_on(_: object, __: object) -> None:  # a sync is begun before a checkpoint that is due can be
+        if next(left, None) is None:
+            ended.set()
+        else:
+            store.submit(write, go_on, durable=True)
+
+    with _largest_log(store) as largest:
+        go_on(None, None)
+        await asyncio.wait_for(ended.wait(), 60)
+    assert largest[0] < wal.HIGH + (64 << 10)
+    await store.close()
+
+
 async def test_events_wait_for_no_checkpoint_that_is_due_while_another_takes_long(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

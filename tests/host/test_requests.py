@@ -46,7 +46,13 @@ class Made:
         self.outcomes = Concluded(SimpleNamespace(begin=self.begun.append, schedule=self._schedule))
         runs: Runs = ABSENT
         self.sidecar = SidecarLink("caller", runs, ABSENT, Fence())
-        self.requests = Requests[Outcome](self.sidecar, self.outcomes, lambda outcome: outcome)
+        self.requests = Requests[Outcome](self.sidecar, self.outcomes, self._judge)
+
+    @staticmethod
+    def _judge(answer: Outcome) -> Outcome:
+        if answer.detail == "beyond judgement":
+            raise OverflowError(answer.detail)
+        return answer
 
     def _schedule(self) -> None:
         self.scheduled += 1
@@ -87,6 +93,16 @@ async def test_request_that_nobody_awaits_any_more_is_not_written() -> None:
     await asyncio.wait_for(made.sidecar.drain(), seconds(5))
 
 
+async def test_request_that_is_not_written_yet_is_not_handed_on() -> None:
+    """The next host would await an answer to what nobody has asked; it repeats the delivery as after a crash."""
+    made = Made()
+    made.send(1).send()
+    late = made.send(2)
+    assert [*made.requests.pass_on()] == ["n1"]
+    late.send()
+    assert made.written == ["n1"]
+
+
 async def test_fault_in_a_conclusion_is_reported_and_keeps_no_other_answer_from_its_own() -> None:
     made, reported = Made(), list[Any]()
     asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context["exception"]))
@@ -95,6 +111,15 @@ async def test_fault_in_a_conclusion_is_reported_and_keeps_no_other_answer_from_
     other.set_result(Outcome("ok"))
     assert made.outcomes.concluded == [(2, "ok", False)] and not made.requests
     assert [str(error) for error in reported] == ["a fault"]
+
+
+async def test_answer_that_cannot_be_judged_is_a_failed_attempt() -> None:
+    """Else its delivery would be in flight for good, and with it all that follow in the order of its key."""
+    made, reported = Made(), list[Any]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context["exception"]))
+    made.send(1).set_result(Outcome("ok", detail="beyond judgement"))
+    assert made.outcomes.concluded == [(1, "failed", False)]
+    assert [str(error) for error in reported] == ["beyond judgement"]
 
 
 async def test_room_wakes_its_taker_and_announces_an_attempt_in_one_turn() -> None:

@@ -64,6 +64,14 @@ if len(waiting) == 8:
         assert json.loads(delivery["reply"])["result"]["message"] == f"p{number}"
 
 
+async def test_pause_of_any_length_holds_no_key_for_good(daemon: Daemon) -> None:
+    huge = 10**400
+    script = stream(f"send(id=id, result={{'status': 'retry', 'retry_after_ms': {huge}}})")
+    _add(daemon, "patient", script, delivery={"attempts": 1})
+    delivery = await _only(daemon)
+    assert (delivery["state"], delivery["status"]) == ("dead", "retry")
+
+
 async def test_one_key_is_never_in_flight_twice(daemon: Daemon) -> None:
     body = """
 seen = globals().setdefault("seen", [])

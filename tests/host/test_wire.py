@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -156,6 +157,23 @@ async def test_messages_of_one_turn_are_one_write_and_stay_in_order() -> None:
     protocol.close()
     await asyncio.sleep(0)
     assert transport.writes[2:] == [b"4\n", b"5\n", b"6\n"]
+
+
+async def test_connection_that_is_read_to_its_end_as_it_closes_is_cut_no_more(
+    reader: tuple[Reader, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each one would be a fault in the daemon's log, at a stranger's wish."""
+    protocol, peer = reader
+    loop, reported, due = asyncio.get_running_loop(), list[Any](), asyncio.Event()
+    loop.set_exception_handler(lambda _, context: reported.append(context))
+    monkeypatch.setattr(lines, "LINGER", 0.05)
+    protocol.send(bytes(1 << 20))
+    protocol.close()
+    while await loop.sock_recv(peer, 1 << 16):
+        pass
+    loop.call_later(lines.LINGER, due.set)
+    await asyncio.wait_for(due.wait(), seconds(20))
+    assert not reported
 
 
 async def test_message_of_the_turn_in_which_the_peer_ends_is_written(reader: tuple[Reader, socket.socket]) -> None:

@@ -13,9 +13,10 @@ from typing import Any, cast
 
 import pytest
 
+from host.channel.reply import LostError
 from host.mcp.calls import CallState
 from host.mcp.servers import Servers, ServersState
-from host.mcp.session import SessionState
+from host.mcp.session import Reply, SessionState
 from host.wire import mcp as protocol
 from host.wire.lines import LineState
 from isolator.errors import UnavailableError, UsageError
@@ -81,6 +82,18 @@ async def test_call_that_has_run_out_of_time_on_the_way_is_not_sent_again(taken_
     with pytest.raises(UnavailableError, match="nobody knows what it has done"):
         await asyncio.wait_for(servers.call("srv", "t", {}, CALL.uid, CALL.key, None), 60)
     assert audit.outcomes.get_nowait() == ("unknown", None)
+    servers.close()
+
+
+@pytest.mark.parametrize("session", ["is over", "lacks it"])
+async def test_event_whose_request_came_with_no_session_is_not_awaited(taken_over: Taken, session: str) -> None:
+    """It was being stopped, or the request was not written yet: nobody would answer it, at any time."""
+    servers, _, _, state, descriptors = taken_over
+    reply: Reply = asyncio.get_running_loop().create_future()
+    servers.awaited["n2"] = reply
+    await servers.take_over(state if session == "lacks it" else ServersState(sessions={}, calls=()), descriptors)
+    with pytest.raises(LostError, match="its session has ended"):
+        await asyncio.wait_for(reply, 5)
     servers.close()
 
 
