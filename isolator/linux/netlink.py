@@ -221,7 +221,9 @@ class Generations:
         """The number now; raises OSError."""
         self.drain()
         self._turn += 1
-        self._sock.send(_generation_request(_NLM_F_ACK, self._turn))
+        kind = (_NFNL_SUBSYS_NFTABLES << 8) | _NFT_MSG_GETGEN
+        body = struct.pack("!BBH", socket.AF_UNSPEC, 0, 0)
+        self._sock.send(struct.pack("=IHHII", 16 + len(body), kind, _NLM_F_REQUEST | _NLM_F_ACK, self._turn, 0) + body)
         number: bytes | None = None
         while True:  # the kernel has answered before ``send`` returns; a change that came first is told first
             packet = self._receive()
@@ -236,24 +238,6 @@ class Generations:
                     raise OSError(error, f"the kernel did not tell its nftables generation: {os.strerror(error)}")
                 return int(struct.unpack("!I", number)[0])
 
-    def commit(self, batch: bytes) -> int:
-        """Send a batch that libnftables has made (``isolator.linux.nft_batch``); returns the generation that it makes.
-
-        The kernel takes it whole or not at all; raises OSError with the reason. Of a batch without its end, and where
-        no memory is left to say so, it tells no error.
-        """
-        before = self.current()
-        self._sock.send(batch)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                for kind, content in _messages(self._receive()):
-                    error = -struct.unpack_from("=i", content)[0] if kind == _NLMSG_ERROR else 0
-                    if error:
-                        raise OSError(error, f"netlink batch: {os.strerror(error)}")
-        if (made := self.current()) == before:
-            raise OSError(errno.EIO, "netlink batch: it has changed nothing")
-        return made
-
     def _receive(self) -> bytes:
         while True:
             try:
@@ -265,19 +249,6 @@ class Generations:
     def close(self) -> None:
         """Close the socket; harmless when repeated."""
         self._sock.close()
-
-
-def generation_answer() -> bytes:
-    """The kernel's answer to a question for the generation that has the number 0, as the library's; raises OSError."""
-    with _open(NETLINK_NETFILTER) as sock:
-        sock.send(_generation_request(0, 0))
-        return sock.recv(65536)
-
-
-def _generation_request(flags: int, turn: int) -> bytes:
-    kind = (_NFNL_SUBSYS_NFTABLES << 8) | _NFT_MSG_GETGEN
-    body = struct.pack("!BBH", socket.AF_UNSPEC, 0, 0)
-    return struct.pack("=IHHII", 16 + len(body), kind, _NLM_F_REQUEST | flags, turn, 0) + body
 
 
 def _open(family: int) -> socket.socket:

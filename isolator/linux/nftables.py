@@ -18,9 +18,6 @@ import threading
 
 LIBRARY = "libnftables.so.1"
 
-OWN_SOCKET = 0
-"""Number of a context's socket in the table of a thread that is not the main one: the lowest, which is made free."""
-
 _CLONE_FILES = 0x400
 
 _OUTPUT_STATELESS = 1 << 2  # no counters, no state of limits: two listings of one ruleset are equal
@@ -106,4 +103,4 @@ def _have_low_numbers() -> None:
         number = ctypes.get_errno()
         raise OSError(number, f"unshare(CLONE_FILES): {os.strerror(number)}")
     with contextlib.suppress(OSError):
-        os.close(OWN_SOCKET)  # of the copy
+        os.close(0)  # of the copy

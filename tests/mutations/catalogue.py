@@ -527,24 +527,6 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
-        "isolator/layers/network/loading.py",
-        (
-            "a recording counts whatever rules it makes",
-            "if list_ruleset() == wanted:",
-            "if wanted:",
-            "layers/test_network_loading.py::test_recording_that_makes_other_rules_is_not_used",
-        ),
-    ),
-    *_mutations(
-        "isolator/linux/netlink.py",
-        (
-            "rules that the kernel has dropped count as loaded",
-            "if (made := self.current()) == before:",
-            "if (made := self.current()) < before:",
-            "layers/test_network_loading.py::test_batch_that_the_kernel_drops_in_silence_gives_way_to_the_library",
-        ),
-    ),
-    *_mutations(
         "isolator/layers/network/ruleset.py",
         (
             "the broker's listener takes direct connections",

@@ -26,7 +26,6 @@ from typing import TypeVar
 from isolator.base.structs import struct_class
 from isolator.errors import ConfinementError, UnavailableError
 from isolator.layers.base import Control, Kept
-from isolator.layers.network import loading
 from isolator.layers.network.ruleset import PORT, TABLE, render
 from isolator.linux import netlink, netns, nftables
 from isolator.linux.files import write_file
@@ -169,7 +168,7 @@ def confirm(network: CageNetwork, policy: NetworkPolicy) -> None:
         generation = network.generations.current()
         if generation == network.generation:
             return
-        found = _inside(network, loading.list_ruleset)
+        found = _inside(network, _list_ruleset)
     except OSError as error:
         raise ConfinementError("network", f"the ruleset cannot be read back: {error}", _remedy(error)) from error
     if not network.ruleset or found != network.ruleset:
@@ -196,7 +195,7 @@ _MOST_READ = 256
 
 def _read_back(network: CageNetwork) -> None:
     """Note the ruleset as it is given back, unless somebody has changed it. A plugin's is read at its first start."""
-    found = _read.get(network.loaded) or _inside(network, loading.list_ruleset)
+    found = _read.get(network.loaded) or _inside(network, _list_ruleset)
     if network.generations.current() != network.generation:
         return
     network.ruleset = found
@@ -306,7 +305,14 @@ def _ruleset(policy: NetworkPolicy) -> str:
 
 def _load(network: CageNetwork, text: str) -> None:
     """Load the rules, in a thread that is in the namespace: one transaction, taken whole or not at all."""
-    network.generation, network.loaded = loading.load(text, network.generations), text
+    with nftables.Nftables() as nft:
+        nft.run(text)
+    network.generation, network.loaded = network.generations.current(), text
+
+
+def _list_ruleset() -> str:
+    with nftables.Nftables() as nft:
+        return nft.run("list ruleset")
 
 
 def _open_sockets() -> list[socket.socket]:
