@@ -1,9 +1,9 @@
 """Warm pool: the parts of a cage that no plan changes, built before a start asks for them.
 
 A *spare* is a parked process (isolator.launcher.prefork), its v1 groups on a hybrid host, and a network namespace with
-the rules of its taker, or of the cage before: nearly all of what a start waits for. None of it belongs to a plugin yet,
-and nothing of a plugin has ever been in it; a spare is used once. ``take`` gives the one that is waiting, or makes one;
-``refill`` makes the next one when the daemon has had a moment's rest, so that a burst of starts is not slowed by it.
+the rules of the cage before: nearly all of what a start waits for. None of it belongs to a plugin yet, and nothing of a
+plugin has ever been in it; a spare is used once. ``take`` gives the one that is waiting, or makes one; ``refill`` makes
+the next one when the daemon has had a moment's rest, so that a burst of starts is not slowed by it.
 
 What is outside a process, the v1 groups, is journalled first, under a name that no plugin can have. The rest ends with
 its last descriptor: the parked process sees the end of its link, the namespace goes with its sockets.
@@ -131,7 +131,9 @@ class WarmPool:
         self._disposals: set[asyncio.Task[None]] = set()
 
     async def take(self, layers: frozenset[str], network: NetworkPolicy) -> Spare:
-        """A spare for a cage with these layers: the one that waits if it fits, or a new one, with the taker's rules.
+        """A spare for a cage with these layers: the one that waits if it fits, or a new one, without network rules.
+
+        The taker's own are loaded while the cage enters the rest, which is sooner than to wait for them here.
 
         Raises ConfinementError when this host cannot make it, UnavailableError while the launcher is away.
         """
@@ -143,7 +145,7 @@ class WarmPool:
                 if spare.layers == layers and spare.usable:
                     return spare
                 self._dispose(making)
-        return await self._made(self._begin(layers, hurried=True))
+        return await self._made(self._begin(layers, hurried=True, rules=False))
 
     async def _made(self, making: asyncio.Task[Spare]) -> Spare:
         """Wait for one; a taker that is cancelled does not end what is being made, which the next one gets."""
@@ -193,15 +195,15 @@ class WarmPool:
         """Make spares again after ``close``."""
         self._closed = False
 
-    def _begin(self, layers: frozenset[str], *, hurried: bool) -> asyncio.Task[Spare]:
-        return self._run(self._make(layers, hurried=hurried))
+    def _begin(self, layers: frozenset[str], *, hurried: bool, rules: bool = True) -> asyncio.Task[Spare]:
+        return self._run(self._make(layers, hurried=hurried, rules=rules))
 
     def _run(self, work: Coroutine[Any, Any, Spare]) -> asyncio.Task[Spare]:
         return self._tasks.run("making of a spare", work, expected=_EXPECTED)
 
-    async def _make(self, layers: frozenset[str], *, hurried: bool) -> Spare:
+    async def _make(self, layers: frozenset[str], *, hurried: bool, rules: bool = True) -> Spare:
         parking = new_parking(self._journal, self._subtree, layers)
-        return await _make_spare(self._launcher(), parking, self._rules(), hurried=hurried)
+        return await _make_spare(self._launcher(), parking, self._rules() if rules else None, hurried=hurried)
 
     def _rules(self) -> NetworkPolicy:
         """The policy whose rules a network gets ahead: the last taker's, or one that lets nothing out."""
@@ -228,8 +230,8 @@ class WarmPool:
         task.add_done_callback(self._disposals.discard)
 
 
-async def _make_spare(launcher: Launcher, parking: Parking, rules: NetworkPolicy, *, hurried: bool) -> Spare:
-    """A new spare, whose network has the rules of a policy.
+async def _make_spare(launcher: Launcher, parking: Parking, rules: NetworkPolicy | None, *, hurried: bool) -> Spare:
+    """A new spare, whose network has the rules of a policy, or none.
 
     Raises as ``WarmPool.take`` does, and nothing is left then, of what was made for it neither.
     Nobody cancels it: a process that was asked for comes, and a thread makes its network in any case.
