@@ -59,6 +59,16 @@ async def test_answer_that_fails_keeps_no_other_emitter_from_its_own(store: Stor
     assert failures == [broken]
 
 
+async def test_accepted_event_is_answered_then_recorded_then_dispatched(store: Store) -> None:
+    steps: list[str] = []
+    queue = SqliteQueue(store, on_accepted=lambda *_: steps.append("recorded"))
+    take = asyncio.create_task(queue.consumer("p").take())
+    take.add_done_callback(lambda _: steps.append("dispatched"))
+    queue.submit(_event(), [Subscriber("p", "k")], lambda *_: steps.append("answered"))
+    await take
+    assert steps == ["answered", "recorded", "dispatched"]
+
+
 async def test_listing_has_a_bound_and_says_what_it_leaves_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     queue = SqliteQueue(store)
     for name in ("old", "new"):
