@@ -127,6 +127,9 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[commands.EXECUTE] = "1"
     # CI ends a run that takes too long with SIGTERM: the clean-up of fixtures has to happen then, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # What nohup(1) ignores is inherited, and a daemon heeds it: with a handler, what is executed has the default.
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
     config.stash[_run] = _Run(worker=hasattr(config, "workerinput"))
 
 

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from host.database import files
-from host.database.schema import MIGRATIONS, SCHEMA, SCHEMA_VERSION
+from host.database.schema import INDEX, MIGRATIONS, SCHEMA, SCHEMA_VERSION
 from host.database.wal import Sync, WriteAheadLog
 from isolator.errors import IsolatorError, UnavailableError
 
@@ -125,6 +125,9 @@ class Store:
                 steps = SCHEMA if version == 0 else "".join(MIGRATIONS[v] for v in range(version, SCHEMA_VERSION))
                 # One transaction: interrupted at any instant, it is the old version or the new one.
                 connection.executescript(f"BEGIN IMMEDIATE;{steps}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
+            found = connection.execute("SELECT sql FROM sqlite_master WHERE name='deliveries_given_up'").fetchone()
+            if found != (INDEX,):
+                connection.executescript(f"BEGIN IMMEDIATE;DROP INDEX IF EXISTS deliveries_given_up;{INDEX};COMMIT;")
             # Writes that an earlier process never synced are made safe before anything is added behind them.
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             # One harmless write, so that the log file exists for the thread to open.

@@ -17,6 +17,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from host.events import OPERATIONAL
 from host.intake.intake import EventIntake
 from host.plugins.registry import Registry
 from host.queue.sqlite import SqliteQueue
-from isolator.audit import files, reader
+from isolator.audit import reader
 from isolator.audit.client import AWAY, AuditClient
 from isolator.audit.record import Record, parse
 from isolator.audit.schema import (
@@ -54,6 +55,8 @@ BEAT = 0.5
 """Seconds between two looks at the trail, the queues and the audit process."""
 HIGH, LOW = 0.8, 0.5
 """Parts of a queue's limit: from the one on it is high, and below the other it is so no longer."""
+MOST_BACK = 1024
+"""Records that are read backwards for the begin of what a first receiver is granted."""
 MOST_CONDITIONS = 16_384
 """Conditions that are remembered; beyond that all are forgotten and begin anew."""
 
@@ -181,7 +184,7 @@ class OperationalEvents:
             self._close_file()
 
     async def _look(self) -> None:
-        if not self._registry.hears(OPERATIONAL):
+        if self._registry.hears_since is None:
             if self._begun:  # whoever is granted them later hears of what comes then
                 self._begun, self._conditions, self._owed = False, Conditions(), None
                 self._close_file()
@@ -211,9 +214,10 @@ class OperationalEvents:
 
     async def _follow(self) -> None:
         if self._follower is None:
-            last = await asyncio.to_thread(_last, self._trail)
+            since = self._registry.hears_since if not self._begun else None
+            last, begin = await asyncio.to_thread(_ends, self._trail, since)
             if not self._begun or self._seq > last:  # nobody heard of them before, or this is another trail
-                self._begun, self._seq = True, last
+                self._begun, self._seq = True, begin
             self._follower = reader.Follower(self._trail, self._seq)
         while lines := await self._read(self._follower):
             for line in lines:
@@ -224,7 +228,9 @@ class OperationalEvents:
                     event = self._queue.name_of(record.event_id)
                 found = self._conditions.of_record(record, event)
                 if found is not None:
+                    self._owed = found  # its condition stands: an event that is not accepted is emitted again
                     await self._emit(found)
+                    self._owed = None
             self._seq = self._follower.seq
 
     async def _read(self, follower: reader.Follower) -> list[bytes]:
@@ -272,7 +278,12 @@ class OperationalEvents:
             follower.close()
 
 
-def _last(trail: Path) -> int:
-    """Number of the newest record, 0 in an empty trail."""
-    lines = reader.tail(trail, 1)
-    return (files.seq_of(lines[-1]) or 0) if lines else 0
+def _ends(trail: Path, since: str | None) -> tuple[int, int]:
+    """Number of the newest record, 0 in an empty trail, and that of the one before the first from ``since`` on.
+
+    That one may be far back: the trail could not be written, or the host was busy. ``MOST_BACK`` are looked through.
+    """
+    lines = islice(reader.backwards(trail), 1 if since is None else MOST_BACK)
+    newest = [record for line in lines if (record := parse(line)) is not None]
+    last = newest[0].seq if newest else 0
+    return last, min((one.seq - 1 for one in newest if since is not None and one.time >= since), default=last)

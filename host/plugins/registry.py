@@ -20,6 +20,7 @@ from host.events import OPERATIONAL, Catalogue, EventType, from_schema
 from host.plugins import manifest as manifests
 from host.plugins.manifest import DeliverySpec, Manifest
 from host.queue.interface import Subscriber
+from isolator.audit.client import utc_now
 from isolator.errors import IsolatorError, NotFoundError, nearest
 from isolator.ipc.messages import PluginEntry
 from isolator.policy.filters import passes
@@ -101,6 +102,8 @@ class Registry:
         self._store = store
         self._plugins: dict[str, Plugin] = {}
         self._subscribers: dict[str, list[Plugin]] = {}
+        self.hears_since: str | None = None
+        """When plugins began to receive operational events, in the form of the trail; None: none receives any."""
 
     def __iter__(self) -> Iterator[Plugin]:
         return iter(list(self._plugins.values()))
@@ -176,10 +179,6 @@ class Registry:
         """Names of the plugins that receive an event, filters aside."""
         return sorted(plugin.name for plugin in self._subscribers.get(event, ()))
 
-    def hears(self, prefix: str) -> bool:
-        """Whether a plugin receives an event whose name begins so."""
-        return any(name.startswith(prefix) for name in self._subscribers)
-
     def _subscribe(self) -> None:
         subscribers: dict[str, list[Plugin]] = {}
         for plugin in self._plugins.values():
@@ -190,6 +189,10 @@ class Registry:
             for event in plugin.hooks:
                 subscribers.setdefault(event, []).append(plugin)
         self._subscribers = subscribers
+        if not any(name.startswith(OPERATIONAL) for name in subscribers):
+            self.hears_since = None
+        elif self.hears_since is None:
+            self.hears_since = utc_now()
 
     def _parse(self, entry: PluginEntry) -> Plugin:
         raw, before = entry.to_json(), self._plugins.get(entry.name)

@@ -10,10 +10,10 @@ import json
 import os
 import re
 import select
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import islice
 from pathlib import Path
 
 from isolator.audit import files
@@ -42,15 +42,15 @@ def trail_files(directory: Path) -> list[Path]:
     return found
 
 
+def backwards(directory: Path) -> Iterator[bytes]:
+    """The whole lines of the trail, newest first."""
+    for path in reversed(trail_files(directory)):
+        yield from reversed_lines(path)
+
+
 def tail(directory: Path, count: int) -> list[bytes]:
     """The last ``count`` whole lines of the trail, oldest first."""
-    lines: deque[bytes] = deque()
-    for path in reversed(trail_files(directory)):
-        for line in reversed_lines(path):
-            if len(lines) >= count:
-                return list(lines)
-            lines.appendleft(line)
-    return list(lines)
+    return list(islice(backwards(directory), count))[::-1]
 
 
 class Follower:

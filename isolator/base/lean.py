@@ -78,7 +78,10 @@ def sha256_of_much() -> hashlib._Hash:
 
 def _put_off(modules: dict[str, dict[str, Any]]) -> None:
     for name in modules.keys() - sys.modules.keys():
-        sys.modules[name] = _Later(name, modules[name])
+        later = sys.modules[name] = _Later(name, modules[name])
+        package, _, of_it = name.rpartition(".")
+        if package and package != "asyncio":  # "import PACKAGE.NAME" finds it there; asyncio itself goes by sys.modules
+            setattr(__import__(package), of_it, later)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import _signal as signal  # type: ignore[import-not-found]
 import _socket as socket
 import os
+import select
 import sys
 
 from isolator.errors import ConfinementError, DeniedError, IsolatorError, UsageError
@@ -62,6 +63,12 @@ class Run:
         self.terminal = -1
         """The end of the command's terminal for keys and screen, once it has come."""
         self._early: list[int] | None = []
+        # The handler of a signal that comes just before a wait runs after it, however long: this ends the wait.
+        self._woken, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        self._ready = select.poll()
+        for fd in (sock.fileno(), self._woken):
+            self._ready.register(fd, select.POLLIN)
         for number in SIGNALS:
             signal.signal(number, self._pass_on)
 
@@ -87,6 +94,9 @@ class Run:
 
     def hear(self) -> dict[str, str] | None:
         """The daemon's next word, if it is the last; raises IsolatorError when that is an error."""
+        if self._woken in (fd for fd, _ in self._ready.poll()):
+            os.read(self._woken, _ANSWER)
+            return None
         try:
             packet, ancillary, _, _ = self.sock.recvmsg(_ANSWER, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
         except ConnectionResetError:  # comes before what there is to read, once

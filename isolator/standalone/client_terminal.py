@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import signal
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,15 @@ def wait_with_terminal(run: Run) -> dict[str, str]:
 
 async def _wait(run: Run) -> dict[str, str]:
     end = None
+    resized = functools.partial(asyncio.get_running_loop().add_signal_handler, signal.SIGWINCH)
+    resized(lambda: None)  # from here on every signal ends the loop's wait, and is passed on at once
     while end is None and run.terminal < 0:
         end = await _hear(run)
     if end is not None:
         return end
     terminal = CageTerminal(run.terminal)
     try:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGWINCH, terminal.resize)
+        resized(terminal.resize)
         terminal.join()
         while end is None:
             end = await _hear(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import select
@@ -65,9 +66,18 @@ class DevProcess:
     def end(self, number: int = signal.SIGINT) -> int:
         """End it by a signal; returns its exit code."""
         self.process.send_signal(number)
+        return self.ended()
+
+    def ended(self) -> int:
+        """Wait for its end; returns its exit code."""
         while self._read(seconds(60)):
             pass
         return self.process.wait(seconds(60))
+
+    def interrupt_another_thread(self) -> None:
+        """Have ^C come to another thread than the one that waits, as if it had come just before its wait."""
+        other = max(int(thread) for thread in os.listdir(f"/proc/{self.process.pid}/task"))
+        assert other != self.process.pid and ctypes.CDLL(None).tgkill(self.process.pid, other, signal.SIGINT) == 0
 
     def say(self, line: str) -> None:
         """Send a line, as from the keys."""

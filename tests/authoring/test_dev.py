@@ -113,6 +113,16 @@ def test_signal_ends_it_with_nothing_left(tmp_path: Path, number: int) -> None:
     assert not root.exists()
 
 
+def test_interrupt_that_comes_just_before_a_wait_ends_it(tmp_path: Path) -> None:
+    folder = write_plugin(tmp_path / "plugin", answering())
+    with DevProcess(folder) as dev:
+        root = Path(dev.next("ready")["root"])
+        dev.next("loaded")
+        dev.interrupt_another_thread()
+        assert dev.ended() == 0
+    assert not root.exists()
+
+
 @pytest.mark.wide
 def test_line_quit_ends_it_and_text_is_for_people(tmp_path: Path) -> None:
     folder = write_plugin(tmp_path / "plugin", answering('"\\x1b[2J"'))

@@ -100,3 +100,10 @@ def test_modules_that_are_put_off_come_when_they_are_used() -> None:
     assert done.stdout.splitlines() == ["[]", "b'a program\\n'", "file:///a%20b", "0 20", "['ValueError: seen\\n']"]
     assert "Future exception was never retrieved" in done.stderr
     assert "ValueError: that nobody retrieves" in done.stderr
+
+
+def test_part_of_a_package_that_is_put_off_is_found_in_the_package() -> None:
+    code = f"import sys; sys.path[:0] = {sys.path!r}; from isolator.base.lean import import_asyncio; import_asyncio(); "
+    code += "import urllib.parse; print('urllib.parse' in sys.modules, urllib.parse.quote('a b'))"
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "True a%20b\n", done.stderr

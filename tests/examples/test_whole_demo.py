@@ -51,12 +51,14 @@ def running_demo(
     command = [sys.executable, "-I", str(SCRIPT), *options]
     demo = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        assert demo.stdout is not None
+        assert demo.stdout is not None and demo.stderr is not None
         before = []
         for line in demo.stdout:
             before.append(line)
             if until in line:
                 break
+        else:
+            raise AssertionError("".join(before) + demo.stderr.read())
         children = [argument for child in Process(demo.pid).children(recursive=True) for argument in child.cmdline()]
         roots = {Path(argument) for argument in children if argument.startswith("/var/lib/isolator-demo-")}
         (root,) = {Path(*path.parts[:4]) for path in roots}

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import os
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from host.channel.http import AnswerReader
 from host.channel.reply import LostError
@@ -13,9 +17,13 @@ from host.wire.strict_json import WireError, parse_object
 from isolator.broker import wire
 from isolator.broker.gate.gate import Gate
 from isolator.broker.guard import Denied
-from isolator.errors import IsolatorError
+from isolator.errors import IsolatorError, UsageError
+from isolator.ipc.folder_stream import FolderWriter
+from isolator.ipc.run_request import read_request
 from isolator.policy.parse.load import parse_plugin_policy
+from isolator.reader.libraries import Elf, NotUnderstoodError
 from isolator.reader.manifest import parse_manifest_core
+from isolator.reader.package import SIGNATURES, SUM, header, read_package
 from tests.support.steps import steps as count_lines
 
 HEADER = b"\x12\x34\x81\x80\0\1\0\x40\0\0\0\0"
@@ -41,6 +49,20 @@ def _as_answer(data: bytes) -> None:
     reader.feed(b"")
 
 
+def _as_package(data: bytes) -> None:
+    with Path(os.devnull).open("wb") as folder:
+        read_package(io.BytesIO(data).read, FolderWriter(folder.fileno()))
+
+
+def _as_program(data: bytes) -> None:
+    fd = os.memfd_create("program", os.MFD_CLOEXEC)
+    try:
+        os.write(fd, data)
+        Elf.read(fd)
+    finally:
+        os.close(fd)
+
+
 @dataclass(frozen=True)
 class Parser:
     """A parser, the errors that it may raise, and of which pieces its input is made up to how many bytes."""
@@ -56,6 +78,12 @@ class Parser:
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n"
 CHUNKED = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\n"
+ELF = (
+    b"\x7fELF\2\1\1" + bytes(9) + struct.pack("<HHIQQQIHHHHHH", 3, 62, 1, 0, 64, 0, 0, 64, 56, 2, 0, 0, 0)
+    + struct.pack("<IIQQQQQQ", 1, 4, 0, 0, 0, 1 << 16, 1 << 16, 1)
+    + struct.pack("<IIQQQQQQ", 2, 4, 176, 176, 0, 1 << 12, 1 << 12, 1)
+    + struct.pack("<8Q", 5, 64, 10, 1 << 12, 0x6FFFFFFE, 240, 0x6FFFFFFF, 9)
+)  # fmt: skip
 JSON = (*(bytes((byte,)) for byte in b'"\\{}[]:,1e-.a '), b"\\u", b"d83d", b"\xc3\xa9")
 PARSERS = {
     "DNS question": Parser(wire.read_question, wire.Broken, 256, (HEADER, b""),
@@ -79,6 +107,14 @@ PARSERS = {
     "policy": Parser(lambda data: parse_plugin_policy(data, source="p.toml"), IsolatorError, 8192,
                      (b"", b"[grant]\n", b"[grant]\nhooks = [", b'[grant]\negress = ["'),
                      (*(bytes((byte,)) for byte in b"\"'\\\n[]a=1,.{}# "), b'"""', b"0x", b"1_")),
+    "run request": Parser(read_request, UsageError, 32768, (b"", b"argument=a\0", b"policy="),
+                          (b"\0", b"=", b"read=/", b"env=A=", b"\0argument=", b"\0cwd=/", b"memory=1", b"\xff", b"a")),
+    "package": Parser(_as_package, UsageError, 16384, (b"", header(b"a", 512), header(b"a", 0, folder=True)),
+                      (header(b"a/b", 0), header(b"b", 3), header(SIGNATURES, 9), header(SUM, 65), bytes(512), b"{"),
+                      (b"", bytes(1024))),
+    "program": Parser(_as_program, NotUnderstoodError, 8192, (ELF, b"\x7fELF\2\2", b""),
+                      (b"\0", b"\1", b"\xff", bytes(8), b"\5" + bytes(7), b"\1\0\2\0\0\0\0\0\x10\0\0\0\x10\0\0\0",
+                       b"GLIBC_2.36\0", b"\1" + bytes(15))),
 }  # fmt: skip
 
 

@@ -218,7 +218,8 @@ async def test_another_user_is_turned_away(daemon: Daemon) -> None:
     await daemon.outcome(await daemon.emit())
     path = daemon._host_socket(sidecar)
     path.chmod(0o666)
-    script = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(s.makefile().read())"
+    script = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.settimeout(30); "
+    script += "s.connect(sys.argv[1]); print(s.makefile().read())"
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-I", "-c", script, str(path)),
         stdout=subprocess.PIPE, user=PLUGIN_UID + 7, group=PLUGIN_UID + 7, extra_groups=[], cwd="/",

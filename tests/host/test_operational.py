@@ -16,11 +16,12 @@ from host.intake import operational
 from host.intake.intake import EventIntake
 from host.intake.operational import OperationalEvents
 from host.plugins.registry import Registry
+from host.queue.accepting import Answer
 from host.queue.interface import NewEvent, Result, Subscriber
 from host.queue.sqlite import SqliteQueue
 from isolator.audit.client import AuditClient
 from isolator.audit.record import Incoming, spell
-from isolator.errors import UsageError
+from isolator.errors import UnavailableError, UsageError
 from isolator.ipc.messages import PluginState, RegisteredEntry
 from tests.host.fake_supervisor import Daemon
 from tests.support.timeouts import seconds
@@ -34,6 +35,7 @@ class Watched:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._written = folder, 0
+        self.time = "2000-01-31T12:00:00.000000Z"
         self.trail = folder / "trail"
         self.trail.mkdir(exist_ok=True)
         self.write("host.started")
@@ -62,8 +64,7 @@ class Watched:
 
     def write(self, kind: str, plugin: str | None = None, event: str | None = None, **data: Any) -> None:
         self._written += 1
-        time = "2026-01-31T12:00:00.000000Z"
-        line, _ = spell(self._written, Incoming(time, kind, plugin, event_id=event, data=data), "0" * 64)
+        line, _ = spell(self._written, Incoming(self.time, kind, plugin, event_id=event, data=data), "0" * 64)
         with (self.trail / "audit.jsonl").open("ab") as file:
             file.write(line if line.endswith(b"\n") else line + b"\n")
 
@@ -71,12 +72,12 @@ class Watched:
         self.source.close()
         await self.store.close()
 
-    async def events(self, count: int) -> list[tuple[str, dict[str, Any], list[str]]]:
-        """Name, payload and receivers of the operational events, the oldest first, once there are so many."""
+    async def events(self, count: int, *, read: bool = True) -> list[tuple[str, dict[str, Any], list[str]]]:
+        """Name, payload and receivers of operational events, oldest first, once there are so many and all is read."""
         async with asyncio.timeout(seconds(20)):
             while True:
                 found = [e for e in await self.queue.list_events() if e.name.startswith("isolator.")]
-                if len(found) >= count and self.source._seq == self._written:
+                if len(found) >= count and (not read or self.source._seq == self._written):
                     break
                 await asyncio.sleep(0.01)
         return [(e.name, e.payload, [d.plugin for d in e.deliveries]) for e in reversed(found)]
@@ -171,6 +172,43 @@ async def test_nothing_is_lost_or_repeated_over_a_restart(watched: Watched) -> N
     await store.close()
     watched.open()
     assert [name for name, _, _ in await watched.events(2)] == ["isolator.denied", "isolator.plugin.failed"]
+
+
+@pytest.mark.parametrize("blocked", [None, "the disk is full"])
+async def test_receiver_hears_of_all_from_its_grant_on_however_late_the_first_look_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocked: str | None
+) -> None:
+    monkeypatch.setattr(operational, "BEAT", 0.01)
+    watched = Watched(tmp_path)  # which has not looked yet
+    watched.write("plugin.failed", "plain", reason="before the grant")
+    watched.time = "2100-01-31T12:00:00.000000Z"
+    watched.audit.blocked = blocked
+    watched.write("plugin.failed", "plain", reason="")
+    watched.time = "2000-01-31T12:00:00.000000Z"
+    watched.write("host.started")  # of another process, and late
+    if blocked is not None:
+        await watched.events(1, read=False)
+        watched.audit.blocked = None
+    about = [(name, payload.get("record")) for name, payload, _ in await watched.events(1)]
+    assert [one for one in about if one[0] != "isolator.audit.blocked"] == [("isolator.plugin.failed", 3)]
+    await watched.close()
+
+
+async def test_event_that_was_not_accepted_is_emitted_again(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused, submit = asyncio.Event(), SqliteQueue.submit
+
+    def refuse_once(queue: SqliteQueue, new: NewEvent, to: list[Subscriber], done: Answer) -> None:
+        if refused.is_set():
+            submit(queue, new, to, done)
+        else:
+            refused.set()
+            done(None, UnavailableError("the queue", "the disk is full", "make room"))
+
+    monkeypatch.setattr(SqliteQueue, "submit", refuse_once)
+    watched.write("event.dead", "plain", "ev_1", reason="", attempts=1)
+    watched.write("plugin.failed", "plain", reason="")
+    names = [name for name, _, _ in await watched.events(2)]
+    assert sorted(names) == ["isolator.delivery.dead", "isolator.plugin.failed"]
 
 
 async def test_nobody_else_emits_or_registers_them(daemon: Daemon) -> None:

@@ -342,7 +342,17 @@ MUTATIONS = (
             "a host that takes another's place does not hear of a plugin that is added meanwhile",
             "            self._table.announce(plugin)  # the host that gets",
             "            # the host that gets",
-            f"{_WAITS}test_plugin_that_is_added_while_a_host_leaves_is_known_to_the_next",
+            f"{_WAITS}test_plugin_whose_registration_outlasts_the_host_that_was_asked_is_known_to_the_next",
+        ),
+    ),
+    *_mutations(
+        "isolator/supervisor/host_link.py",
+        (
+            "a host hears too late of the plugins that its predecessor adds as it leaves",
+            "[*known, *added]",
+            "known",
+            "supervisor/test_host_link.py"
+            "::test_successor_knows_plugins_as_they_were_and_those_that_were_added_since",
         ),
     ),
     *_mutations(
@@ -559,7 +569,7 @@ MUTATIONS = (
         "isolator/launcher/enter.py",
         (
             "inherited descriptors stay open",
-            "close_all_but({0, 1, 2, link.fileno(), status})",
+            "close_all_but({0, 1, 2, link.fileno(), status, *(plan.fds[name] for name in LOGS if name in plan.fds)})",
             "pass",
             f"{_CAGE}test_pid_1_is_root_s_to_look_into_and_holds_nothing_of_the_launcher",
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,14 @@ def test_it(tmp_path):
             d.kill()
     os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+def test_process_of_an_empty_environment_is_removed(shared_dir: Path) -> None:
+    program = shared_dir / "sleep"
+    shutil.copy("/usr/bin/sleep", program)
+    with nothing_left(shared_dir):
+        process = subprocess.Popen([program, "1000"], env={}, start_new_session=True)
+    assert process.wait() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("dead", [False, True], ids=["daemon that runs", "daemon that was killed"])

@@ -49,7 +49,7 @@ class Copy:
             f"{self.folder}/bin/{Path(sys.executable).name}", "-I", "-m", "pytest", "-x", "-q", "--leaks=off",
             "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests),
         ]  # fmt: skip
-        with nothing_left() as variables:
+        with nothing_left(self.folder / "bin") as variables:
             return subprocess.run(
                 command, cwd=self.folder / "src", env=environment | variables, capture_output=True, text=True,
                 check=False, timeout=seconds(_LONGEST),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -94,6 +97,38 @@ def test_signals_reach_the_whole_group_of_the_command(daemon: TakenOver) -> None
     process.terminate()
     assert process.communicate(timeout=seconds(30))[0] == "term\n"
     assert process.returncode == 5
+
+
+def test_signal_that_comes_just_before_the_wait_for_the_daemon_is_passed_on() -> None:
+    main, futex = threading.get_native_id(), {"x86_64": "202", "aarch64": "98"}[os.uname().machine]
+    heard: list[bytes] = []
+
+    def play_daemon() -> None:
+        while Path(f"/proc/self/task/{main}/syscall").read_text().split()[0] in ("running", futex):
+            pass
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)  # no wait of the main thread is ended by that
+        with contextlib.suppress(TimeoutError):
+            heard.append(daemons.recv(1000))
+        daemons.send(client.pack([("end", "exit")]))
+
+    before = {number: signal.getsignal(number) for number in client.SIGNALS}
+    ours, daemons = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, daemons:
+        run = client.Run(ours)
+        run.send(client.pack([("tty", "no")]), [])
+        daemons.recv(1000)
+        daemons.settimeout(seconds(10))
+        playing = threading.Thread(target=play_daemon)
+        playing.start()
+        try:
+            assert run.wait() == {"end": "exit"}
+        finally:
+            playing.join()
+            os.close(signal.set_wakeup_fd(-1))
+            os.close(run._woken)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    assert heard == [client.pack([("signal", str(int(signal.SIGTERM)))])]
 
 
 def test_refused_call_is_shown_and_on_record(daemon: TakenOver) -> None:

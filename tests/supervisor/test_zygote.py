@@ -39,7 +39,8 @@ async def forked(zygote: Zygote, spec: ServiceSpec = SPEC) -> tuple[Child, dict[
     theirs.close()
     with mine:
         shown = report(mine)
-    await ended(child)
+    async with asyncio.timeout(seconds(30)):
+        await ended(child)
     return child, shown
 
 

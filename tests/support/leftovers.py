@@ -18,6 +18,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 from isolator.paths import Paths
 from tests.support.leaks import MARKER, HostState, is_own
 from tests.support.timeouts import seconds
@@ -37,10 +39,11 @@ def new_root(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def nothing_left() -> Iterator[dict[str, str]]:
+def nothing_left(programs: Path | None = None) -> Iterator[dict[str, str]]:
     """Remove at the end what the run that has these variables in its environment, and no process any more, left.
 
-    Raises AssertionError if something cannot be removed.
+    ``programs``: the folder of its own interpreter, by which its services are known, whose environment is empty. Raises
+    AssertionError if something cannot be removed.
     """
     marker = os.environ[MARKER] + uuid.uuid4().hex
     before = HostState.read(marker)
@@ -51,17 +54,22 @@ def nothing_left() -> Iterator[dict[str, str]]:
             roots = noted.read().split()
             names = [*roots, *(f"-{Paths.of(root).instance}" for root in roots)]
             deadline = time.monotonic() + seconds(60)
-            while found := left_by(before, marker, names):
+            while found := left_by(before, marker, names, programs):
                 assert time.monotonic() < deadline, f"cannot be removed: {found}"
                 _remove(found)
                 time.sleep(0.1)  # nothing tells when the kernel has taken a process out of its group
 
 
-def left_by(before: HostState, marker: str, names: list[str]) -> dict[str, list[str]]:
+def left_by(before: HostState, marker: str, names: list[str], programs: Path | None = None) -> dict[str, list[str]]:
     """What is new and belongs to the run of this marker and these names, by kind; kinds without any are absent."""
     new = HostState.read(marker).since(before)
     new.pop("descriptors", None)
     mine = {kind: [one for one in found if is_own(kind, one, names)] for kind, found in new.items()}
+    if programs is not None:
+        mine.setdefault("processes", []).extend(
+            f"{process.pid} {process.info['cmdline'][0]}" for process in psutil.process_iter(["cmdline"])
+            if process.info["cmdline"] and process.info["cmdline"][0].startswith(f"{programs}/")
+        )  # fmt: skip
     return {kind: found for kind, found in mine.items() if found}
 
 

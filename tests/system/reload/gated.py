@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 from isolator.ipc.channel import ALIVE, Channel
 from isolator.ipc.messages import ConnectRun, Leave
 from isolator.ipc.succession import Passage
+from isolator.registration.registrar import Registrar
+from isolator.registration.store import Registration
 from isolator.supervisor import services
 from isolator.supervisor.reload import exchange as exchanging
 from isolator.supervisor.rest import Rest
@@ -22,10 +25,12 @@ from isolator.supervisor.service import ChildProcess, Generation
 from tests.system.daemon import Daemon
 
 BEFORE, LOADED, NOTED, ANSWERED, PARTING = "before", "loaded", "noted", "answered", "parting"
+ADDING = "adding"
 """Before an exchange, until a reload waits for it or comes to rest; when the new host has loaded and the old one serves
 still, until ``go`` is there; when note was taken of all that the old one knows, and it serves still, until ``go`` is
 there; when the new one has answered its hello, until ``go`` is there and it has had turns of its event loop; when the
-old one hands over, until no connect of it is open."""
+old one hands over, until no connect of it is open; and, until ``go`` is there, when a plugin is registered, for which
+no exchange waits then."""
 _LOOK = 0.005
 _TURNS = 50
 
@@ -86,7 +91,7 @@ def main() -> None:
 
     make_services, come, handed_over = services.Services.__init__, Rest.come, exchanging._hand_over
     exchanged, first_answer, part, tell = services.exchange, ChildProcess.first_answer, Passage.part, ChildProcess.tell
-    ask = Channel.ask
+    ask, add = Channel.ask, Registrar.add
 
     def made(self: services.Services, *arguments: Any) -> None:
         make_services(self, *arguments)
@@ -140,12 +145,22 @@ def main() -> None:
             note(f"held {request.op}")
         tell(self, request, **further)
 
+    def added(self: Registrar, token: str) -> Registration:
+        registration = add(self, token)
+        if waits_at(ADDING):
+            patience, exchanging.CHANGES = exchanging.CHANGES, 0.0
+            while not go.exists():
+                time.sleep(_LOOK)
+            go.unlink()
+            exchanging.CHANGES = patience
+        return registration
+
     services.Services.__init__ = made  # type: ignore[method-assign,assignment]
     services.exchange = exchange_one  # type: ignore[assignment]
     exchanging._hand_over = hand_over  # type: ignore[assignment]
     Rest.come, Passage.part = comes, passed  # type: ignore[method-assign,assignment]
     ChildProcess.first_answer, ChildProcess.tell = answered, told  # type: ignore[method-assign,assignment]
-    Channel.ask = asks  # type: ignore[method-assign,assignment]
+    Channel.ask, Registrar.add = asks, added  # type: ignore[method-assign,assignment]
 
     from host.cli.main import main as command_line
 

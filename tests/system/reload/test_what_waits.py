@@ -20,7 +20,7 @@ from tests.support.sidecars import raw, stream
 from tests.support.timeouts import seconds
 from tests.system.daemon import EVENT, daemon, event, wait_for, write_plugin
 from tests.system.reload.exchanges import MODULES, exchanged
-from tests.system.reload.gated import ANSWERED, BEFORE, LOADED, NOTED, PARTING, GatedDaemon
+from tests.system.reload.gated import ADDING, ANSWERED, BEFORE, LOADED, NOTED, PARTING, GatedDaemon
 
 LATE = """\
     #!/usr/bin/python3
@@ -184,6 +184,23 @@ def test_plugin_that_is_added_while_a_host_leaves_is_known_to_the_next(d: GatedD
     d.cli("plugin", "update", "meanwhile", str(folder))
     assert d.json("plugin", "show", "meanwhile")["version"] == "1.0.1"
     d.cli("plugin", "remove", "meanwhile", "--yes")
+
+
+def test_plugin_whose_registration_outlasts_the_host_that_was_asked_is_known_to_the_next(
+    d: GatedDaemon, shared_dir: Path
+) -> None:
+    assert d.process is not None
+    before = d.service_pid(MODULES["host"])
+    d.wait_at(ADDING)
+    adding = d.begin("plugin", "add", str(write_plugin(shared_dir / "slow")), "--yes")
+    wait_for(lambda: ADDING in d.notes)
+    os.kill(d.process.pid, signal.SIGUSR1)
+    wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text())
+    d.go()
+    wait_for(lambda: [r for r in d.records() if (r["type"], r["plugin"]) == ("plugin.added", "slow")])
+    wait_for(lambda: "slow" in [one["name"] for one in d.json("plugin", "list")])
+    adding.communicate(timeout=seconds(60))
+    d.cli("plugin", "remove", "slow", "--yes")
 
 
 def test_plugin_is_restarted_though_the_host_that_was_asked_leaves(d: GatedDaemon, shared_dir: Path) -> None:
