@@ -47,7 +47,7 @@ from host.queue.listing import Listing
 from host.queue.watching import Watcher
 from isolator.errors import UsageError
 
-_CACHED = 256
+_CACHED = 4096
 """Deliveries per lane that keep their payload in memory; the rest is read back when its turn comes."""
 _CACHED_BYTES = 1 << 20
 """Depth of the lane times size of the payload from which on it is read back, too: so a lane holds a few MiB at most."""

@@ -356,9 +356,9 @@ async def test_term_of_a_delivery_that_waits_lets_the_next_of_its_key_go(store: 
 
 async def test_payloads_beyond_the_window_are_read_back(store: Store) -> None:
     queue = SqliteQueue(store)
-    await asyncio.gather(*(queue.accept(_event(str(n)), [Subscriber("p", None)]) for n in range(600)))
+    await asyncio.gather(*(queue.accept(_event(str(n)), [Subscriber("p", None)]) for n in range(5000)))
     consumer = queue.consumer("p")
-    for number in range(600):
+    for number in range(5000):
         delivery = await consumer.take()
         assert delivery.event is not None
         assert delivery.event.payload == f'{{"n":"{number}"}}'
