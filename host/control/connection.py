@@ -151,6 +151,8 @@ class Connection(LineProtocol):
 
     def _closed_one(self) -> None:
         self._open -= 1
+        if not self._open:
+            self.flush()  # no other answer is awaited that could go with it
         if self._no_more and not self._open and not self.unread:
             self.close()
         if self._open < IN_FLIGHT:

@@ -47,7 +47,7 @@ from host.queue.listing import Listing
 from host.queue.watching import Watcher
 from isolator.errors import UsageError
 
-_CACHED = 256
+_CACHED = 4096
 """Deliveries per lane that keep their payload in memory; the rest is read back when its turn comes."""
 _CACHED_BYTES = 1 << 20
 """Depth of the lane times size of the payload from which on it is read back, too: so a lane holds a few MiB at most."""
@@ -73,7 +73,7 @@ class SqliteQueue(Listing):
 
     ``after``: events get higher numbers than this one. ``in_flight``: event numbers by plugin of the deliveries whose
     requests this process takes over from another (``Consumer.retake``).
-    ``on_accepted`` is called once per accepted event when it is safe, before anything of it can be dispatched;
+    ``on_accepted`` is called once per accepted event when it is answered, before anything of it can be dispatched;
     ``on_ready`` when events have entered their lanes: the takers that waited for them run in the loop's next turn;
     ``on_expired`` for each delivery that expired unsent.
     """
@@ -198,14 +198,15 @@ class SqliteQueue(Listing):
         if self._accepting is batch:
             self._accepting = None
         now = self._loop.time()
-        # The answers are given now and written in the next turn, before the workers run that waited for these events.
+        # First the answers are written, then the records, then what the workers send that waited for these events: each
+        # wakes somebody, and there are fewer processors than that.
         for entry in batch:
             for _, consumer in entry.admitted:
                 consumer.reserved -= 1
             accepted = entry.accepted() if error is None else None
+            entry.answer(accepted, error)
             if accepted is not None and entry.earlier is None:
                 self._on_accepted(entry.new, accepted)
-            entry.answer(accepted, error)
         if error is None:
             for entry in batch:
                 if entry.earlier is None:

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from host.control import server as server_module
+from host.control.endpoints import Caller, QuickEndpoint, Reply
+from host.control.event_types import EventEmit
 from host.control.server import CONNECTIONS, STRANGER_SHARE, STRANGERS, ControlServer
 from host.control.verbs import listing
 from isolator import __version__
@@ -168,6 +170,33 @@ async def test_a_caller_that_half_closes_still_gets_its_answer(daemon: Daemon) -
     assert answer["result"]["deliveries"][0]["state"] == "ok"
 
 
+async def test_answer_waits_for_others_of_its_connection_and_for_nothing_else(shared_dir: Path) -> None:
+    replies: list[Reply] = []
+    started = asyncio.Semaphore(0)
+
+    def start(_: EventEmit, __: Caller, reply: Reply) -> None:
+        replies.append(reply)
+        started.release()
+
+    emit = QuickEndpoint(EventEmit, start, full=lambda: False, room=lambda: asyncio.sleep(0))
+    server = ControlServer([emit], role_of=lambda _: "emitter", record=lambda *_, **__: None)
+    listener, path = socket.socket(socket.AF_UNIX), str(shared_dir / "control.sock")
+    listener.bind(path)
+    await server.start(listener)
+    with socket.socket(socket.AF_UNIX) as caller:
+        caller.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(caller, path)
+        caller.send(b'{"id":1,"method":"event.emit","params":{"name":"a.b","payload":{}}}\n' * 2)
+        for _ in range(2):
+            await started.acquire()
+        replies[0]({"id": "first"}, None)
+        with pytest.raises(BlockingIOError):
+            caller.recv(4096)
+        replies[1]({"id": "second"}, None)
+        assert re.findall(rb"first|second", caller.recv(4096)) == [b"first", b"second"]
+    await server.close()
+
+
 async def test_a_burst_of_callers_that_cannot_wait_is_served(daemon: Daemon) -> None:
     # Non-blocking callers (Go, Node, asyncio) get EAGAIN from a full backlog. A stopped host accepts none of them.
     assert daemon.host is not None
@@ -228,7 +257,7 @@ async def test_idle_connections_of_strangers_keep_nobody_out(daemon: Daemon) -> 
         assert "connections of uid 64020 are open" in refused["error"]["message"]
     async with contextlib.AsyncExitStack() as stack, asyncio.timeout(seconds(60)):
         uid, said = 64020, ""
-        while "connections without a role are open" not in said:
+        while f"{STRANGERS} connections without a role are open" not in said:  # not that they come too fast
             # They are served twenty a second: whether so many are open already is a matter of speed.
             await stack.enter_async_context(_held(daemon, uid, STRANGER_SHARE))
             uid += 1

@@ -59,6 +59,16 @@ async def test_answer_that_fails_keeps_no_other_emitter_from_its_own(store: Stor
     assert failures == [broken]
 
 
+async def test_accepted_event_is_answered_then_recorded_then_dispatched(store: Store) -> None:
+    steps: list[str] = []
+    queue = SqliteQueue(store, on_accepted=lambda *_: steps.append("recorded"))
+    take = asyncio.create_task(queue.consumer("p").take())
+    take.add_done_callback(lambda _: steps.append("dispatched"))
+    queue.submit(_event(), [Subscriber("p", "k")], lambda *_: steps.append("answered"))
+    await take
+    assert steps == ["answered", "recorded", "dispatched"]
+
+
 async def test_listing_has_a_bound_and_says_what_it_leaves_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     queue = SqliteQueue(store)
     for name in ("old", "new"):
@@ -346,9 +356,9 @@ async def test_term_of_a_delivery_that_waits_lets_the_next_of_its_key_go(store: 
 
 async def test_payloads_beyond_the_window_are_read_back(store: Store) -> None:
     queue = SqliteQueue(store)
-    await asyncio.gather(*(queue.accept(_event(str(n)), [Subscriber("p", None)]) for n in range(600)))
+    await asyncio.gather(*(queue.accept(_event(str(n)), [Subscriber("p", None)]) for n in range(5000)))
     consumer = queue.consumer("p")
-    for number in range(600):
+    for number in range(5000):
         delivery = await consumer.take()
         assert delivery.event is not None
         assert delivery.event.payload == f'{{"n":"{number}"}}'
