@@ -122,6 +122,6 @@ def test_filter_that_cannot_be_compiled_leaves_no_descriptor(tmp_path: Path, mon
 
     monkeypatch.setattr(hardening, "compiled_rules", failing)
     before = os.listdir("/proc/self/fd")
-    with pytest.raises(OSError):  # noqa: PT011 # that one
+    with pytest.raises(OSError):
         hardening.filter_file(tmp_path)
     assert os.listdir("/proc/self/fd") == before
