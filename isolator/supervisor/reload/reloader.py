@@ -116,14 +116,22 @@ async def _come_to_rest(daemon: Daemon) -> None:
             if not await asyncio.to_thread(daemon.notifier.pause, _NOTIFIER_SECONDS):
                 busy[:] = ["the answer to a denied system call"]
                 raise TimeoutError
-            # Without a reference the executor of before ends its threads.
-            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor())
+            end_threads()
             await _until_idle(daemon, busy, threads=True)
             while not await _signals_held(daemon):
                 await _until_idle(daemon, busy, threads=True)
     except TimeoutError:
         why = f"not at rest after {REST_SECONDS:g} s: {', '.join(busy)}"
         raise UnavailableError("reload", why, "ask again when that has ended") from None
+
+
+def end_threads() -> None:
+    """Have the threads of the event loop end, each once it has nothing to do; later work gets others."""
+    loop = asyncio.get_running_loop()
+    before: ThreadPoolExecutor | None = vars(loop)["_default_executor"]  # made by the loop when it is used first
+    loop.set_default_executor(ThreadPoolExecutor())
+    if before is not None:
+        before.shutdown(wait=False)  # without it they end only when nobody refers to it: a cycle may, for long
 
 
 async def _signals_held(daemon: Daemon) -> bool:
