@@ -37,7 +37,7 @@ class McpDelivery(Mode):
         super().__init__(parts)
         self._requests = Requests[tuple[protocol.Answer, bytes]](parts.sidecar, parts.outcomes, outcome_of)
         self._replies: set[Reply] = set()
-        """Those of the requests that were written and are not concluded."""
+        """Replies of the requests that were written and are not concluded."""
 
     @property
     def busy(self) -> bool:

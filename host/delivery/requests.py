@@ -72,9 +72,9 @@ class Requests(Generic[A]):
         self.outcomes = outcomes
         self._sidecar, self._judge = sidecar, judge
         self._requests: dict[str, PendingRequest[A]] = {}
-        """By number."""
+        """Requests in flight, by number."""
         self._waiter: asyncio.Future[None] | None = None
-        """Of whoever waits for room."""
+        """Future of whoever waits for room."""
 
     def __len__(self) -> int:
         return len(self._requests)

@@ -12,7 +12,7 @@ from isolator.ipc.packet import MAX_PACKET
 from isolator.ipc.succession import Departure, Descriptors
 
 _ROOM = memoryview(bytearray(MAX_PACKET))
-"""Where a packet arrives: to ask for its size first would be another call, to make room for the largest costs more."""
+"""Room for a packet, made once: to ask for its size first would be another call, and to make such room each time dear."""
 
 
 class SourceState(Body):

@@ -56,7 +56,7 @@ def tune(sock: socket.socket) -> None:
 
 
 class Scratch:
-    """What all flows of one event loop share: a read buffer, and the number of bytes that they hold for what waits."""
+    """Read buffer of all flows of one event loop, and the number of bytes that they hold for what waits."""
 
     def __init__(self) -> None:
         self.buffer = memoryview(bytearray(CHUNK))

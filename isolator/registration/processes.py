@@ -43,7 +43,7 @@ def running(
 
 
 def next_chunk(process: subprocess.Popen[bytes], end: float) -> bytes:
-    """What a process writes next, empty at its end; raises TimeoutError at ``end``, in monotonic seconds."""
+    """Read what a process writes next, empty at its end; raises TimeoutError at ``end``, in monotonic seconds."""
     assert process.stdout is not None
     poll = select.poll()
     poll.register(process.stdout, select.POLLIN)

@@ -20,7 +20,7 @@ Identity = tuple[int, int]
 
 
 def identity(status: os.stat_result) -> Identity:
-    """What a file is known by, whatever its name."""
+    """Device and inode of a file, by which it is known whatever its name."""
     return status.st_dev, status.st_ino
 
 

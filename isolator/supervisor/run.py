@@ -90,7 +90,7 @@ class Run:
     effective: EffectivePolicy
     cage: Cage
     place: Identity
-    """Of the socket directory, whose mount is attached nowhere but in the cage."""
+    """Identity of the socket directory, whose mount is attached nowhere but in the cage."""
     logs: tuple[int, ...]
     """Inodes of the pipes of stdout and stderr, of which pid 1 of the cage keeps reading ends."""
     kept: FdSet
