@@ -51,7 +51,7 @@ class Attempted(NamedTuple):
 
 
 def judged(judge: Callable[[], Outcome]) -> Outcome:
-    """Judge an answer. Where ``judge`` fails that is reported, and the attempt has failed.
+    """Judge an answer; where ``judge`` fails, that is reported, and the attempt has failed.
 
     An attempt without an outcome would be in flight for good, and hold back all that follow in the order of its key.
     """

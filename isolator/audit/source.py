@@ -12,7 +12,7 @@ from isolator.ipc.packet import MAX_PACKET
 from isolator.ipc.succession import Departure, Descriptors
 
 _ROOM = memoryview(bytearray(MAX_PACKET))
-"""Room for a packet, made once: to ask for its size first would be another call, and to make such room each time dear."""
+"""Room for a packet, made once: to ask for its size first would be another call, to make it each time costs more."""
 
 
 class SourceState(Body):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -19,7 +19,7 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="JSON instead of 
 
 def here(command: F) -> F:
     """Pass the root to a command, as its first parameter, and give it ``--json`` (``as_json``)."""
-    return AS_JSON(click.pass_obj(command))  # type: ignore[return-value]
+    return cast(F, AS_JSON(click.pass_obj(command)))
 
 
 def print_json(value: Any) -> None:
