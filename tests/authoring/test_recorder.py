@@ -12,7 +12,6 @@ import socket
 import subprocess
 import textwrap
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -298,10 +297,15 @@ def test_user_of_the_host_neither_uses_nor_poisons_a_recorder(direct: Direct, tm
 
 def test_what_was_exchanged_is_told_before_what_came_of_it(tmp_path: Path) -> None:
     told: list[str] = []
+    go_on = threading.Event()
 
     def slow(exchange: Mapping[str, Any]) -> None:
-        time.sleep(0.1)
+        assert go_on.wait(seconds(30))
         told.append(exchange["url"])
+
+    def settle() -> None:
+        recorder.settle()
+        told.append("settled")
 
     ours, theirs = socket.socketpair()
     with ours, theirs, theirs.makefile("rwb", buffering=0) as reports:
@@ -309,13 +313,14 @@ def test_what_was_exchanged_is_told_before_what_came_of_it(tmp_path: Path) -> No
         recorder._control = ours
         hearing = threading.Thread(target=recorder._hear)
         hearing.start()
-        settling = threading.Thread(target=recorder.settle)
+        settling = threading.Thread(target=settle)
         settling.start()
         reports.write(b'{"exchange": {"url": "https://hooks.example.com/"}}\n')
         assert reports.readline() == b"{}\n"
         reports.write(b'{"heard": true}\n')
+        go_on.set()
         settling.join()
-        assert told == ["https://hooks.example.com/"]
+        assert told == ["https://hooks.example.com/", "settled"]
         theirs.shutdown(socket.SHUT_WR)
         hearing.join()
         recorder.settle()  # of one that has ended, nothing comes
