@@ -305,9 +305,9 @@ def _ruleset(policy: NetworkPolicy) -> str:
 
 def _load(network: CageNetwork, text: str) -> None:
     """Load the rules, in a thread that is in the namespace: one transaction, taken whole or not at all."""
-    with nftables.Nftables() as nft:
+    with nftables.Nftables() as nft, contextlib.closing(netlink.Generations()) as generations:
         nft.run(text)
-    network.generation, network.loaded = network.generations.current(), text
+        network.generation, network.loaded = generations.current(), text
 
 
 def _list_ruleset() -> str:
