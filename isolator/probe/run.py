@@ -129,7 +129,7 @@ async def _cage(
                 left = list(attempts)
                 while left and (line := await out.readline()):
                     left.pop(0)
-                    yield _finding(json.loads(line))
+                    yield Finding(**json.loads(line))
                 if left:
                     end = await cage.wait()
                     yield _unanswered(left[0], target, end.cause, end.returncode, await problem.read(4096))
@@ -139,10 +139,6 @@ async def _cage(
                     os.close(fd)
     finally:
         close_all(owned)
-
-
-def _finding(body: dict[str, Any]) -> Finding:
-    return Finding(body["name"], body["layer"], body["title"], body["outcome"], body["detail"], body["errno"])
 
 
 def _unanswered(attempt: Attempt, target: Target, cause: str, code: int, problem: bytes) -> Finding:

@@ -67,7 +67,6 @@ def _result(attempt: Attempt, promise: Promise) -> dict[str, Any]:
         if attempt.alone and status == -signal.SIGKILL:
             time.sleep(attempt.seconds)  # for want of memory the cage is about to end, which tells more
         found |= {"outcome": "broken", "detail": f"it ended with {status}"}
-    found["succeeded"] = found["outcome"] == "through"
     return found
 
 
@@ -75,7 +74,7 @@ def _inline(attempt: Attempt, promise: Promise) -> dict[str, Any]:
     signal.alarm(int(attempt.seconds) + 1)  # ends this process, which is reported as broken
     found = _blank(attempt) | _outcome(attempt, promise)
     signal.alarm(0)
-    return {**found, "succeeded": found["outcome"] == "through"}
+    return found
 
 
 def _blank(attempt: Attempt) -> dict[str, Any]:
