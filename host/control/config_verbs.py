@@ -14,9 +14,7 @@ from host.control.config_types import (
     Reencrypted,
 )
 from host.control.endpoints import Caller, Verbs, serves
-from host.control.plugin_types import ConfigItem
 from host.lifecycle.lifecycle import PluginLifecycle
-from host.plugins.manifest import Manifest
 from host.plugins.registry import Registry
 from host.plugins.secrets import ConfigStore
 from isolator.audit.client import AuditClient
@@ -33,7 +31,7 @@ class ConfigVerbs(Verbs):
     @serves(ConfigList)
     async def list_items(self, request: ConfigList, _: Caller) -> ConfigItems:
         plugin = self._registry.need(request.name)
-        return {"items": config_items(self._config, plugin.name, plugin.manifest)}
+        return cast(ConfigItems, {"items": self._config.listing(plugin.name, plugin.manifest)})
 
     @serves(ConfigSet)
     async def set_values(self, request: ConfigSet, caller: Caller) -> ConfigChange:
@@ -57,8 +55,3 @@ class ConfigVerbs(Verbs):
         count = await self._config.rotate()
         self._audit.record(ConfigChanged(names=[], rotated=count, by=caller.by))
         return {"values": count}
-
-
-def config_items(config: ConfigStore, name: str, manifest: Manifest | None) -> list[ConfigItem]:
-    """A plugin's config as listings show it."""
-    return [cast(ConfigItem, vars(item)) for item in config.listing(name, manifest)]

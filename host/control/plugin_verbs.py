@@ -8,7 +8,6 @@ from typing import Any, cast
 
 from host.control import plugin_types
 from host.control.alarms import Alarms
-from host.control.config_verbs import config_items
 from host.control.elsewhere import Elsewhere
 from host.control.endpoints import Caller, Verbs, serves
 from host.control.platform_types import PluginHealth, PluginHealthEntry, PluginsHealth
@@ -65,7 +64,7 @@ class PluginVerbs(Verbs):
             "effective": plugin.raw.get("effective"),
             "manifest": plugin.raw.get("manifest"),
             "hooks": sorted(plugin.hooks.values()),
-            "config": config_items(self._config, plugin.name, manifest),
+            "config": self._config.listing(plugin.name, manifest),
             "stderr": [text for _, text in log.stderr_tail][-STDERR_TAIL:],
             "held_by": self._queue.consumer(plugin.name).held_by,
             "log_bytes_dropped": log.dropped,
