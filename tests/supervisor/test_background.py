@@ -18,6 +18,8 @@ from isolator.linux.files import write_file
 from isolator.supervisor.background import Background
 from tests.system.daemon import wait_for
 
+pytestmark = pytest.mark.vm
+
 COMPUTES = "while True: pass"
 
 
