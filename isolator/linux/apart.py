@@ -34,7 +34,7 @@ class _Waker:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._calls: deque[Callable[[], None]] = deque()
         loop.add_reader(self.fd, self._woken)
-        weakref.finalize(loop, os.close, self.fd)  # not before: a thread that ends late still writes to it
+        weakref.finalize(loop, _close, self.fd, os.getpid())  # not before: a thread that ends late still writes to it
 
     def call(self, function: Callable[[], None]) -> None:
         self._calls.append(function)
@@ -44,6 +44,11 @@ class _Waker:
         os.eventfd_read(self.fd)
         while self._calls:
             self._calls.popleft()()
+
+
+def _close(fd: int, owner: int) -> None:
+    if os.getpid() == owner:  # in a fork the number may be another's
+        os.close(fd)
 
 
 _wakers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Waker] = weakref.WeakKeyDictionary()
