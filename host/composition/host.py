@@ -16,7 +16,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from host.composition.cluster import cluster_of, new_member, queue_class
+from host.composition.cluster import accepted_here, cluster_of, new_member, queue_class
 from host.composition.handover import HostState
 from host.composition.introduction import HostParts, Introduction
 from host.control.alarms import Alarms
@@ -50,13 +50,16 @@ from host.host_api.methods import KeyValue
 from host.intake.intake import EventIntake, EventRecords
 from host.intake.jobs import Jobs
 from host.intake.operational import OperationalEvents
+from host.intake.unrecorded import unrecorded
 from host.lifecycle.lifecycle import PluginLifecycle
 from host.lifecycle.supervisor_link import SupervisorLink
 from host.plugins.environments import Environments
 from host.plugins.logs import Logs
 from host.plugins.registry import Registry, load_event_types
 from host.plugins.secrets import ConfigStore
+from host.queue.beside_trail import compare
 from host.queue.owed import Debts
+from host.queue.rows import newest_number
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ConfigChanged, DatabaseDamaged
 from isolator.errors import IsolatorError
@@ -71,6 +74,8 @@ ASKED_AGAIN = frozenset({messages.GetEnvironment.op, messages.DrainRun.op, messa
 """Requests of the supervisor's, which repeats them if they are broken off."""
 SETTLE, SETTLE_BEAT = 2.0, 0.005
 """Seconds for which a host that leaves waits for what it cannot hand on, and between two looks at that."""
+OWED = 1.0
+"""Seconds for which a start waits for records that the trail is owed, so that what they tell of goes on behind them."""
 
 if TYPE_CHECKING:
     from host.mcp.servers import Servers
@@ -129,10 +134,15 @@ class Host:
         registry = self._registry = Registry(catalogue, store)
 
         records = EventRecords(audit.record)
+        held = store.read(newest_number)
+        compared = compare(paths.audit_log, held)
+        alarms.note_missing(compared)
+        self._unrecorded = store.read(lambda db: unrecorded(db, compared, accepted_here(db))) if before is None else []
+        """Records that the trail may lack."""
         cluster = cluster_of(settings.cluster, store)
         queue = self._queue = queue_class(cluster)(
             store,
-            after=alarms.hold_against_the_trail(paths.audit_log),
+            after=max(held, compared.number),
             in_flight={worker.plugin: worker.in_flight for worker in before.workers} if before is not None else None,
             on_accepted=records.accepted,
             on_ready=self._begin_attempts,
@@ -264,12 +274,12 @@ class Host:
         """Take over the plugins, accept commands, and start eager plugins."""
         self._fences.adopt(introduction.fences)
         self._alarms.supervisor = introduction.alarms
+        await self._debts.find(self._unrecorded, wait=OWED)
         for entry in introduction.plugins:
             await self._lifecycle.adopt(entry)
         if self._member is not None:
             await self._member.start()
         self._jobs.start()
-        self._debts.find()
         self._lifecycle.drop_unsettled_values()
         if introduction.listener is not None:
             await self._control.start(introduction.listener)
@@ -296,7 +306,7 @@ class Host:
         if self._member is not None:
             await self._member.start()
         self._jobs.start()
-        self._debts.find()
+        await self._debts.find()
         self._lifecycle.drop_unsettled_values()
         self._logs.take_over(state.logs, descriptors)
         await self._api.take_over(state.api, descriptors)

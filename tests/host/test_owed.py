@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from isolator.audit.record import Incoming, spell
 from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
 
@@ -43,18 +42,6 @@ async def begin(daemon: Daemon, kind: str) -> dict[str, Any]:
     return {"name": "one"} if kind.startswith("plugin.") else {"id": event["id"]}
 
 
-def write_trail(daemon: Daemon) -> None:
-    """Write the records that the fake audit process has got, as the real one has them on disk."""
-    folder, seq, prev = daemon.paths.audit_log, 0, "0" * 64
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for one in daemon.records:
-        names = {key: one[key] for key in ("plugin", "run", "event_id", "delivery_id")}
-        line, prev = spell(seq := seq + 1, Incoming(one["time"], one["type"], data=one["data"], **names), prev)
-        lines.append(line)
-    (folder / "audit.jsonl").write_bytes(b"".join(lines))
-
-
 @pytest.mark.parametrize("behind", [False, True], ids=["before the record", "behind the record"])
 @pytest.mark.parametrize(
     ("kind", "verb"),
@@ -76,7 +63,7 @@ async def test_change_of_an_operator_is_on_record_once(daemon: Daemon, kind: str
     await daemon.host.wait()
     daemon.channel.close()
     await daemon.poll(lambda: bool(daemon.of_type(kind)) is behind)
-    write_trail(daemon)
+    daemon.write_trail(daemon.paths.audit_log)
 
     daemon.first = ""
     await daemon.start_host()
