@@ -277,7 +277,8 @@ class Servers(Sessions):
     def _record(self, sent: Sent, outcome: Any, detail: str | None) -> None:
         plugin = sent.call.plugin
         record = sent.over(outcome, self._shown(plugin, detail) if detail else None)
-        self._audit.record(record, plugin=plugin, run=sent.run, event_id=sent.call.id)
+        # With the kernel, on its way to the trail, before the caller has the answer.
+        self._audit.record(record, plugin=plugin, run=sent.run, event_id=sent.call.id, urgent=True)
 
     # One host in the place of another
 

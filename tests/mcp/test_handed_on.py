@@ -32,7 +32,7 @@ class Audit:
     def __init__(self) -> None:
         self.outcomes: asyncio.Queue[tuple[str, str | None]] = asyncio.Queue()
 
-    def record(self, record: Any, *, plugin: str, run: str | None, event_id: str) -> None:
+    def record(self, record: Any, *, plugin: str, run: str | None, event_id: str, urgent: bool) -> None:
         assert (plugin, event_id) == ("srv", "e1")
         self.outcomes.put_nowait((record.outcome, run))
 
