@@ -85,12 +85,12 @@ def test_no_thread_but_the_main_one_executes() -> None:
 
 
 async def test_answer_of_the_program_decides(shared_dir: Path) -> None:
-    assert await trial.try_out(script(shared_dir, """echo '{"formats": [4, 3, 2]}'"""), STATE) == 3
-    refusing = """echo '{"formats": [2], "error": {"what": "host.toml", "why": "line 3", "remedy": "mend it"}}'"""
+    assert await trial.try_out(script(shared_dir, """echo '{"formats": [5, 4, 3]}'"""), STATE) == 4
+    refusing = """echo '{"formats": [3], "error": {"what": "host.toml", "why": "line 3", "remedy": "mend it"}}'"""
     with pytest.raises(IsolatorError, match=r"host\.toml: line 3"):
         await trial.try_out(script(shared_dir, refusing), STATE)
     unreadable = """echo '{"formats": [7], "error": {"what": "state", "why": "format 1", "remedy": ""}}'"""
-    with pytest.raises(IsolatorError, match="takes over states of format 7, this one hands over 3"):
+    with pytest.raises(IsolatorError, match="takes over states of format 7, this one hands over 4"):
         await trial.try_out(script(shared_dir, unreadable), STATE)
     for body in ("true", "echo no JSON", "echo '[]'", "kill -9 $$"):
         with pytest.raises(IsolatorError, match="it gave no answer"):
@@ -108,5 +108,5 @@ async def test_program_that_never_answers_is_ended(shared_dir: Path, monkeypatch
 async def test_program_that_is_slow_is_waited_for(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer than one that does nothing would be."""
     monkeypatch.setattr(alive, "TICK", 0.1)
-    slow = "for i in $(seq 20); do sleep 0.1; done; echo '{\"formats\": [2]}'"
-    assert await trial.try_out(script(shared_dir, slow), STATE) == 2
+    slow = "for i in $(seq 20); do sleep 0.1; done; echo '{\"formats\": [3]}'"
+    assert await trial.try_out(script(shared_dir, slow), STATE) == 3
