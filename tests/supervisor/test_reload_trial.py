@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from host.database.store import Store
 from isolator.errors import IsolatorError
+from isolator.ipc.formats import TABLES
 from isolator.ipc.handover import AuditClientState, AuditState, DaemonState, SubtreeState, TicketsState
-from isolator.supervisor import alive
+from isolator.supervisor import alive, kept
 from isolator.supervisor.reload import formats, reloader, trial
 from isolator.supervisor.reload.program import Program
 
@@ -97,6 +101,33 @@ async def test_answer_of_the_program_decides(shared_dir: Path) -> None:
             await trial.try_out(script(shared_dir, body), STATE)
     with pytest.raises(IsolatorError, match="cannot be executed"):
         await trial.try_out(Program(str(shared_dir / "none"), ("none",)), STATE)
+
+
+async def test_program_that_knows_only_older_tables_than_the_database_has_is_refused(shared_dir: Path) -> None:
+    program = script(shared_dir, """echo '{"version": "1.2", "formats": [4], "tables": 6}'""")
+    assert await trial.try_out(program, STATE, tables=6) == 4
+    with pytest.raises(IsolatorError, match=r"1\.2 is too old .* tables to version 7, and that one knows 6"):
+        await trial.try_out(program, STATE, tables=7)
+    silent = script(shared_dir, """echo '{"formats": [3]}'""")
+    assert await trial.try_out(silent, STATE, tables=4) == 3
+    with pytest.raises(IsolatorError, match="that one knows 4"):
+        await trial.try_out(silent, STATE, tables=5)
+
+
+async def test_version_of_the_tables_is_that_of_the_database(shared_dir: Path) -> None:
+    path = shared_dir / "host.db"
+    store = Store(path)
+    assert kept.tables(path) == TABLES > 0
+    await store.run(lambda db: db.execute("CREATE TABLE more (one)"))
+    assert kept.tables(path) == TABLES
+    await store.close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute(f"PRAGMA user_version={TABLES + 3}")
+    assert kept.tables(path) == TABLES + 3
+    (shared_dir / "link").symlink_to(path)
+    os.mkfifo(shared_dir / "fifo")
+    (shared_dir / "short").write_bytes(b"SQLite format 3\0")
+    assert [kept.tables(shared_dir / name) for name in ("link", "fifo", "short", "none")] == [0, 0, 0, 0]
 
 
 async def test_program_that_never_answers_is_ended(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,8 @@ async def reload(
         tried = program.check()
         began, host_toml = time.monotonic(), settings_text(settings)
         try:
-            number = await trial.try_out(program, daemon_state(daemon, generation, began), host_toml)
+            tables = daemon.services.host.tables
+            number = await trial.try_out(program, daemon_state(daemon, generation, began), host_toml, tables)
             if number < formats.WITHOUT_CAGES:
                 daemon.runtime.launch()
                 await daemon.services.broker.needed()
