@@ -119,7 +119,6 @@ async def _come_to_rest(daemon: Daemon) -> None:
             if not await asyncio.to_thread(daemon.notifier.pause, _NOTIFIER_SECONDS):
                 busy[:] = ["the answer to a denied system call"]
                 raise TimeoutError
-            end_threads()
             await _until_idle(daemon, busy, threads=True)
             while not await _signals_held(daemon):
                 await _until_idle(daemon, busy, threads=True)
@@ -152,8 +151,13 @@ async def _signals_held(daemon: Daemon) -> bool:
 
 
 async def _until_idle(daemon: Daemon, busy: list[str], *, threads: bool = False) -> None:
-    """Wait until nothing is under way; ``busy`` names meanwhile what is."""
+    """Wait until nothing is under way; ``busy`` names meanwhile what is. ``threads``: end those of the loop, too.
+
+    What has begun by itself meanwhile (a changed policy is read, folders are looked through) may have made new ones.
+    """
     while True:
+        if threads:
+            end_threads()
         busy[:] = _under_way(daemon, threads=threads)
         if not busy:
             return
