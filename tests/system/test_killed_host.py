@@ -93,8 +93,8 @@ def test_record_that_the_writer_has_not_read_as_the_host_is_killed_is_not_made_a
             wait_for(lambda: _connected(d)).close()
         finally:
             os.kill(writer, signal.SIGCONT)
-        with wait_for(lambda: _connected(d)) as client:
-            third = client.call("event.emit", name="deploy.completed", payload=EVENT)["id"]
+        with wait_for(lambda: _connected(d)) as other:
+            third = other.call("event.emit", name="deploy.completed", payload=EVENT)["id"]
             wait_for(lambda: [one for one in d.records() if one["event_id"] == third])
         accepted = [one for one in d.records() if one["type"] == "event.accepted"]
         assert [one["event_id"] for one in accepted] == [first, second, third]
