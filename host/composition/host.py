@@ -75,7 +75,7 @@ ASKED_AGAIN = frozenset({messages.GetEnvironment.op, messages.DrainRun.op, messa
 SETTLE, SETTLE_BEAT = 2.0, 0.005
 """Seconds for which a host that leaves waits for what it cannot hand on, and between two looks at that."""
 OWED = 1.0
-"""Seconds for which a start waits for records that the trail is owed, so that what they tell of goes on behind them."""
+"""Seconds for which nothing is sent while records are made that the trail is owed: what they tell of goes on then."""
 
 if TYPE_CHECKING:
     from host.mcp.servers import Servers
@@ -163,11 +163,12 @@ class Host:
         api = self._api = parts.api(registry, audit, values, logs, config.redactor, fences)
         watches = self._watches = Watches(registry, channel, audit)
         environments = self._environments = Environments(config, registry, audit)
+        self._gate = DispatchGate(audit, store, halt_without_audit=wait_for_trail)
         dispatcher = self._dispatcher = Dispatcher(
             supervisor=channel,
             queue=queue,
             attempts=self._attempts,
-            gate=DispatchGate(audit, store, halt_without_audit=wait_for_trail),
+            gate=self._gate,
             registry=registry,
             catalogue=catalogue,
             audit=audit,
@@ -274,7 +275,8 @@ class Host:
         """Take over the plugins, accept commands, and start eager plugins."""
         self._fences.adopt(introduction.fences)
         self._alarms.supervisor = introduction.alarms
-        await self._debts.find(self._unrecorded, wait=OWED)
+        if (finding := self._debts.find(self._unrecorded)) is not None:
+            self._gate.hold(finding, OWED)
         for entry in introduction.plugins:
             await self._lifecycle.adopt(entry)
         if self._member is not None:
@@ -306,7 +308,7 @@ class Host:
         if self._member is not None:
             await self._member.start()
         self._jobs.start()
-        await self._debts.find()
+        self._debts.find()
         self._lifecycle.drop_unsettled_values()
         self._logs.take_over(state.logs, descriptors)
         await self._api.take_over(state.api, descriptors)

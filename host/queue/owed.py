@@ -129,16 +129,15 @@ class Debts:
         """The records of one change of an event's deliveries, which are made of each that is changed."""
         return ChangeOfEvent(self, event_id, record)
 
-    async def find(self, more: Sequence[Owed] = (), *, wait: float = 0.0) -> None:
+    def find(self, more: Sequence[Owed] = ()) -> asyncio.Task[None] | None:
         """Make the records that another process has left, and ``more`` of them that are not owed yet.
 
-        Returns once that is done, or after ``wait`` seconds: it goes on until the trail can be written.
+        The task takes as long as the trail cannot be written; None: there are none.
         """
         if more:
             self._store.submit(lambda db: self.note(db, more))
-        if left := {one.id: one for one in (*self._left(), *more)}:
-            task = self._tasks.run("records of another host process", self._find(list(left.values())))
-            await asyncio.wait({task}, timeout=wait)
+        left = {one.id: one for one in (*self._left(), *more)}
+        return self._tasks.run("records of another host process", self._find(list(left.values()))) if left else None
 
     async def _settle(self) -> None:
         try:

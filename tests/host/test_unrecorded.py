@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,12 @@ async def kill_after_answer(daemon: Daemon, *, behind: bool = False) -> dict[str
     return event
 
 
+async def owes(daemon: Daemon) -> None:
+    """Wait until the host has written down what it owes."""
+    with contextlib.closing(sqlite3.connect(f"file:{daemon.paths.host_database}?mode=ro", uri=True)) as db:
+        await daemon.poll(lambda: db.execute("SELECT 1 FROM owed").fetchall())
+
+
 def accepted(daemon: Daemon, event: dict[str, Any]) -> list[dict[str, Any]]:
     return [record for record in daemon.of_type("event.accepted") if record["event_id"] == event["id"]]
 
@@ -95,6 +103,7 @@ async def test_event_whose_record_is_on_its_way_to_the_trail_gets_no_other_one(d
     daemon.write_trail(daemon.paths.audit_log)
     daemon.audit_acks = False
     await daemon.start_host()
+    await owes(daemon)
     daemon.records.insert(1, last)
     daemon.write_trail(daemon.paths.audit_log)
     daemon.acknowledge()
@@ -108,6 +117,7 @@ async def test_event_is_on_record_once_although_the_next_host_is_killed_too(daem
     daemon.write_trail(daemon.paths.audit_log)
     daemon.audit_acks = False
     await daemon.start_host()
+    await owes(daemon)
     later = await daemon.emit()
     await daemon.until(lambda: accepted(daemon, later))
     await daemon.kill_host()
@@ -115,6 +125,7 @@ async def test_event_is_on_record_once_although_the_next_host_is_killed_too(daem
     daemon.write_trail(daemon.paths.audit_log)
     daemon.audit_acks = True
     await daemon.start_host()
+    await daemon.until(lambda: accepted(daemon, event))
     await settled(daemon)
     assert len(accepted(daemon, event)) == len(accepted(daemon, later)) == 1
     assert (
@@ -137,6 +148,7 @@ async def test_event_that_was_delivered_is_on_record_all_the_same(shared_dir: Pa
         await daemon.kill_host()
         daemon.first = ""
         await daemon.start_host()
+        await daemon.until(lambda: accepted(daemon, event))
         await settled(daemon)
         (record,) = accepted(daemon, event)
         assert record["data"]["plugins"] == ["one"] and record["data"]["accepted_at"]
