@@ -227,7 +227,7 @@ class Host:
                 elsewhere,
             ).endpoints(),
             *registrations.endpoints(),
-            *ConfigVerbs(registry, config, lifecycle, audit).endpoints(),
+            *ConfigVerbs(registry, config, lifecycle, debts).endpoints(),
             *DaemonVerbs(link, registry, queue, audit, store, alarms, dispatcher, paths.audit_log).endpoints(),
             *trail.endpoints(),
             *searches.endpoints(),
@@ -249,7 +249,7 @@ class Host:
 
             pins, use = Pins(self._store), self._dispatcher.in_use
             self._servers = Servers(
-                self._channel, self._registry, self._audit, pins, self._config.redactor, use, self._fences
+                self._channel, self._registry, self._audit, pins, self._config.redactor, use, self._fences, self._debts
             )
         return self._servers
 

@@ -24,6 +24,7 @@ from isolator.audit.client import AuditClient, utc_now
 from isolator.audit.record import Record, parse
 from isolator.audit.schema import (
     HOST,
+    ConfigChanged,
     EventAccepted,
     EventCancelled,
     EventDead,
@@ -33,6 +34,7 @@ from isolator.audit.schema import (
     PluginPaused,
     PluginResumed,
     RecordData,
+    ToolsApproved,
 )
 from isolator.ipc.tasks import Tasks
 
@@ -43,7 +45,8 @@ AT_ONCE = 1000
 _KINDS = {
     kind.TYPE: kind
     for kind in (
-        EventAccepted, EventCancelled, EventDead, EventReplayed, EventRetried, EventSkipped, PluginPaused, PluginResumed
+        ConfigChanged, EventAccepted, EventCancelled, EventDead, EventReplayed, EventRetried, EventSkipped,
+        PluginPaused, PluginResumed, ToolsApproved,
     )
 }  # fmt: skip
 
@@ -74,7 +77,7 @@ class Owed:
         )
 
 
-def owed(record: RecordData, plugin: str, event_id: str | None = None) -> Owed:
+def owed(record: RecordData, plugin: str | None, event_id: str | None = None) -> Owed:
     """A record that is owed from now on."""
     return Owed(record, plugin, event_id, os.urandom(8).hex(), utc_now())
 

@@ -26,12 +26,19 @@ def pay(self, records):
 Debts.pay = pay
 """
 LATER = sidecars.oneshot('return {"status": "retry", "retry_after_ms": 600000}')
+CONFIG = {"colour": {"type": "string"}}
 REFUSES = sidecars.oneshot('return {"status": "rejected"}')
 
 
-async def begin(daemon: Daemon, kind: str) -> dict[str, Any]:
+async def begin(daemon: Daemon, kind: str, verb: str) -> dict[str, Any]:
     """Bring a plugin and an event to where the change may come; returns the change's parameters."""
-    daemon.add("one", REFUSES if kind == "event.replayed" else LATER)
+    daemon.add("one", REFUSES if kind == "event.replayed" else LATER, config_schema=CONFIG)
+    if kind == "config.changed":
+        if verb == "config.unset":
+            await daemon.ask("config.set", name="one", config={"colour": "blue"})
+        return (
+            {"name": "one", "config": {"colour": "red"}} if verb == "config.set" else {"name": "one", "key": "colour"}
+        )
     event = await daemon.emit()
     outcome = "rejected" if kind == "event.replayed" else "retry"
     await daemon.until(lambda: any(r["data"]["outcome"] == outcome for r in daemon.of_type("event.response")))
@@ -46,7 +53,9 @@ async def begin(daemon: Daemon, kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "verb"),
     [
-        ("event.skipped", "event.skip"), ("event.replayed", "event.replay"), ("plugin.paused", "plugin.pause"),
+        ("config.changed", "config.set"), ("event.skipped", "event.skip"),
+        ("event.replayed", "event.replay"), ("plugin.paused", "plugin.pause"),
+        pytest.param("config.changed", "config.unset", marks=pytest.mark.wide),
         pytest.param("event.cancelled", "event.cancel", marks=pytest.mark.wide),
         pytest.param("event.retried", "event.retry", marks=pytest.mark.wide),
         pytest.param("plugin.resumed", "plugin.resume", marks=pytest.mark.wide),
@@ -54,22 +63,23 @@ async def begin(daemon: Daemon, kind: str) -> dict[str, Any]:
 )  # fmt: skip
 async def test_change_of_an_operator_is_on_record_once(daemon: Daemon, kind: str, verb: str, behind: bool) -> None:
     await daemon.kill_host()
-    daemon.first = KILLED.format(behind=behind, change=2 if kind == "plugin.resumed" else 1)
+    daemon.first = KILLED.format(behind=behind, change=2 if verb in ("plugin.resume", "config.unset") else 1)
     await daemon.start_host()
-    params = await begin(daemon, kind)
+    params = await begin(daemon, kind, verb)
     with pytest.raises(ValueError):  # the connection ends without an answer
         await daemon.ask(verb, **params)
     assert daemon.host is not None and daemon.channel is not None
     await daemon.host.wait()
     daemon.channel.close()
-    await daemon.poll(lambda: bool(daemon.of_type(kind)) is behind)
+    before = verb == "config.unset"
+    await daemon.poll(lambda: len(daemon.of_type(kind)) == before + behind)
     daemon.write_trail(daemon.paths.audit_log)
 
     daemon.first = ""
     await daemon.start_host()
-    await daemon.until(lambda: daemon.of_type(kind))
+    await daemon.until(lambda: len(daemon.of_type(kind)) > before)
     await settled(daemon)
-    (record,) = daemon.of_type(kind)
+    (record,) = daemon.of_type(kind)[before:]
     assert record["plugin"] == "one" and record["data"]["by"] == "uid:0"
     if "id" in params:
         assert record["event_id"] == params["id"] and record["delivery_id"] == f"{params['id']}.one"

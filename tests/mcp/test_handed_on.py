@@ -52,7 +52,9 @@ def taken_over() -> Iterator[tuple[Servers, Audit, socket.socket, ServersState, 
     def use(_: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    servers = Servers(nobody, registry, cast(Any, audit), nobody, cast(Any, lambda _: lambda text: text), use, fences)
+    servers = Servers(
+        nobody, registry, cast(Any, audit), nobody, cast(Any, lambda _: lambda text: text), use, fences, nobody
+    )
     deadline = time.monotonic() + 3600
     session = SessionState(
         run="r1", input=lines[0], output=lines[1], version="", name="srv", instructions="", tools=True,
