@@ -6,19 +6,9 @@ import functools
 import sqlite3
 from typing import cast
 
-from host.control.config_types import (
-    ConfigChange,
-    ConfigItems,
-    ConfigList,
-    ConfigRotateKey,
-    ConfigSet,
-    ConfigUnset,
-    Reencrypted,
-)
+from host.control import config_types
 from host.control.endpoints import Caller, Verbs, serves
-from host.control.plugin_types import ConfigItem
 from host.lifecycle.lifecycle import PluginLifecycle
-from host.plugins.manifest import Manifest
 from host.plugins.registry import Registry
 from host.plugins.secrets import ConfigStore
 from host.queue.owed import Debts, Owed, owed
@@ -32,13 +22,13 @@ class ConfigVerbs(Verbs):
     def __init__(self, registry: Registry, config: ConfigStore, lifecycle: PluginLifecycle, debts: Debts) -> None:
         self._registry, self._config, self._lifecycle, self._debts = registry, config, lifecycle, debts
 
-    @serves(ConfigList)
-    async def list_items(self, request: ConfigList, _: Caller) -> ConfigItems:
+    @serves(config_types.ConfigList)
+    async def list_items(self, request: config_types.ConfigList, _: Caller) -> config_types.ConfigItems:
         plugin = self._registry.need(request.name)
-        return {"items": config_items(self._config, plugin.name, plugin.manifest)}
+        return cast(config_types.ConfigItems, {"items": self._config.listing(plugin.name, plugin.manifest)})
 
-    @serves(ConfigSet)
-    async def set_values(self, request: ConfigSet, caller: Caller) -> ConfigChange:
+    @serves(config_types.ConfigSet)
+    async def set_values(self, request: config_types.ConfigSet, caller: Caller) -> config_types.ConfigChange:
         plugin = self._registry.need(request.name)
         if plugin.manifest is None:
             raise IsolatorError(f"plugin {plugin.name}", plugin.error or "its manifest cannot be read")
@@ -49,8 +39,8 @@ class ConfigVerbs(Verbs):
         self._debts.pay(changed)
         return {"restarted": await self._lifecycle.restart_for_config(plugin, keys)}
 
-    @serves(ConfigUnset)
-    async def unset_value(self, request: ConfigUnset, caller: Caller) -> ConfigChange:
+    @serves(config_types.ConfigUnset)
+    async def unset_value(self, request: config_types.ConfigUnset, caller: Caller) -> config_types.ConfigChange:
         plugin = self._registry.need(request.name)
         changed = [owed(ConfigChanged(names=[request.key], by=caller.by), plugin.name)]
         note = functools.partial(self._debts.note, records=changed)
@@ -58,8 +48,8 @@ class ConfigVerbs(Verbs):
         self._debts.pay(changed)
         return {"restarted": await self._lifecycle.restart_for_config(plugin, [request.key])}
 
-    @serves(ConfigRotateKey)
-    async def rotate_key(self, _: ConfigRotateKey, caller: Caller) -> Reencrypted:
+    @serves(config_types.ConfigRotateKey)
+    async def rotate_key(self, _: config_types.ConfigRotateKey, caller: Caller) -> config_types.Reencrypted:
         changed: list[Owed] = []
 
         def note(db: sqlite3.Connection, count: int) -> None:
@@ -69,8 +59,3 @@ class ConfigVerbs(Verbs):
         count = await self._config.rotate(note)
         self._debts.pay(changed)
         return {"values": count}
-
-
-def config_items(config: ConfigStore, name: str, manifest: Manifest | None) -> list[ConfigItem]:
-    """A plugin's config as listings show it."""
-    return [cast(ConfigItem, vars(item)) for item in config.listing(name, manifest)]
