@@ -30,9 +30,12 @@ def unrecorded(db: sqlite3.Connection, compared: Compared, accepted_here: str = 
     for row in db.execute(_EVENTS.format(accepted_here), (compared.recorded, compared.since)):
         seq, event_id, name, accepted, subject, payload, by = row
         texts = all(isinstance(text, str) for text in (event_id, name, subject, payload))
-        if not texts or not isinstance(accepted, (int, float)) or not isinstance(by, str | None):
+        if not texts or not isinstance(by, str | None):
             continue  # a damaged row
-        at = datetime.fromtimestamp(accepted, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        try:
+            at = datetime.fromtimestamp(accepted, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        except (TypeError, ValueError, OverflowError):
+            continue  # likewise
         deliveries = db.execute("SELECT plugin, state, detail FROM deliveries WHERE seq=? ORDER BY plugin", (seq,))
         plugins = {plugin: (state, detail) for plugin, state, detail in deliveries}
         if seq > compared.recorded:

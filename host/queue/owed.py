@@ -121,7 +121,8 @@ class Debts:
     def pay(self, records: Sequence[Owed]) -> None:
         """Record what was noted; its change is safe."""
         for one in records:
-            delivery_id = f"{one.event_id}.{one.plugin}" if one.event_id is not None else None
+            of_delivery = one.event_id is not None and one.plugin is not None
+            delivery_id = f"{one.event_id}.{one.plugin}" if of_delivery else None
             self._audit.record(one.record, plugin=one.plugin, event_id=one.event_id, delivery_id=delivery_id)
         self._unsettled += records
         if records and not self._settling:

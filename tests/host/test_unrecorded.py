@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from host.cluster.delivery.queue import ClusterQueue
 from host.cluster.entries import EventRef
 from host.cluster.store import make_tables
@@ -76,6 +78,7 @@ async def test_event_whose_host_was_killed_behind_its_answer_is_on_record_before
     await settled(daemon)
     (record,) = accepted(daemon, event)
     data = record["data"]
+    assert (record["plugin"], record["delivery_id"]) == (None, None)
     assert (data["event"], data["subject"], data["by"], data["plugins"]) == (
         "deploy.completed",
         "last",
@@ -171,6 +174,21 @@ async def test_delivery_without_room_is_owed_with_its_event_and_behind_it(tmp_pa
     assert described(found) == [dead, ("event.accepted", None, 3), dead]
     assert found[1].record.data["plugins"] == ["one"] and found[1].id == found[2].event_id
     assert not store.read(lambda db: unrecorded(db, Compared(recorded=0, since=time.time() + 60)))
+    await store.close()
+
+
+@pytest.mark.parametrize(
+    "harm",
+    ["accepted=1e300", "accepted='soon'", "accepted=X'00'", "payload=X'ff'", "by=X''", "name=X'00'", "subject=X''"],
+)
+async def test_event_whose_row_is_damaged_keeps_no_other_from_its_record(tmp_path: Path, harm: str) -> None:
+    store = Store(tmp_path / "host.db")
+    queue = SqliteQueue(store)
+    for _ in range(2):
+        await queue.accept(NewEvent("deploy.completed", "{}"), [])
+    await store.run(lambda db: db.execute(f"UPDATE events SET {harm} WHERE seq=1"))
+    found = store.read(lambda db: unrecorded(db, Compared(recorded=0)))
+    assert described(found) == [("event.accepted", None, 2)]
     await store.close()
 
 
