@@ -34,8 +34,8 @@ class Source:
         self.name, self.sock = name, sock
         self.received = self.acked = 0
         self.open = True
-        self.resting = False
-        """True while it is left alone for a moment, as few records come by it."""
+        self.rest: asyncio.TimerHandle | None = None
+        """The end of the moment for which it is left alone, as few records come by it."""
         self.held = False
         """Not read yet, so that another source's records come first."""
         self.reading = False

@@ -42,15 +42,18 @@ from isolator.paths import Paths
 MAX_WAITING = 8 << 20
 """Bytes of records that wait for the disk before the sockets are left alone."""
 _PACKETS = 16
-_FEW, _REST = 64, 0.002
-"""Records, seconds: a socket that had so few and is empty is left alone for a moment, and what comes meanwhile is read
-together. A packet by itself wakes this process, which costs more than its records do, and its sender waits for that."""
+_FEW = 128
+"""A socket that had fewer records and is empty is left alone until the next commit, which nothing that comes meanwhile
+could be in before: it is read together then. A packet by itself wakes this process, which costs more than its records
+do, and its sender waits for that. Who sends a burst sends so many at once, and is listened to."""
 _DRAIN = 4096
 """More packets than a socket's buffer can hold: reading so many empties it of what was there before."""
 _RETRY = 0.5
 _GATHER = 0.005
 """Seconds from one commit to the next: under load they cost more than the records do, and their syncs compete with
 those of the host's database. Nobody waits for a commit, but for the last one."""
+_REST = 2 * _GATHER
+"""Seconds after which such a socket is read whether the disk has answered or not."""
 _HOST_WAIT = 1.0
 _STALLED = 10.0
 """A commit that takes longer counts as blocked until it ends."""
@@ -200,11 +203,12 @@ class Writer:
         """Listen to the sockets unless there is no chain yet or too much waits for the disk."""
         room = self._has_room
         for source in self._sources:
-            wanted = room and source.open and not source.held and not source.resting
+            wanted = room and source.open and not source.held and source.rest is None
+            # By their numbers: for the name of an object that it does not know the selector asks the kernel twice.
             if wanted and not source.reading:
-                self._loop.add_reader(source.sock, self._readable, source)
+                self._loop.add_reader(source.sock.fileno(), self._readable, source)
             elif source.reading and not wanted:
-                self._loop.remove_reader(source.sock)
+                self._loop.remove_reader(source.sock.fileno())
             source.reading = wanted
 
     def _readable(self, source: Source) -> None:
@@ -213,8 +217,7 @@ class Writer:
             packet = source.receive()
             if packet is None:
                 if source.open and 0 < source.received - before < _FEW:
-                    source.resting = True
-                    self._loop.call_later(_REST, self._rested, source)
+                    source.rest = self._loop.call_later(_REST, self._rested, source)
                 break
             if source.name != HOST:
                 for host in self._sources:
@@ -226,7 +229,9 @@ class Writer:
         self._update_reading()
 
     def _rested(self, source: Source) -> None:
-        source.resting = False
+        if source.rest is not None:
+            source.rest.cancel()
+        source.rest = None
         if self._has_room and source in self._sources and source.open and not source.held:
             self._readable(source)
         else:
@@ -300,6 +305,8 @@ class Writer:
             if not await self._commit():
                 return
             await asyncio.sleep(_GATHER)
+            for source in [one for one in self._sources if one.rest is not None]:
+                self._rested(source)
             if self._stopping.is_set():
                 if not chain.bytes and not chain.unsealed:
                     return
