@@ -21,13 +21,14 @@ import contextlib
 import os
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from isolator.audit.budget import WINDOW
 from isolator.audit.cause import CauseState
 from isolator.audit.client import utc_now
+from isolator.audit.commits import FileThread
 from isolator.audit.intake import Intake
 from isolator.audit.log import Chain, Limits, Outlook, Trail
 from isolator.audit.metrics import Metrics, MetricState
@@ -85,7 +86,7 @@ class Writer:
         """None until the trail is open."""
         self._sources: list[Source] = []
         self._loop = asyncio.get_running_loop()
-        self._worker = ThreadPoolExecutor(1, "commit")
+        self._worker = FileThread()
         self._work: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._progress = asyncio.Condition()
@@ -145,7 +146,7 @@ class Writer:
             await self._work
         for source in list(self._sources):
             self._detach(source)
-        self._worker.shutdown()
+        self._worker.close()
         self._trail.close()
 
     async def pass_on(self, departure: Departure) -> WriterState:
@@ -168,7 +169,7 @@ class Writer:
         for timer in (self._seal_timer, self._summary_timer):
             if timer is not None:
                 timer.cancel()
-        await asyncio.to_thread(self._worker.shutdown)
+        await asyncio.to_thread(self._worker.close)
         self._trail.close()
         return WriterState(
             sources=tuple(source.pass_on(departure) for source in self._sources if source.open),
@@ -277,7 +278,7 @@ class Writer:
     async def _run(self, attempted: asyncio.Event) -> None:
         while self._intake is None:
             try:
-                end, signer = await self._loop.run_in_executor(self._worker, self._trail.open)
+                end, signer = await self._worker.call(self._trail.open)
             except (OSError, ValueError) as error:
                 self._block(_reason(error))
                 attempted.set()
@@ -326,7 +327,7 @@ class Writer:
             )
             begun = time.monotonic()
             try:
-                await self._loop.run_in_executor(self._worker, self._trail.commit, batches)
+                await self._worker.call(partial(self._trail.commit, batches))
                 break
             except OSError as error:
                 batches = []

@@ -1,4 +1,4 @@
-"""A socket by which few records come is left alone until the next commit, or for a moment when the disk is slow."""
+"""When the writer reads a socket by which few records come, and what its thread for the files promises."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from isolator.audit import writer as module
 from isolator.audit.client import AuditClient
+from isolator.audit.commits import FileThread
 from isolator.audit.log import Limits, Trail
 from isolator.audit.writer import Writer
 from isolator.ipc import channel as ipc
@@ -66,3 +68,22 @@ async def test_quiet_socket_is_read_while_the_disk_does_not_answer(
         finally:
             answers.set()
         await client.durable()
+
+
+async def test_thread_gives_results_and_errors_in_order_and_ends_after_its_last_call() -> None:
+    thread, free, called = FileThread(), threading.Event(), list[int]()
+
+    def call(number: int) -> int:
+        free.wait()
+        called.append(number)
+        return 6 // number
+
+    async with asyncio.timeout(20):
+        first, failing, given_up, last = [thread.call(partial(call, number)) for number in (2, 0, 3, 1)]
+        given_up.cancel()
+        free.set()
+        assert (await first, await last) == (3, 6) and called == [2, 0, 3, 1]
+        with pytest.raises(ZeroDivisionError):
+            await failing
+    thread.close()
+    assert not [one for one in threading.enumerate() if one.name == "commit"]
