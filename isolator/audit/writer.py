@@ -46,7 +46,10 @@ _PACKETS = 16
 _FEW = 128
 """A socket that had fewer records and is empty is left alone until the next commit, which nothing that comes meanwhile
 could be in before: it is read together then. A packet by itself wakes this process, which costs more than its records
-do, and its sender waits for that. Who sends a burst sends so many at once, and is listened to."""
+do, and its sender waits for that. Who sends a burst sends so many at once."""
+_BURST = 1024
+"""Records since the commit before the last. Who sends so many is listened to: they take longer to handle than the time
+from one commit to the next."""
 _DRAIN = 4096
 """More packets than a socket's buffer can hold: reading so many empties it of what was there before."""
 _RETRY = 0.5
@@ -217,7 +220,8 @@ class Writer:
         for _ in range(_PACKETS):
             packet = source.receive()
             if packet is None:
-                if source.open and 0 < source.received - before < _FEW:
+                few = 0 < source.received - before < _FEW and source.received - source.since < _BURST
+                if few and source.open:
                     source.rest = self._loop.call_later(_REST, self._rested, source)
                 break
             if source.name != HOST:
@@ -319,6 +323,8 @@ class Writer:
         """Bring everything that has gathered to the disk; False when it is time to stop without it."""
         assert self._intake is not None
         reached = [(source, source.received) for source in self._sources]
+        for source, received in reached:
+            source.since, source.committed = source.committed, received
         batches = self._intake.chain.take()
         self._update_reading()
         while True:

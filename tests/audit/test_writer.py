@@ -48,9 +48,12 @@ async def test_quiet_socket_is_read_with_the_next_commit(tmp_path: Path, monkeyp
             await client.durable()
 
 
-async def test_quiet_socket_is_read_while_the_disk_does_not_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("burst", "rest"), [(0, module._REST), (1100, 3600.0)])
+async def test_socket_is_read_while_the_disk_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, burst: int, rest: float
 ) -> None:
+    """After a moment; without one if its sender has just sent many records."""
+    monkeypatch.setattr(module, "_REST", rest)
     answers, commit = threading.Event(), Trail.commit
 
     def late(trail: Trail, batches: Any) -> None:
@@ -60,7 +63,9 @@ async def test_quiet_socket_is_read_while_the_disk_does_not_answer(
     monkeypatch.setattr(Trail, "commit", late)
     async with _written(tmp_path) as (writer, client):
         try:
-            for number in range(3):
+            for number in range(burst):
+                client.record(any_record("event.accepted"), event_id=str(number))
+            for number in range(burst, burst + 3):
                 client.record(any_record("event.accepted"), event_id=str(number), urgent=True)
                 while writer._sources[0].received <= number:  # noqa: ASYNC110 # a timer of the writer's has to come
                     await asyncio.sleep(0)
