@@ -401,13 +401,14 @@ class Worker:
     def _send_now(self, delivery: Delivery) -> bool:
         """Begin an attempt of a delivery, or give it up, without a turn of the loop; returns whether that was possible.
 
-        Where it was not, ``_work`` takes it, and meets the obstacle.
+        Where it was not, ``_work`` takes it.
         """
-        if not self._stream.ready or not self._sidecar.accepts or not self._gate.is_open:
+        plugin = self._registry.get(self.name)
+        if plugin is None or plugin.mode != "stream" or not self._sidecar.accepts or not self._gate.is_open:
             return False
         try:
             begun = self._deliver_now(delivery)
-        except Exception:
+        except Exception:  # ``_work`` meets it again
             return False
         if begun:
             self._backoff.reset()

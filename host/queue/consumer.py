@@ -247,14 +247,15 @@ class SqliteConsumer:
     def _offer(self, send_now: Callable[[Delivery], bool]) -> bool:
         """Have deliveries sent without a turn of the loop; returns whether the taker may go on waiting."""
         loop = asyncio.get_running_loop()
+        now = loop.time()
         self._offering = True
         try:
             for _ in range(AT_ONCE):
-                delivery = self._lane.pop(loop.time())
+                delivery = self._lane.pop(now)
                 if delivery is None:
                     self._set_timer(loop)
                     return True
-                if delivery.event is None or delivery.expires <= loop.time() or not send_now(delivery):
+                if delivery.event is None or delivery.expires <= now or not send_now(delivery):
                     if not delivery.final:
                         self._lane.put_back(delivery, delivery.due)
                     break
