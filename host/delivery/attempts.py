@@ -44,8 +44,7 @@ class Attempts:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self, attempt: Attempt) -> None:
-        """Count, record and send an attempt, in the loop's next turn at the latest if database and trail can be written.
-        """
+        """Count, record and send an attempt, by the loop's next turn if database and trail can be written."""
         self._gathered.append(attempt)
         self.schedule()
 
