@@ -364,9 +364,8 @@ class Worker:
                 self._consumer.release(delivery)
                 self._taken = None
                 await self._back_off(str(error))
-            except Exception as error:  # this delivery's: it counts as an attempt, and those behind it go on
-                _log.exception("plugin %s: a delivery failed within the host", self.name)
-                self._note_failure(delivery, f"it failed within the host: {type(error).__name__}")
+            except Exception as error:  # this delivery's: those behind it go on
+                self._note_failure(delivery, error)
             self._taken = None
 
     async def _until_resumed(self) -> None:
@@ -382,7 +381,10 @@ class Worker:
         await self._woken.wait()
         self.blocked_on = None
 
-    def _note_failure(self, delivery: Delivery, why: str) -> None:
+    def _note_failure(self, delivery: Delivery, error: Exception) -> None:
+        """Log the failure of the host's own work on a delivery, and count it as an attempt."""
+        _log.error("plugin %s: a delivery failed within the host", self.name, exc_info=error)
+        why = f"it failed within the host: {type(error).__name__}"
         plugin = self._registry.get(self.name)
         if not delivery.taken or delivery.final:
             return  # it was concluded before
@@ -399,22 +401,21 @@ class Worker:
                 await self._woken.wait()
 
     def _send_now(self, delivery: Delivery) -> bool:
-        """Begin an attempt of a delivery, or give it up, without a turn of the loop; returns whether that was possible.
-
-        Where it was not, ``_work`` takes it.
-        """
+        """Begin an attempt of a delivery, or conclude it, if that takes no wait; returns whether it took none."""
         plugin = self._registry.get(self.name)
         if plugin is None or plugin.mode != "stream" or not self._sidecar.accepts or not self._gate.is_open:
             return False
         try:
-            begun = self._deliver_now(delivery)
-        except Exception:  # ``_work`` meets it again
+            if not self._deliver_now(delivery):
+                return False
+        except (NotSentError, IsolatorError):  # ``_work`` meets it again, and backs off
             return False
-        if begun:
-            self._backoff.reset()
-            self.blocked_on = None
-            self._sidecar.status = "idle"
-        return begun
+        except Exception as error:
+            self._note_failure(delivery, error)
+        self._backoff.reset()
+        self.blocked_on = None
+        self._sidecar.status = "idle"
+        return True
 
     async def _deliver(self, delivery: Delivery) -> None:
         if self._deliver_now(delivery):

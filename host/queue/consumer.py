@@ -256,8 +256,7 @@ class SqliteConsumer:
                     self._set_timer(loop)
                     return True
                 if delivery.event is None or delivery.expires <= now or not send_now(delivery):
-                    if not delivery.final:
-                        self._lane.put_back(delivery, delivery.due)
+                    self._lane.put_back(delivery, delivery.due)
                     break
         finally:
             self._offering = False
