@@ -41,14 +41,11 @@ class Turns:
         self.budget = TokenBucket(PER_SECOND, AT_ONCE) if budget is None else budget
         self.held = 0
         """Bytes that the connections hold for what waits to be sent."""
-        self._used = 0.0
+        self.part = HOLD
+        """Seconds of CPU time for the cage in one turn."""
+        self._used, self._used_up = 0.0, False
         self._waiting: deque[Callable[[], None]] = deque()
         self._planned = False
-
-    @property
-    def part(self) -> float:
-        """Seconds of CPU time for the cage in one turn."""
-        return self._part(self.budget.tokens)
 
     @property
     def over(self) -> bool:
@@ -59,6 +56,7 @@ class Turns:
         """Count the CPU time of some work for the cage."""
         self._used += seconds
         self.budget.take(seconds)
+        self._measure()
         if self._used_up:
             self._plan()
 
@@ -76,13 +74,11 @@ class Turns:
         self._waiting.append(go_on)
         self._plan()
 
-    @property
-    def _used_up(self) -> bool:
+    def _measure(self) -> None:
+        """See what is left of the turn and of the budget: once for each piece, as the clock is a call of the kernel."""
         tokens = self.budget.tokens
-        return tokens < 0 or self._used >= self._part(tokens)
-
-    def _part(self, tokens: float) -> float:
-        return min(HOLD, max(LEAST, 2 * HOLD * tokens / self.budget.burst))
+        self.part = min(HOLD, max(LEAST, 2 * HOLD * tokens / self.budget.burst))
+        self._used_up = tokens < 0 or self._used >= self.part
 
     def _plan(self) -> None:
         if not self._planned:
@@ -95,6 +91,7 @@ class Turns:
 
     def _next(self) -> None:
         self._planned, self._used = False, 0.0
+        self._measure()
         try:
             for _ in range(len(self._waiting)):
                 if self._used_up:

@@ -86,10 +86,10 @@ async def test_spent_budget_is_used_again_once_there_is_enough_of_it(monkeypatch
     assert rests == [pytest.approx((HOLD + ENOUGH) / 0.5)]
 
 
-def test_part_of_a_turn_is_the_smaller_the_less_is_left_of_the_budget() -> None:
+async def test_part_of_a_turn_is_the_smaller_the_less_is_left_of_the_budget() -> None:
     turns = Turns(TokenBucket(0.5, 1.0, clock=lambda: 0.0))
     for left, part in ((1.0, HOLD), (0.5, HOLD), (0.25, HOLD / 2), (0.0, LEAST)):
-        turns.budget.take(turns.budget.tokens - left)
+        turns.took(turns.budget.tokens - left)
         assert turns.part == pytest.approx(part)
 
 
