@@ -31,7 +31,9 @@ class Line:
     def __init__(self) -> None:
         self.trail, theirs = pair()
         self.client, client = socket.socketpair()
-        self.server, server = socket.socketpair()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            server = socket.create_connection(listener.getsockname())
+            self.server, _ = listener.accept()
         for sock in (self.trail, client, server, self.server):
             sock.setblocking(False)
         resolvers, self.host = HostResolvers(), HostAddresses()
