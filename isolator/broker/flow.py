@@ -202,7 +202,7 @@ class Flow:
             if failure is not None or (up.ended and down.ended):
                 on_end(self, failure)
 
-        up.on_end = down.on_end = ended
+        up.back, down.back, up.on_end, down.on_end = down, up, ended, ended
         self.pipes = [up, down]
         return up, down
 

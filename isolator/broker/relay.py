@@ -92,6 +92,8 @@ class Pipe:
         self.failure: OSError | Denied | None = None
         self.ended = False
         self.on_end: Callable[[], None] = _nothing
+        self.back: Pipe | None = None
+        """The other direction."""
         self.gate: Gate | None = None
         self._answers: Pipe | None = None
         self._source, self._sink, self._scratch, self._fence, self._turns = source, sink, scratch, fence, turns
@@ -101,6 +103,8 @@ class Pipe:
         self._rest = memoryview(b"")
         self._held = 0
         self._reading = False
+        self._queued = self._streams = False
+        self._heard = -1
 
     def start(self, first: bytes | None = None) -> None:
         """Begin to read. ``first``: send these bytes of the source before; none of them, read what is there at once."""
@@ -171,11 +175,15 @@ class Pipe:
         if self._turns.over:
             self._read(False)
             self._turns.wait(self._in_turn)
+            self._queued = True
+            if self.back is not None and self.back._queued:
+                self._streams = self.back._streams = True
         else:
             self._take_turn()
 
     def _in_turn(self) -> None:
         """Go on, unless it has by now, or waits for something else."""
+        self._queued = False
         waits = self.gate is not None and self.gate.waiting
         if not (self._reading or self._rest or self.ended or waits):
             self._read(True)
@@ -186,7 +194,12 @@ class Pipe:
         try:
             self._read_some(began + self._turns.part)
         finally:
-            self._turns.took_piece(thread_time() - began, self.total + len(self._rest) - before)
+            size, streams = self.total + len(self._rest) - before, self._streams
+            if self.back is not None:  # nothing has come back since the piece before: it is no question and answer
+                streams = streams or self.back.total == self._heard
+                self._heard = self.back.total
+            self._streams = False
+            self._turns.took_piece(thread_time() - began, size, streams=streams)
 
     def _read_some(self, end: float) -> None:
         """Pass on what is there to read, until this thread's CPU time is ``end``."""
