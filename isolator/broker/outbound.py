@@ -247,7 +247,10 @@ class Outbound:
         if self._flows.full:
             self._deny(flow, DenialRule.TOO_MANY_OPEN)
             reset(client)
-            return
+        else:
+            self._begin(flow)
+
+    def _begin(self, flow: Flow) -> None:
         self._flows.add(flow)
         try:
             rest = self._open_at_once(flow)
