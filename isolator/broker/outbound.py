@@ -336,7 +336,7 @@ class Outbound:
         if gate is not None:
             up.guard(gate, down)
         up.start(first)
-        if not up.ended:  # behind the first bytes, which wait for neither
+        if not down.ended:  # behind the first bytes, which wait for neither
             tune(flow.server)
             down.start()
 

@@ -128,6 +128,16 @@ async def test_bytes_that_are_there_go_out_behind_the_record_without_another_tur
     assert line.sent() == b"HELO"
 
 
+async def test_client_that_has_ended_before_its_first_byte_hears_the_server(line: Line) -> None:
+    line.client.shutdown(socket.SHUT_WR)
+    line.cage._join(line.flow)
+    assert line.sent() == b""
+    line.server.send(b"220 ready")
+    line.client.setblocking(False)
+    async with asyncio.timeout(seconds(10)):
+        assert await asyncio.get_running_loop().sock_recv(line.client, 100) == b"220 ready"
+
+
 async def test_bytes_that_are_there_pass_the_gate(line: Line) -> None:
     line.client.send(b"GET / HTTP/1.1\r\n")
     line.cage._join(line.flow, Gate(lambda _: None, strict=False))
