@@ -65,6 +65,8 @@ KERNEL_LATE = 0.1
 """Seconds by which a refusal of the kernel may be read after the plugin felt it: record and reset leave together."""
 UNACKNOWLEDGED = 15_000
 """Audit records under way beyond which nothing new is let out: nothing happens unrecorded."""
+APART = 0.001
+"""Seconds from one connection of a cage that is opened at once to the next: a burst takes turns with other cages."""
 QUESTION_KEYS = 4 * (QUERY_BURST + QUERIES_PER_SECOND)
 """Different questions that are counted one by one; a cage cannot ask that many between two flushes."""
 _SO_ORIGINAL_DST = 80
@@ -124,6 +126,7 @@ class Outbound:
         self._flows = FlowTable(policy.connects_open, self._end)
         self._buffers = Buffers()
         self._looking, self._turns = Looking(), Turns()
+        self._at_once_again = 0.0
         self._pool = VirtualPool(rules, self._loop.time)
         self._resolver = Resolver(policy.resolvers, shared.resolvers, fence)
         self._proxy: Proxy | None = None
@@ -253,7 +256,7 @@ class Outbound:
     def _begin(self, flow: Flow) -> None:
         self._flows.add(flow)
         try:
-            rest = self._open_at_once(flow)
+            rest = self._open_at_once(flow) if flow.started >= self._at_once_again else self._open(flow)
         except Exception as failure:
             self._end(flow, failure)
             if not isinstance(failure, Denied | OSError):
@@ -284,6 +287,7 @@ class Outbound:
 
         Most of what a task and another turn of the loop cost would come before the first byte.
         """
+        self._at_once_again = flow.started + APART
         if self._fence.closed:
             return self._open(flow)
         self._admit(flow)

@@ -100,6 +100,21 @@ async def test_connection_to_a_near_server_is_opened_in_the_turn_in_which_it_is_
     client.close()
 
 
+async def test_connections_of_a_burst_take_turns_with_others(line: Line) -> None:
+    address, port = line.far.getsockname()
+    pairs = [socket.socketpair() for _ in range(3)]
+    flows = [Flow(inner, IPv4Address(address), port, 7.0) for _, inner in pairs]
+    for flow in flows:
+        flow.client.setblocking(False)
+        line.cage._begin(flow)
+    assert [flow.recorded for flow in flows] == [True, False, False]
+    async with asyncio.timeout(seconds(10)):
+        while not all(flow.recorded for flow in flows):  # noqa: ASYNC110 # a turn or two
+            await asyncio.sleep(0)
+    for client, _ in pairs:
+        client.close()
+
+
 async def test_refusal_of_a_near_server_is_recorded_and_ends_the_connection_at_once(line: Line) -> None:
     line.far.close()
     client, inner = socket.socketpair()
