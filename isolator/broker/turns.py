@@ -20,8 +20,8 @@ perhaps, is then read in one piece, and not at one wakeup of the broker for each
 
 WAKEUP, CROWD, STREAM = 40e-6, 8, 3
 """Seconds of CPU time that one piece costs beside itself: the loop's, and the wakeups at either end; how many
-connections have to wait for a small one to cost as much again; and how often that is added to a small one of a stream,
-once more for each connection that waits."""
+connections have to wait for a small one to cost as much again; and how often that is added to a small one of a stream
+once an eighth of the budget is left (the part of a turn is ``LEAST`` then), and once more for each that waits."""
 SMALL = 4096
 """Bytes below which a piece is small."""
 
@@ -64,12 +64,14 @@ class Turns:
     def took_piece(self, seconds: float, size: int, *, streams: bool = False) -> None:
         """As ``took``, for ``size`` bytes that were carried in one piece, which has woken both ends.
 
-        A small one is the dearer the more connections wait for their turns, and the more so if its connection
-        ``streams``: it is no part of an exchange of one piece for another. So one exchange after the other goes on as
-        fast as ever, and a cage beyond its budget is served in fewer and larger pieces: those of a stream gather
-        meanwhile, and lose nothing but a fraction of a second.
+        A small one is the dearer the more connections wait for their turns, and the more so, once little of the budget
+        is left, if its connection ``streams``: it is no part of an exchange of one piece for another. So one exchange
+        after the other goes on as fast as ever, and a cage beyond its budget is served in fewer and larger pieces:
+        those of a stream gather meanwhile, and lose nothing but a fraction of a second.
         """
-        crowd = 0.0 if size >= SMALL else STREAM + len(self._waiting) if streams else len(self._waiting) / CROWD
+        crowd = 0.0 if size >= SMALL else len(self._waiting) / CROWD
+        if streams and 0 < size < SMALL and self.part <= LEAST:
+            crowd = STREAM + len(self._waiting)
         self.took(seconds + WAKEUP * (1 + crowd))
 
     def wait(self, go_on: Callable[[], None]) -> None:

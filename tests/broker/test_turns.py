@@ -276,35 +276,65 @@ class Both:
             sock.close()
 
 
-def spent_by(turns: Turns) -> float:
-    """Times what a piece costs at least."""
-    return (turns.budget.burst - turns.budget.tokens) / WAKEUP
+class Spent(Turns):
+    """Turns with so many seconds of a budget of one, on a clock that stands unless it is moved."""
+
+    def __init__(self, left: float) -> None:
+        self.now = 0.0
+        super().__init__(TokenBucket(0.5, 1.0, clock=lambda: self.now))
+        self.took(1.0 - left)
+        self.before = self.budget.tokens
+
+    @property
+    def pieces(self) -> float:
+        """Times what a piece costs at least, since the beginning."""
+        return (self.before - self.budget.tokens) / WAKEUP
+
+
+LITTLE, MUCH = 0.1, 0.5
 
 
 async def test_exchange_costs_its_pieces_and_a_stream_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay, "thread_time", lambda: 0.0)
-    turns = Turns(TokenBucket(0.5, 1.0, clock=lambda: 0.0))
+    turns = Spent(LITTLE)
     both = Both(turns)
     try:
         for _ in range(5):
             await both.carry(both.near)
             await both.carry(both.far)
-        assert spent_by(turns) == pytest.approx(10), "one piece for another"
+        assert turns.pieces == pytest.approx(10), "one piece for another"
         await both.carry(both.near)
         for number in range(1, 4):
             await both.carry(both.near)
-            assert spent_by(turns) == pytest.approx(11 + number * (1 + STREAM)), "nothing has come back since"
+            assert turns.pieces == pytest.approx(11 + number * (1 + STREAM)), "nothing has come back since"
         await both.carry(both.far)
-        assert spent_by(turns) == pytest.approx(12 + 3 * (1 + STREAM)), "an answer is an answer"
+        assert turns.pieces == pytest.approx(12 + 3 * (1 + STREAM)), "an answer is an answer"
+        both.near.shutdown(socket.SHUT_WR)
+        both.far.shutdown(socket.SHUT_WR)
+        async with asyncio.timeout(seconds(10)):
+            while not all(pipe.ended for pipe in both.pipes):  # noqa: ASYNC110 # a turn or two
+                await asyncio.sleep(0)
+        assert turns.pieces == pytest.approx(14 + 3 * (1 + STREAM)), "an end is no piece of a stream"
+    finally:
+        both.close()
+
+
+async def test_stream_costs_no_more_than_an_exchange_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "thread_time", lambda: 0.0)
+    turns = Spent(MUCH)
+    both = Both(turns)
+    try:
+        for _ in range(5):
+            await both.carry(both.near)
+        assert turns.pieces == pytest.approx(5)
     finally:
         both.close()
 
 
 async def test_connection_that_waits_in_both_directions_is_a_stream_in_both(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes that come back as they go, from a server that is in league, make no exchange of it."""
-    now = [0.0]
     monkeypatch.setattr(relay, "thread_time", lambda: 0.0)
-    turns = Turns(TokenBucket(0.5, 1.0, clock=lambda: now[0]))
+    turns = Spent(LITTLE)
     both = Both(turns)
     try:
         await both.carry(both.near)
@@ -315,11 +345,11 @@ async def test_connection_that_waits_in_both_directions_is_a_stream_in_both(monk
         async with asyncio.timeout(seconds(10)):
             while len(turns._waiting) < 2:  # noqa: ASYNC110 # a turn or two
                 await asyncio.sleep(0)
-            now[0] += 2.0 + HOLD / 0.5  # all of it is there again
-            before = spent_by(turns)
+            turns.now = (HOLD + LITTLE) / 0.5
+            turns.before = turns.budget.tokens
             while any(pipe.total < 2 for pipe in both.pipes):  # noqa: ASYNC110 # a timer of the turns has to come
                 await asyncio.sleep(0.001)
-        assert spent_by(turns) - before == pytest.approx(2 * (1 + STREAM) + 1), "the first while the other waits"
+        assert turns.pieces == pytest.approx(2 * (1 + STREAM) + 1), "the first while the other waits"
     finally:
         both.close()
 
