@@ -129,6 +129,7 @@ class Pipe:
     def stop(self) -> None:
         """Take the pipe off the loop; bytes that still wait are dropped. ``on_end`` is not called."""
         self.ended = True
+        self.on_end, self.back, self.gate, self._answers = _nothing, None, None, None  # all lead back here
         self._read(False)
         if self._rest:
             self._loop.remove_writer(self._out)
@@ -359,9 +360,9 @@ class Pipe:
 
     def _end(self, failure: OSError | Denied | None = None) -> None:
         if not self.ended:
-            self.failure = failure
+            self.failure, on_end = failure, self.on_end
             self.stop()
-            self.on_end()
+            on_end()
 
 
 def _nothing() -> None:

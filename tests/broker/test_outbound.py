@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
+import weakref
 from collections.abc import AsyncIterator
 from ipaddress import IPv4Address
 
@@ -98,6 +100,25 @@ async def test_connection_to_a_near_server_is_opened_in_the_turn_in_which_it_is_
     assert line.server.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0 and flow.server is not None
     assert flow.server.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
     client.close()
+
+
+async def test_connection_that_has_ended_leaves_nothing_to_the_collector(line: Line) -> None:
+    line.client.send(b"HELO")
+    line.cage._join(line.flow, Gate(lambda _: None, strict=False))
+    assert line.sent() == b"HELO"
+    gc.disable()
+    try:
+        pipes = [weakref.ref(pipe) for pipe in line.flow.pipes]
+        line.client.shutdown(socket.SHUT_WR)
+        line.server.shutdown(socket.SHUT_WR)
+        async with asyncio.timeout(seconds(10)):
+            while not all(pipe.ended for pipe in line.flow.pipes):  # noqa: ASYNC110 # a turn or two
+                await asyncio.sleep(0)
+        line.flow.pipes.clear()
+        await asyncio.sleep(0)
+        assert [pipe() for pipe in pipes] == [None, None]
+    finally:
+        gc.enable()
 
 
 async def test_connections_of_a_burst_take_turns_with_others(line: Line) -> None:
