@@ -282,8 +282,8 @@ class FlowTable:
 
     async def pass_on(self, departure: Departure) -> tuple[FlowState, ...]:
         """Hand every flow to another broker."""
-        undecided = [flow for flow in self._flows if not flow.recorded]
         tasks = self._tasks()
+        undecided = [flow for flow in self._flows if not flow.recorded]
         for flow in undecided:
             flow.left = True
             self._stop(flow, "")
@@ -293,12 +293,16 @@ class FlowTable:
         return tuple(states)
 
     def _tasks(self) -> list[asyncio.Task[None]]:
+        """The tasks under way; what has just failed to open is ended here, as its own failure and nobody's doing."""
+        for flow, task in list(self._flows.items()):
+            if task is not None and task.done():
+                self._opened(flow, task)
         return [task for task in self._flows.values() if task is not None]
 
     def _stop(self, flow: Flow, reason: str) -> None:
         flow.reason = reason
         task = self._flows[flow]
-        if task is None or task.done():
+        if task is None:
             self._end(flow, asyncio.CancelledError())
         else:
             task.cancel()

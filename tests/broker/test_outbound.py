@@ -13,7 +13,7 @@ from ipaddress import IPv4Address
 import pytest
 
 from isolator.audit.client import AuditClient
-from isolator.broker.flow import Flow
+from isolator.broker.flow import Flow, FlowTable
 from isolator.broker.gate.gate import Gate
 from isolator.broker.host_addresses import HostAddresses
 from isolator.broker.nat64 import Nat64
@@ -100,6 +100,21 @@ async def test_connection_to_a_near_server_is_opened_in_the_turn_in_which_it_is_
     assert line.server.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0 and flow.server is not None
     assert flow.server.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
     client.close()
+
+
+async def test_failure_to_open_is_that_when_its_cage_ends_in_the_same_turn(line: Line) -> None:
+    ends: list[BaseException | None] = []
+    table = FlowTable(1, lambda flow, failure: (ends.append(failure), table.remove(flow))[1])
+
+    async def fail() -> None:
+        raise ConnectionRefusedError
+
+    table.add(line.flow)
+    table.open(line.flow, fail())
+    await asyncio.sleep(0)
+    await table.close()
+    await asyncio.sleep(0)
+    assert [type(failure) for failure in ends] == [ConnectionRefusedError]
 
 
 async def test_connection_that_has_ended_leaves_nothing_to_the_collector(line: Line) -> None:
