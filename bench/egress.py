@@ -28,6 +28,8 @@ FLOW = 256_000_000
 PLUGINS, FLOWS = 25, 20
 WARM, MANY = 2_000, 20_000
 STORM, RATE = 10_000, 1_000
+COMMIT = 0.005
+"""Seconds from one commit of the trail to the next, and so from one acknowledgement of its writer to the next."""
 
 
 def measure(rounds: int) -> Report:
@@ -52,6 +54,7 @@ async def _line(made: PretendInternet) -> AsyncIterator[tuple[BrokerProcess, Cag
     assert server.stdout is not None
     await server.stdout.readline()
     broker = await BrokerProcess.start(made)
+    broker.gather = COMMIT
     cage = await CageNet.attach(broker, _policy())
     for fd in (made.host_fd, cage.network.netns_fd):
         # Closed connections keep their port for a minute, and there are more of them here than ports by default.

@@ -9,7 +9,6 @@ import socket
 from collections.abc import Sequence
 
 from isolator.broker.buffers import keep_small
-from isolator.broker.relay import tune
 from isolator.ipc.fence import Fence
 from isolator.policy.addresses import Address
 
@@ -61,31 +60,40 @@ async def dial(
                 result.close()
 
 
-async def _connect(address: Address, port: int, fence: Fence, small: bool) -> socket.socket:
-    await fence.opened()
+def begin(address: Address, port: int, *, small: bool) -> tuple[socket.socket, bool]:
+    """A connection under way, and whether it is there already, as to one nearby it mostly is; raises OSError."""
     sock = socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
         if small:
             keep_small(sock)
-        tune(sock)
         where = (str(address), port)
         error = sock.connect_ex(where)
         if error in _UNDER_WAY:  # asked again, a near one has answered by now, and no turn of the loop is waited for
             error = sock.connect_ex(where)
-        if error in _UNDER_WAY:
-            await _wait(sock, where)
-        elif error:
+        if error and error not in _UNDER_WAY:
             raise OSError(error, os.strerror(error))
-    except BaseException:  # cancelled too: the socket has no other owner yet
+    except BaseException:  # the socket has no other owner yet
         sock.close()
         raise
-    return sock
+    return sock, not error
 
 
-async def _wait(sock: socket.socket, where: tuple[str, int]) -> None:
+async def established(sock: socket.socket, address: Address, port: int) -> None:
+    """Wait for a connection that is under way; raises OSError, ETIMEDOUT after ``TIMEOUT``. Closes one that fails."""
     try:
         async with asyncio.timeout(TIMEOUT):
-            await asyncio.get_running_loop().sock_connect(sock, where)
-    except TimeoutError as late:
-        raise OSError(errno.ETIMEDOUT, "no answer in time") from late
+            await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
+    except BaseException as error:  # cancelled too
+        sock.close()
+        if isinstance(error, TimeoutError) and error.errno is None:
+            raise OSError(errno.ETIMEDOUT, "no answer in time") from error
+        raise
+
+
+async def _connect(address: Address, port: int, fence: Fence, small: bool) -> socket.socket:
+    await fence.opened()
+    sock, there = begin(address, port, small=small)
+    if not there:
+        await established(sock, address, port)
+    return sock

@@ -14,11 +14,13 @@ import socket
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import ip_address
 from typing import Any, Literal, NotRequired, Self, TypedDict
 
 from isolator.audit.schema import NetClosed, NetConnect, NetDenied
 from isolator.broker.gate.gate import Gate, GateState
+from isolator.broker.guard import Denied
 from isolator.broker.relay import Pipe, PipeState, Scratch, reset
 from isolator.broker.turns import Turns
 from isolator.broker.virtual import Entry
@@ -27,6 +29,9 @@ from isolator.ipc.fence import Fence
 from isolator.ipc.succession import Departure, Descriptors, to_bytes, to_text
 from isolator.ipc.tasks import report
 from isolator.policy.addresses import Address
+
+OnEnd = Callable[["Flow", BaseException | None], None]
+"""Called with a flow that has ended, and why unless in order: OSError, Denied, CancelledError."""
 
 _session = os.urandom(3).hex()
 _numbers = itertools.count(1)
@@ -71,7 +76,7 @@ class FlowState(Body):
     pipes: tuple[PipeState, ...]
 
 
-@dataclass
+@dataclass(eq=False)
 class Flow:
     """One connection, from accept to the last record: ``client`` connected, ``server`` was dialled for it."""
 
@@ -132,12 +137,6 @@ class Flow:
         """The record of a refusal; ``found``: further fields."""
         return NetDenied(**self.endpoint(), protocol="tcp", verdict="denied", rule=rule, **found)
 
-    @property
-    def over(self) -> bool:
-        """Whether it has ended, and its last record is about to be written."""
-        broken = any(pipe.error is not None or pipe.denied is not None for pipe in self.pipes)
-        return broken or (bool(self.pipes) and all(pipe.ended.done() for pipe in self.pipes))
-
     def pass_on(self, departure: Departure) -> FlowState:
         """Take it off the loop, and hand it to another broker; one that is not decided without its way out."""
         pipes = tuple(pipe.pass_on() for pipe in self.pipes) if self.recorded else ()
@@ -179,37 +178,33 @@ class Flow:
             first=to_bytes(state.first), before=state.pipes,
         )  # fmt: skip
 
-    def join_again(self, scratch: Scratch, fence: Fence, turns: Turns, gate: Callable[[GateState], Gate]) -> None:
+    def join_again(
+        self, scratch: Scratch, fence: Fence, turns: Turns, on_end: OnEnd, gate: Callable[[GateState], Gate]
+    ) -> None:
         """Make the two pipes go on that another broker had; ``gate`` makes a gate of its state."""
         (forth, back), self.before = self.before, ()
         gates = [gate(one.gate) if one.gate is not None else None for one in (forth, back)]
-        up, down = self.join(scratch, fence, turns)
+        up, down = self.join(scratch, fence, turns, on_end)
         up.take_over(forth, down, gates[0])
         down.take_over(back, up, gates[1])
 
-    def join(self, scratch: Scratch, fence: Fence, turns: Turns) -> tuple[Pipe, Pipe]:
-        """Make the two pipes, client to server first; neither is started."""
+    def join(self, scratch: Scratch, fence: Fence, turns: Turns, on_end: OnEnd) -> tuple[Pipe, Pipe]:
+        """Make the two pipes, client to server first; neither is started.
+
+        ``on_end`` is called once both have ended, or with the failure of one that has ended or broken off.
+        """
         assert self.server is not None
         forth, back = (self.client, self.server), (self.server, self.client)
-        self.pipes = [Pipe(*forth, scratch, fence, turns), Pipe(*back, scratch, fence, turns)]
-        return self.pipes[0], self.pipes[1]
+        up, down = Pipe(*forth, scratch, fence, turns), Pipe(*back, scratch, fence, turns)
 
-    async def relay(self) -> bool:
-        """Wait for both directions; True for an orderly end. A broken direction ends the other at once.
+        def ended() -> None:
+            failure = up.failure or down.failure
+            if failure is not None or (up.ended and down.ended):
+                on_end(self, failure)
 
-        Raises Denied for what a gate refused.
-        """
-        up, down = self.pipes
-        await asyncio.wait([up.ended, down.ended], return_when=asyncio.FIRST_COMPLETED)
-        if not (up.error or down.error or up.denied or down.denied):
-            await asyncio.wait([up.ended, down.ended])
-        denied = up.denied or down.denied
-        if denied is not None:
-            raise denied
-        error = up.error or down.error
-        if error is not None:
-            self.failed(error)
-        return error is None
+        up.back, down.back, up.on_end, down.on_end = down, up, ended, ended
+        self.pipes = [up, down]
+        return up, down
 
     def failed(self, error: OSError) -> None:
         """Note the error that broke the connection off."""
@@ -237,60 +232,87 @@ class Flow:
 
 
 class FlowTable:
-    """The flows of one run in one direction, of which ``limit`` may be open at once."""
+    """The flows of one run in one direction, of which ``limit`` may be open at once.
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._flows: dict[asyncio.Task[None], Flow] = {}
+    ``end`` ends one: it is closed and recorded, and ``remove`` called.
+    """
+
+    def __init__(self, limit: int, end: OnEnd) -> None:
+        self._limit, self._end = limit, end
+        self._flows: dict[Flow, asyncio.Task[None] | None] = {}
+        """With the task that opens it, if it has one."""
 
     @property
     def full(self) -> bool:
         """Whether no further flow may be opened."""
         return len(self._flows) >= self._limit
 
-    def start(self, flow: Flow, work: Coroutine[Any, Any, None]) -> None:
-        """Run ``work``, which carries ``flow`` from beginning to end."""
+    def add(self, flow: Flow) -> None:
+        """Count a flow that is opened or joined now."""
+        self._flows[flow] = None
+
+    def remove(self, flow: Flow) -> None:
+        """Forget a flow that has ended."""
+        self._flows.pop(flow, None)
+
+    def open(self, flow: Flow, work: Coroutine[Any, Any, None]) -> None:
+        """Run ``work``, at whose end the flow is joined; whatever it raises ends the flow."""
         task = asyncio.get_running_loop().create_task(work)
-        self._flows[task] = flow
-        task.add_done_callback(self._ended)
+        self._flows[flow] = task
+        task.add_done_callback(partial(self._opened, flow))
 
     def end_idle(self, before: float) -> None:
         """End every flow in which nothing has moved since ``before``, on the event loop's clock."""
-        for task, flow in self._flows.items():
+        for flow in list(self._flows):
             if flow.touched < before:
-                flow.reason = "idle"
-                task.cancel()
+                self._stop(flow, "idle")
 
     def end_incomplete(self, before: float) -> None:
         """End every flow whose client has left half a greeting or request unfinished since ``before``."""
-        for flow in self._flows.values():
+        for flow in list(self._flows):
             for pipe in flow.pipes:
                 pipe.end_incomplete(before)
 
     async def close(self) -> None:
         """End every flow, because its cage ended; all their records are written when it returns."""
-        for task, flow in self._flows.items():
-            flow.reason = "cage ended"
-            task.cancel()
-        await asyncio.gather(*self._flows, return_exceptions=True)
+        tasks = self._tasks()
+        for flow in list(self._flows):
+            self._stop(flow, "cage ended")
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def pass_on(self, departure: Departure) -> tuple[FlowState, ...]:
-        """Hand every flow to another broker; those that have just ended are recorded here."""
-        undecided = {task: flow for task, flow in self._flows.items() if not flow.recorded}
-        for task, flow in undecided.items():
+        """Hand every flow to another broker."""
+        tasks = self._tasks()
+        undecided = [flow for flow in self._flows if not flow.recorded]
+        for flow in undecided:
             flow.left = True
-            task.cancel()
-        await asyncio.gather(*undecided, return_exceptions=True)
-        while over := [task for task, flow in self._flows.items() if flow.over]:
-            await asyncio.wait(over)
-        states = [flow.pass_on(departure) for flow in undecided.values()]
-        for task, flow in self._flows.items():
-            flow.left = True
-            states.append(flow.pass_on(departure))
-            task.cancel()
+            self._stop(flow, "")
+        await asyncio.gather(*tasks, return_exceptions=True)
+        states = [flow.pass_on(departure) for flow in [*undecided, *self._flows]]
+        self._flows.clear()
         return tuple(states)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._flows.pop(task, None)
-        if not task.cancelled() and (error := task.exception()) is not None:
+    def _tasks(self) -> list[asyncio.Task[None]]:
+        """The tasks under way; what has just failed to open is ended here, as its own failure and nobody's doing."""
+        for flow, task in list(self._flows.items()):
+            if task is not None and task.done():
+                self._opened(flow, task)
+        return [task for task in self._flows.values() if task is not None]
+
+    def _stop(self, flow: Flow, reason: str) -> None:
+        flow.reason = reason
+        task = self._flows[flow]
+        if task is None:
+            self._end(flow, asyncio.CancelledError())
+        else:
+            task.cancel()
+
+    def _opened(self, flow: Flow, task: asyncio.Task[None]) -> None:
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if flow not in self._flows:
+            return
+        self._flows[flow] = None
+        if error is not None:
+            self._end(flow, error)
+        if error is not None and not isinstance(error, OSError | Denied | asyncio.CancelledError):
             report(task.get_loop(), "a flow", error)

@@ -71,7 +71,7 @@ class Inbound:
         limit: int,
         refusal: Callable[[], DenialRule | None],
     ) -> None:
-        self.flows = FlowTable(limit)
+        self.flows = FlowTable(limit, self._end)
         self._fetch, self._write, self._scratch, self._refusal = fetch, write, scratch, refusal
         self._buffers, self._fence, self._turns = buffers, fence, turns
         self._loop = asyncio.get_running_loop()
@@ -99,7 +99,11 @@ class Inbound:
         for one in state.flows:
             flow = Flow.taken_over(one, descriptors)
             flow.roomy = self._buffers.take()
-            self.flows.start(flow, self._carry(flow))
+            self.flows.add(flow)
+            if flow.recorded:
+                flow.join_again(self._scratch, self._fence, self._turns, self._end, _no_gate)
+            else:
+                self.flows.open(flow, self._open(flow))
 
     async def close(self) -> None:
         """Close the listeners and end every connection; all records are written when it returns."""
@@ -119,34 +123,31 @@ class Inbound:
             flow.roomy = self._buffers.take()
             if not flow.roomy:
                 keep_small(client)
-            self.flows.start(flow, self._carry(flow))
+            self.flows.open(flow, self._open(flow))
         else:
             self._write(flow.denied(refused))
             reset(client)
 
-    async def _carry(self, flow: Flow) -> None:
-        orderly = False
-        try:
-            if flow.before:
-                flow.join_again(self._scratch, self._fence, self._turns, _no_gate)
-            else:
-                await self._fence.opened()
-                flow.server = await self._connect(flow)
-                flow.recorded = True
-                self._write(flow.opened(), happened_ns=flow.began)
-                tune(flow.server)
-                for pipe in flow.join(self._scratch, self._fence, self._turns):
-                    pipe.start()
-            orderly = await flow.relay()
-        except OSError as error:
-            flow.failed(error)
-            self._write(flow.unreachable())
-        finally:
-            flow.release(orderly=orderly)
-            if flow.roomy:
-                self._buffers.give()
-            if flow.recorded and not flow.left:
-                self._write(flow.closed(self._loop.time()))
+    async def _open(self, flow: Flow) -> None:
+        await self._fence.opened()
+        flow.server = await self._connect(flow)
+        flow.recorded = True
+        self._write(flow.opened(), happened_ns=flow.began)
+        tune(flow.server)
+        for pipe in flow.join(self._scratch, self._fence, self._turns, self._end):
+            pipe.start()
+
+    def _end(self, flow: Flow, failure: BaseException | None) -> None:
+        if isinstance(failure, OSError):
+            flow.failed(failure)
+            if not flow.recorded:
+                self._write(flow.unreachable())
+        flow.release(orderly=failure is None)
+        if flow.roomy:
+            self._buffers.give()
+        if flow.recorded:
+            self._write(flow.closed(self._loop.time()))
+        self.flows.remove(flow)
 
     async def _connect(self, flow: Flow) -> socket.socket:
         """A connection to the cage's port, on 127.0.0.1 or, where only that answers, ::1; raises OSError."""

@@ -20,7 +20,7 @@ import asyncio
 import errno
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address
@@ -30,7 +30,7 @@ from isolator.audit.client import AuditClient
 from isolator.audit.schema import NetDenied, NetQuery, RecordData
 from isolator.broker import guard, nflog, sniff
 from isolator.broker.buffers import Buffers
-from isolator.broker.dial import dial
+from isolator.broker.dial import begin, dial, established
 from isolator.broker.dns import QUERIES_PER_SECOND, QUERY_BURST, Answers, NameServer, NameServerState
 from isolator.broker.flow import DescribedError, Flow, FlowState, FlowTable
 from isolator.broker.gate.gate import Gate, GateState
@@ -41,9 +41,9 @@ from isolator.broker.inbound import Fetch, Inbound, InboundState
 from isolator.broker.nat64 import Nat64
 from isolator.broker.relay import Scratch, reset, tune
 from isolator.broker.repeats import Repeatable, RepeatCounter
-from isolator.broker.resolver import HostResolvers, ResolveError, Resolver
+from isolator.broker.resolver import Answer, HostResolvers, ResolveError, Resolver
 from isolator.broker.turns import Turns
-from isolator.broker.virtual import EntryState, VirtualPool
+from isolator.broker.virtual import Entry, EntryState, VirtualPool
 from isolator.ipc.accept_loop import AcceptLoop
 from isolator.ipc.body import Body, Json
 from isolator.ipc.fence import Fence
@@ -65,6 +65,8 @@ KERNEL_LATE = 0.1
 """Seconds by which a refusal of the kernel may be read after the plugin felt it: record and reset leave together."""
 UNACKNOWLEDGED = 15_000
 """Audit records under way beyond which nothing new is let out: nothing happens unrecorded."""
+APART = 0.001
+"""Seconds from one connection of a cage that is opened at once to the next: a burst takes turns with other cages."""
 QUESTION_KEYS = 4 * (QUERY_BURST + QUERIES_PER_SECOND)
 """Different questions that are counted one by one; a cage cannot ask that many between two flushes."""
 _SO_ORIGINAL_DST = 80
@@ -121,9 +123,10 @@ class Outbound:
         self.run, self.plugin = run, plugin
         self._shared, self._rules, self._fence = shared, rules, fence
         self._loop = asyncio.get_running_loop()
-        self._flows = FlowTable(policy.connects_open)
+        self._flows = FlowTable(policy.connects_open, self._end)
         self._buffers = Buffers()
         self._looking, self._turns = Looking(), Turns()
+        self._at_once_again = 0.0
         self._pool = VirtualPool(rules, self._loop.time)
         self._resolver = Resolver(policy.resolvers, shared.resolvers, fence)
         self._proxy: Proxy | None = None
@@ -189,12 +192,15 @@ class Outbound:
         cage._pool.take_over(state.virtual)
         for one in state.flows:
             flow = Flow.taken_over(one, descriptors)
+            cage._flows.add(flow)
             if flow.recorded:
                 flow.roomy = cage._buffers.take()
-                flow.entry = cage._pool.entry(flow.address) if isinstance(flow.address, IPv4Address) else None
+                flow.entry = cage._entry(flow)
                 if flow.entry is not None:
                     flow.entry.flows += 1
-            cage._flows.start(flow, cage._carry(flow))
+                flow.join_again(shared.scratch, fence, cage._turns, cage._end, partial(cage._gate_again, flow))
+            else:
+                cage._flows.open(flow, cage._open(flow))
         cage._inbound.take_over(state.inbound, descriptors)
         return cage
 
@@ -245,67 +251,101 @@ class Outbound:
             self._deny(flow, DenialRule.TOO_MANY_OPEN)
             reset(client)
         else:
-            self._flows.start(flow, self._carry(flow))
+            self._begin(flow)
 
-    async def _carry(self, flow: Flow) -> None:
-        orderly = False
+    def _begin(self, flow: Flow) -> None:
+        self._flows.add(flow)
         try:
-            if flow.before:
-                flow.join_again(self._shared.scratch, self._fence, self._turns, partial(self._gate_again, flow))
-            else:
-                await self._connect(flow)
-            orderly = await flow.relay()
-        except Denied as denied:
-            self._deny(flow, denied.rule, **denied.found)
-        except OSError as error:
-            flow.failed(error)
+            rest = self._open_at_once(flow) if flow.started >= self._at_once_again else self._open(flow)
+        except Exception as failure:
+            self._end(flow, failure)
+            if not isinstance(failure, Denied | OSError):
+                raise
+        else:
+            if rest is not None:
+                self._flows.open(flow, rest)
+
+    def _end(self, flow: Flow, failure: BaseException | None) -> None:
+        if isinstance(failure, Denied):
+            self._deny(flow, failure.rule, **failure.found)
+        elif isinstance(failure, OSError):
+            flow.failed(failure)
             if not flow.recorded:
                 self._repeats.add(flow.unreachable())
-        finally:
-            flow.release(orderly=orderly)
-            if flow.roomy:
-                self._buffers.give()
-            if flow.recorded and not flow.left:
-                self._write(flow.closed(self._loop.time()))
+        flow.release(orderly=failure is None)
+        if flow.roomy:
+            self._buffers.give()
+        if flow.recorded:
+            self._write(flow.closed(self._loop.time()))
+        self._flows.remove(flow)
 
     def _gate_again(self, flow: Flow, state: GateState) -> Gate:
         return Gate.taken_over(state, partial(self._judge, flow), self._looking)
 
-    async def _connect(self, flow: Flow) -> None:
-        """Judge, dial and compare; fills in the flow, raises Denied or OSError."""
+    def _open_at_once(self, flow: Flow) -> Coroutine[Any, Any, None] | None:
+        """Judge, dial and join, as far as nothing has to be waited for; returns what is left. Raises Denied or OSError.
+
+        Most of what a task and another turn of the loop cost would come before the first byte.
+        """
+        self._at_once_again = flow.started + APART
+        if self._fence.closed:
+            return self._open(flow)
+        self._admit(flow)
+        known = Answer((flow.address,)) if flow.name is None else self._resolver.known(flow.name)
+        compared = flow.name is not None and guard.speaks_first(flow.port)
+        if compared or self._proxy is not None or known is None or [a.version for a in known.addresses] != [4]:
+            return self._open(flow)
+        (address,) = self._usable(flow, known.addresses)
+        flow.roomy = self._buffers.take()
+        flow.server, there = begin(address, flow.port, small=not flow.roomy)
+        if not there:
+            return self._established(flow, address)
+        flow.dialled = address
+        self._join(flow)
+        return None
+
+    async def _established(self, flow: Flow, address: Address) -> None:
+        assert flow.server is not None
+        await established(flow.server, address, flow.port)
+        flow.dialled = address
+        self._join(flow)
+
+    async def _open(self, flow: Flow) -> None:
+        """Judge, dial, compare and join; raises Denied or OSError."""
         await self._fence.opened()
-        refusal = self._shared.unrecordable()
-        if refusal is not None:
-            entry = self._pool.entry(flow.address) if isinstance(flow.address, IPv4Address) else None
-            flow.name = entry.name if entry is not None else None
-            raise Denied(refusal)
-        addresses = await self._destination(flow)
-        if flow.name is None:
+        if not flow.rule:
+            self._admit(flow)
+        addresses = await self._addresses(flow)
+        if flow.name is None or not guard.speaks_first(flow.port):
             await self._dial(flow, addresses)
             self._join(flow)
             return
-        gate = Gate(partial(self._judge, flow), strict=guard.speaks_first(flow.port), work=self._looking)
-        if guard.speaks_first(flow.port):
-            hello = self._loop.create_task(self._first_bytes(flow, gate))
-            try:
-                await self._dial(flow, addresses)
-                first = await hello
-            finally:
-                hello.cancel()
-                await asyncio.gather(hello, return_exceptions=True)
-            self._join(flow, gate, first)
-        else:
+        gate = self._gate(flow)
+        hello = self._loop.create_task(self._first_bytes(flow, gate))
+        try:
             await self._dial(flow, addresses)
-            self._join(flow, gate)
+            first = await hello
+        finally:
+            hello.cancel()
+            await asyncio.gather(hello, return_exceptions=True)
+        self._join(flow, gate, first)
 
     def _join(self, flow: Flow, gate: Gate | None = None, first: bytes = b"") -> None:
+        assert flow.server is not None
+        if gate is None and flow.name is not None:
+            gate = self._gate(flow)
         flow.recorded, flow.first = True, b""
         self._write(flow.opened(), happened_ns=flow.began, urgent=True)  # ahead of the first byte
-        up, down = flow.join(self._shared.scratch, self._fence, self._turns)
+        up, down = flow.join(self._shared.scratch, self._fence, self._turns, self._end)
         if gate is not None:
             up.guard(gate, down)
         up.start(first)
-        down.start()
+        if not down.ended:  # behind the first bytes, which wait for neither
+            tune(flow.server)
+            down.start()
+
+    def _gate(self, flow: Flow) -> Gate:
+        return Gate(partial(self._judge, flow), strict=guard.speaks_first(flow.port), work=self._looking)
 
     def _judge(self, flow: Flow, hello: sniff.Hello) -> None:
         assert flow.name is not None
@@ -316,45 +356,55 @@ class Outbound:
         if rule is not None:
             raise Denied(rule, asked=list(hello.names[:4]))
 
-    async def _destination(self, flow: Flow) -> tuple[Address, ...]:
-        """The addresses that this flow may go to; none where the proxy looks its name up."""
+    def _entry(self, flow: Flow) -> Entry | None:
+        """The name that the flow's destination stands for, if it is a virtual address that was answered."""
+        return self._pool.entry(flow.address) if isinstance(flow.address, IPv4Address) else None
+
+    def _admit(self, flow: Flow) -> None:
+        """Hold a destination to the policy, before anything is looked up; raises Denied."""
+        refusal = self._shared.unrecordable()
+        if refusal is not None:
+            entry = self._entry(flow)
+            flow.name = entry.name if entry is not None else None
+            raise Denied(refusal)
         if not (isinstance(flow.address, IPv4Address) and flow.address in self._rules.virtual):
             verdict = self._rules.literal(flow.address, flow.port)
-            flow.rule = verdict.rule
-            if not verdict.allowed:
-                raise Denied(verdict.rule)
-            if flow.address.version == 6:
-                await self._shared.nat64.refresh()
-            reason = self.blocked(flow.address, flow.port)
-            # Whoever wrote the address, or its network, into the policy meant the neighbour.
-            meant = reason is DenialRule.NEIGHBOUR and verdict.rule != "public"
-            if reason is not None and not meant:
-                raise Denied(reason)
-            return (flow.address,)
-        flow.entry = self._pool.entry(flow.address)
-        if flow.entry is None:
-            raise Denied(DenialRule.UNALLOCATED)
-        flow.entry.flows += 1
-        flow.name = flow.entry.name
-        verdict = self._rules.name(flow.name, flow.port)
+        else:
+            flow.entry = self._entry(flow)
+            if flow.entry is None:
+                raise Denied(DenialRule.UNALLOCATED)
+            flow.entry.flows += 1
+            flow.name = flow.entry.name
+            verdict = self._rules.name(flow.name, flow.port)
         flow.rule = verdict.rule
         if not verdict.allowed:
             raise Denied(verdict.rule)
-        if self._rules.looked_up_by_proxy(flow.name):
-            return ()
-        try:
-            answer = await self._resolver.resolve(flow.name)
-        except ResolveError as error:
-            raise DescribedError(DenialRule.UPSTREAM) from error
-        if any(address.version == 6 for address in answer.addresses):
+
+    async def _addresses(self, flow: Flow) -> tuple[Address, ...]:
+        """The addresses that this flow may go to; none where the proxy looks its name up."""
+        found: tuple[Address, ...] = (flow.address,)
+        if flow.name is not None:
+            if self._rules.looked_up_by_proxy(flow.name):
+                return ()
+            try:
+                found = (await self._resolver.resolve(flow.name)).addresses
+            except ResolveError as error:
+                raise DescribedError(DenialRule.UPSTREAM) from error
+        if any(address.version == 6 for address in found):
             await self._shared.nat64.refresh()
-        reasons = {address: self.blocked(address, flow.port) for address in answer.addresses}
-        usable = tuple(address for address, reason in reasons.items() if reason is None)
-        if not usable:
-            for address, reason in reasons.items():
-                flow.dialled = address
-                raise Denied(reason or "")
+        return self._usable(flow, found)
+
+    def _usable(self, flow: Flow, found: tuple[Address, ...]) -> tuple[Address, ...]:
+        """Those of the addresses that may be dialled; raises Denied, or DescribedError when there are none at all."""
+        reasons = [self.blocked(address, flow.port) for address in found]
+        if flow.name is None and reasons[0] is DenialRule.NEIGHBOUR and flow.rule != "public":
+            return found  # whoever wrote the address, or its network, into the policy meant the neighbour
+        usable = tuple(address for address, reason in zip(found, reasons, strict=True) if reason is None)
+        if not found:
             raise DescribedError("no-address")
+        if not usable:
+            flow.dialled = found[0]
+            raise Denied(reasons[0] or "")
         return usable
 
     async def _dial(self, flow: Flow, addresses: tuple[Address, ...]) -> None:

@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import socket
 import struct
+from collections.abc import Callable
 from time import thread_time
 
 from isolator.broker.gate.gate import Gate, GateState
@@ -77,9 +78,10 @@ class PipeState(Body):
 
 
 class Pipe:
-    """One direction. ``ended`` is set when the source's end was passed on, or ``error`` says why it broke off.
+    """One direction. ``on_end`` is called once it has ended: its source's end was passed on, or it broke off.
 
-    ``denied``: the refusal of something that the client sent. ``gate`` holds back what has to be looked at.
+    ``failure`` then says why: an OSError, or the refusal of something that the client sent. ``gate`` holds back what
+    has to be looked at.
     """
 
     def __init__(
@@ -87,11 +89,13 @@ class Pipe:
     ) -> None:
         self.total = 0
         self.touched = 0.0
-        self.error: OSError | None = None
-        self.denied: Denied | None = None
+        self.failure: OSError | Denied | None = None
+        self.ended = False
+        self.on_end: Callable[[], None] = _nothing
+        self.back: Pipe | None = None
+        """The other direction."""
         self.gate: Gate | None = None
         self._answers: Pipe | None = None
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._source, self._sink, self._scratch, self._fence, self._turns = source, sink, scratch, fence, turns
         # For the loop, which formats a socket that it does not know into an exception: two system calls each time.
         self._in, self._out = source.fileno(), sink.fileno()
@@ -99,16 +103,23 @@ class Pipe:
         self._rest = memoryview(b"")
         self._held = 0
         self._reading = False
+        self._queued = self._streams = False
+        self._heard = -1
 
     def start(self, first: bytes | None = None) -> None:
         """Begin to read. ``first``: send these bytes of the source before; none of them, read what is there at once."""
         self.touched = self._loop.time()
         if first:
             self._send(memoryview(first))
-        if not self._rest and not self.ended.done():
+        if self._rest or self.ended:
+            return
+        if first == b"" and not self._turns.over:
+            self._reading = True  # the loop learns of it only then: these bytes wait for nothing that can wait
+            self._take_turn()
+            if self._reading:
+                self._loop.add_reader(self._in, self._readable)
+        else:
             self._go_on()
-        if first == b"" and self._reading:
-            self._readable()
 
     def guard(self, gate: Gate, back: Pipe) -> None:
         """Let pass what ``gate`` lets pass; ``back``, the other direction, tells it of the server's answers."""
@@ -116,13 +127,13 @@ class Pipe:
             self.gate, back._answers = gate, self
 
     def stop(self) -> None:
-        """Take the pipe off the loop; bytes that still wait are dropped."""
+        """Take the pipe off the loop; bytes that still wait are dropped. ``on_end`` is not called."""
+        self.ended = True
+        self.on_end, self.back, self.gate, self._answers = _nothing, None, None, None  # all lead back here
         self._read(False)
         if self._rest:
             self._loop.remove_writer(self._out)
             self._keep(memoryview(b""))
-        if not self.ended.done():
-            self.ended.set_result(None)
 
     def pass_on(self) -> PipeState:
         """Take the pipe off the loop, and return its state for another broker."""
@@ -133,7 +144,7 @@ class Pipe:
             total=self.total,
             touched=self.touched,
             rest=to_text(rest),
-            ended=self.ended.done(),
+            ended=self.ended,
             gate=gate.pass_on() if gate is not None else None,
             answers=self._answers is not None,
         )
@@ -146,7 +157,7 @@ class Pipe:
         if state.answers:
             self._answers = back
         if state.ended:
-            self.ended.set_result(None)
+            self.ended = True
         elif state.rest:
             self._keep(memoryview(to_bytes(state.rest)))
             self._loop.add_writer(self._out, self._writable)
@@ -159,19 +170,23 @@ class Pipe:
         """End the pipe if its gate has held half of something since ``before``, on the event loop's clock."""
         gate = self.gate
         if gate is not None and gate.incomplete and not gate.waiting and self.touched < before:
-            self._incomplete()
+            self._end(Denied(DenialRule.INCOMPLETE))
 
     def _readable(self) -> None:
         if self._turns.over:
             self._read(False)
             self._turns.wait(self._in_turn)
+            self._queued = True
+            if self.back is not None and self.back._queued:
+                self._streams = self.back._streams = True
         else:
             self._take_turn()
 
     def _in_turn(self) -> None:
         """Go on, unless it has by now, or waits for something else."""
+        self._queued = False
         waits = self.gate is not None and self.gate.waiting
-        if not (self._reading or self._rest or self.ended.done() or waits):
+        if not (self._reading or self._rest or self.ended or waits):
             self._read(True)
             self._take_turn()
 
@@ -180,7 +195,12 @@ class Pipe:
         try:
             self._read_some(began + self._turns.part)
         finally:
-            self._turns.took_piece(thread_time() - began, self.total + len(self._rest) - before)
+            size, streams = self.total + len(self._rest) - before, self._streams
+            if self.back is not None:  # nothing has come back since the piece before: it is no question and answer
+                streams = streams or self.back.total == self._heard
+                self._heard = self.back.total
+            self._streams = False
+            self._turns.took_piece(thread_time() - began, size, streams=streams)
 
     def _read_some(self, end: float) -> None:
         """Pass on what is there to read, until this thread's CPU time is ``end``."""
@@ -200,7 +220,7 @@ class Pipe:
             except BlockingIOError:
                 return None
             except OSError as error:
-                return self._fail(error)
+                return self._end(error)
             if not count:
                 return self._finish()
             if self.gate is not None or self._answers is not None:
@@ -223,15 +243,14 @@ class Pipe:
             elif self._answers is not None:
                 self._answered(self._answers, data)
         except Denied as denied:
-            self.denied = denied
-            self.stop()
+            self._end(denied)
             return False
         return (not passing or self._send(memoryview(passing))) and not self._waits()
 
     def _answered(self, pipe: Pipe, data: memoryview | bytes) -> None:
         if pipe.gate is None or not pipe.gate.answered(data):
             self._answers = None
-        if not pipe._reading and not pipe._rest and not pipe.ended.done():
+        if not pipe._reading and not pipe._rest and not pipe.ended:
             asyncio.get_running_loop().call_soon(pipe._go_on)
 
     def _waits(self) -> bool:
@@ -244,7 +263,7 @@ class Pipe:
 
     def _go_on(self) -> None:
         """Read on, after what waited for the server's answer."""
-        if not self._rest and not self.ended.done() and (self.gate is None or self._look(b"")):
+        if not self._rest and not self.ended and (self.gate is None or self._look(b"")):
             self._read(True)
 
     def _send(self, data: memoryview) -> bool:
@@ -257,7 +276,7 @@ class Pipe:
         except BlockingIOError:
             sent = 0
         except OSError as error:
-            self._fail(error)
+            self._end(error)
             return False
         self.total += sent
         if sent == len(data):
@@ -302,7 +321,7 @@ class Pipe:
         except BlockingIOError:
             return
         except OSError as error:
-            self._fail(error)
+            self._end(error)
             return
         self._turns.took_piece(thread_time() - began, sent)
         self.total += sent
@@ -332,17 +351,19 @@ class Pipe:
             self._read(False)
             return self._fence.stall(self._go_on)
         if self.gate is not None and self.gate.incomplete:
-            return self._incomplete()
+            return self._end(Denied(DenialRule.INCOMPLETE))
         if self._answers is not None:
             self._look(b"")
         with contextlib.suppress(OSError):
             self._sink.shutdown(socket.SHUT_WR)
-        self.stop()
+        self._end()
 
-    def _incomplete(self) -> None:
-        self.denied = Denied(DenialRule.INCOMPLETE)
-        self.stop()
+    def _end(self, failure: OSError | Denied | None = None) -> None:
+        if not self.ended:
+            self.failure, on_end = failure, self.on_end
+            self.stop()
+            on_end()
 
-    def _fail(self, error: OSError) -> None:
-        self.error = error
-        self.stop()
+
+def _nothing() -> None:
+    pass

@@ -17,6 +17,9 @@ from isolator.policy.destinations import normal_name
 
 LIMIT = 16 * 1024
 """Bytes that a ClientHello or an HTTP head may take; real ones are well below 4 KiB."""
+RECORDS = 512
+"""TLS records over which a ClientHello may be spread; real clients use one or two, and each costs a reader as much as
+hundreds of bytes."""
 HANDSHAKE = 22
 """Type of a TLS record with handshake messages."""
 
@@ -216,6 +219,8 @@ class HelloReader:
         self._message = bytearray()
         self._left = 0
         self._read = 0
+        self._records = 0
+        """Those since this broker took over, as many as one has to read."""
 
     def pass_on(self) -> ReaderState:
         """The state for another broker, of a reader that has not read everything yet."""
@@ -241,6 +246,9 @@ class HelloReader:
                 self._header += part
                 at += len(part)
                 self._left = self._length()
+                self._records += self._left > 0
+                if self._records > RECORDS:
+                    raise Malformed(f"a ClientHello in more than {RECORDS} TLS records")
                 continue
             part = data[at : at + self._left]
             at += len(part)

@@ -18,9 +18,10 @@ ENOUGH = 0.002
 perhaps, is then read in one piece, and not at one wakeup of the broker for each."""
 
 
-WAKEUP, CROWD = 40e-6, 8
-"""Seconds of CPU time that one piece costs beside itself: the loop's, and the wakeups at either end; and how many
-connections have to wait for a small one to cost as much again."""
+WAKEUP, CROWD, STREAM = 40e-6, 8, 3
+"""Seconds of CPU time that one piece costs beside itself: the loop's, and the wakeups at either end; how many
+connections have to wait for a small one to cost as much again; and how often that is added to a small one of a stream
+once an eighth of the budget is left (the part of a turn is ``LEAST`` then), and once more for each that waits."""
 SMALL = 4096
 """Bytes below which a piece is small."""
 
@@ -41,14 +42,11 @@ class Turns:
         self.budget = TokenBucket(PER_SECOND, AT_ONCE) if budget is None else budget
         self.held = 0
         """Bytes that the connections hold for what waits to be sent."""
-        self._used = 0.0
+        self.part = HOLD
+        """Seconds of CPU time for the cage in one turn."""
+        self._used, self._used_up = 0.0, False
         self._waiting: deque[Callable[[], None]] = deque()
         self._planned = False
-
-    @property
-    def part(self) -> float:
-        """Seconds of CPU time for the cage in one turn."""
-        return self._part(self.budget.tokens)
 
     @property
     def over(self) -> bool:
@@ -59,16 +57,21 @@ class Turns:
         """Count the CPU time of some work for the cage."""
         self._used += seconds
         self.budget.take(seconds)
+        self._measure()
         if self._used_up:
             self._plan()
 
-    def took_piece(self, seconds: float, size: int) -> None:
+    def took_piece(self, seconds: float, size: int, *, streams: bool = False) -> None:
         """As ``took``, for ``size`` bytes that were carried in one piece, which has woken both ends.
 
-        A small one is the dearer the more connections wait for their turns. So one exchange after the other goes on as
-        fast as ever, and a cage that has many going at once, beyond its budget, is served in fewer and larger pieces.
+        A small one is the dearer the more connections wait for their turns, and the more so, once little of the budget
+        is left, if its connection ``streams``: it is no part of an exchange of one piece for another. So one exchange
+        after the other goes on as fast as ever, and a cage beyond its budget is served in fewer and larger pieces:
+        those of a stream gather meanwhile, and lose nothing but a fraction of a second.
         """
-        crowd = len(self._waiting) / CROWD if size < SMALL else 0.0
+        crowd = 0.0 if size >= SMALL else len(self._waiting) / CROWD
+        if streams and 0 < size < SMALL and self.part <= LEAST:
+            crowd = STREAM + len(self._waiting)
         self.took(seconds + WAKEUP * (1 + crowd))
 
     def wait(self, go_on: Callable[[], None]) -> None:
@@ -76,13 +79,11 @@ class Turns:
         self._waiting.append(go_on)
         self._plan()
 
-    @property
-    def _used_up(self) -> bool:
+    def _measure(self) -> None:
+        """See what is left of the turn and of the budget: once for each piece, as the clock is a call of the kernel."""
         tokens = self.budget.tokens
-        return tokens < 0 or self._used >= self._part(tokens)
-
-    def _part(self, tokens: float) -> float:
-        return min(HOLD, max(LEAST, 2 * HOLD * tokens / self.budget.burst))
+        self.part = min(HOLD, max(LEAST, 2 * HOLD * tokens / self.budget.burst))
+        self._used_up = tokens < 0 or self._used >= self.part
 
     def _plan(self) -> None:
         if not self._planned:
@@ -95,6 +96,7 @@ class Turns:
 
     def _next(self) -> None:
         self._planned, self._used = False, 0.0
+        self._measure()
         try:
             for _ in range(len(self._waiting)):
                 if self._used_up:

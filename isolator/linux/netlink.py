@@ -38,6 +38,8 @@ _RTA_DST, _RTA_OIF, _RTA_PREFSRC = 1, 4, 7
 RTA_GATEWAY, RTA_MULTIPATH, RTA_VIA = 5, 9, 18
 _RTM_F_FIB_MATCH = 0x2000
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_ROUTE, _KIND = struct.Struct("=IHHIIBB10xHH"), struct.Struct("=H")
+"""A message about a route up to its first attribute's value; the kind of a message, which is 4 bytes into it."""
 _RTN_OWN = frozenset({2, 3, 4, 5})  # RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST, RTN_MULTICAST
 
 _NFNL_SUBSYS_ULOG, _NFNL_SUBSYS_NFTABLES = 4, 10
@@ -107,12 +109,15 @@ class RouteQuery:
         """
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         packed = socket.inet_pton(family, address)
-        body = struct.pack("=BBBBBBBBI", family, len(packed) * 8, 0, 0, 0, 0, 0, 0, 0) + _attribute(_RTA_DST, packed)
+        size = len(packed)
+        # Straight on, and without an acknowledgement: each connection of a cage waits for this.
+        asked = (_ROUTE.size + size, _RTM_GETROUTE, _NLM_F_REQUEST, 0, 0, family, size * 8, 4 + size, _RTA_DST)
         try:
-            reply = _ask(self._sock, _RTM_GETROUTE, 0, body)
+            self._sock.send(_ROUTE.pack(*asked) + packed)
+            reply = self._sock.recv(4096)
         except OSError:
             return False
-        return len(reply) >= 12 and reply[7] in _RTN_OWN
+        return len(reply) >= _ROUTE.size and _KIND.unpack_from(reply, 4)[0] != _NLMSG_ERROR and reply[23] in _RTN_OWN
 
     def neighbours_device(self, address: str) -> int:
         """Index of the device on whose link the kernel would look for an IPv6 address itself, without a gateway.

@@ -8,6 +8,7 @@ such an address outright. Only an exact CIDR and port in ``host.toml`` takes som
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 
 Address = IPv4Address | IPv6Address
@@ -92,6 +93,7 @@ def spellings(address: Address) -> tuple[Address, ...]:
     return (address,)
 
 
+@lru_cache(maxsize=1024)
 def always_blocked(address: Address) -> bool:
     """Whether ``address`` lies in ``BLOCKED``, in whichever spelling."""
     inner = unwrap(address)

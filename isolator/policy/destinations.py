@@ -212,6 +212,10 @@ def parse_destination(host: str, ports: Iterable[int]) -> Destination:
         raise UsageError(f"egress {host!r}", str(error), "write hooks.example.com or *.example.com") from None
 
 
+_KEPT = 1024
+"""Verdicts that are kept, as a plugin asks for the same names again and again."""
+
+
 @struct_class(frozen=True)
 class Verdict:
     """``rule`` names the grant that allows it, or the ``DenialRule`` that refuses it."""
@@ -241,6 +245,7 @@ class Rules:
         # An exact name before a wildcard: a verdict names the first that allows it.
         self._granted = sorted(granted, key=lambda destination: not isinstance(destination.host, Name))
         self._exceptions = [(ip_network(item.cidr), item.port) for item in policy.exceptions]
+        self._verdicts: dict[tuple[str, int], Verdict] = {}
         self.virtual_groups = self._groups()
 
     @property
@@ -257,7 +262,12 @@ class Rules:
 
     def name(self, name: str, port: int) -> Verdict:
         """Whether a normal name may be reached at ``port``."""
-        return self._verdict(Name(name), port)
+        found = self._verdicts.get((name, port))
+        if found is None:
+            if len(self._verdicts) >= _KEPT:
+                self._verdicts.clear()
+            found = self._verdicts[name, port] = self._verdict(Name(name), port)
+        return found
 
     def looked_up_by_proxy(self, name: str) -> bool:
         """Whether the proxy is given a normal name as it is: one that is granted by name, where the host says so.
@@ -280,6 +290,8 @@ class Rules:
 
     def excepted(self, address: Address, port: int) -> bool:
         """Whether ``host.toml`` takes this address and port off the always-blocked list."""
+        if not self._exceptions:
+            return False
         candidates = (address, unwrap(address))
         return any(port == at and any(item in network for item in candidates) for network, at in self._exceptions)
 

@@ -421,12 +421,13 @@ async def test_relay_passes_on_what_waited_when_the_server_ends() -> None:
 
 async def test_relay_ends_with_the_refusal() -> None:
     for later, rule in ((OTHER_GET, "host-mismatch"), (GET[:20], "incomplete")):
-        ends = Ends(gate())
+        ends, ended = Ends(gate()), asyncio.Event()
+        ends.up.on_end = ended.set
         await ends.says(ends.client, GET + later)
         ends.client.shutdown(socket.SHUT_WR)
         async with asyncio.timeout(seconds(10)):
-            await ends.up.ended
-        assert ends.up.denied is not None and ends.up.denied.rule == rule
+            await ended.wait()
+        assert isinstance(ends.up.failure, Denied) and ends.up.failure.rule == rule
         ends.close()
 
 
@@ -435,7 +436,7 @@ async def test_request_that_stays_unfinished_is_ended() -> None:
     await ends.says(ends.client, GET + GET[:20])
     assert await ends.hears(ends.server, len(GET)) == GET
     ends.up.end_incomplete(ends.up.touched)
-    assert not ends.up.ended.done()
+    assert not ends.up.ended
     ends.up.end_incomplete(ends.up.touched + 1)
-    assert ends.up.denied is not None and ends.up.denied.rule == "incomplete"
+    assert isinstance(ends.up.failure, Denied) and ends.up.failure.rule == "incomplete"
     ends.close()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
+import weakref
 from collections.abc import AsyncIterator
 from ipaddress import IPv4Address
 
 import pytest
 
 from isolator.audit.client import AuditClient
-from isolator.broker.flow import Flow
+from isolator.broker.flow import Flow, FlowTable
 from isolator.broker.gate.gate import Gate
 from isolator.broker.host_addresses import HostAddresses
 from isolator.broker.nat64 import Nat64
@@ -19,7 +21,7 @@ from isolator.broker.outbound import Outbound, Shared
 from isolator.broker.relay import Scratch
 from isolator.broker.resolver import HostResolvers
 from isolator.ipc.channel import pair
-from isolator.ipc.fence import Fence
+from isolator.ipc.fence import LOST, Fence
 from isolator.policy.destinations import Rules
 from tests.broker.conftest import listed
 from tests.support.timeouts import seconds
@@ -31,7 +33,9 @@ class Line:
     def __init__(self) -> None:
         self.trail, theirs = pair()
         self.client, client = socket.socketpair()
-        self.server, server = socket.socketpair()
+        self.far = socket.create_server(("127.0.0.1", 0))
+        server = socket.create_connection(self.far.getsockname())
+        self.server, _ = self.far.accept()
         for sock in (self.trail, client, server, self.server):
             sock.setblocking(False)
         resolvers, self.host = HostResolvers(), HostAddresses()
@@ -42,7 +46,9 @@ class Line:
         udp.bind(local)
         log, self.log = socket.socketpair()
         sockets = [socket.create_server(local), socket.socket(), udp, socket.create_server(local), log]
-        rules = Rules(listed("93.184.216.34:80"))
+        port = self.far.getsockname()[1]
+        local_is_meant = ({"cidr": "127.0.0.1/32", "port": port},)
+        rules = Rules(listed("93.184.216.34:80", f"127.0.0.1:{port}", exceptions=local_is_meant))
         self.cage = Outbound("r1", "tester", rules, Fence(), shared, self._fetch, sockets)
         self.flow = Flow(client, IPv4Address("93.184.216.34"), 80, 0.0, server=server)
 
@@ -62,7 +68,7 @@ class Line:
         await self.cage.close()
         self.audit.close()
         self.host.close()
-        for sock in (self.trail, self.client, self.server, self.log):
+        for sock in (self.trail, self.client, self.server, self.far, self.log):
             sock.close()
 
 
@@ -78,10 +84,109 @@ async def test_record_is_on_its_way_before_bytes_that_were_compared(line: Line) 
     assert line.sent() == b"GET / HTTP/1.1\r\n", "in the same turn of the loop"
 
 
+async def test_connection_to_a_near_server_is_opened_in_the_turn_in_which_it_is_accepted(line: Line) -> None:
+    client, inner = socket.socketpair()
+    inner.setblocking(False)
+    address, port = line.far.getsockname()
+    flow = Flow(inner, IPv4Address(address), port, 0.0)
+    client.send(b"HELO")
+    line.cage._begin(flow)
+    assert flow.recorded
+    (record,) = map(json.loads, line.trail.recv(65536).splitlines())
+    assert (record["type"], record["data"]["flow"]) == ("net.connect", flow.id)
+    line.server, old = line.far.accept()[0], line.server
+    old.close()
+    assert line.server.recv(100) == b"HELO"
+    assert line.server.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0 and flow.server is not None
+    assert flow.server.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    client.close()
+
+
+async def test_failure_to_open_is_that_when_its_cage_ends_in_the_same_turn(line: Line) -> None:
+    ends: list[BaseException | None] = []
+    table = FlowTable(1, lambda flow, failure: (ends.append(failure), table.remove(flow))[1])
+
+    async def fail() -> None:
+        raise ConnectionRefusedError
+
+    table.add(line.flow)
+    table.open(line.flow, fail())
+    await asyncio.sleep(0)
+    await table.close()
+    await asyncio.sleep(0)
+    assert [type(failure) for failure in ends] == [ConnectionRefusedError]
+
+
+async def test_connection_that_has_ended_leaves_nothing_to_the_collector(line: Line) -> None:
+    line.client.send(b"HELO")
+    line.cage._join(line.flow, Gate(lambda _: None, strict=False))
+    assert line.sent() == b"HELO"
+    gc.disable()
+    try:
+        pipes = [weakref.ref(pipe) for pipe in line.flow.pipes]
+        line.client.shutdown(socket.SHUT_WR)
+        line.server.shutdown(socket.SHUT_WR)
+        async with asyncio.timeout(seconds(10)):
+            while not all(pipe.ended for pipe in line.flow.pipes):  # noqa: ASYNC110 # a turn or two
+                await asyncio.sleep(0)
+        line.flow.pipes.clear()
+        await asyncio.sleep(0)
+        assert [pipe() for pipe in pipes] == [None, None]
+    finally:
+        gc.enable()
+
+
+async def test_connections_of_a_burst_take_turns_with_others(line: Line) -> None:
+    address, port = line.far.getsockname()
+    pairs = [socket.socketpair() for _ in range(3)]
+    flows = [Flow(inner, IPv4Address(address), port, 7.0) for _, inner in pairs]
+    for flow in flows:
+        flow.client.setblocking(False)
+        line.cage._begin(flow)
+    assert [flow.recorded for flow in flows] == [True, False, False]
+    async with asyncio.timeout(seconds(10)):
+        while not all(flow.recorded for flow in flows):  # noqa: ASYNC110 # a turn or two
+            await asyncio.sleep(0)
+    for client, _ in pairs:
+        client.close()
+
+
+async def test_refusal_of_a_near_server_is_recorded_and_ends_the_connection_at_once(line: Line) -> None:
+    line.far.close()
+    client, inner = socket.socketpair()
+    inner.setblocking(False)
+    port = line.cage._rules.policy.exceptions[0].port
+    line.cage._begin(Flow(inner, IPv4Address("127.0.0.1"), port, 0.0))
+    async with asyncio.timeout(seconds(10)):
+        record = json.loads(await asyncio.get_running_loop().sock_recv(line.trail, 65536))
+    assert (record["type"], record["data"]["error"]) == ("net.connect", "econnrefused")
+    assert client.recv(100) == b"" and not line.cage._flows._flows
+    client.close()
+
+
+async def test_connection_that_is_given_up_before_its_task_has_begun_is_closed(line: Line) -> None:
+    client, inner = socket.socketpair()
+    line.cage._fence.move(LOST)
+    line.cage._begin(Flow(inner, IPv4Address("93.184.216.34"), 80, 0.0))
+    await line.cage._flows.close()
+    assert inner.fileno() < 0 and not line.cage._flows._flows
+    client.close()
+
+
 async def test_bytes_that_are_there_go_out_behind_the_record_without_another_turn(line: Line) -> None:
     line.client.send(b"HELO")
     line.cage._join(line.flow)
     assert line.sent() == b"HELO"
+
+
+async def test_client_that_has_ended_before_its_first_byte_hears_the_server(line: Line) -> None:
+    line.client.shutdown(socket.SHUT_WR)
+    line.cage._join(line.flow)
+    assert line.sent() == b""
+    line.server.send(b"220 ready")
+    line.client.setblocking(False)
+    async with asyncio.timeout(seconds(10)):
+        assert await asyncio.get_running_loop().sock_recv(line.client, 100) == b"220 ready"
 
 
 async def test_bytes_that_are_there_pass_the_gate(line: Line) -> None:

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from isolator.broker.guard import objection
-from isolator.broker.sniff import LIMIT, Hello, Malformed, Sniffer, sniff
+from isolator.broker.sniff import LIMIT, RECORDS, Hello, Malformed, Sniffer, sniff
 
 
 def hello(name: str | None) -> bytes:
@@ -53,11 +53,23 @@ def test_every_prefix_of_a_hello_needs_more() -> None:
         assert sniff(REAL[:length]) is None
 
 
+def in_records(data: bytes, size: int) -> list[bytes]:
+    """The records of a hello with ``size`` bytes of it in each."""
+    parts = [data[at : at + size] for at in range(5, len(data), size)]
+    return [b"\x16\x03\x01" + len(part).to_bytes(2, "big") + part for part in parts]
+
+
 def test_hello_spread_over_many_records_is_read_as_one() -> None:
-    message = REAL[5:]
-    parts = [message[i : i + 40] for i in range(0, len(message), 40)]
-    data = b"".join(b"\x16\x03\x01" + len(part).to_bytes(2, "big") + part for part in parts)
-    assert sniff(data) == sniff(REAL)
+    assert sniff(b"".join(in_records(REAL, 40))) == sniff(REAL)
+
+
+def test_hello_in_more_records_than_any_client_uses_is_malformed() -> None:
+    padded = with_extension(REAL, 21, bytes(RECORDS))
+    assert sniff(b"".join(in_records(padded, 4))) == sniff(REAL)
+    records = in_records(padded, 1)
+    assert sniff(b"".join(records[:RECORDS])) is None
+    with pytest.raises(Malformed, match=f"more than {RECORDS}"):
+        sniff(b"".join(records[: RECORDS + 1]))
 
 
 def test_encrypted_hello_is_seen() -> None:

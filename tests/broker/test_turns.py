@@ -7,13 +7,15 @@ import contextlib
 import socket
 from collections import Counter
 from collections.abc import Callable
+from ipaddress import IPv4Address
 
 import pytest
 
 from isolator.base.pacing import TokenBucket
 from isolator.broker import relay
+from isolator.broker.flow import Flow as Connection
 from isolator.broker.relay import Pipe, Scratch
-from isolator.broker.turns import AT_ONCE, ENOUGH, HOLD, LEAST, PER_SECOND, WAKEUP, Turns
+from isolator.broker.turns import AT_ONCE, ENOUGH, HOLD, LEAST, PER_SECOND, STREAM, WAKEUP, Turns
 from isolator.ipc.fence import Fence
 from tests.support.timeouts import seconds
 
@@ -86,10 +88,10 @@ async def test_spent_budget_is_used_again_once_there_is_enough_of_it(monkeypatch
     assert rests == [pytest.approx((HOLD + ENOUGH) / 0.5)]
 
 
-def test_part_of_a_turn_is_the_smaller_the_less_is_left_of_the_budget() -> None:
+async def test_part_of_a_turn_is_the_smaller_the_less_is_left_of_the_budget() -> None:
     turns = Turns(TokenBucket(0.5, 1.0, clock=lambda: 0.0))
     for left, part in ((1.0, HOLD), (0.5, HOLD), (0.25, HOLD / 2), (0.0, LEAST)):
-        turns.budget.take(turns.budget.tokens - left)
+        turns.took(turns.budget.tokens - left)
         assert turns.part == pytest.approx(part)
 
 
@@ -245,6 +247,111 @@ async def test_many_connections_beyond_the_budget_wake_the_broker_less_than_one_
     one, many = await of(1), await of(32)
     assert one >= 0.95 * PER_SECOND / WAKEUP, "nothing is added to what one exchange costs"
     assert many < one / 2
+
+
+class Both:
+    """A connection through both of its pipes: ``near`` is the client's end, ``far`` the server's."""
+
+    def __init__(self, turns: Turns) -> None:
+        self.near, client = socket.socketpair()
+        server, self.far = socket.socketpair()
+        self.sockets = (self.near, client, server, self.far)
+        for sock in self.sockets:
+            sock.setblocking(False)
+        made = Connection(client, IPv4Address("93.184.216.34"), 9000, 0.0, server=server)
+        self.pipes = made.join(Scratch(), Fence(), turns, lambda _, failure: None)
+        for pipe in self.pipes:
+            pipe.start()
+
+    async def carry(self, sender: socket.socket) -> None:
+        """Send a byte, and wait until it has come out at the other end."""
+        sender.send(b"x")
+        async with asyncio.timeout(seconds(10)):
+            await asyncio.get_running_loop().sock_recv(self.far if sender is self.near else self.near, 100)
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.stop()
+        for sock in self.sockets:
+            sock.close()
+
+
+class Spent(Turns):
+    """Turns with so many seconds of a budget of one, on a clock that stands unless it is moved."""
+
+    def __init__(self, left: float) -> None:
+        self.now = 0.0
+        super().__init__(TokenBucket(0.5, 1.0, clock=lambda: self.now))
+        self.took(1.0 - left)
+        self.before = self.budget.tokens
+
+    @property
+    def pieces(self) -> float:
+        """Times what a piece costs at least, since the beginning."""
+        return (self.before - self.budget.tokens) / WAKEUP
+
+
+LITTLE, MUCH = 0.1, 0.5
+
+
+async def test_exchange_costs_its_pieces_and_a_stream_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "thread_time", lambda: 0.0)
+    turns = Spent(LITTLE)
+    both = Both(turns)
+    try:
+        for _ in range(5):
+            await both.carry(both.near)
+            await both.carry(both.far)
+        assert turns.pieces == pytest.approx(10), "one piece for another"
+        await both.carry(both.near)
+        for number in range(1, 4):
+            await both.carry(both.near)
+            assert turns.pieces == pytest.approx(11 + number * (1 + STREAM)), "nothing has come back since"
+        await both.carry(both.far)
+        assert turns.pieces == pytest.approx(12 + 3 * (1 + STREAM)), "an answer is an answer"
+        both.near.shutdown(socket.SHUT_WR)
+        both.far.shutdown(socket.SHUT_WR)
+        async with asyncio.timeout(seconds(10)):
+            while not all(pipe.ended for pipe in both.pipes):  # noqa: ASYNC110 # a turn or two
+                await asyncio.sleep(0)
+        assert turns.pieces == pytest.approx(14 + 3 * (1 + STREAM)), "an end is no piece of a stream"
+    finally:
+        both.close()
+
+
+async def test_stream_costs_no_more_than_an_exchange_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "thread_time", lambda: 0.0)
+    turns = Spent(MUCH)
+    both = Both(turns)
+    try:
+        for _ in range(5):
+            await both.carry(both.near)
+        assert turns.pieces == pytest.approx(5)
+    finally:
+        both.close()
+
+
+async def test_connection_that_waits_in_both_directions_is_a_stream_in_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that come back as they go, from a server that is in league, make no exchange of it."""
+    monkeypatch.setattr(relay, "thread_time", lambda: 0.0)
+    turns = Spent(LITTLE)
+    both = Both(turns)
+    try:
+        await both.carry(both.near)
+        await both.carry(both.far)
+        turns.took(turns.budget.tokens + HOLD)
+        both.near.send(b"x")
+        both.far.send(b"x")
+        async with asyncio.timeout(seconds(10)):
+            while len(turns._waiting) < 2:  # noqa: ASYNC110 # a turn or two
+                await asyncio.sleep(0)
+            turns.now = (HOLD + LITTLE) / 0.5
+            turns.before = turns.budget.tokens
+            while any(pipe.total < 2 for pipe in both.pipes):  # noqa: ASYNC110 # a timer of the turns has to come
+                await asyncio.sleep(0.001)
+        assert turns.pieces == pytest.approx(2 * (1 + STREAM) + 1), "the first while the other waits"
+    finally:
+        both.close()
 
 
 async def test_connections_of_a_busy_cage_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,9 +133,12 @@ class BrokerProcess:
     audit: socket.socket
     records: list[dict[str, Any]] = field(default_factory=list)
     acknowledge: bool = True
+    gather: float = 0.0
+    """Seconds of records that one acknowledgement is for."""
     cages: dict[str, CageNet] = field(default_factory=dict)
     fences: dict[str, float] = field(default_factory=dict)
     """Deadlines that the next process is told of."""
+    _owed: asyncio.TimerHandle | None = None
 
     @classmethod
     async def start(cls, pretend: PretendInternet, *, off: Sequence[str] = ()) -> BrokerProcess:
@@ -172,9 +175,16 @@ class BrokerProcess:
         with contextlib.suppress(BlockingIOError, ConnectionError):
             while packet := self.audit.recv(200_000):
                 self.records += [json.loads(line) for line in packet.splitlines()]
-                if self.acknowledge:
-                    self.audit.send(json.dumps({"acked": len(self.records)}).encode())
+                if self.acknowledge and self.gather and self._owed is None:
+                    self._owed = asyncio.get_running_loop().call_later(self.gather, self._acknowledge)
+                elif self.acknowledge and not self.gather:
+                    self._acknowledge()
             asyncio.get_running_loop().remove_reader(self.audit)
+
+    def _acknowledge(self) -> None:
+        self._owed = None
+        with contextlib.suppress(OSError):
+            self.audit.send(json.dumps({"acked": len(self.records)}).encode())
 
     async def quiet(self, seconds: float = 0.5) -> None:
         """Wait until no record has come for some time: everything that was open has ended and is recorded."""
