@@ -38,7 +38,7 @@ SERVICE_WEIGHT = 1_000
 are granted, a service that has little to do waits for one of them at most, not for its turn among all."""
 
 IDLE = "cpu.idle"
-"""The file, in v1 as in v2, that lets the others of the same level go first (Linux 5.15, isolator.supervisor.background)."""
+"""The file, in v1 as in v2, that lets the others of the same level go first (Linux 5.15; supervisor/background.py)."""
 
 _MIN_QUOTA_US = 1_000  # the kernel refuses less
 
@@ -107,6 +107,10 @@ class Leaf:
         """
         if "cpu" in self.on_v2:
             write_file(f"{self.unified}/cpu.weight", str(SERVICE_WEIGHT))
+
+    def put_behind(self) -> None:
+        """Let the other cages go first where the processor is short; the kernel has a file for that."""
+        write_file(f"{self.v1.get('cpu', self.unified)}/{IDLE}", "1")
 
     def create_v1(self) -> None:
         """Make the groups in the v1 hierarchies alone; those that are there stay."""
