@@ -38,7 +38,7 @@ SERVICE_WEIGHT = 1_000
 are granted, a service that has little to do waits for one of them at most, not for its turn among all."""
 
 IDLE = "cpu.idle"
-"""The file, in v1 as in v2, that lets the others of the same level go first (Linux 5.15; supervisor/background.py)."""
+"""File, in v1 as in v2, by which the other groups of a level go first (Linux 5.15, isolator.supervisor.background)."""
 
 _MIN_QUOTA_US = 1_000  # the kernel refuses less
 
