@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -26,7 +27,7 @@ import isolator
 from bench.frame import Contender, Report, Series, interleave
 from isolator.audit import files, reader
 from isolator.audit.client import AuditClient, utc_now
-from isolator.audit.schema import NetConnect
+from isolator.audit.schema import EventAccepted, EventDispatched, EventResponse, NetConnect
 from isolator.audit.seal import load_public
 from isolator.audit.verify import verify
 from isolator.ipc import channel as ipc
@@ -35,6 +36,7 @@ from isolator.paths import Paths
 BATCH = 2000
 SYNCED = 100
 LONG = 1_000_000
+EVENTS, A_SECOND = 4000, 1000
 _DATA: dict[str, Any] = {
     "name": "hooks.slack.com",
     "address": "198.51.100.4",
@@ -90,6 +92,37 @@ class Writer:
             if number % 500 == 499:
                 await self._client.durable(within=10_000)
         await self._client.durable()
+
+    def deliver(self) -> float:
+        """Hand over the records of events at a pace, one event at a time; returns the writer's seconds for them."""
+        before = self.processor_time()
+        self._runner.run(self._deliver(self.source("host")))
+        return self.processor_time() - before
+
+    async def _deliver(self, end: socket.socket) -> None:
+        client = AuditClient(end)
+        plugin, run, digest = "slack-deploy-notifier", "0123456789ab", hashlib.sha256().hexdigest()
+        began = time.perf_counter()
+        for number in range(EVENTS):
+            await asyncio.sleep(max(0.0, began + number / A_SECOND - time.perf_counter()))
+            event = f"evt_{number:016x}"
+            ids: dict[str, Any] = {"event_id": event, "plugin": plugin, "run": run, "delivery_id": f"{event}.{plugin}"}
+            client.record(
+                EventAccepted(
+                    event="deploy.completed", subject="proj_1", bytes=150, sha256=digest, plugins=[plugin], by="uid:0"
+                ),
+                event_id=event,
+            )
+            client.record(EventDispatched(attempt=1, queued_us=513, request_bytes=300, request_sha256=digest), **ids)
+            client.record(
+                EventResponse(
+                    attempt=1, outcome="ok", status="ok", detail=None, latency_us=200, response_bytes=40,
+                    response_sha256=digest, response='{"status": "ok"}',
+                ),
+                **ids,
+            )  # fmt: skip
+        await client.durable()
+        client.close()
 
     def processor_time(self) -> float:
         """Return the seconds of processor time that the writer has used."""
@@ -282,7 +315,9 @@ def measure(rounds: int) -> Report:
             notes = [
                 f"a stream of {LONG:,} records: {LONG / seconds:,.0f} records/s durable and acknowledged, writer "
                 f"{(writer.processor_time() - used) / LONG * 1e6:.0f} µs of processor a record, "
-                f"{memory:.0f} MiB before and {writer.memory():.0f} MiB after"
+                f"{memory:.0f} MiB before and {writer.memory():.0f} MiB after",
+                f"{A_SECOND:,} events a second, the three records of each in one packet: writer "
+                f"{writer.deliver() / EVENTS * 1e6:.0f} µs of processor an event",
             ]
         finally:
             for one in writers:

@@ -113,6 +113,7 @@ class StreamConnection(LineProtocol):
         number = new_number()
         reply: asyncio.Future[Read] = self._loop.create_future()
         self.write(number, _request(method, params, number), timeout, reply)
+        self.flush()
         try:
             return await reply
         except asyncio.CancelledError:
@@ -120,13 +121,13 @@ class StreamConnection(LineProtocol):
             raise
 
     def write(self, number: str, data: bytes, timeout: float, reply: Reply) -> None:
-        """Send the line of a request, with others of this turn; ``reply`` gets what ``request`` returns or raises."""
+        """Gather the line of a request until ``flush``; ``reply`` gets what ``request`` returns or raises."""
         if reply.done():
             return
         if self.closed.is_set() or self.transport is None or self.transport.is_closing():
             reply.set_exception(NotSentError(self.why or "the connection is closed"))
             return
-        self.send_soon(data)
+        self.gather(data)
         self._await(number, self._loop.time() + timeout, reply)
 
     def _await(self, number: str, deadline: float, reply: Reply) -> None:
@@ -197,6 +198,7 @@ class StreamConnection(LineProtocol):
         }
         number, reply = new_number(), self._loop.create_future()
         self.write(number, _request("host.hello", offer, number), HELLO_TIMEOUT, reply)
+        self.flush()
         return number, reply
 
     async def greeting(self, hooks: Iterable[str], reply: asyncio.Future[Read]) -> Greeting:

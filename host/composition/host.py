@@ -478,6 +478,7 @@ class Host:
         exit_after_failed_sync(why)
 
     def _begin_attempts(self) -> None:
+        self._attempts.begin_gathered()
         self._attempts.schedule()
 
     async def _audit_source(self, _: messages.NewAuditSocket, fds: list[int]) -> None:

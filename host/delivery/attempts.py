@@ -16,7 +16,7 @@ from typing import NamedTuple
 from host.queue.interface import Delivery, Queue
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import EventDispatched
-from isolator.ipc.tasks import essential
+from isolator.ipc.tasks import essential_at_once
 
 
 class Attempt(NamedTuple):
@@ -44,7 +44,7 @@ class Attempts:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self, attempt: Attempt) -> None:
-        """Count, record and send an attempt, in the loop's next turn if database and trail can be written."""
+        """Count, record and send an attempt, by the loop's next turn if database and trail can be written."""
         self._gathered.append(attempt)
         self.schedule()
 
@@ -55,15 +55,23 @@ class Attempts:
         """
         if not self._scheduled:
             self._scheduled = True
-            task = essential(self._begin(), "attempts")
+            self._loop.call_soon(self._begin_scheduled)
+
+    def begin_gathered(self) -> None:
+        """Begin in this turn the attempts that have gathered."""
+        if not self._gathered:
+            return
+        task = essential_at_once(self._begin(), "attempts")
+        if task is not None:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _begin(self) -> None:
+    def _begin_scheduled(self) -> None:
         self._scheduled = False
+        self.begin_gathered()
+
+    async def _begin(self) -> None:
         attempts, self._gathered = self._gathered, []
-        if not attempts:
-            return
         await self._queue.sent([attempt.delivery for attempt in attempts])
         now = self._loop.time()
         for attempt in attempts:
@@ -104,6 +112,7 @@ class Attempts:
 
     async def close(self) -> None:
         """Begin no more; an attempt that was counted has an unknown outcome at the next start."""
+        self._gathered.clear()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

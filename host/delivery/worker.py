@@ -345,7 +345,7 @@ class Worker:
             self._sidecar.status = "idle"
             if self._sidecar.paused:
                 await self._until_resumed()
-            delivery = self._taken = await self._consumer.take(self._prepare)
+            delivery = self._taken = await self._consumer.take(self._prepare, self._send_now)
             if not self._gate.is_open:
                 await self._gate.wait_open()
             if self._sidecar.leaving:
@@ -364,12 +364,9 @@ class Worker:
                 self._consumer.release(delivery)
                 self._taken = None
                 await self._back_off(str(error))
-            except Exception as error:  # this delivery's: it counts as an attempt, and those behind it go on
-                _log.exception("plugin %s: a delivery failed within the host", self.name)
-                self._note_failure(delivery, f"it failed within the host: {type(error).__name__}")
+            except Exception as error:  # this delivery's: those behind it go on
+                self._note_failure(delivery, error)
             self._taken = None
-            if self._stream.busy and self._consumer.depth == 1:
-                await asyncio.sleep(0)  # until it is sent: the requests of a turn need not wait until all wait again
 
     async def _until_resumed(self) -> None:
         self._sidecar.status, self.blocked_on = "holding", PAUSED
@@ -384,7 +381,10 @@ class Worker:
         await self._woken.wait()
         self.blocked_on = None
 
-    def _note_failure(self, delivery: Delivery, why: str) -> None:
+    def _note_failure(self, delivery: Delivery, error: Exception) -> None:
+        """Log the failure of the host's own work on a delivery, and count it as an attempt."""
+        _log.error("plugin %s: a delivery failed within the host", self.name, exc_info=error)
+        why = f"it failed within the host: {type(error).__name__}"
         plugin = self._registry.get(self.name)
         if not delivery.taken or delivery.final:
             return  # it was concluded before
@@ -400,7 +400,39 @@ class Worker:
             async with asyncio.timeout(self._backoff.next()):
                 await self._woken.wait()
 
+    def _send_now(self, delivery: Delivery) -> bool:
+        """Begin an attempt of a delivery, or conclude it, if that takes no wait; returns whether it took none."""
+        plugin = self._registry.get(self.name)
+        if plugin is None or plugin.mode != "stream" or not self._sidecar.accepts or not self._gate.is_open:
+            return False
+        try:
+            if not self._deliver_now(delivery):
+                return False
+        except (NotSentError, IsolatorError):  # ``_work`` meets it again, and backs off
+            return False
+        except Exception as error:
+            self._note_failure(delivery, error)
+        self._backoff.reset()
+        self.blocked_on = None
+        self._sidecar.status = "idle"
+        return True
+
     async def _deliver(self, delivery: Delivery) -> None:
+        if self._deliver_now(delivery):
+            return
+        plugin, event = self._registry.get(self.name), delivery.event
+        assert plugin is not None
+        assert event is not None
+        hook = plugin.hooks[event.name]
+        if plugin.mode == "stream":
+            await self._stream.deliver(plugin, hook, delivery)
+        elif plugin.mode == "oneshot":
+            await self._oneshot.deliver(plugin, hook, delivery)
+        else:
+            await self._mode(plugin.mode).deliver(plugin, hook, delivery)
+
+    def _deliver_now(self, delivery: Delivery) -> bool:
+        """As ``_deliver``, if that takes no wait; returns whether it took none."""
         plugin = self._registry.get(self.name)
         event = delivery.event
         assert event is not None
@@ -415,13 +447,9 @@ class Worker:
         elif plugin.filtered and not plugin.sees(json.loads(event.payload)):
             # It was accepted, or is replayed, under another grant or version.
             self._outcomes.give_up(delivery, "the filters of the plugin's grant or manifest leave this event out")
-        elif plugin.mode == "stream":
-            if not self._stream.deliver_now(plugin, hook, delivery):
-                await self._stream.deliver(plugin, hook, delivery)
-        elif plugin.mode == "oneshot":
-            await self._oneshot.deliver(plugin, hook, delivery)
         else:
-            await self._mode(plugin.mode).deliver(plugin, hook, delivery)
+            return plugin.mode == "stream" and self._stream.deliver_now(plugin, hook, delivery)
+        return True
 
     def _prepare(self) -> bool:
         """Prepare for a delivery that is being synced; returns whether it can be sent as soon as that is done."""

@@ -101,7 +101,8 @@ class Registry:
         self._catalogue = catalogue
         self._store = store
         self._plugins: dict[str, Plugin] = {}
-        self._subscribers: dict[str, list[Plugin]] = {}
+        self._subscribers: dict[str, list[str]] = {}
+        """Names of the plugins by event."""
         self.hears_since: str | None = None
         """When plugins began to receive operational events, in the form of the trail; None: none receives any."""
 
@@ -123,9 +124,12 @@ class Registry:
 
     def put(self, entry: PluginEntry) -> Plugin:
         """Add or replace a plugin, from an entry of the supervisor's."""
-        plugin = self._parse(entry)
+        plugin, before = self._parse(entry), self._plugins.get(entry.name)
         self._plugins[plugin.name] = plugin
-        self._subscribe()
+        if before is None or (before.hooks, "found" in before.raw) != (plugin.hooks, "found" in plugin.raw):
+            self._subscribe()
+        if before is not None and (before.digest, before.version) == (plugin.digest, plugin.version):
+            return plugin  # it has its row
         row = (plugin.name, plugin.digest, plugin.version, time.time())
         self._store.submit(
             lambda db: db.execute(
@@ -151,7 +155,6 @@ class Registry:
         if plugin is not None:
             raw = {**plugin.raw, "run": run, "pid": pid, "state": state}
             self._plugins[name] = replace(plugin, run=run, pid=pid, state=state, raw=raw)
-            self._subscribe()
 
     def known(self) -> set[str]:
         """Return the names that have a row, registered at present or not."""
@@ -160,7 +163,7 @@ class Registry:
 
     def subscribers(self, event_type: EventType, payload: Mapping[str, Any]) -> list[Subscriber]:
         """Find the plugins that get this event, each with the key that orders it there."""
-        plugins = self._subscribers.get(event_type.name, ())
+        plugins = (self._plugins[name] for name in self._subscribers.get(event_type.name, ()))
         return [found for plugin in plugins if (found := self.subscriber(plugin, event_type, payload)) is not None]
 
     @staticmethod
@@ -177,17 +180,17 @@ class Registry:
 
     def subscribed(self, event: str) -> list[str]:
         """Names of the plugins that receive an event, filters aside."""
-        return sorted(plugin.name for plugin in self._subscribers.get(event, ()))
+        return sorted(self._subscribers.get(event, ()))
 
     def _subscribe(self) -> None:
-        subscribers: dict[str, list[Plugin]] = {}
+        subscribers: dict[str, list[str]] = {}
         for plugin in self._plugins.values():
             # A plugin that was found in a folder has been granted nothing yet. A registered one keeps its subscription,
             # also while its policy is of no use: its events wait for it.
             if "found" in plugin.raw:
                 continue
             for event in plugin.hooks:
-                subscribers.setdefault(event, []).append(plugin)
+                subscribers.setdefault(event, []).append(plugin.name)
         self._subscribers = subscribers
         if not any(name.startswith(OPERATIONAL) for name in subscribers):
             self.hears_since = None

@@ -44,6 +44,9 @@ class SqliteConsumer:
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._on_delivery_pending: Callable[[], bool] | None = None
+        self._send_now: Callable[[Delivery], bool] | None = None
+        self._offering = False
+        """The taker that waits is being offered deliveries."""
         self._closed = False
         self._at_once = 0
         """Deliveries that were taken since others had a turn."""
@@ -89,7 +92,11 @@ class SqliteConsumer:
         self._lane.add(delivery)
         self._wake()
 
-    async def take(self, on_delivery_pending: Callable[[], bool] | None = None) -> Delivery:
+    async def take(
+        self,
+        on_delivery_pending: Callable[[], bool] | None = None,
+        send_now: Callable[[Delivery], bool] | None = None,
+    ) -> Delivery:
         loop = asyncio.get_running_loop()
         while True:
             if self._at_once == AT_ONCE:
@@ -98,7 +105,7 @@ class SqliteConsumer:
             delivery = self._lane.pop(loop.time())
             if delivery is None:
                 self._at_once = 0
-                await self._wait(loop, on_delivery_pending)
+                await self._wait(loop, on_delivery_pending, send_now)
                 continue
             self._at_once += 1
             if delivery.event is None:
@@ -207,18 +214,50 @@ class SqliteConsumer:
         self._wake()
         return len(pending)
 
-    async def _wait(self, loop: asyncio.AbstractEventLoop, on_delivery_pending: Callable[[], bool] | None) -> None:
-        self._waiter, self._on_delivery_pending = loop.create_future(), on_delivery_pending
-        due = self._lane.next_due()
-        self._timer = loop.call_at(due, self._wake) if due is not None else None
+    async def _wait(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        on_delivery_pending: Callable[[], bool] | None,
+        send_now: Callable[[Delivery], bool] | None,
+    ) -> None:
+        self._waiter, self._on_delivery_pending, self._send_now = loop.create_future(), on_delivery_pending, send_now
+        self._set_timer(loop)
         try:
             await self._waiter
         finally:
-            self._waiter = self._on_delivery_pending = None
+            self._waiter = self._on_delivery_pending = self._send_now = None
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
 
+    def _set_timer(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Let the taker look again when the first delivery that waits is due."""
+        if self._timer is not None:
+            self._timer.cancel()
+        due = self._lane.next_due()
+        self._timer = loop.call_at(due, self._wake) if due is not None else None
+
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
+        """Offer the taker that waits what may go now, or wake it."""
+        if self._waiter is None or self._waiter.done() or self._offering:
+            return
+        if self._send_now is None or not self._offer(self._send_now):
             self._waiter.set_result(None)
+
+    def _offer(self, send_now: Callable[[Delivery], bool]) -> bool:
+        """Have deliveries sent without a turn of the loop; returns whether the taker may go on waiting."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        self._offering = True
+        try:
+            for _ in range(AT_ONCE):
+                delivery = self._lane.pop(now)
+                if delivery is None:
+                    self._set_timer(loop)
+                    return True
+                if delivery.event is None or delivery.expires <= now or not send_now(delivery):
+                    self._lane.put_back(delivery, delivery.due)
+                    break
+        finally:
+            self._offering = False
+        return False

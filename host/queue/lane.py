@@ -43,11 +43,12 @@ class Lane:
             self._oldest = [entry for entry in self._oldest if not entry[2].final]
             heapq.heapify(self._oldest)
         heapq.heappush(self._oldest, (delivery.seq, next(self._number), delivery))
-        line = self._keys.get(self._key(delivery))
+        key = self._key(delivery)
+        line = self._keys.get(key)
         if line is not None:
             line.append(delivery)
             return
-        self._keys[self._key(delivery)] = deque((delivery,))
+        self._keys[key] = deque((delivery,))
         if not delivery.taken:
             self._offer(delivery)
 

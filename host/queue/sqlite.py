@@ -75,7 +75,7 @@ class SqliteQueue(Listing):
     ``after``: events get higher numbers than this one. ``in_flight``: event numbers by plugin of the deliveries whose
     requests this process takes over from another (``Consumer.retake``).
     ``on_accepted`` is called once per accepted event when it is answered, before anything of it can be dispatched;
-    ``on_ready`` when events have entered their lanes: the takers that waited for them run in the loop's next turn;
+    ``on_ready`` when events have entered their lanes: the takers that waited have sent them or run in the next turn;
     ``on_expired`` for each delivery that expired unsent.
     """
 
@@ -199,7 +199,7 @@ class SqliteQueue(Listing):
         if self._accepting is batch:
             self._accepting = None
         now = self._loop.time()
-        # First the answers are written, then the records, then what the workers send that waited for these events: each
+        # First the answers are written, then the records and with them those of the attempts, then the requests: each
         # wakes somebody, and there are fewer processors than that.
         for entry in batch:
             for _, consumer in entry.admitted:
@@ -212,7 +212,6 @@ class SqliteQueue(Listing):
             for entry in batch:
                 if entry.earlier is None:
                     self._enter_lanes(entry, now)
-        # In the next turn run the workers, then their attempts.
         self._on_ready()
         self._since_prune += len(batch)
         if self._since_prune >= _PRUNE_EVERY:

@@ -67,7 +67,7 @@ class LineProtocol(asyncio.Protocol):
         self._unsent = b""
         """Bytes to write first: those of the process whose connection this was."""
         self._gathered: list[bytes] = []
-        """Messages of this turn, to be written in the next one."""
+        """Messages of this turn, to be written together."""
 
     def line_received(self, data: bytes) -> None:
         """Handle a complete line, without its newline."""
@@ -192,8 +192,12 @@ class LineProtocol(asyncio.Protocol):
             self._loop.call_soon(self.flush)
         self._gathered.append(data)
 
+    def gather(self, data: bytes) -> None:
+        """As ``send_soon``, for a caller that calls ``flush`` in this turn."""
+        self._gathered.append(data)
+
     def flush(self) -> None:
-        """Write what ``send_soon`` has gathered."""
+        """Write what was gathered."""
         if not self._gathered:
             return
         gathered, self._gathered = self._gathered, []

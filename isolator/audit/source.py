@@ -33,9 +33,11 @@ class Source:
     def __init__(self, name: str, sock: socket.socket) -> None:
         self.name, self.sock = name, sock
         self.received = self.acked = 0
+        self.committed = self.since = 0
+        """Records that had been received when the last commit began, and when the one before it did."""
         self.open = True
-        self.resting = False
-        """True while it is left alone for a moment, as few records come by it."""
+        self.rest: asyncio.TimerHandle | None = None
+        """The end of the moment for which it is left alone, as few records come by it."""
         self.held = False
         """Not read yet, so that another source's records come first."""
         self.reading = False
@@ -81,7 +83,7 @@ class Source:
         sock = socket.socket(fileno=descriptors.take(state.socket))
         sock.setblocking(False)
         source = cls(state.name, sock)
-        source.received = source.acked = state.received
+        source.received = source.acked = source.committed = source.since = state.received
         source.blocked, source.alarm = state.blocked, state.alarm
         source._sent_state = (state.acked, state.blocked, state.alarm)
         return source

@@ -21,13 +21,14 @@ import contextlib
 import os
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from isolator.audit.budget import WINDOW
 from isolator.audit.cause import CauseState
 from isolator.audit.client import utc_now
+from isolator.audit.commits import FileThread
 from isolator.audit.intake import Intake
 from isolator.audit.log import Chain, Limits, Outlook, Trail
 from isolator.audit.metrics import Metrics, MetricState
@@ -42,15 +43,21 @@ from isolator.paths import Paths
 MAX_WAITING = 8 << 20
 """Bytes of records that wait for the disk before the sockets are left alone."""
 _PACKETS = 16
-_FEW, _REST = 64, 0.002
-"""Records, seconds: a socket that had so few and is empty is left alone for a moment, and what comes meanwhile is read
-together. A packet by itself wakes this process, which costs more than its records do, and its sender waits for that."""
+_FEW = 128
+"""A socket that had fewer records and is empty is left alone until the next commit, which nothing that comes meanwhile
+could be in before: it is read together then. A packet by itself wakes this process, which costs more than its records
+do, and its sender waits for that. Who sends a burst sends so many at once."""
+_BURST = 1024
+"""Records since the commit before the last. Who sends so many is listened to: they take longer to handle than the time
+from one commit to the next."""
 _DRAIN = 4096
 """More packets than a socket's buffer can hold: reading so many empties it of what was there before."""
 _RETRY = 0.5
 _GATHER = 0.005
 """Seconds from one commit to the next: under load they cost more than the records do, and their syncs compete with
 those of the host's database. Nobody waits for a commit, but for the last one."""
+_REST = 2 * _GATHER
+"""Seconds after which such a socket is read whether the disk has answered or not."""
 _HOST_WAIT = 1.0
 _STALLED = 10.0
 """A commit that takes longer counts as blocked until it ends."""
@@ -82,7 +89,7 @@ class Writer:
         """None until the trail is open."""
         self._sources: list[Source] = []
         self._loop = asyncio.get_running_loop()
-        self._worker = ThreadPoolExecutor(1, "commit")
+        self._worker = FileThread()
         self._work: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._progress = asyncio.Condition()
@@ -142,7 +149,7 @@ class Writer:
             await self._work
         for source in list(self._sources):
             self._detach(source)
-        self._worker.shutdown()
+        self._worker.close()
         self._trail.close()
 
     async def pass_on(self, departure: Departure) -> WriterState:
@@ -165,7 +172,7 @@ class Writer:
         for timer in (self._seal_timer, self._summary_timer):
             if timer is not None:
                 timer.cancel()
-        await asyncio.to_thread(self._worker.shutdown)
+        await asyncio.to_thread(self._worker.close)
         self._trail.close()
         return WriterState(
             sources=tuple(source.pass_on(departure) for source in self._sources if source.open),
@@ -200,11 +207,12 @@ class Writer:
         """Listen to the sockets unless there is no chain yet or too much waits for the disk."""
         room = self._has_room
         for source in self._sources:
-            wanted = room and source.open and not source.held and not source.resting
+            wanted = room and source.open and not source.held and source.rest is None
+            # By their numbers: for the name of an object that it does not know the selector asks the kernel twice.
             if wanted and not source.reading:
-                self._loop.add_reader(source.sock, self._readable, source)
+                self._loop.add_reader(source.sock.fileno(), self._readable, source)
             elif source.reading and not wanted:
-                self._loop.remove_reader(source.sock)
+                self._loop.remove_reader(source.sock.fileno())
             source.reading = wanted
 
     def _readable(self, source: Source) -> None:
@@ -212,9 +220,9 @@ class Writer:
         for _ in range(_PACKETS):
             packet = source.receive()
             if packet is None:
-                if source.open and 0 < source.received - before < _FEW:
-                    source.resting = True
-                    self._loop.call_later(_REST, self._rested, source)
+                few = 0 < source.received - before < _FEW and source.received - source.since < _BURST
+                if few and source.open:
+                    source.rest = self._loop.call_later(_REST, self._rested, source)
                 break
             if source.name != HOST:
                 for host in self._sources:
@@ -226,7 +234,9 @@ class Writer:
         self._update_reading()
 
     def _rested(self, source: Source) -> None:
-        source.resting = False
+        if source.rest is not None:
+            source.rest.cancel()
+        source.rest = None
         if self._has_room and source in self._sources and source.open and not source.held:
             self._readable(source)
         else:
@@ -272,7 +282,7 @@ class Writer:
     async def _run(self, attempted: asyncio.Event) -> None:
         while self._intake is None:
             try:
-                end, signer = await self._loop.run_in_executor(self._worker, self._trail.open)
+                end, signer = await self._worker.call(self._trail.open)
             except (OSError, ValueError) as error:
                 self._block(_reason(error))
                 attempted.set()
@@ -300,6 +310,8 @@ class Writer:
             if not await self._commit():
                 return
             await asyncio.sleep(_GATHER)
+            for source in [one for one in self._sources if one.rest is not None]:
+                self._rested(source)
             if self._stopping.is_set():
                 if not chain.bytes and not chain.unsealed:
                     return
@@ -311,6 +323,8 @@ class Writer:
         """Bring everything that has gathered to the disk; False when it is time to stop without it."""
         assert self._intake is not None
         reached = [(source, source.received) for source in self._sources]
+        for source, received in reached:
+            source.since, source.committed = source.committed, received
         batches = self._intake.chain.take()
         self._update_reading()
         while True:
@@ -319,7 +333,7 @@ class Writer:
             )
             begun = time.monotonic()
             try:
-                await self._loop.run_in_executor(self._worker, self._trail.commit, batches)
+                await self._worker.call(partial(self._trail.commit, batches))
                 break
             except OSError as error:
                 batches = []

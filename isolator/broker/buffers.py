@@ -23,10 +23,13 @@ class Buffers:
     """Decides which connections of one cage may have buffers that grow."""
 
     def __init__(self) -> None:
-        self._free = max(1, BUDGET // (_most("tcp_rmem") + _most("tcp_wmem")))
+        self._free = -1
+        """How many more may; -1: none has asked yet, as in most cages that have just started."""
 
     def take(self) -> bool:
         """Whether one more connection may have them; it has to ``give`` them back."""
+        if self._free < 0:
+            self._free = max(1, BUDGET // (_most("tcp_rmem") + _most("tcp_wmem")))
         if not self._free:
             return False
         self._free -= 1

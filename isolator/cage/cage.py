@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from isolator.base.structs import struct_class
 from isolator.cage.processes import CageExit, CageProcesses
 from isolator.cage.runtime import CageRuntime
-from isolator.cage.warm_pool import Spare
+from isolator.cage.warm_pool import Spare, not_parked
 from isolator.errors import ConfinementError, ExecError
 from isolator.ipc.packet import receive_what_is_left, send_message, send_packet
 from isolator.launcher.client import Clone, Launcher, clone_remedy
@@ -314,9 +314,8 @@ class Cage:
             return (json.loads(packet) if packet else {}), fds
 
     def _too_slow(self) -> ConfinementError:
-        return ConfinementError(
-            f"cage of {self.spec.name}", f"not built in {_SET_UP_SECONDS:g} s", "the host may be overloaded"
-        )
+        why = f"not built in {_SET_UP_SECONDS:g} s"
+        return ConfinementError(f"cage of {self.spec.name}", why, "the host may be overloaded")
 
     def _failure(self, answer: dict[str, object]) -> ConfinementError:
         if not answer:
@@ -330,10 +329,11 @@ class Cage:
             return ConfinementError(f"clone of the cage of {self.spec.name}", detail, remedy)
         if step == "exec":
             return ExecError(f"start of {self.spec.name}", detail, _exec_remedy(answer.get("errno")))
-        here = step == "working directory"
-        remedy = (
-            "only folders that the cage sees can be one: --read or --write shows it" if here else "see 'isolator check'"
-        )
+        if step == "parked":
+            return not_parked(detail)
+        remedy = "see 'isolator check'"
+        if step == "working directory":
+            remedy = "only folders that the cage sees can be one: --read or --write shows it"
         return ConfinementError(f"cage of {self.spec.name}", f"{step}: {detail}", remedy)
 
     # --- over an exec of this process ----------------------------------------------------------------------------

@@ -230,6 +230,11 @@ class WarmPool:
         task.add_done_callback(self._disposals.discard)
 
 
+def not_parked(detail: object) -> ConfinementError:
+    """The error of a process that could not be parked."""
+    return ConfinementError("parked process", str(detail), "see 'isolator check'")
+
+
 async def _make_spare(launcher: Launcher, parking: Parking, rules: NetworkPolicy | None, *, hurried: bool) -> Spare:
     """A new spare, whose network has the rules of a policy, or none.
 
@@ -248,7 +253,9 @@ async def _make_spare(launcher: Launcher, parking: Parking, rules: NetworkPolicy
         parked = await asking
         spare = _spare(launcher, parking, parked)
         if "cgroup" in parking.layers:
-            await _take_in(spare)
+            kill_first(spare.pid)
+            if spare.groups is not None and not hurried:
+                await _parked(spare, spare.groups)
         if making is not None:
             spare.network = await making
         undo.pop_all()
@@ -264,20 +271,21 @@ async def _ask(launcher: Launcher, parking: Parking, *, hurried: bool) -> Clone:
         parking.its.close()
 
 
-async def _take_in(spare: Spare) -> None:
-    """Wait until the parked process has put itself into its groups, and confirm it."""
-    if spare.groups is not None:
-        while True:
-            try:
-                packet, _ = receive_packet(spare.link)
-                break
-            except BlockingIOError:
-                await readable(spare.link.fileno())
-        answer = json.loads(packet) if packet else {"detail": "it died"}
-        if "detail" in answer:
-            raise ConfinementError("parked process", str(answer["detail"]), "see 'isolator check'")
-        spare.groups.confirm_in(spare.pid)
-    kill_first(spare.pid)
+async def _parked(spare: Spare, groups: Leaf) -> None:
+    """Wait until the parked process has put itself into its groups, and confirm it: one that has not is never taken.
+
+    Where its taker waits, that is left to the cage, which is born in the same groups and confirmed to be in its own.
+    """
+    while True:
+        try:
+            packet, _ = receive_packet(spare.link)
+            break
+        except BlockingIOError:
+            await readable(spare.link.fileno())
+    answer = json.loads(packet) if packet else {"detail": "it died"}
+    if "detail" in answer:
+        raise not_parked(answer["detail"])
+    groups.confirm_in(spare.pid)
 
 
 def _spare(launcher: Launcher, parking: Parking, parked: Clone) -> Spare:

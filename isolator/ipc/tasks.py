@@ -15,7 +15,8 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any, TypeVar
 
 from isolator.base.pacing import Backoff
@@ -42,6 +43,31 @@ def essential(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
     task = asyncio.get_running_loop().create_task(work, name=name)
     task.add_done_callback(_end_if_failed)
     return task
+
+
+def essential_at_once(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None] | None:
+    """As ``essential``, but ``work`` begins in this call; returns None if it has ended in it, and needs no task."""
+    try:
+        awaited = work.send(None)
+    except StopIteration:
+        return None
+    except Exception as error:
+        end_process(name, error)
+        raise
+    return essential(_go_on(work, awaited), name)
+
+
+@types.coroutine
+def _go_on(work: Coroutine[Any, Any, None], awaited: Any) -> Generator[Any, Any, None]:
+    """Go on with work that awaits something, within a task."""
+    with contextlib.suppress(StopIteration):
+        while True:
+            try:
+                result = yield awaited
+            except BaseException as error:
+                awaited = work.throw(error)
+            else:
+                awaited = work.send(result)
 
 
 async def unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:

@@ -1,13 +1,13 @@
 """Prefork: a parked process waits to become a cage; the work that no plan changes is done before a start asks for it.
 
 The launcher clones the parked process with mount, ipc and uts namespaces of its own, and the sections of its layers
-apply their fixed part (``Section.enter_ahead``). On a hybrid host it then puts itself into the v1 groups of the
-cage to come, whatever their limits will be, and says ``parked``: it is the one that can do so without a wait
-(``Leaf.open_v1``), and the cage is born in them. Then it waits for two packets on its link. With the first it sets its
-clocks to those of the cage. With the second it clones the cage's pid 1 (into the v2 leaf, as a child of the supervisor,
-in all of its own namespaces and groups), and ends; pid 1 goes on in its memory (``isolator.linux.successor``). Pid 1
-answers with its pid and a pidfd, and does what no plan changes but needs its pid namespace (``Section.enter_born``)
-while the supervisor makes the plan, the next message there.
+apply their fixed part (``Section.enter_ahead``). On a hybrid host it then puts itself into the v1 groups of the cage to
+come, whatever their limits will be: it is the one that can do so without a wait (``Leaf.open_v1``), and the cage is
+born in them. If it is made ahead it says ``parked``. Then it waits for two packets on its link. With the first it sets
+its clocks to those of the cage. With the second it clones the cage's pid 1 (into the v2 leaf, as a child of the
+supervisor, in all of its own namespaces and groups), and ends; pid 1 goes on in its memory
+(``isolator.linux.successor``). Pid 1 answers with its pid and a pidfd, and does what no plan changes but needs its pid
+namespace (``Section.enter_born``) while the supervisor makes the plan, the next message there.
 
 When the supervisor goes away, so does the link, and the parked process ends; nothing of a plugin ever ran in it.
 Standard library and ``isolator.linux`` only.
@@ -56,8 +56,8 @@ def park(order: ParkOrder, link: int, status: int, others: list[int]) -> NoRetur
                 section.enter_ahead(order)
         if not order.hurried:
             _rehearse()
-        if groups:
-            _join(groups)
+        _join(groups)
+        if groups and not order.hurried:
             send_packet(sock, b'{"step": "parked"}')
         packet, fds = receive_packet(sock)
         if packet:

@@ -12,7 +12,8 @@ socket closes, for whatever reason, it kills those cgroups and ends.
 Packets, supervisor → launcher: ``{"park": ORDER}`` with the link, the status pipe, the figures of a cage with the layer
 proc, and ``tasks`` of each v1 group that the parked process is to put itself into, answered by ``{"pid": N}`` with the
 pidfd or by ``{"step", "errno", "detail"}``; ``{"keep": CAGE}`` with its cgroup, ``{"forget": CAGE}``: no answer;
-``{"alive": true}``, which is sent back.
+``{"alive": true}``, which is sent back. They are JSON as ``isolator.launcher.client`` writes it, and known by how they
+begin: whatever this process reads of its own after a clone, the kernel copies page by page.
 
 A table that is full of descriptors refuses a park, and ends nothing.
 """
@@ -40,10 +41,13 @@ from isolator.linux.descriptors import close_all, open_standard_streams
 from isolator.linux.namespaces import CLONE_PARENT, NAMESPACE_FILES, clone3
 from isolator.linux.priority import take_turns
 
+_ALIVE, _KEEP, _FORGET = b'{"alive": true}', b'{"keep": ', b'{"forget": '
+
 
 def serve(sock: socket.socket) -> None:
     """Answer the supervisor's packets until it goes away, then kill every cage that is left."""
-    cgroups: dict[str, int] = {}
+    cgroups: dict[bytes, int] = {}
+    orders: dict[bytes, ParkOrder] = {}  # there are few, and most are like the one before
     while True:
         try:
             packet, fds = receive_packet(sock)
@@ -53,26 +57,28 @@ def serve(sock: socket.socket) -> None:
             packet, fds = b"", []
         if not packet:
             break
-        body = json.loads(packet)
-        if "alive" in body:
+        if packet == _ALIVE:
             send_packet(sock, packet)
-        elif "park" in body and len(fds) < 2:
+        elif packet.startswith(_FORGET):
+            _forget(cgroups, packet.removeprefix(_FORGET))
+        elif packet.startswith(_KEEP):
+            if fds:  # or its pid 1 alone watches for the end of the supervisor
+                cage = packet.removeprefix(_KEEP)
+                _forget(cgroups, cage)
+                cgroups[cage] = fds[0]
+        elif len(fds) < 2:
             answer = {"step": "park", "errno": errno.EMFILE, "detail": os.strerror(errno.EMFILE)}
             send_packet(sock, json.dumps(answer).encode())
-        elif "park" in body:
-            _park(sock, ParkOrder.of(body["park"]), fds)
-        elif "keep" in body:
-            if fds:  # or its pid 1 alone watches for the end of the supervisor
-                _forget(cgroups, body["keep"])
-                cgroups[body["keep"]] = fds[0]
         else:
-            _forget(cgroups, body["forget"])
+            if packet not in orders:
+                orders[packet] = ParkOrder.of(json.loads(packet)["park"])
+            _park(sock, orders[packet], fds)
     sock.close()  # a full table has room for one descriptor again
     for fd in cgroups.values():
         _kill(fd)
 
 
-def _forget(cgroups: dict[str, int], cage: str) -> None:
+def _forget(cgroups: dict[bytes, int], cage: bytes) -> None:
     fd = cgroups.pop(cage, -1)
     if fd >= 0:
         os.close(fd)
@@ -92,7 +98,7 @@ def _park(sock: socket.socket, order: ParkOrder, fds: list[int]) -> None:
     else:
         if pid == 0:
             park(order, link, status, others)
-        send_packet(sock, json.dumps({"pid": pid}).encode(), [pidfd])
+        send_packet(sock, b'{"pid": %d}' % pid, [pidfd])
         os.close(pidfd)
     finally:
         close_all(fds)

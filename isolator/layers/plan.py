@@ -93,7 +93,8 @@ class ParkOrder:
     layers: frozenset[str]
     last_capability: int
     hurried: bool = False
-    """Its plan follows at once: what is done ahead to spare the wait for it would be waited for."""
+    """Its plan follows at once: what is done ahead to spare the wait for it would be waited for, and nobody awaits its
+    word that it is parked."""
     figures: int = -1
     """In the parked process: a descriptor of the file system for the figures of the cage's /proc."""
 

@@ -14,6 +14,7 @@ import stat
 import time
 from typing import TYPE_CHECKING
 
+from isolator.base.structs import field, struct_class
 from isolator.errors import ConfinementError, IsolatorError
 from isolator.layers.base import CageSpec, Control, Kept, Layer, Process, mismatch
 from isolator.layers.plan import Plan, Section
@@ -32,6 +33,8 @@ _USERADD = (
     "useradd", "--system", "--user-group", "--no-create-home", "--home-dir", "/nonexistent",
     "--shell", "/usr/sbin/nologin",
 )  # fmt: skip
+_PASSWD = "/etc/passwd"
+_USERS_SECONDS = 0.5
 _LOCKED_EXITS = {1, 10}  # useradd(8), userdel(8): "can't update" the password or the group file, also when it is locked
 _BUSY = 8  # userdel(8): a process of the user's is there, perhaps one that has been killed and is not reaped yet
 _TAKEN = 4  # useradd(8): the uid; also when no gid is free
@@ -116,16 +119,51 @@ def refuse_existing(name: str) -> None:
 
 def plugin_gid(name: str, uid: int) -> int:
     """The group of a plugin's user; raises ConfinementError when there is no such user, or it is another one."""
-    try:
-        entry = pwd.getpwnam(name)
-    except KeyError:
+    users = _users()
+    ids = users.ids.get(name)
+    if ids is None:
         remedy = f"make it again: useradd --system --no-create-home --shell /usr/sbin/nologin --uid {uid} {name}"
-        raise ConfinementError(f"system user {name}", "is gone", remedy) from None
-    if entry.pw_uid != uid or [one.pw_name for one in pwd.getpwall() if one.pw_uid == uid] != [name]:
+        raise ConfinementError(f"system user {name}", "is gone", remedy)
+    if ids[0] != uid or users.names[uid] != [name]:
         raise ConfinementError(
             f"system user {name}", f"is not alone with uid {uid} any more", f"see 'getent passwd {name} {uid}'"
         )
-    return entry.pw_gid
+    return ids[1]
+
+
+@struct_class(frozen=True)
+class _Users:
+    """The host's users: all are read to find that one is alone with its uid, and hundreds of starts want that at once.
+
+    They are read anew when the file has changed, and after a moment in any case: users may come from elsewhere.
+    """
+
+    file: tuple[int, int, int, int]
+    """Device, inode, size and time of change of ``_PASSWD``."""
+    read: float
+    """Monotonic time."""
+    ids: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """uid and gid by name."""
+    names: dict[int, list[str]] = field(default_factory=dict)
+
+
+_known: _Users | None = None
+
+
+def _users() -> _Users:
+    global _known
+    try:
+        info = os.stat(_PASSWD)
+        file = (info.st_dev, info.st_ino, info.st_size, info.st_ctime_ns)
+    except OSError:
+        file = (0, 0, 0, 0)
+    now = time.monotonic()
+    if _known is None or _known.file != file or now - _known.read > _USERS_SECONDS:
+        _known = _Users(file, now)
+        for one in pwd.getpwall():
+            _known.ids.setdefault(one.pw_name, (one.pw_uid, one.pw_gid))
+            _known.names.setdefault(one.pw_uid, []).append(one.pw_name)
+    return _known
 
 
 def add_service_user(name: str, *, comment: str) -> tuple[int, int]:

@@ -80,9 +80,12 @@ def read_plain(path: str | os.PathLike[str], *, most: int) -> bytes:
         os.close(fd)
 
 
-def write_file(path: str, text: str) -> None:
-    """Write to a file that is there, in one call, as the kernel's own want it; raises OSError."""
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+def write_file(path: str, text: str, *, folder: int | None = None) -> None:
+    """Write to a file that is there, in one call, as the kernel's own want it; raises OSError.
+
+    ``folder``: a descriptor of what ``path`` is relative to.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC, dir_fd=folder)
     try:
         os.write(fd, text.encode())
     finally:

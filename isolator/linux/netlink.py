@@ -60,6 +60,17 @@ NFLOG_GROUP = 5
 """The group that a cage's ruleset logs to; groups are per network namespace."""
 
 
+def has_ipv6() -> bool:
+    """Whether the kernel has IPv6, by a socket: /proc/sys takes longer to look through with each namespace there is."""
+    try:
+        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).close()
+    except OSError as error:
+        if error.errno != errno.EAFNOSUPPORT:
+            raise
+        return False
+    return True
+
+
 def bring_up_loopback() -> None:
     """Set ``lo`` up and make every address local to it, so that any destination reaches this namespace.
 
@@ -76,7 +87,7 @@ def bring_up_loopback() -> None:
         (_RTM_NEWROUTE, replace, _local_default(socket.AF_INET, "127.0.0.1")),
         (_RTM_NEWADDR, replace, _address(socket.AF_INET, OWN_ADDRESSES[0])),
     ]
-    if socket.has_ipv6 and os.path.exists("/proc/sys/net/ipv6"):
+    if has_ipv6():
         requests.append((_RTM_NEWROUTE, replace, _local_default(socket.AF_INET6, "::1")))
         requests.append((_RTM_NEWADDR, replace, _address(socket.AF_INET6, OWN_ADDRESSES[1])))
     with _open(NETLINK_ROUTE) as sock:

@@ -5,7 +5,7 @@ opened there), so it is made, used and freed by the thread that entered the name
 
 libnftables waits for its socket with select(2), and the C library ends the process (FORTIFY_SOURCE) when that socket's
 number is 1024 or more, as it is in a daemon of a hundred running plugins. So the thread gets a table of descriptors of
-its own, a copy (a few µs), in which number 0 is free.
+its own (``isolator.linux.apart.leave_descriptors``), in which number 0 is free: it can use none that is open before.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ import functools
 import os
 import threading
 
-LIBRARY = "libnftables.so.1"
+from isolator.linux.apart import leave_descriptors
 
-_CLONE_FILES = 0x400
+LIBRARY = "libnftables.so.1"
 
 _OUTPUT_STATELESS = 1 << 2  # no counters, no state of limits: two listings of one ruleset are equal
 _OUTPUT_NUMERIC = 0x780  # protocols, priorities, symbols and times as numbers: names depend on files of the host
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class NftablesError(OSError):
@@ -93,14 +90,12 @@ class Nftables:
 
 
 def _have_low_numbers() -> None:
-    """Unshare the thread's descriptor table: descriptors opened from here on are its own, and close with it.
+    """Leave the table of descriptors: those opened from here on are the thread's own, and close with it.
 
     Always, and not only when numbers are high: other threads may open hundreds between the look and the use.
     """
     if threading.get_ident() == threading.main_thread().ident:
         return  # of a command or a test, which has few open
-    if _libc.unshare(_CLONE_FILES) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"unshare(CLONE_FILES): {os.strerror(number)}")
+    leave_descriptors()
     with contextlib.suppress(OSError):
-        os.close(0)  # of the copy
+        os.close(0)  # of this thread's table

@@ -9,7 +9,6 @@ Fields may be of the types of ``isolator.base.typed``, and other models. The fie
 
 from __future__ import annotations
 
-import functools
 import json
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -18,6 +17,7 @@ from typing import Any, ClassVar, Literal, Self, dataclass_transform
 from isolator.base.typed import Check, check_of
 
 _REQUIRED = object()
+_SCALARS = frozenset({str, int, float, bool, type(None)})
 
 
 class _Fresh:
@@ -100,8 +100,12 @@ class Frozen:
         self, *, mode: Literal["python", "json"] = "python", exclude: Collection[str] = ()
     ) -> dict[str, Any]:
         """The fields as a dictionary, models in them likewise; ``json``: tuples as lists."""
-        plain = functools.partial(_plain, lists=mode == "json")
-        return {name: plain(value) for name, value in self if name not in exclude}
+        lists = mode == "json"
+        return {
+            name: value if type(value) in _SCALARS else _plain(value, lists=lists)
+            for name, value in self.__dict__.items()
+            if name not in exclude
+        }
 
     def model_dump_json(self, *, exclude: Collection[str] = ()) -> str:
         """JSON without spaces, the fields in order."""

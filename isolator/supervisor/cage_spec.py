@@ -95,12 +95,10 @@ def host_api_folder(paths: Paths, name: str) -> Path:
     """Folder on the host with the host-API socket of a plugin, or invocation; bound whole, it survives the host."""
     folder = paths.run / "hostapi" / name
     try:
-        os.mkdir(folder)
-    except FileExistsError:
-        pass
+        os.chmod(folder, 0o755)  # as that of a plugin is from its first start on
     except FileNotFoundError:
         folder.mkdir(parents=True, exist_ok=True)
-    os.chmod(folder, 0o755)
+        os.chmod(folder, 0o755)
     return folder
 
 

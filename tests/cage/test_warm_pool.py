@@ -107,7 +107,8 @@ async def test_a_parked_process_is_in_the_groups_but_not_in_a_cage(session: Stan
 
 
 @pytest.mark.parametrize(
-    ("file", "complaint"), [("/dev/full", "parked process: No space left"), ("/dev/null", "not the group of")]
+    ("file", "complaint"),
+    [("/dev/full", "parked process: No space left"), ("/dev/null", "group is another, not /isolator")],
 )
 async def test_one_that_is_not_in_its_groups_is_refused(
     session: StandaloneSession, monkeypatch: pytest.MonkeyPatch, file: str, complaint: str

@@ -14,6 +14,7 @@ import pytest
 
 from host.database.store import Store
 from host.delivery.attempts import Attempt, Attempts
+from host.intake.intake import EventRecords
 from host.queue.interface import Delivery, NewEvent, Result, Subscriber
 from host.queue.sqlite import SqliteQueue
 from isolator.audit.client import AuditClient
@@ -95,6 +96,50 @@ async def test_waiting_worker_sends_in_the_turn_after_the_event_is_safe_and_answ
     await asyncio.sleep(0)
     assert sent == NAMES
     await asyncio.gather(*workers)
+    await attempts.close()
+    theirs.close()
+
+
+async def test_taker_that_needs_no_wait_sends_in_the_turn_of_its_event_whose_record_goes_with_the_attempts(
+    store: Store,
+) -> None:
+    ours, theirs = pair()
+    audit = AuditClient(ours)
+
+    def ready() -> None:
+        attempts.begin_gathered()
+
+    queue = SqliteQueue(store, on_accepted=EventRecords(audit.record).accepted, on_ready=ready)
+    attempts = Attempts(queue, audit, wait_for_trail=True)
+    theirs.setblocking(False)
+    packets: list[list[tuple[str, str | None]]] = []
+    sent: list[str] = []
+
+    def begin(delivery: Delivery) -> bool:
+        def send() -> None:
+            with contextlib.suppress(BlockingIOError):
+                records = [json.loads(line) for line in theirs.recv(1 << 16).splitlines()]
+                packets.append([(record["type"], record["plugin"]) for record in records])
+            assert {attempts for _, attempts in _rows(store).values()} == {1}
+            sent.append(delivery.plugin)
+
+        attempts.begin(Attempt(delivery, "run", b"request", send))
+        return True
+
+    takers = [asyncio.create_task(queue.consumer(name).take(lambda: True, begin)) for name in NAMES]
+    await asyncio.sleep(0)
+    next_turn: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+
+    def answer(_: object, __: object) -> None:
+        assert sent == []
+        asyncio.get_running_loop().call_soon(lambda: next_turn.set_result([*sent]))
+
+    queue.submit(NewEvent("deploy.completed", "{}"), [Subscriber(name, None) for name in NAMES], answer)
+    assert await next_turn == NAMES
+    assert packets == [[("event.accepted", None), *(("event.dispatched", name) for name in NAMES)]]
+    assert not any(taker.done() for taker in takers)
+    for taker in takers:
+        taker.cancel()
     await attempts.close()
     theirs.close()
 

@@ -258,14 +258,26 @@ FAULT = """if True:
             raise ZeroDivisionError("of the host's own")
         await deliver(self, plugin, hook, delivery)
     OneshotDelivery.deliver = faulty
+
+    from host.delivery.stream import StreamDelivery
+    deliver_now = StreamDelivery.deliver_now
+    def faulty_now(self, plugin, hook, delivery):
+        if "poison" in delivery.event.payload:
+            raise ZeroDivisionError("of the host's own")
+        return deliver_now(self, plugin, hook, delivery)
+    StreamDelivery.deliver_now = faulty_now
 """
 
 
-async def test_fault_of_the_host_with_one_event_keeps_those_behind_it_from_nothing(daemon: Daemon) -> None:
+@pytest.mark.parametrize("mode", ["oneshot", "stream"])
+async def test_fault_of_the_host_with_one_event_keeps_those_behind_it_from_nothing(daemon: Daemon, mode: str) -> None:
     await daemon.kill_host()
     daemon.first = FAULT
     await daemon.start_host()
-    daemon.add("notifier", sidecars.OK, delivery={"attempts": 1})
+    script = sidecars.OK if mode == "oneshot" else sidecars.stream("if id is not None:\n    send(id=id, result={})")
+    daemon.add("notifier", script, delivery={"attempts": 1}, transport={"mode": mode})
+    row = await daemon.outcome(await daemon.emit(project_id="before"))
+    assert row["deliveries"][0]["state"] == "ok"
     row = await daemon.outcome(await daemon.emit(project_id="poison"))
     assert row["deliveries"][0]["state"] == "dead"
     assert "ZeroDivisionError" in row["deliveries"][0]["detail"]

@@ -9,7 +9,7 @@ import pytest
 
 from host.database.store import Store
 from host.queue.consumer import AT_ONCE
-from host.queue.interface import NewEvent, Result, Subscriber
+from host.queue.interface import Delivery, NewEvent, Result, Subscriber
 from host.queue.sqlite import SqliteQueue
 from tests.support.timeouts import seconds
 
@@ -49,4 +49,95 @@ async def test_backlog_that_is_given_up_leaves_the_loop_to_others(tmp_path: Path
     assert ended == [*range(1, BACKLOG + 1)]
     assert await others >= BACKLOG / AT_ONCE
     taker.cancel()
+    await store.close()
+
+
+async def test_taker_that_waits_is_offered_what_may_go_and_takes_what_it_cannot_send_at_once(tmp_path: Path) -> None:
+    store = Store(tmp_path / "host.db")
+    queue = SqliteQueue(store)
+    consumer = queue.consumer("p")
+    offered: list[Delivery] = []
+
+    def send_now(delivery: Delivery) -> bool:
+        offered.append(delivery)
+        return len(offered) != 3
+
+    async def accept(key: str) -> int:
+        return (await queue.accept(NewEvent("deploy.completed", "{}"), [Subscriber("p", key)])).event.seq
+
+    taking = asyncio.create_task(consumer.take(send_now=send_now))
+    await asyncio.sleep(0)
+    first, behind = await accept("a"), await accept("a")
+    assert [delivery.seq for delivery in offered] == [first], "the second one is behind it in the order of its key"
+    assert offered[0].taken
+    consumer.ack(offered[0], Result("ok"))
+    assert [delivery.seq for delivery in offered] == [first, behind]
+    third = await accept("b")
+    taken = await asyncio.wait_for(taking, seconds(5))
+    assert taken is offered[2]
+    assert (taken.seq, taken.taken) == (third, True)
+    await accept("c")
+    assert len(offered) == 3, "nobody waits"
+    await store.close()
+
+
+async def test_retry_is_offered_to_the_taker_that_waits_when_it_is_due(tmp_path: Path) -> None:
+    store, again = Store(tmp_path / "host.db"), asyncio.Event()
+    queue = SqliteQueue(store)
+    consumer = queue.consumer("p")
+    offered: list[Delivery] = []
+
+    def send_now(delivery: Delivery) -> bool:
+        if delivery.event is None:
+            return False
+        offered.append(delivery)
+        if len(offered) == 2:
+            again.set()
+        return True
+
+    async def work() -> None:
+        while True:
+            send_now(await consumer.take(send_now=send_now))
+
+    working = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    await queue.accept(NewEvent("deploy.completed", "{}"), [Subscriber("p", None)])
+    consumer.nak(offered[0], Result("retry"), delay=0.01)
+    await asyncio.wait_for(again.wait(), seconds(30))
+    assert offered[0] is offered[1]
+    working.cancel()
+    await store.close()
+
+
+async def test_backlog_that_the_taker_gives_up_as_it_is_offered_leaves_the_loop_to_others(tmp_path: Path) -> None:
+    store, done = Store(tmp_path / "host.db"), asyncio.Event()
+    queue = SqliteQueue(store)
+    consumer = queue.consumer("p")
+    ended: list[int] = []
+
+    def give_up(delivery: Delivery) -> bool:
+        consumer.term(delivery, Result("dead"))
+        ended.append(delivery.seq)
+        return True
+
+    async def work() -> None:
+        while True:
+            give_up(await consumer.take(send_now=give_up))
+
+    first = await queue.accept(NewEvent("deploy.completed", "{}"), [Subscriber("p", "key")])
+    held = await consumer.take()
+    working = asyncio.create_task(work())
+    events = (NewEvent("deploy.completed", "{}") for _ in range(BACKLOG))
+    await asyncio.gather(*(queue.accept(event, [Subscriber("p", "key")]) for event in events))
+    assert ended == [], "all are behind the first one in the order of their key"
+    others = asyncio.create_task(_turns(done))
+    await asyncio.sleep(0)
+    consumer.ack(held, Result("ok"))
+    async with asyncio.timeout(seconds(60)):
+        while consumer.depth:  # noqa: ASYNC110 # turns are what is counted
+            await asyncio.sleep(0)
+    done.set()
+    assert ended == [*range(first.event.seq + 1, first.event.seq + BACKLOG + 1)]
+    assert await others >= BACKLOG / AT_ONCE / 2
+    working.cancel()
     await store.close()

@@ -344,17 +344,19 @@ async def test_request_whose_descriptors_find_no_room_is_refused_at_once() -> No
     serving.close()
 
 
-@pytest.mark.parametrize("how", ["fails", "returns", "is cancelled"])
-def test_process_ends_when_work_that_it_is_there_for_fails(how: str) -> None:
+@pytest.mark.parametrize("begun", ["essential", "essential_at_once"])
+@pytest.mark.parametrize("how", ["fails", "returns", "is cancelled", "fails at once"])
+def test_process_ends_when_work_that_it_is_there_for_fails(how: str, begun: str) -> None:
     program = f"""if True:
         import asyncio
-        from isolator.ipc.tasks import essential
+        from isolator.ipc.tasks import {begun}
         async def work():
-            await asyncio.sleep(0)
-            if {how == "fails"}:
+            if {how != "fails at once"}:
+                await asyncio.sleep(0)
+            if {how.startswith("fails")}:
                 raise ValueError("a fault")
         async def main():
-            task = essential(work(), "the work")
+            task = {begun}(work(), "the work")
             if {how == "is cancelled"}:
                 task.cancel()
             await asyncio.wait([task])
@@ -364,8 +366,9 @@ def test_process_ends_when_work_that_it_is_there_for_fails(how: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
     )
-    assert done.returncode == (1 if how == "fails" else 0)
-    assert done.stderr.startswith("the work has failed: ValueError: a fault") == (how == "fails"), done.stderr
+    failed = how.startswith("fails")
+    assert done.returncode == (1 if failed else 0)
+    assert done.stderr.startswith("the work has failed: ValueError: a fault") == failed, done.stderr
 
 
 async def test_held_requests_are_served_by_whoever_takes_the_channel_over() -> None:

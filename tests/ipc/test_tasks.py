@@ -76,3 +76,45 @@ async def test_failure_of_work_that_nobody_awaits_is_reported_unless_it_is_expec
     await asyncio.wait(works)
     await asyncio.sleep(0)
     assert reported == ["refill has failed: ValueError('a fault')"]
+
+
+async def test_work_that_begins_at_once_needs_a_task_only_where_it_waits() -> None:
+    done: list[str] = []
+
+    async def work(*waits: asyncio.Future[str]) -> None:
+        done.append("begun")
+        for wait in waits:
+            done.append(await wait)
+
+    assert tasks.essential_at_once(work(), "work") is None
+    assert done == ["begun"]
+    first, second = (asyncio.get_running_loop().create_future() for _ in range(2))
+    task = tasks.essential_at_once(work(first, second), "work")
+    assert done == ["begun", "begun"]
+    first.set_result("first")
+    await asyncio.sleep(0)
+    second.set_result("second")
+    assert task is not None
+    await task
+    assert done == ["begun", "begun", "first", "second"]
+
+
+async def test_work_that_began_at_once_is_cancelled_where_it_waits() -> None:
+    ended: list[BaseException] = []
+
+    async def work(wait: asyncio.Future[None]) -> None:
+        try:
+            await wait
+        except asyncio.CancelledError as error:
+            ended.append(error)
+            raise
+
+    for turns in (1, 2):
+        task = tasks.essential_at_once(work(asyncio.get_running_loop().create_future()), "work")
+        assert task is not None
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+    assert len(ended) == 2

@@ -9,7 +9,8 @@ import threading
 
 import pytest
 
-from isolator.layers.user import add_user, remove_user
+from isolator.errors import ConfinementError
+from isolator.layers.user import add_user, plugin_gid, remove_user
 
 RANGE = (78001, 78003)
 
@@ -24,6 +25,38 @@ def test_group_has_the_number_of_its_user_and_one_that_a_stranger_has_is_passed_
     finally:
         remove_user(user)
         subprocess.run(["groupdel", stranger], check=True)
+
+
+def test_users_are_read_once_for_many_plugins_and_at_once_when_they_have_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = 0
+    every = pwd.getpwall
+
+    def counted() -> list[pwd.struct_passwd]:
+        nonlocal read
+        read += 1
+        return every()
+
+    monkeypatch.setattr(pwd, "getpwall", counted)
+    monkeypatch.setattr("isolator.layers.user._USERS_SECONDS", 3600.0)  # whatever this machine is busy with
+    user, twin = f"plugin-known-{os.getpid()}", f"plugin-twin-{os.getpid()}"
+    uid = add_user(user, RANGE, comment="Isolator test")
+    try:
+        before = read
+        gid = pwd.getpwnam(user).pw_gid
+        assert [plugin_gid(user, uid) for _ in range(100)] == [gid] * 100 and read - before < 20
+        subprocess.run(["useradd", "--system", "--no-create-home", "--non-unique", "--uid", str(uid), twin], check=True)
+        try:
+            with pytest.raises(ConfinementError, match="not alone"):
+                plugin_gid(user, uid)
+        finally:
+            subprocess.run(["userdel", twin], check=True)
+        assert plugin_gid(user, uid) == gid
+    finally:
+        remove_user(user)
+    with pytest.raises(ConfinementError, match="is gone"):
+        plugin_gid(user, uid)
 
 
 def test_user_whose_last_process_is_just_ending_is_removed_once_it_has_ended() -> None:

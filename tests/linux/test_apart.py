@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import tempfile
 import threading
 
 import pytest
 
 from isolator.linux import netns
-from isolator.linux.apart import apart, is_apart
+from isolator.linux.apart import apart, is_apart, leave_descriptors
 
 
 def _network() -> str:
@@ -25,6 +27,24 @@ async def test_work_is_done_in_a_network_of_its_own_and_by_no_further_thread() -
     assert inside != _network()
     assert before == doing != threading.get_native_id()
     assert not is_apart()
+
+
+async def test_thread_that_leaves_the_descriptors_copies_none_above_its_own_and_is_heard() -> None:
+    await apart(lambda: None)  # the loop has its descriptor from the first piece of work on
+    with contextlib.ExitStack() as opened:
+        numbers = [opened.enter_context(tempfile.TemporaryFile()).fileno() for _ in range(80)]
+
+        def work() -> set[int]:
+            leave_descriptors()
+            here = set(map(int, os.listdir("/proc/thread-self/fd")))
+            os.close(min(here))  # of this thread's table alone
+            return here
+
+        before = set(map(int, os.listdir("/proc/self/fd")))
+        here = await apart(work)
+        assert not here & {*numbers[40:]} and here & before
+        assert before - set(map(int, os.listdir("/proc/self/fd"))) <= {max(before)}  # that of the first listing
+        assert [os.fstat(number).st_size for number in numbers] == [0] * len(numbers)
 
 
 async def test_error_of_the_work_is_raised() -> None:

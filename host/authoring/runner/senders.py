@@ -126,6 +126,7 @@ def _stream(cage: Cage, trial: Trial) -> Iterator[Sender]:
             return _TOO_LARGE
         one.begin()
         connection.write(number, request, one.timeout, reply)
+        connection.flush()
         return read_reply((await reply)[1], expect=number)
 
     with _to_a_sidecar(cage, trial) as connect, asyncio.Runner() as loop:

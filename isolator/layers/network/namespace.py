@@ -20,7 +20,6 @@ import functools
 import os
 import socket
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from isolator.base.structs import struct_class
@@ -42,10 +41,11 @@ INSTALL = "apt-get install libnftables1"
 # The owner of a redirected connection's buffers is the broker, not the cage's cgroup: without a cap, 64 flows could
 # pin 64 times 33 MB there. Per namespace since Linux 4.15.
 _SYSCTLS = {
-    "net/ipv4/ip_unprivileged_port_start": "0",
-    "net/ipv4/tcp_rmem": "4096 131072 2097152",
-    "net/ipv4/tcp_wmem": "4096 65536 2097152",
+    "ip_unprivileged_port_start": "0",
+    "tcp_rmem": "4096 131072 2097152",
+    "tcp_wmem": "4096 65536 2097152",
 }
+"""Of IPv4."""
 
 
 @struct_class()
@@ -277,7 +277,7 @@ def check() -> list[Control]:
     except ConfinementError as error:
         return [Control("network", "network", "unavailable", error.why, error.remedy)]
     controls = [Control("network", "network", "enforced", "a namespace with lo alone, nftables")]
-    if not _has_ipv6():
+    if not netlink.has_ipv6():
         why = "this kernel has no IPv6; cages have none either"
         controls.append(Control("network-ipv6", "network", "enforced", why))
     return controls
@@ -289,13 +289,22 @@ def _build() -> CageNetwork:
         fd = netns.current_network()
         undo.callback(os.close, fd)
         netlink.bring_up_loopback()
-        for name, value in _SYSCTLS.items():
-            write_file(f"/proc/sys/{name}", value)
+        _set_sysctls()
         generations = netlink.Generations()
         undo.callback(generations.close)
         sockets = _open_sockets()
         undo.pop_all()
     return CageNetwork(fd, _detach(sockets), generations, os.fstat(fd).st_ino)
+
+
+def _set_sysctls() -> None:
+    """Write them below one look at their folder: its name is that of a folder for each namespace there is."""
+    folder = os.open("/proc/sys/net/ipv4", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name, value in _SYSCTLS.items():
+            write_file(name, value, folder=folder)
+    finally:
+        os.close(folder)
 
 
 @functools.lru_cache(_MOST_READ)
@@ -305,9 +314,9 @@ def _ruleset(policy: NetworkPolicy) -> str:
 
 def _load(network: CageNetwork, text: str) -> None:
     """Load the rules, in a thread that is in the namespace: one transaction, taken whole or not at all."""
-    with nftables.Nftables() as nft:
+    with nftables.Nftables() as nft, contextlib.closing(netlink.Generations()) as generations:
         nft.run(text)
-    network.generation, network.loaded = network.generations.current(), text
+        network.generation, network.loaded = generations.current(), text
 
 
 def _list_ruleset() -> str:
@@ -320,7 +329,7 @@ def _open_sockets() -> list[socket.socket]:
     try:
         opened.append(_listener(socket.AF_INET, "127.0.0.1", PORT))
         # Without IPv6 an unconnected socket takes the place of its listener: the order is the contract.
-        opened.append(_listener(socket.AF_INET6, "::1", PORT) if _has_ipv6() else socket.socket(socket.AF_UNIX))
+        opened.append(_listener(socket.AF_INET6, "::1", PORT) if netlink.has_ipv6() else socket.socket(socket.AF_UNIX))
         udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         opened.append(udp)
         udp.bind((RESOLVER, 53))
@@ -365,10 +374,6 @@ def _host_listener(rule: ListenRule) -> socket.socket:
 
 def _detach(sockets: list[socket.socket]) -> list[int]:
     return [sock.detach() for sock in sockets]
-
-
-def _has_ipv6() -> bool:
-    return Path("/proc/sys/net/ipv6").exists()
 
 
 def _remedy(error: OSError) -> str:

@@ -1,0 +1,76 @@
+"""The host's plugins: what a change of one makes it do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from host.database.store import Store
+from host.events import Catalogue
+from host.plugins.registry import Registry
+from isolator.ipc.messages import PluginState, RegisteredEntry
+
+EVENT = "deploy.completed"
+OTHER = "deploy.failed"
+
+
+def _entry(
+    name: str, state: PluginState = PluginState.STOPPED, *, version: str = "1.0.0", hooks: tuple[str, ...] = (EVENT,)
+) -> RegisteredEntry:
+    manifest = {"name": name, "version": version, "api_version": "1", "binary": "./a", "hooks": list(hooks)}
+    return RegisteredEntry(name=name, version=version, digest=version[0] * 64, state=state, manifest=manifest)
+
+
+def _names(registry: Registry, event: str) -> list[str]:
+    kind = Catalogue().get(event)
+    assert kind is not None
+    return [subscriber.plugin for subscriber in registry.subscribers(kind, {})]
+
+
+async def test_change_of_a_plugins_state_writes_no_row_and_one_of_its_version_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "host.db")
+    registry = Registry(Catalogue(), store)
+    written, submit = 0, store.submit
+
+    def counted(*operation: Any, **how: Any) -> Any:
+        nonlocal written
+        written += 1
+        return submit(*operation, **how)
+
+    monkeypatch.setattr(store, "submit", counted)
+    try:
+        registry.put(_entry("one"))
+        for state in (PluginState.STARTING, PluginState.RUNNING, PluginState.STOPPED):
+            assert registry.put(_entry("one", state)).state == state
+        assert written == 1
+        registry.put(_entry("one", version="2.0.0"))
+        assert written == 2
+        registry.remove("one")
+        registry.erase("one")
+        registry.put(_entry("one", version="2.0.0"))
+        assert written == 4
+        await store.run(lambda _: None)  # behind the others
+        assert registry.known() == {"one"}
+    finally:
+        await store.close()
+
+
+async def test_event_finds_the_plugin_of_now_whatever_of_it_has_changed(tmp_path: Path) -> None:
+    store = Store(tmp_path / "host.db")
+    registry = Registry(Catalogue(), store)
+    try:
+        for name in ("one", "two"):
+            registry.put(_entry(name))
+        registry.put(_entry("one", PluginState.RUNNING))
+        registry.note_run("one", run="r1", pid=7, state="running")
+        assert _names(registry, EVENT) == ["one", "two"] and registry.subscribed(EVENT) == ["one", "two"]
+        registry.put(_entry("one", hooks=(OTHER,)))
+        assert _names(registry, EVENT) == ["two"] and _names(registry, OTHER) == ["one"]
+        registry.remove("two")
+        assert _names(registry, EVENT) == []
+    finally:
+        await store.close()
