@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from bench import bad_neighbours_own as own
 from bench import bad_neighbours_subjects as subjects
 from bench.delivery_subjects import payload
 from bench.frame import Report, Series
@@ -260,7 +261,7 @@ def _neighbours(platform: Platform) -> dict[str, Callable[[], contextlib.Abstrac
 
         found[subjects.STRANGERS[how]] = act
 
-    for number, bad in enumerate(subjects.BAD):
+    for number, bad in enumerate(subjects.BAD + own.BAD):
         plugin(number, bad)
     for how in subjects.STRANGERS:
         stranger(how)

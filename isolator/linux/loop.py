@@ -1,4 +1,9 @@
-"""Loop devices by ioctl (loop(4)): a file becomes a block device that frees itself after its last unmount."""
+"""Loop devices by ioctl (loop(4)): a file becomes a block device that frees itself after its last unmount.
+
+All of them share the disk that their files are on with whatever else is synced to it. So their input and output goes
+past the cache of that disk, which would be written back in nobody's name, and a device of a stranger's is *narrow*: the
+kernel hands on little of it at a time, and somebody else's sync waits for that much and no more.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +16,20 @@ from pathlib import Path
 _CTL_GET_FREE = 0x4C82
 _CONFIGURE = 0x4C0A
 _GET_STATUS64 = 0x4C05
-_AUTOCLEAR = 4
+_AUTOCLEAR, _DIRECT_IO = 4, 16
 _BLOCK = 4096
+_QUEUE = {"nr_requests": 4, "max_sectors_kb": 128}
+"""Of a narrow device: requests at a time (the least that the kernel takes), and KiB in each."""
+_REQUESTS = 128
+"""At a time of any other; what that is of KiB in each the kernel knows."""
 
 
 def attach(backing: int) -> tuple[int, str]:
     """Attach an open file to a free loop device; returns (descriptor, path) of the device.
 
     The device clears itself when the last user (the mount, the descriptor) is gone. Another process may take the
-    free device in between (EBUSY): the next one is tried. Needs kernel 5.8.
+    free device in between (EBUSY): the next one is tried. Where the file system of the file has no direct input and
+    output the kernel does without. Needs kernel 5.8.
     """
     control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
     try:
@@ -28,7 +38,7 @@ def attach(backing: int) -> tuple[int, str]:
             device = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             # struct loop_config: fd, block_size, loop_info64 (232 bytes, lo_flags at 52), 8 reserved words
             info = bytearray(232)
-            struct.pack_into("=I", info, 52, _AUTOCLEAR)
+            struct.pack_into("=I", info, 52, _AUTOCLEAR | _DIRECT_IO)
             config = struct.pack("=II", backing, _BLOCK) + bytes(info) + bytes(64)
             try:
                 fcntl.ioctl(device, _CONFIGURE, config)
@@ -41,6 +51,27 @@ def attach(backing: int) -> tuple[int, str]:
     finally:
         os.close(control)
     raise OSError(16, "no free loop device", "/dev/loop-control")
+
+
+def narrow(path: str) -> None:
+    """Have little of a device's requests under way at a time; a host whose sysfs cannot be written does without."""
+    _set_queue(Path("/sys/class/block") / Path(path).name, _QUEUE)
+
+
+def widen(place: str) -> None:
+    """Give the device that is mounted at ``place`` its queue back, which would outlast the mount; none: no error."""
+    with contextlib.suppress(OSError):
+        number = os.stat(place).st_dev
+        device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+        if (device / "loop").exists():
+            widest = int((device / "queue/max_hw_sectors_kb").read_text())
+            _set_queue(device, {"nr_requests": _REQUESTS, "max_sectors_kb": widest})
+
+
+def _set_queue(device: Path, values: dict[str, int]) -> None:
+    for name, value in values.items():
+        with contextlib.suppress(OSError):
+            (device / "queue" / name).write_text(str(value))
 
 
 def device_of(path: Path) -> str | None:

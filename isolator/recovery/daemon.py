@@ -15,7 +15,7 @@ from pathlib import Path
 from isolator.base.structs import struct_class
 from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.cgroup.subtree import find_hierarchies
-from isolator.linux import mount
+from isolator.linux import loop, mount
 from isolator.linux.child import Child, ended
 from isolator.linux.files import remove_tree
 from isolator.paths import Paths
@@ -76,6 +76,7 @@ def clear(paths: Paths, journal: Journal) -> list[Leftover]:
             journal.forget(entry.name)
     for place in mounts_below(paths.state):
         with contextlib.suppress(OSError):
+            loop.widen(place)
             mount.unmount(place, lazy=True)
     for entry in list(journal.open.values()):
         if entry.kind == "mount":

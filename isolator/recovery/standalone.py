@@ -21,7 +21,7 @@ from pathlib import Path
 
 from isolator.layers import user
 from isolator.layers.cgroup.leaf import Leaf
-from isolator.linux import mount
+from isolator.linux import loop, mount
 from isolator.linux.descriptors import close_all
 from isolator.linux.files import remove_tree
 from isolator.linux.lock import lock_file
@@ -72,6 +72,7 @@ def clear(paths: Paths) -> list[Leftover]:
                 leaf.remove()
             for folder in run.folders:
                 for place in mounts_below(folder):
+                    loop.widen(place)
                     mount.unmount(place, lazy=True)
                 remove_tree(folder, ignore_errors=True)
             # Last: as long as anything is left, something has to name it.

@@ -1,12 +1,15 @@
 """Which cages go first where the processor is short: those that wait for something, before those that compute.
 
 All cages have the same share, so one that computes all the time would keep every other waiting at each wakeup, for a
-slice of the scheduler's (some 3 ms). One that uses more than ``COMPUTES`` of a processor goes into the background
-(``cpu.idle``, Linux 5.15): it has what no other cage wants of a processor, up to its cap as ever, and those in the
-foreground interrupt it at once. Those in the background share evenly among themselves.
+slice of the scheduler's (some 3 ms). So a plugin has ``SHARE`` of a processor in the foreground, on average. What it
+uses above that, in all its cages, those of invocations too, is a debt. As long as it has one, its cages are in the
+background (``cpu.idle``, Linux 5.15): they have what no other cage wants of a processor, up to their caps as ever, and
+those in the foreground interrupt them at once. Those in the background share evenly among themselves.
 
-Who computes is seen from what the kernel has counted, a few times a second. A cage that gets nearly nothing, since
-others want everything, looks like one that waits: it comes back to the foreground, and has its share for a while.
+So neither bursts with rests between them nor a new cage for each burst get more of the foreground. Nobody starves: a
+plugin that gets nothing, since others want everything, pays its debt as one that rests does, and comes back.
+
+What is used is seen from what the kernel has counted, a few times a second.
 """
 
 from __future__ import annotations
@@ -14,87 +17,113 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 
-from isolator.base.structs import struct_class
 from isolator.layers.cgroup.leaf import IDLE, read_file
 from isolator.layers.cgroup.subtree import Subtree
 from isolator.linux.files import write_file
 
-COMPUTES, RESTS = 0.1, 0.05
-"""Shares of one processor: above the first a cage computes, below the second it does not any more."""
+SHARE = 0.1
+"""Of one processor, that a plugin may use in the foreground on average; a debt is paid off at this rate."""
+BURST, MOST = 0.025, 0.5
+"""Seconds of processor time: a debt that is let pass, and the largest, which takes five seconds to pay."""
 INTERVAL = 0.25
 """Seconds between two looks."""
-_RESTS_FOR = 4
-"""Looks at which a cage has to rest before it comes back: one that computes by fits and starts stays behind."""
 _LOOKING = 50
 """Looking takes at most one part in so many of a processor, however many cages there are."""
-
-
-@struct_class()
-class _Seen:
-    when: float
-    used: float
-    behind: bool
-    rested: int = 0
 
 
 class Background:
     """Puts the cages of one subtree into the background, and back."""
 
     def __init__(self, subtree: Subtree, cages: Callable[[], Iterable[str]]) -> None:
-        """``cages`` returns the names of the leaves that there are. The subtree has a controller of the processor."""
-        self._cages = cages
+        """``cages`` returns the names of the leaves that there are, ``PLUGIN.RUN``."""
+        self._cages, self._behind = cages, subtree.behind
         self._cpu = subtree.v1.get("cpu", subtree.unified)
         counts = "cpuacct" in subtree.v1
         self._usage = subtree.v1["cpuacct"] if counts else subtree.unified
         self._file, self._word, self._unit = ("cpuacct.usage", 0, 1e-9) if counts else ("cpu.stat", 1, 1e-6)
-        self._seen: dict[str, _Seen] = {}
-        self._used, self._when = 0.0, 0.0
-        self._all_before = False
-        """Whether every cage is known to be in the foreground; a daemon that was reloaded does not know."""
+        self._leaves: dict[str, float] = {}
+        """What each leaf had used when each was looked at last."""
+        self._states: dict[str, bool] = {}
+        """Of each leaf, whether it is in the background."""
+        self._debts: dict[str, float] = {}
+        self._used, self._when = self._used_by("") or 0.0, time.monotonic()
+        self._used_then = self._used
+        """What all of them together had used when each was looked at last."""
+        self._knows = False
+        """A daemon that was reloaded does not know yet who is in the background."""
+
+    @property
+    def possible(self) -> bool:
+        """Whether the subtree has a controller of the processor, and the kernel a background."""
+        return (self._cpu / IDLE).exists()
 
     async def keep(self) -> None:
         """Look at the cages from now on."""
         while True:
-            began = time.thread_time()
-            self.look()
-            await asyncio.sleep(max(INTERVAL, (time.thread_time() - began) * _LOOKING))
+            # Two hundred cages take 2 ms, for which the daemon's event loop is not to stand.
+            took = await asyncio.to_thread(self._timed_look) if self._behind else self._timed_look()
+            await asyncio.sleep(max(INTERVAL, took * _LOOKING))
+
+    def _timed_look(self) -> float:
+        began = time.thread_time()
+        self.look()
+        return time.thread_time() - began
 
     def look(self) -> None:
         """Look once: at all of them together, and at each if together they compute or one is in the background."""
         now, used = time.monotonic(), self._used_by("") or 0.0
-        compute = used - self._used > COMPUTES * (now - self._when)
-        self._used, self._when = used, now
-        if self._all_before and not compute:
-            self._seen.clear()
+        allowed, spent = SHARE * (now - self._when), used - self._used
+        self._when, self._used = now, used
+        if self._knows and not self._behind and spent <= allowed and used - self._used_then <= BURST:
+            self._share_out(allowed, {})
             return
-        self._seen = {name: seen for name in self._cages() if (seen := self._look_at(name)) is not None}
-        self._all_before = not any(seen.behind for seen in self._seen.values())
+        self._used_then = used
+        self._share_out(allowed if self._knows else 0.0, self._look_at_each())
+        for leaf, is_behind in self._states.items():
+            if is_behind is not (wanted := plugin_of(leaf) in self._behind):
+                self._states[leaf] = wanted
+                with contextlib.suppress(OSError):  # it has ended
+                    write_file(f"{self._cpu}/{leaf}/{IDLE}", str(int(wanted)))
 
-    def _look_at(self, name: str) -> _Seen | None:
-        now, used, before = time.monotonic(), self._used_by(name), self._seen.get(name)
-        if used is None:
-            return None
-        if before is None:
-            return _Seen(now, used, self._is_behind(name))
-        share = (used - before.used) / (now - before.when)
-        rested = before.rested + 1 if share < RESTS else 0
-        behind = rested < _RESTS_FOR if before.behind else share > COMPUTES
-        if behind is not before.behind:
-            with contextlib.suppress(OSError):  # it has ended, or this kernel has no such file
-                write_file(f"{self._cpu}/{name}/{IDLE}", str(int(behind)))
-        return _Seen(now, used, behind, rested)
+    def _look_at_each(self) -> dict[str, float]:
+        """Seconds that each plugin has used since the last time."""
+        leaves = {leaf: used for leaf in self._cages() if (used := self._used_by(leaf)) is not None}
+        before, self._leaves = self._leaves, leaves
+        self._states = {leaf: self._states[leaf] if leaf in self._states else self._is_behind(leaf) for leaf in leaves}
+        if not self._knows:
+            self._knows = True
+            return {plugin_of(leaf): MOST for leaf, is_behind in self._states.items() if is_behind}
+        spent: dict[str, float] = defaultdict(float)
+        for leaf, used in leaves.items():
+            spent[plugin_of(leaf)] += used - before.get(leaf, 0.0)  # a new one has used all of it since
+        return spent
 
-    def _used_by(self, name: str) -> float | None:
+    def _share_out(self, allowed: float, spent: dict[str, float]) -> None:
+        debts = {
+            plugin: min(MOST, self._debts.get(plugin, 0.0) + spent.get(plugin, 0.0) - allowed)
+            for plugin in self._debts.keys() | spent.keys()
+        }
+        self._debts = {plugin: debt for plugin, debt in debts.items() if debt > 0}
+        self._behind.intersection_update(self._debts)
+        self._behind.update(plugin for plugin, debt in self._debts.items() if debt > BURST)
+
+    def _used_by(self, leaf: str) -> float | None:
         """Seconds of processor time that a cage has used; None once it is gone."""
         try:
-            return int(read_file(f"{self._usage}/{name}/{self._file}").split(None, 2)[self._word]) * self._unit
+            return int(read_file(f"{self._usage}/{leaf}/{self._file}").split(None, 2)[self._word]) * self._unit
         except OSError:
             return None
 
-    def _is_behind(self, name: str) -> bool:
+    def _is_behind(self, leaf: str) -> bool:
         try:
-            return read_file(f"{self._cpu}/{name}/{IDLE}").strip() == "1"
+            return read_file(f"{self._cpu}/{leaf}/{IDLE}").strip() == "1"
         except OSError:
             return False
+
+
+def plugin_of(leaf: str) -> str:
+    """The name before the run's: of a plugin, or of a caller of a runner."""
+    return leaf.partition(".")[0]

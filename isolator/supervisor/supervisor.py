@@ -174,8 +174,9 @@ async def running_daemon(
         for child in hanging:
             tasks.run(f"end of process {child.pid}", ended(child))
         tasks.keep("watch over the launcher", lambda: _keep_launcher(runtime, table, runners, health))
-        if {"cpu"} & {*subtree.on_v2, *subtree.v1}:
-            tasks.keep("background of the cages", lambda: _keep_background(runtime))
+        background = Background(subtree, runtime.journal.leaves)
+        if background.possible:
+            tasks.keep("background of the cages", lambda: _keep_background(runtime, background))
         stack.push_async_callback(_stop, table, services, audit)
         tickets = Tickets(paths.ticket_socket, config)
         stack.callback(tickets.close)
@@ -380,9 +381,9 @@ async def _keep_launcher(
         health.is_up("launcher")
 
 
-async def _keep_background(runtime: CageRuntime) -> None:
+async def _keep_background(runtime: CageRuntime, background: Background) -> None:
     await runtime.launched.wait()
-    await Background(runtime.subtree, runtime.journal.leaves).keep()
+    await background.keep()
 
 
 async def _take_snapshots(table: PluginTable, runners: Runners | None, interval: float) -> None:

@@ -105,6 +105,7 @@ class Volume:
     def close(self) -> None:
         """Unmount; no error when it is not mounted."""
         if self.mounted:
+            loop.widen(str(self._place))
             with contextlib.suppress(OSError):
                 mount.unmount(str(self._place))
             if self.mounted:
@@ -146,6 +147,7 @@ class Volume:
             try:
                 self._make_state_folder(fd)
                 mount.attach(fd, str(self._place))
+                loop.narrow(path)
             finally:
                 os.close(fd)
         except OSError as error:

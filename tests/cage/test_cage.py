@@ -14,6 +14,7 @@ from isolator.cage import cage as cage_module
 from isolator.cage.cage import Cage
 from isolator.errors import ConfinementError, UnavailableError
 from isolator.layers.base import CageSpec
+from isolator.layers.cgroup.leaf import IDLE, read_file
 from isolator.layers.plan import Plan
 from isolator.linux.inotify import IN_MODIFY, Inotify
 from isolator.policy.model import ResourcePolicy
@@ -294,6 +295,18 @@ def _is_open(number: str) -> bool:
         os.fstat(int(number))
         return True
     return False
+
+
+async def test_a_cage_of_a_plugin_in_the_background_is_there_from_its_first_program_on(shared_dir: Path) -> None:
+    class Behind(Cage):
+        async def start(self) -> None:
+            self._runtime.subtree.behind.add(self.spec.name)
+            await super().start()
+
+    for cage_type, state in ((Cage, "0"), (Behind, "1")):
+        async with cage(shared_dir, ["sleep", "300"], cage_type=cage_type) as one:
+            leaf = one.cage.leaf
+            assert read_file(f"{leaf.v1.get('cpu', leaf.unified)}/{IDLE}").strip() == state
 
 
 async def test_releasing_twice_is_harmless(shared_dir: Path) -> None:

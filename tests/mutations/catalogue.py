@@ -43,15 +43,27 @@ MUTATIONS = (
         "isolator/supervisor/background.py",
         (
             "who computes stays in the foreground",
-            "behind = rested < _RESTS_FOR if before.behind else share > COMPUTES",
-            "behind = rested < _RESTS_FOR if before.behind else share > 100",
+            "for plugin, debt in self._debts.items() if debt > BURST",
+            "for plugin, debt in self._debts.items() if debt > 100",
             f"{_BACKGROUND}test_who_computes_goes_behind_until_it_has_rested",
         ),
         (
             "who was behind before a reload stays there for good",
-            "return _Seen(now, used, self._is_behind(name))",
-            "return _Seen(now, used, False)",
-            f"{_BACKGROUND}test_one_that_was_behind_before_a_reload_comes_back",
+            "for leaf, is_behind in self._states.items() if is_behind}",
+            "for leaf, is_behind in self._states.items() if False}",
+            f"{_BACKGROUND}test_another_cage_of_one_that_computes_is_behind_at_the_first_look",
+        ),
+        (
+            "each cage of a plugin has a share of its own",
+            'return leaf.partition(".")[0]',
+            "return leaf",
+            f"{_BACKGROUND}test_another_cage_of_one_that_computes_is_behind_at_the_first_look",
+        ),
+        (
+            "a rest pays for a burst",
+            "BURST, MOST = 0.025, 0.5",
+            "BURST, MOST = 0.025, 0.03",
+            f"{_BACKGROUND}test_who_computes_in_bursts_has_its_share_in_the_foreground_and_no_more",
         ),
     ),
     *_mutations(

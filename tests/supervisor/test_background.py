@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +16,22 @@ import pytest
 from isolator.layers.cgroup.leaf import IDLE, Leaf, read_file
 from isolator.layers.cgroup.subtree import Subtree, open_subtree
 from isolator.linux.files import write_file
-from isolator.supervisor.background import Background
+from isolator.supervisor.background import SHARE, Background
 from tests.system.daemon import wait_for
 
 pytestmark = pytest.mark.vm
 
 COMPUTES = "while True: pass"
+BURSTS = """
+import os, time
+while os.read(0, 1):
+    end = time.process_time() + 0.1
+    while time.process_time() < end:
+        pass
+    os.write(1, b"x")
+"""
+TICK = 2 / os.sysconf("SC_CLK_TCK")
+"""Seconds by which two readings of a process's time may differ from the truth."""
 
 
 @pytest.fixture
@@ -33,23 +44,31 @@ def subtree() -> Iterator[Subtree]:
 
 
 @contextlib.contextmanager
-def computing(subtree: Subtree, name: str, *, processor: int | None = None) -> Iterator[tuple[Leaf, int]]:
-    """A process that computes, in a leaf of its own; on one processor alone if that is given."""
+def program(subtree: Subtree, name: str, text: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A program in Python, in a leaf of its own."""
     leaf = Leaf.under(subtree, name)
     leaf.create(None)
     leaf.create_v1()
-    process = subprocess.Popen([sys.executable, "-I", "-c", COMPUTES])
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-I", "-c", text], stdin=pipe, stdout=pipe, bufsize=0)
     try:
         for folder in leaf.folders():
             write_file(f"{folder}/cgroup.procs", str(process.pid))
-        if processor is not None:
-            os.sched_setaffinity(process.pid, {processor})
-        yield leaf, process.pid
+        yield process
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
         leaf.wait_empty(10)
         leaf.remove()
+
+
+@contextlib.contextmanager
+def computing(subtree: Subtree, name: str, *, processor: int | None = None) -> Iterator[int]:
+    """The pid of a process that computes, in a leaf of its own; on one processor alone if that is given."""
+    with program(subtree, name, COMPUTES) as process:
+        if processor is not None:
+            os.sched_setaffinity(process.pid, {processor})
+        yield process.pid
 
 
 def is_behind(subtree: Subtree, name: str) -> bool:
@@ -68,33 +87,59 @@ def looked(background: Background, subtree: Subtree, name: str) -> bool:
 
 
 def test_who_computes_goes_behind_until_it_has_rested(subtree: Subtree) -> None:
-    with computing(subtree, "busy") as (_, pid), computing(subtree, "waiting") as (_, other):
+    with computing(subtree, "busy.1") as pid, computing(subtree, "waiting.1") as other:
         os.kill(other, signal.SIGSTOP)
-        background = Background(subtree, lambda: ["busy", "waiting", "gone"])
-        wait_for(lambda: looked(background, subtree, "busy"), what="it computes in the foreground")
-        assert not is_behind(subtree, "waiting")
+        background = Background(subtree, lambda: ["busy.1", "waiting.1", "gone.1"])
+        wait_for(lambda: looked(background, subtree, "busy.1"), what="it computes in the foreground")
+        assert not is_behind(subtree, "waiting.1")
         os.kill(pid, signal.SIGSTOP)
-        wait_for(lambda: not looked(background, subtree, "busy"), what="it rests, and stays behind")
+        wait_for(lambda: not looked(background, subtree, "busy.1"), what="it rests, and stays behind")
 
 
 def test_one_that_was_behind_before_a_reload_comes_back(subtree: Subtree) -> None:
-    with computing(subtree, "busy") as (_, pid):
-        background = Background(subtree, lambda: ["busy"])
-        wait_for(lambda: looked(background, subtree, "busy"))
+    with computing(subtree, "busy.1") as pid:
+        background = Background(subtree, lambda: ["busy.1"])
+        wait_for(lambda: looked(background, subtree, "busy.1"))
         os.kill(pid, signal.SIGSTOP)
-        another = Background(subtree, lambda: ["busy"])
-        wait_for(lambda: not looked(another, subtree, "busy"), what="nobody knows that it is behind")
+        another = Background(subtree, lambda: ["busy.1"])
+        wait_for(lambda: not looked(another, subtree, "busy.1"), what="nobody knows that it is behind")
+
+
+def test_another_cage_of_one_that_computes_is_behind_at_the_first_look(subtree: Subtree) -> None:
+    with program(subtree, "busy.2", "input()"), program(subtree, "other.1", "input()"):
+        background = Background(subtree, lambda: ["busy.1", "busy.2", "other.1"])
+        with computing(subtree, "busy.1"):
+            wait_for(lambda: looked(background, subtree, "busy.1"))
+            assert is_behind(subtree, "busy.2") and not is_behind(subtree, "other.1")
+        with program(subtree, "busy.3", "input()"):
+            later = Background(subtree, lambda: ["busy.2", "busy.3"])
+            assert looked(later, subtree, "busy.3"), "a reloaded daemon has forgotten it"
+
+
+def test_who_computes_in_bursts_has_its_share_in_the_foreground_and_no_more(subtree: Subtree) -> None:
+    with program(subtree, "bursts.1", BURSTS) as process:
+        assert process.stdin is not None and process.stdout is not None
+        background = Background(subtree, lambda: ["bursts.1"])
+        background.look()
+        began, before = time.monotonic(), used(process.pid)
+        for _ in range(3):
+            process.stdin.write(b"x")
+            assert process.stdout.read(1) == b"x"
+            assert looked(background, subtree, "bursts.1")
+            wait_for(lambda: not looked(background, subtree, "bursts.1"))
+        spent = (used(process.pid) - before) / os.sysconf("SC_CLK_TCK")
+        assert spent <= SHARE * (time.monotonic() - began) + TICK
 
 
 @pytest.mark.parametrize("behind", [True, False])
 def test_the_background_has_what_the_foreground_leaves(subtree: Subtree, behind: bool) -> None:
     processor = min(os.sched_getaffinity(0))
     with (
-        computing(subtree, "one", processor=processor) as (_, first),
-        computing(subtree, "other", processor=processor) as (_, second),
+        computing(subtree, "one.1", processor=processor) as first,
+        computing(subtree, "other.1", processor=processor) as second,
     ):
         group = subtree.v1.get("cpu", subtree.unified)
-        write_file(f"{group}/one/{IDLE}", str(int(behind)))
+        write_file(f"{group}/one.1/{IDLE}", str(int(behind)))
         before = used(first), used(second)
         wait_for(lambda: used(second) - before[1] >= 50)
         share = (used(first) - before[0]) / 50

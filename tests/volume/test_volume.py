@@ -17,6 +17,8 @@ import pytest
 import isolator
 from isolator.errors import ConfinementError
 from isolator.linux import loop
+from isolator.paths import Paths
+from isolator.recovery.daemon import clear
 from isolator.recovery.journal import Journal
 from isolator.volume.volume import Volume
 
@@ -187,6 +189,35 @@ def test_image_that_is_still_held_is_mounted_again_from_its_device(
     assert (world.ready(8 * MIB) / "new").read_text() == "seen by both"
     world.state.close()
     assert subprocess.run(["e2fsck", "-f", "-n", world.image], capture_output=True, check=False).returncode == 0
+
+
+def queue(device: str) -> tuple[int, int]:
+    """Requests at a time, and KiB in each."""
+    folder = Path("/sys/class/block") / Path(device).name / "queue"
+    return int((folder / "nr_requests").read_text()), int((folder / "max_sectors_kb").read_text())
+
+
+@pytest.mark.parametrize("crashed", [False, True])
+def test_a_device_is_narrow_and_past_the_cache_for_as_long_as_it_is_mounted(shared_dir: Path, crashed: bool) -> None:
+    """Else a plugin that writes as fast as it can fills the disk's queue, and others' syncs wait behind all of that."""
+    paths = Paths.of(shared_dir)
+    paths.state.parent.mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(contextlib.closing(World(paths.state.parent)))
+        world.ready(4 * MIB)
+        held = loop.open_device_of(world.image)  # so that nobody else gets it meanwhile
+        assert held is not None
+        stack.callback(os.close, held[0])
+        device = held[1]
+        assert (Path("/sys/class/block") / Path(device).name / "loop/dio").read_text().strip() == "1"
+        assert queue(device) == (4, 128)
+        if crashed:
+            clear(paths, world.journal)
+        else:
+            world.state.close()
+        assert not world.state.mounted
+        widest = Path("/sys/class/block") / Path(device).name / "queue/max_hw_sectors_kb"
+        assert queue(device) == (128, int(widest.read_text()))
 
 
 @contextlib.contextmanager

@@ -108,6 +108,10 @@ class Leaf:
         if "cpu" in self.on_v2:
             write_file(f"{self.unified}/cpu.weight", str(SERVICE_WEIGHT))
 
+    def put_behind(self) -> None:
+        """Let the other cages go first where the processor is short; the kernel has a file for that."""
+        write_file(f"{self.v1.get('cpu', self.unified)}/{IDLE}", "1")
+
     def create_v1(self) -> None:
         """Make the groups in the v1 hierarchies alone; those that are there stay."""
         for folder in dict.fromkeys(self.v1.values()):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from isolator.base.structs import struct_class
+from isolator.base.structs import field, struct_class
 from isolator.errors import ConfinementError
 
 LIMITING = ("memory", "cpu", "pids")
@@ -78,6 +78,8 @@ class Subtree:
     """Controllers that may be done without."""
     cpuset: Path | None = None
     """In v1's cpuset hierarchy: an empty group, for a Java runtime to find one; it caps nothing and nobody is in it."""
+    behind: set[str] = field(default_factory=set)
+    """Plugins whose cages are in the background, new ones from their first program on (supervisor/background.py)."""
 
     def folders(self) -> list[Path]:
         """Every folder of the subtree's top, one a hierarchy."""
