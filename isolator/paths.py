@@ -12,6 +12,19 @@ from pathlib import Path
 from isolator.base.structs import struct_class
 
 
+class _Below:
+    """A path below the root of a daemon."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __truediv__(self, name: str) -> _Below:
+        return _Below(f"{self._path}/{name}")
+
+    def __get__(self, paths: Paths, _: type[Paths]) -> Path:
+        return paths.root / self._path
+
+
 @struct_class(frozen=True)
 class Paths:
     """Every path and machine-wide name of one daemon."""
@@ -36,114 +49,43 @@ class Paths:
         """``base`` for the default root, ``base-INSTANCE`` for any other."""
         return f"{base}-{self.instance}" if self.instance else base
 
-    @property
-    def etc(self) -> Path:
-        return self.root / "etc/isolator"
-
-    @property
-    def host_toml(self) -> Path:
-        return self.etc / "host.toml"
-
-    @property
-    def policies(self) -> Path:
-        """One TOML file per plugin, root-owned."""
-        return self.etc / "policies"
-
-    @property
-    def certificates(self) -> Path:
-        """``DIGEST.json`` for each version of a plugin whose certificate counts here; root-owned."""
-        return self.etc / "certificates"
-
-    @property
-    def lib(self) -> Path:
-        return self.root / "var/lib/isolator"
-
-    @property
-    def plugins(self) -> Path:
-        """The root-owned store: ``NAME/DIGEST/`` and ``NAME/plugin.state``."""
-        return self.lib / "plugins"
-
-    @property
-    def state(self) -> Path:
-        """One size-capped image per plugin, and where each is mounted."""
-        return self.lib / "state"
-
-    @property
-    def cache(self) -> Path:
-        return self.lib / "cache"
-
-    @property
-    def host_lib(self) -> Path:
-        """Owned by the host's user: its database and its key."""
-        return self.lib / "host"
-
-    @property
-    def host_database(self) -> Path:
-        """The queue, the plugins' config and their stored values."""
-        return self.host_lib / "host.db"
-
-    @property
-    def audit_lib(self) -> Path:
-        """Owned by the audit user: the signing key, readable by it alone."""
-        return self.lib / "audit"
-
-    @property
-    def trail_begun(self) -> Path:
-        """There once a trail was begun, away from it and root's: a trail that is gone is noticed."""
-        return self.lib / "trail.begun"
-
-    @property
-    def database_begun(self) -> Path:
-        """The same for the host's database."""
-        return self.lib / "database.begun"
-
-    @property
-    def run(self) -> Path:
-        return self.root / "run/isolator"
-
-    @property
-    def control_socket(self) -> Path:
-        return self.run / "control.sock"
-
-    @property
-    def ticket_socket(self) -> Path:
-        """The supervisor's own socket: who asks for a change, and what they hand over."""
-        return self.run / "ticket.sock"
-
-    @property
-    def run_socket(self) -> Path:
-        """The supervisor's own socket for ``isolator run`` of users with the role ``runner``."""
-        return self.run / "run.sock"
-
-    @property
-    def metrics_socket(self) -> Path:
-        """Prometheus figures over HTTP."""
-        return self.run / "metrics.sock"
-
-    @property
-    def console_socket(self) -> Path:
-        """The HTTP API, where ``[console]`` is set."""
-        return self.run / "console.sock"
-
-    @property
-    def journal(self) -> Path:
-        """Record of everything made outside a process; on a tmpfs, so a reboot clears it with what it names."""
-        return self.run / "journal"
-
-    @property
-    def log(self) -> Path:
-        return self.root / "var/log/isolator"
-
-    @property
-    def audit_log(self) -> Path:
-        """Directory of the trail, owned by the audit user; the live file is ``audit.jsonl``."""
-        return self.log / "audit"
-
-    @property
-    def audit_file(self) -> Path:
-        return self.audit_log / "audit.jsonl"
-
-    @property
-    def plugin_log(self) -> Path:
-        """Directory of the sidecars' output, owned by the host's user."""
-        return self.log / "plugins"
+    etc = _Below("etc/isolator")
+    host_toml = etc / "host.toml"
+    policies = etc / "policies"
+    """One TOML file per plugin, root-owned."""
+    certificates = etc / "certificates"
+    """``DIGEST.json`` for each version of a plugin whose certificate counts here; root-owned."""
+    lib = _Below("var/lib/isolator")
+    plugins = lib / "plugins"
+    """The root-owned store: ``NAME/DIGEST/`` and ``NAME/plugin.state``."""
+    state = lib / "state"
+    """One size-capped image per plugin, and where each is mounted."""
+    cache = lib / "cache"
+    host_lib = lib / "host"
+    """Owned by the host's user: its database and its key."""
+    host_database = host_lib / "host.db"
+    """The queue, the plugins' config and their stored values."""
+    audit_lib = lib / "audit"
+    """Owned by the audit user: the signing key, readable by it alone."""
+    trail_begun = lib / "trail.begun"
+    """There once a trail was begun, away from it and root's: a trail that is gone is noticed."""
+    database_begun = lib / "database.begun"
+    """The same for the host's database."""
+    run = _Below("run/isolator")
+    control_socket = run / "control.sock"
+    ticket_socket = run / "ticket.sock"
+    """The supervisor's own socket: who asks for a change, and what they hand over."""
+    run_socket = run / "run.sock"
+    """The supervisor's own socket for ``isolator run`` of users with the role ``runner``."""
+    metrics_socket = run / "metrics.sock"
+    """Prometheus figures over HTTP."""
+    console_socket = run / "console.sock"
+    """The HTTP API, where ``[console]`` is set."""
+    journal = run / "journal"
+    """Record of everything made outside a process; on a tmpfs, so a reboot clears it with what it names."""
+    log = _Below("var/log/isolator")
+    audit_log = log / "audit"
+    """Directory of the trail, owned by the audit user; the live file is ``audit.jsonl``."""
+    audit_file = audit_log / "audit.jsonl"
+    plugin_log = log / "plugins"
+    """Directory of the sidecars' output, owned by the host's user."""

@@ -13,17 +13,8 @@ from typing import Any
 
 from host.events import BUILT_IN, Catalogue
 from host.plugins.manifest import CONFIG_TYPES, ERAS, MAX_KEYS
-from isolator.policy import filters, keys, names
+from isolator.policy import filters, keys, names, request
 from isolator.policy.parse import load
-from isolator.policy.request import (
-    API_MAJORS,
-    MAX_ARGUMENT,
-    MAX_ARGUMENTS,
-    MAX_PORT,
-    MIN_PORT,
-    MODES,
-    VERSION,
-)
 
 Schema = dict[str, Any]
 
@@ -70,11 +61,11 @@ def manifest_schema() -> Schema:
             "description": "2 to 63 lower-case letters, digits and dashes, a letter first.",
         },
         "version": {
-            "type": "string", "pattern": _whole(VERSION.pattern.replace(r"\d", "[0-9]")), "maxLength": 256,
+            "type": "string", "pattern": _whole(request.VERSION.pattern.replace(r"\d", "[0-9]")), "maxLength": 256,
             "examples": ["1.2.0"], "description": "A semantic version.",
         },
         "api_version": {
-            "type": "string", "pattern": f"^({'|'.join(map(str, API_MAJORS))})(\\.[0-9]{{1,4}})?$",
+            "type": "string", "pattern": f"^({'|'.join(map(str, request.API_MAJORS))})(\\.[0-9]{{1,4}})?$",
             "description": "The protocol that it speaks.", "examples": ["1"],
         },
         "binary": _text(
@@ -83,7 +74,7 @@ def manifest_schema() -> Schema:
             pattern=r"^(?!/)(?!(.*/)?\.\.(/|$)).*[^/]$", examples=["./notifier"],
         ),
         "hooks": _list(_HOOK) | {"description": "The events that it receives, each by its name."},
-        "args": _list({"type": "string", "maxLength": MAX_ARGUMENT}, MAX_ARGUMENTS),
+        "args": _list({"type": "string", "maxLength": request.MAX_ARGUMENT}, request.MAX_ARGUMENTS),
         "description": _REASON | {"description": "One sentence for the operator."},
         "permissions": _list({"type": "string", "pattern": _whole(names.PERMISSION.pattern)}) | {
             "description": "What it asks of the host, such as read:projects."
@@ -96,11 +87,11 @@ def manifest_schema() -> Schema:
         },
         "sandbox": _closed(**sandbox) | {"description": "What it needs; the operator's policy decides."},
         "transport": _closed(
-            mode={"enum": list(MODES), "default": MODES[0], "description": "How events reach it."},
+            mode={"enum": list(request.MODES), "default": request.MODES[0], "description": "How events reach it."},
             meta={"enum": ["fit", "never"]},
             max_in_flight=_number(1, 256),
             path={"type": "string", "pattern": "^/"},
-            port=_number(MIN_PORT, MAX_PORT),
+            port=_number(request.MIN_PORT, request.MAX_PORT),
             secret=_text(),
             era={"enum": list(ERAS)},
             calls={"type": "object", "additionalProperties": _closed(

@@ -35,7 +35,6 @@ class Answer:
         return self.outcome in ("ok", "skipped")
 
     def to_json(self) -> dict[str, Any]:
-        """The answer as ``--json`` has it."""
         return {
             "event": self.event, "payload": dict(self.payload), "ok": self.ok, "outcome": self.outcome,
             "detail": self.detail, "reply": self.reply, "latency_us": self.latency_us,

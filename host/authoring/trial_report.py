@@ -36,7 +36,6 @@ def show(trial: Trial) -> None:
 
 
 def to_json(trial: Trial) -> dict[str, Any]:
-    """A trial as JSON."""
     return {
         "plugin": trial.plugin, "version": trial.version, "mode": trial.mode, "ok": trial.ok,
         "effective_digest": trial.effective_digest,

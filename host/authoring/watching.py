@@ -28,7 +28,6 @@ class Watching:
         self._ready.wait()
 
     def close(self) -> None:
-        """Stop watching."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 

@@ -101,7 +101,6 @@ class Lasting:
                 double.set_result(reply)
 
     def close(self) -> None:
-        """Close both sides."""
         self._near.close()
         self._far.close()
 

@@ -19,7 +19,6 @@ def parts(paths: Paths) -> HostParts:
 
 
 def main() -> None:
-    """Entry point."""
     service.main(parts)
 
 

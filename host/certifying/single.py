@@ -151,7 +151,6 @@ class Single:
             self._link.found(self._run, "writes more than one line for one event")
 
     def close(self) -> None:
-        """Close both sides."""
         self._near.close()
         self._far.close()
 

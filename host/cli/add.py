@@ -93,7 +93,8 @@ def add(
         return
     if not name or not binary:
         raise UsageError("plugin add", "name a folder, or give --mcp, or --name, --binary and --hooks", "see --help")
-    single: dict[str, Any] = {"name": name, "binary": arguments.absolute(binary), "hooks": _listed(hooks)}
+    single: dict[str, Any] = {"name": name, "binary": arguments.absolute(binary)}
+    single["hooks"] = [hook.strip() for hook in (hooks or "").split(",") if hook.strip()]
     if files:
         single["files"] = arguments.absolute(files)
     values = arguments.config_values(config)
@@ -170,7 +171,3 @@ def _check_fit(command: str, folder: str | None, sha256: str | None, mcp: str | 
         raise UsageError("--sha256", "goes with the address of a package", "name one: https://HOST/PATH")
     if mcp is None and any(wishes):
         raise UsageError(command, "--program, --arg and --egress go with --mcp", "write them into plugin.json")
-
-
-def _listed(hooks: str | None) -> list[str]:
-    return [hook.strip() for hook in (hooks or "").split(",") if hook.strip()]

@@ -5,6 +5,8 @@ Switched on by click's own script: ``eval "$(_ISOLATOR_COMPLETE=bash_source isol
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import click
 
 from host.client.client import Client
@@ -14,19 +16,18 @@ _PATIENCE = 2.0
 """Seconds: nobody waits longer at a key press."""
 
 
-def plugin_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """Names of plugins that begin so."""
-    return [entry["name"] for entry in _ask(ctx, "plugin.list", "plugins") if entry["name"].startswith(incomplete)]
+def _begins_so(verb: str, key: str, field: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """The values that begin as what is typed: ``field`` of all that ``verb`` lists under ``key``."""
+
+    def complete(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+        return [entry[field] for entry in _ask(ctx, verb, key) if entry[field].startswith(incomplete)]
+
+    return complete
 
 
-def event_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """Names of event types that begin so."""
-    return [entry["name"] for entry in _ask(ctx, "event.types", "types") if entry["name"].startswith(incomplete)]
-
-
-def event_ids(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """Ids of the newest events that begin so."""
-    return [entry["id"] for entry in _ask(ctx, "event.list", "events") if entry["id"].startswith(incomplete)]
+plugin_names = _begins_so("plugin.list", "plugins", "name")
+event_names = _begins_so("event.types", "types", "name")
+event_ids = _begins_so("event.list", "events", "id")
 
 
 def _ask(ctx: click.Context, verb: str, key: str) -> list[dict[str, str]]:

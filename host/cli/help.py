@@ -31,7 +31,6 @@ class HelpFormatter(click.HelpFormatter):
         self._is_help = True
 
     def getvalue(self) -> str:
-        """The whole text."""
         variables = "; ".join(f"{name} {meaning}" for name, meaning in VARIABLES.items())
         end = f"\nExit codes: {exit_codes(self._path)}\nEnvironment: {variables}.\n"
         return super().getvalue() + (end if self._is_help else "")

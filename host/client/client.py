@@ -43,7 +43,6 @@ class Client:
                 yield notification.params
 
     def close(self) -> None:
-        """Close the connection."""
         self._client.close()
 
 

@@ -382,12 +382,8 @@ def _too_old(versions: dict[str, str], replicas: int) -> list[str]:
     return [
         f"nats-server {version} ({name[:64]}) is too old: {replicas} replicas need {'.'.join(map(str, oldest))}"
         for name, version in sorted(versions.items())
-        if _number(version) < oldest
+        if tuple(map(int, re.findall(r"\d+", version)[:3])) < oldest
     ]
-
-
-def _number(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def _error_of(text: str) -> LogUnavailableError:

@@ -114,7 +114,6 @@ class App:
         self._ending.set()
 
     async def asgi(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         if scope["type"] != "http":
             return
         guarded = _with_headers(send)

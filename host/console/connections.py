@@ -52,7 +52,6 @@ class Places:
         return True
 
     def leave(self, peer: Peer | None) -> None:
-        """Count one less."""
         uid = peer.uid if peer is not None else None
         self._of[uid] -= 1
         if not self._of[uid]:

@@ -51,10 +51,10 @@ class Pages:
         """Alarms, plugins, queue, last denials."""
         status, listed = await asyncio.gather(self._upstream.call("status"), self._upstream.call("plugin.list"))
         plugins = sorted(listed["plugins"], key=_urgency)
-        recent = self._live.newest_denials(8)
+        recent = [(one, Denial("refusal", one.type, one.data, Advice(""))) for one in self._live.newest_denials(8)]
         return {
             "status": status, "alarms": listed["alarms"], "plugins": plugins, "denied": self._live.denied(),
-            "recent": [(record, attempt(_single(record))) for record in recent],
+            "recent": [(record, attempt(denial)) for record, denial in recent],
         }  # fmt: skip
 
     async def plugin(self, name: str) -> Context:
@@ -186,10 +186,6 @@ def _urgency(plugin: Mapping[str, Any]) -> tuple[bool, str]:
     """Order of the overview: what needs a look comes first."""
     troubled = plugin["failing_since"] or plugin.get("pending") or plugin["state"] in ("failed", "rejected", "backoff")
     return not troubled, plugin["name"]
-
-
-def _single(record: Record) -> Denial:
-    return Denial("refusal", record.type, record.data, Advice(""))
 
 
 def _rows(denials: list[Denial]) -> list[Context]:

@@ -19,19 +19,9 @@ import click
 from host.cli.denials import TYPES, Denial, attempt, collect, refused
 from host.console.charts import USED, by_invocation, line, seconds_of, values
 from isolator import __version__
+from isolator.audit import schema
 from isolator.audit.reader import Query, query
 from isolator.audit.record import Record
-from isolator.audit.schema import (
-    AuditSeal,
-    ControlCalled,
-    EventDead,
-    EventResponse,
-    ExecEnded,
-    NetClosed,
-    NetConnect,
-    Resources,
-    ToolCalled,
-)
 from isolator.cli.audit import moment, readable
 from isolator.errors import IsolatorError, UnavailableError
 from isolator.paths import Paths
@@ -64,7 +54,7 @@ class _Plugin:
     def used(self, record: Record) -> None:
         """Add a point of the charts, or leave it out where there are many."""
         data: Mapping[str, Any] = record.data
-        if record.type == ExecEnded.TYPE:
+        if record.type == schema.ExecEnded.TYPE:
             data = by_invocation(data, self._cpu)
             self._cpu = data["cpu_us"]
         self._skipped += 1
@@ -92,30 +82,30 @@ class Summary:
         for record in records:
             self.records += 1
             self.first, self.last = self.first or record, record
-            if record.type == AuditSeal.TYPE:
+            if record.type == schema.AuditSeal.TYPE:
                 self.seal = record
-            elif record.type == ControlCalled.TYPE or record.type in _ACTS:
+            elif record.type == schema.ControlCalled.TYPE or record.type in _ACTS:
                 self.acts.append(record)
                 self.acted += 1
             if record.plugin is not None:
                 self._of(self.plugins.setdefault(record.plugin, _Plugin()), record)
 
     def _of(self, plugin: _Plugin, record: Record) -> None:
-        if record.type == EventResponse.TYPE:
+        if record.type == schema.EventResponse.TYPE:
             plugin.outcomes[str(record.data.get("outcome"))] += 1
-        elif record.type == EventDead.TYPE:
+        elif record.type == schema.EventDead.TYPE:
             plugin.outcomes["dead"] += 1
-        elif record.type in (NetConnect.TYPE, NetClosed.TYPE):
+        elif record.type in (schema.NetConnect.TYPE, schema.NetClosed.TYPE):
             place = str(record.data.get("name") or record.data.get("address"))
             fits = place in plugin.egress or len(plugin.egress) < ROWS
             of_place = plugin.egress.setdefault(place, Counter()) if fits else plugin.more_egress
-            of_place["connections"] += record.type == NetConnect.TYPE
+            of_place["connections"] += record.type == schema.NetConnect.TYPE
             for key in ("sent", "received"):
                 value = record.data.get(key)
                 of_place[key] += value if isinstance(value, int) else 0
-        elif record.type == ToolCalled.TYPE:
+        elif record.type == schema.ToolCalled.TYPE:
             plugin.calls[str(record.data.get("outcome"))] += _count(record)
-        elif record.type in (Resources.TYPE, ExecEnded.TYPE):
+        elif record.type in (schema.Resources.TYPE, schema.ExecEnded.TYPE):
             plugin.used(record)
         if record.type in TYPES and refused(record):
             plugin.denied.append(record)

@@ -68,7 +68,6 @@ class Sessions:
         return found if found is not None and found.host == host and found.until >= time.time() else None
 
     def end(self, cookie: str) -> None:
-        """Forget a session."""
         self._sessions.pop(_hash(cookie), None)
 
     def pass_on(self) -> dict[str, Session]:

@@ -52,7 +52,6 @@ class Upstream:
             await self._client.open()
 
     async def close(self) -> None:
-        """Close the connection."""
         await self._client.close()
 
     @property
@@ -190,7 +189,6 @@ class Listener:
         self._changed, self._urgent = asyncio.Event(), asyncio.Event()
 
     def add(self, topic: str) -> None:
-        """Note a change."""
         self._topics.add(topic)
         self._changed.set()
         if topic in URGENT:

@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Literal, cast
 
-from host.control.cluster_types import (
-    ClusterLeave,
-    ClusterLeft,
-    ClusterPlace,
-    ClusterStanding,
-    ClusterStatus,
-    PlacedPlugin,
-)
+from host.control import cluster_types
 from host.control.endpoints import Caller, Verbs, serves
 from host.plugins.registry import Registry
 from isolator.errors import UnavailableError, UsageError
@@ -39,16 +32,16 @@ class ClusterVerbs(Verbs):
             )
         return node
 
-    @serves(ClusterStatus)
-    async def status(self, _: ClusterStatus, __: Caller) -> ClusterStanding:
+    @serves(cluster_types.ClusterStatus)
+    async def status(self, _: cluster_types.ClusterStatus, __: Caller) -> cluster_types.ClusterStanding:
         node = self._here()
         from host.cluster.lease import boottime
         from host.cluster.standing import standing
 
-        return cast(ClusterStanding, standing(node, boottime()))
+        return cast(cluster_types.ClusterStanding, standing(node, boottime()))
 
-    @serves(ClusterPlace)
-    async def place(self, request: ClusterPlace, _: Caller) -> PlacedPlugin:
+    @serves(cluster_types.ClusterPlace)
+    async def place(self, request: cluster_types.ClusterPlace, _: Caller) -> cluster_types.PlacedPlugin:
         node = self._here()
         from host.cluster.placing import place
         from host.cluster.unheld import why_unheld
@@ -71,8 +64,8 @@ class ClusterVerbs(Verbs):
             "problem": why_unheld(node.state, placed.name, node.alive()) if placed.labels else None,
         }
 
-    @serves(ClusterLeave)
-    async def leave(self, request: ClusterLeave, _: Caller) -> ClusterLeft:
+    @serves(cluster_types.ClusterLeave)
+    async def leave(self, request: cluster_types.ClusterLeave, _: Caller) -> cluster_types.ClusterLeft:
         node = self._here()
         from host.cluster.log import LogUnavailableError
 

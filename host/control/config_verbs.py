@@ -4,19 +4,9 @@ from __future__ import annotations
 
 from typing import cast
 
-from host.control.config_types import (
-    ConfigChange,
-    ConfigItems,
-    ConfigList,
-    ConfigRotateKey,
-    ConfigSet,
-    ConfigUnset,
-    Reencrypted,
-)
+from host.control import config_types
 from host.control.endpoints import Caller, Verbs, serves
-from host.control.plugin_types import ConfigItem
 from host.lifecycle.lifecycle import PluginLifecycle
-from host.plugins.manifest import Manifest
 from host.plugins.registry import Registry
 from host.plugins.secrets import ConfigStore
 from isolator.audit.client import AuditClient
@@ -30,13 +20,13 @@ class ConfigVerbs(Verbs):
     def __init__(self, registry: Registry, config: ConfigStore, lifecycle: PluginLifecycle, audit: AuditClient) -> None:
         self._registry, self._config, self._lifecycle, self._audit = registry, config, lifecycle, audit
 
-    @serves(ConfigList)
-    async def list_items(self, request: ConfigList, _: Caller) -> ConfigItems:
+    @serves(config_types.ConfigList)
+    async def list_items(self, request: config_types.ConfigList, _: Caller) -> config_types.ConfigItems:
         plugin = self._registry.need(request.name)
-        return {"items": config_items(self._config, plugin.name, plugin.manifest)}
+        return cast(config_types.ConfigItems, {"items": self._config.listing(plugin.name, plugin.manifest)})
 
-    @serves(ConfigSet)
-    async def set_values(self, request: ConfigSet, caller: Caller) -> ConfigChange:
+    @serves(config_types.ConfigSet)
+    async def set_values(self, request: config_types.ConfigSet, caller: Caller) -> config_types.ConfigChange:
         plugin = self._registry.need(request.name)
         if plugin.manifest is None:
             raise IsolatorError(f"plugin {plugin.name}", plugin.error or "its manifest cannot be read")
@@ -45,20 +35,15 @@ class ConfigVerbs(Verbs):
         self._audit.record(ConfigChanged(names=keys, by=caller.by), plugin=plugin.name)
         return {"restarted": await self._lifecycle.restart_for_config(plugin, keys)}
 
-    @serves(ConfigUnset)
-    async def unset_value(self, request: ConfigUnset, caller: Caller) -> ConfigChange:
+    @serves(config_types.ConfigUnset)
+    async def unset_value(self, request: config_types.ConfigUnset, caller: Caller) -> config_types.ConfigChange:
         plugin = self._registry.need(request.name)
         await self._config.unset(plugin.name, request.key)
         self._audit.record(ConfigChanged(names=[request.key], by=caller.by), plugin=plugin.name)
         return {"restarted": await self._lifecycle.restart_for_config(plugin, [request.key])}
 
-    @serves(ConfigRotateKey)
-    async def rotate_key(self, _: ConfigRotateKey, caller: Caller) -> Reencrypted:
+    @serves(config_types.ConfigRotateKey)
+    async def rotate_key(self, _: config_types.ConfigRotateKey, caller: Caller) -> config_types.Reencrypted:
         count = await self._config.rotate()
         self._audit.record(ConfigChanged(names=[], rotated=count, by=caller.by))
         return {"values": count}
-
-
-def config_items(config: ConfigStore, name: str, manifest: Manifest | None) -> list[ConfigItem]:
-    """A plugin's config as listings show it."""
-    return [cast(ConfigItem, vars(item)) for item in config.listing(name, manifest)]

@@ -25,6 +25,7 @@ from isolator.audit import files, reader
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import BackupTaken
 from isolator.errors import DeniedError, IsolatorError, NotFoundError, UnavailableError, UsageError, nearest
+from isolator.ipc import messages
 from isolator.ipc.channel import NO_OPERATION
 from isolator.policy.request import API_MAJORS
 
@@ -80,21 +81,21 @@ class DaemonVerbs(Verbs):
 
     async def _services(self) -> list[daemon_types.ServiceEntry]:
         try:
-            return [
-                cast(daemon_types.ServiceEntry, entry.to_json()) for entry in (await self._link.services()).services
-            ]
+            services = (await self._link.ask(messages.ListServices())).services
+            return [cast(daemon_types.ServiceEntry, entry.to_json()) for entry in services]
         except IsolatorError:
             return []
 
     @serves(daemon_types.Reload)
     async def reload(self, _: daemon_types.Reload, __: Caller) -> daemon_types.ReloadBegun:
-        return {"generation": (await self._link.reload()).generation}
+        return {"generation": (await self._link.ask(messages.ReloadDaemon())).generation}
 
     @serves(daemon_types.DaemonGeneration)
     async def generation(self, _: daemon_types.DaemonGeneration, __: Caller) -> daemon_types.Reloaded:
-        found = await self._link.generation()
+        found = await self._link.ask(messages.GetGeneration())
         try:
-            outdated = {one.name: one.refused for one in (await self._link.outdated()).services}
+            services = (await self._link.ask(messages.ListOutdated())).services
+            outdated = {one.name: one.refused for one in services}
         except IsolatorError as error:
             if error.why != NO_OPERATION:
                 raise
@@ -141,7 +142,7 @@ class DaemonVerbs(Verbs):
 
     @serves(daemon_types.Ledger)
     async def ledger(self, _: daemon_types.Ledger, __: Caller) -> daemon_types.Controls:
-        return cast(daemon_types.Controls, (await self._link.ledger()).to_json())
+        return cast(daemon_types.Controls, (await self._link.ask(messages.GetLedger())).to_json())
 
 
 def remove_snapshots(folder: Path) -> None:

@@ -81,11 +81,6 @@ class Deliveries(TypedDict):
     deliveries: list[Delivery]
 
 
-class Replayed(TypedDict):
-    id: str
-    plugins: list[str]
-
-
 class ChangedEvent(TypedDict):
     """An event, and the plugins whose deliveries were changed."""
 
@@ -168,7 +163,7 @@ class EventDead(Request, verb="event.dead", role="viewer", result=Deliveries):
     limit: Annotated[int, Whole(100_000)] = 1000
 
 
-class EventReplay(Request, verb="event.replay", role="operator", recorded=True, result=Replayed):
+class EventReplay(Request, verb="event.replay", role="operator", recorded=True, result=ChangedEvent):
     """Queue the dead letters of an event again; with ``plugin`` also a delivery there that succeeded."""
 
     id: Name

@@ -106,7 +106,7 @@ class EventVerbs(Verbs):
         return cast(event_types.Deliveries, {"deliveries": [_fields(row) for row in rows]})
 
     @serves(event_types.EventReplay)
-    async def replay(self, request: event_types.EventReplay, caller: Caller) -> event_types.Replayed:
+    async def replay(self, request: event_types.EventReplay, caller: Caller) -> event_types.ChangedEvent:
         if request.plugin is not None:
             self._registry.need(request.plugin)
         event_id = self._queue.resolve(request.id)

@@ -59,7 +59,6 @@ class TrailStreams(Verbs):
             raise
 
     def close(self) -> None:
-        """End every stream."""
         for caller in list(self._streams):
             self._end(caller)
         self._threads.shutdown(wait=False, cancel_futures=True)

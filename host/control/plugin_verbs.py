@@ -8,7 +8,6 @@ from typing import Any, cast
 
 from host.control import plugin_types
 from host.control.alarms import Alarms
-from host.control.config_verbs import config_items
 from host.control.elsewhere import Elsewhere
 from host.control.endpoints import Caller, Verbs, serves
 from host.control.platform_types import PluginHealth, PluginHealthEntry, PluginsHealth
@@ -21,6 +20,7 @@ from host.plugins.registry import Registry
 from host.plugins.secrets import ConfigStore
 from host.queue.sqlite import SqliteQueue
 from isolator.errors import IsolatorError, NotFoundError
+from isolator.ipc import messages
 
 _SERVING = ("stopped", "starting", "running", "stopping")
 """States in which a plugin gets its events; a stopped one is started by the next."""
@@ -64,7 +64,7 @@ class PluginVerbs(Verbs):
             "effective": plugin.raw.get("effective"),
             "manifest": plugin.raw.get("manifest"),
             "hooks": sorted(plugin.hooks.values()),
-            "config": config_items(self._config, plugin.name, manifest),
+            "config": self._config.listing(plugin.name, manifest),
             "stderr": [text for _, text in log.stderr_tail][-STDERR_TAIL:],
             "held_by": self._queue.consumer(plugin.name).held_by,
             "log_bytes_dropped": log.dropped,
@@ -92,9 +92,8 @@ class PluginVerbs(Verbs):
 
     @serves(plugin_types.PluginExplain)
     async def explain(self, request: plugin_types.PluginExplain, _: Caller) -> plugin_types.Explanation:
-        return cast(
-            plugin_types.Explanation, (await self._link.explain(self._registry.need(request.name).name)).to_json()
-        )
+        found = await self._link.ask(messages.ExplainPolicy(name=self._registry.need(request.name).name))
+        return cast(plugin_types.Explanation, found.to_json())
 
     @serves(plugin_types.PluginLogs)
     async def logs(self, request: plugin_types.PluginLogs, caller: Caller) -> plugin_types.LogLines:
@@ -121,7 +120,7 @@ class PluginVerbs(Verbs):
 
     @serves(plugin_types.PluginStart)
     async def start(self, request: plugin_types.PluginStart, _: Caller) -> plugin_types.StartedRun:
-        run = await self._link.ensure_run(self._startable(request.name), "operator")
+        run = await self._link.ask(messages.EnsureRun(name=self._startable(request.name), reason="operator"))
         return {"run": run.run, "pid": run.pid}
 
     @serves(plugin_types.PluginStop)
@@ -129,12 +128,12 @@ class PluginVerbs(Verbs):
         plugin = self._registry.need(request.name)
         if plugin.run is None:
             self._elsewhere.check(plugin.name, "nothing of it runs here")
-        await self._link.stop_run(plugin.name, "operator")
+        await self._link.ask(messages.StopRun(name=plugin.name, reason="operator"))
         return {}
 
     @serves(plugin_types.PluginRestart)
     async def restart(self, request: plugin_types.PluginRestart, _: Caller) -> plugin_types.StartedRun:
-        run = await self._link.restart_run(self._startable(request.name), "restart")
+        run = await self._link.ask(messages.RestartRun(name=self._startable(request.name)))
         return {"run": run.run, "pid": run.pid}
 
     def _startable(self, name: str) -> str:
@@ -147,7 +146,7 @@ class PluginVerbs(Verbs):
     async def _entries(self) -> list[dict[str, Any]]:
         """The supervisor's entries with live figures, or the last known ones while it does not answer."""
         try:
-            return [entry.to_json() for entry in await self._link.entries()]
+            return [entry.to_json() for entry in (await self._link.ask(messages.ListPlugins())).plugins]
         except IsolatorError:
             return [plugin.raw for plugin in self._registry]
 

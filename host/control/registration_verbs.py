@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from host.control import plugin_types
@@ -25,7 +25,7 @@ from isolator.audit.schema import ConfigChanged, PackageResolved
 from isolator.base.structs import struct_class
 from isolator.errors import IsolatorError, UsageError, nearest
 from isolator.ipc import messages
-from isolator.ipc.body import Json
+from isolator.ipc.body import Json, Request
 from isolator.ipc.channel import MAX_PACKET
 from isolator.ipc.succession import to_bytes, to_text
 from isolator.linux.descriptors import close_all
@@ -164,7 +164,7 @@ class RegistrationVerbs(Verbs):
                 await self._lifecycle.forget(name)
             await self._config.set(name, staged.manifest, request.config, replace=is_new)
             try:
-                answer = await self._link.commit(request.token, request.ticket)
+                answer = await self._link.ask(messages.CommitPlugin(token=request.token, ticket=request.ticket))
             except IsolatorError:
                 if is_new:
                     await self._config.forget(name)
@@ -180,8 +180,9 @@ class RegistrationVerbs(Verbs):
         async with self._locks[name]:
             self._registry.need(name)
             await self._config.set_next(name, staged.digest, manifest, request.config)
+            asked = messages.UpdatePlugin(token=request.token, ticket=request.ticket, approve=request.approve)
             try:
-                answer = await self._link.update(request.token, request.ticket, approve=request.approve)
+                answer = await self._link.ask(asked)
             except IsolatorError:
                 now = self._registry.get(name)
                 if now is None or staged.digest not in now.versions:
@@ -227,32 +228,31 @@ class RegistrationVerbs(Verbs):
                 plugin_types.ApprovedPlugin,
                 await self.commit(plugin_types.PluginCommit(token=staged["token"], ticket=request.ticket), caller),
             )
-        changed = await self._change(
-            request.name, lambda name: self._link.approve(name, request.ticket, request.digest)
-        )
-        return cast(plugin_types.ApprovedPlugin, changed)
+        asked = messages.ApprovePlugin(name=request.name, ticket=request.ticket, digest=request.digest)
+        return cast(plugin_types.ApprovedPlugin, await self._change(request.name, asked))
 
     @serves(plugin_types.PluginReject)
     async def reject(self, request: plugin_types.PluginReject, _: Caller) -> plugin_types.ChangedPlugin:
         waiting = self._registry.need(request.name).raw.get("pending")
-        answer = await self._change(request.name, lambda name: self._link.reject(name, request.ticket))
+        answer = await self._change(request.name, messages.RejectPlugin(name=request.name, ticket=request.ticket))
         if waiting:
             self._config.drop_next(request.name, str(waiting["digest"]))
         return answer
 
     @serves(plugin_types.PluginRollback)
     async def roll_back(self, request: plugin_types.PluginRollback, _: Caller) -> plugin_types.ChangedPlugin:
-        return await self._change(request.name, lambda name: self._link.roll_back(name, request.ticket, request.to))
+        asked = messages.RollBackPlugin(name=request.name, to=request.to, ticket=request.ticket)
+        return await self._change(request.name, asked)
 
     @serves(plugin_types.PluginEnable)
     async def enable(self, request: plugin_types.PluginEnable, _: Caller) -> plugin_types.ChangedPlugin:
-        answer = await self._change(request.name, lambda name: self._link.enable(name, request.ticket))
+        answer = await self._change(request.name, messages.EnablePlugin(name=request.name, ticket=request.ticket))
         self._lifecycle.start_if_eager(self._registry.need(request.name))
         return answer
 
     @serves(plugin_types.PluginDisable)
     async def disable(self, request: plugin_types.PluginDisable, _: Caller) -> plugin_types.ChangedPlugin:
-        return await self._change(request.name, self._link.disable)
+        return await self._change(request.name, messages.DisablePlugin(name=request.name))
 
     @serves(plugin_types.PluginRemove)
     async def remove(self, request: plugin_types.PluginRemove, _: Caller) -> Nothing:
@@ -263,20 +263,18 @@ class RegistrationVerbs(Verbs):
         name = self._registry.need(request.name).name
         async with self._locks[name]:
             self._registry.need(name)
-            await self._link.remove(name, request.ticket)
+            await self._link.ask(messages.RemovePlugin(name=name, ticket=request.ticket))
             now = self._registry.get(name)
             if now is None or not now.raw.get("found"):  # else forgotten already, and found in a folder
                 await self._lifecycle.removed(name)
             return {}
 
-    async def _change(
-        self, name: str, change: Callable[[str], Awaitable[messages.OnePlugin]]
-    ) -> plugin_types.ChangedPlugin:
+    async def _change(self, name: str, change: Request[messages.OnePlugin]) -> plugin_types.ChangedPlugin:
         """Have the supervisor change a registered plugin, and take over its entry."""
         self._registry.need(name)
         async with self._locks[name]:
             self._registry.need(name)
-            answer = await change(name)
+            answer = await self._link.ask(change)
             plugin = await self._lifecycle.adopt(answer.plugin)
             await self._lifecycle.registered(plugin)
             return {"plugin": _shown(plugin)}

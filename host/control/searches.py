@@ -59,7 +59,6 @@ class Searches(Verbs):
         return {}
 
     def close(self) -> None:
-        """End every search."""
         for caller in list(self._running):
             self._end(caller)
 

@@ -40,8 +40,6 @@ _MODULES = tuple(
 
 
 def verbs() -> dict[str, type[Request]]:
-    """The request types by verb."""
-
     def place(request: type[Request]) -> tuple[int, int]:
         noun, module = request.spec.verb.partition(".")[0], request.__module__
         return (

@@ -21,8 +21,8 @@ from host.plugins.secrets import ConfigStore
 from host.queue.sqlite import SqliteQueue
 from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError, UsageError
+from isolator.ipc import messages
 from isolator.ipc.body import Body
-from isolator.ipc.messages import PluginEntry
 
 EAGER_STARTS = 4
 """Eager plugins that are started at once: plugins for which events wait come first."""
@@ -88,7 +88,7 @@ class PluginLifecycle:
     _removals: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
     """Removals under way, by name."""
 
-    async def adopt(self, entry: PluginEntry) -> Plugin:
+    async def adopt(self, entry: messages.PluginEntry) -> Plugin:
         """Take over one plugin entry of the supervisor's; not before a removed plugin of that name is forgotten."""
         while (removal := self._removals.get(entry.name)) is not None:
             await asyncio.wait([removal])
@@ -172,7 +172,7 @@ class PluginLifecycle:
 
     async def _start(self, name: str, reason: str) -> None:
         async with self._eager if reason == "eager" else contextlib.nullcontext():
-            start = asyncio.ensure_future(self.link.ensure_run(name, reason))
+            start = asyncio.ensure_future(self.link.ask(messages.EnsureRun(name=name, reason=reason)))
             try:
                 await asyncio.wait([start], timeout=EAGER_PATIENCE)
             except asyncio.CancelledError:
@@ -186,7 +186,7 @@ class PluginLifecycle:
         current = self.registry.need(plugin.name)
         if current.state == "failed":
             # What failed may well have failed for want of it.
-            await self.adopt((await self.link.enable(plugin.name)).plugin)
+            await self.adopt((await self.link.ask(messages.EnablePlugin(name=plugin.name))).plugin)
         self.dispatcher.wake(plugin.name)
         if current.state == "backoff":
             self._begin(plugin.name, "operator")  # it need not wait for the end of its pause either
@@ -194,11 +194,12 @@ class PluginLifecycle:
             self.start_if_eager(self.registry.need(plugin.name))
             return False
         if self.dispatcher.workers[plugin.name].fence.closed:
-            await self.link.stop_run(plugin.name, "config")  # it is started with these when it may act
+            # It is started with these when it may act.
+            await self.link.ask(messages.StopRun(name=plugin.name, reason="config"))
             return False
         # Names only: the values come with the environment of the next start.
         self.dispatcher.notify(plugin.name, "config.changed", {"keys": keys})
-        await self.link.restart_run(plugin.name, "config")
+        await self.link.ask(messages.RestartRun(name=plugin.name, reason="config"))
         return True
 
     # One host in the place of another

@@ -141,7 +141,6 @@ class PluginLog:
         self.drop(count)
 
     def keep(self, run: str | None, stream: str, line: bytes) -> None:
-        """Store one line."""
         self._budget -= len(line) + LINE_COST
         text = self._redactor(self.name)(line.decode("utf-8", "replace"))
         if stream == "stderr":
@@ -188,7 +187,6 @@ class PluginLog:
         self.stderr_tail.extend(zip(runs, state.stderr_lines, strict=True))
 
     def close(self) -> None:
-        """Close the file."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None

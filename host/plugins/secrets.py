@@ -26,6 +26,7 @@ import time
 import urllib.parse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from host.database.store import Store
 from host.plugins.keyfile import KeyFile
@@ -94,19 +95,6 @@ class Environment:
     env: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     secrets: tuple[str, ...] = ()
-
-
-@struct_class(frozen=True)
-class ConfigItem:
-    """Line of a listing; ``value`` is None for secrets, always."""
-
-    key: str
-    type: str
-    secret: bool
-    required: bool
-    is_set: bool
-    value: str | None
-    default: str | None = None
 
 
 @struct_class()
@@ -293,25 +281,19 @@ class ConfigStore:
             self._redactors.pop(plugin, None)
             self.broken.pop(plugin, None)
 
-    def listing(self, plugin: str, manifest: Manifest | None) -> list[ConfigItem]:
-        """List every key of the schema and every key that is set; secrets without their value."""
+    def listing(self, plugin: str, manifest: Manifest | None) -> list[dict[str, Any]]:
+        """List every key of the schema and every key that is set, as listings show it; secrets without their value."""
         values = self._values.get(plugin, {})
         items = []
         fields = {f.key: f for f in (manifest.config or ()) if manifest is not None} if manifest is not None else {}
         for key in sorted({*fields, *values}):
             spec, value = fields.get(key), values.get(key)
             secret = (value.secret if value else False) or (spec.secret if spec else False)
-            items.append(
-                ConfigItem(
-                    key=key,
-                    type=spec.type if spec else value.type if value else "string",
-                    secret=secret,
-                    required=spec.required if spec else False,
-                    is_set=value is not None,
-                    value=None if secret or value is None else value.text,
-                    default=spec.default if spec else None,
-                )
-            )
+            items.append({
+                "key": key, "type": spec.type if spec else value.type if value else "string", "secret": secret,
+                "required": spec.required if spec else False, "is_set": value is not None,
+                "value": None if secret or value is None else value.text, "default": spec.default if spec else None,
+            })  # fmt: skip
         return items
 
     def _in_use(self, plugin: str, digest: str) -> dict[str, _Value]:

@@ -112,12 +112,10 @@ def notification(method: str, params: Mapping[str, Any] | None = None) -> bytes:
 
 
 def result_line(number: Id | None, result: Mapping[str, Any]) -> bytes:
-    """The line of a result."""
     return line({"jsonrpc": "2.0", "id": number.value if number is not None else None, "result": dict(result)})
 
 
 def error_line(number: Id | None, code: int, message: str, data: Any = None) -> bytes:
-    """The line of an error."""
     error = {"code": code, "message": message, **({"data": data} if data is not None else {})}
     return line({"jsonrpc": "2.0", "id": number.value if number is not None else None, "error": error})
 

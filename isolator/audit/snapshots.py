@@ -158,6 +158,7 @@ def _pressure(field: str) -> Callable[[str], Usage]:
 _FILES: dict[str, Callable[[str], Usage]] = {
     "cpu.stat": _cpu,
     "cpuacct.usage": _nanoseconds("cpu_us"),
+    "cpu.idle": _single("background"),
     "memory.current": _single("memory"),
     "memory.usage_in_bytes": _single("memory"),
     "memory.peak": _single("memory_peak"),

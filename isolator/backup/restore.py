@@ -61,7 +61,8 @@ def restore(paths: Paths, place: Path, passphrase: str, *, replace_data: bool = 
         swap.finish(paths)
         manifest, keys = archive.read(place, passphrase)
         present = _present(paths)
-        if not replace_data and (present or os.path.lexists(paths.host_database) or _has_trail(paths)):
+        trail = any(paths.audit_log.glob("audit*.jsonl"))
+        if not replace_data and (present or os.path.lexists(paths.host_database) or trail):
             raise UsageError(
                 f"restore below {paths.root}", "there are plugins, a queue or a trail already",
                 "--replace puts them aside, and keeps them",
@@ -80,10 +81,6 @@ def _present(paths: Paths) -> dict[str, Registration]:
             with contextlib.suppress(IsolatorError):
                 found[name] = store.load(name)
     return found
-
-
-def _has_trail(paths: Paths) -> bool:
-    return any(paths.audit_log.glob("audit*.jsonl"))
 
 
 class _Restoring:

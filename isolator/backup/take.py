@@ -143,7 +143,6 @@ class _Making:
         self.manifest = Manifest(secrets.token_hex(8), _now(), isolator.__version__, platform.node(), live)
 
     def fill(self, snapshot: Snapshot) -> None:
-        """Copy everything."""
         paths, live = self._paths, self.manifest.live
         if live:
             database, settled = self._moment(snapshot)

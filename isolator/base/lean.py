@@ -36,7 +36,6 @@ class _Later(ModuleType):
 
 
 def _load(name: str) -> ModuleType:
-    """The module itself."""
     if isinstance(sys.modules.get(name), _Later):
         del sys.modules[name]
     __import__(name)  # unlike import_module, seen by -X importtime

@@ -10,7 +10,6 @@ signals to anybody else. It keeps INET sockets, routing netlink to know the host
 
 from __future__ import annotations
 
-import errno
 import os
 import resource
 from collections.abc import Iterable, Iterator
@@ -58,7 +57,7 @@ def harden(program: bytes, readable: Iterable[str] = ("/",)) -> None:
     prctl.set_no_new_privs(True)
     # Neither core dumps nor a debugger of the same uid.
     prctl.set_dumpable(False)
-    _restrict_files(readable)
+    landlock.read_only_below(readable)
     seccomp.load_filter(program, listener=False)
 
 
@@ -76,15 +75,3 @@ def rules(families: Iterable[int] = FAMILIES[BROKER]) -> Iterator[syscalls.Rule]
     yield "clone", syscalls.ALLOW, ()
     for name in ("fork", "vfork", "execve", "execveat"):
         yield name, syscalls.REFUSE, ()
-
-
-def _restrict_files(readable: Iterable[str]) -> None:
-    try:
-        version = landlock.abi()
-    except OSError as error:
-        if error.errno in {errno.ENOSYS, errno.EOPNOTSUPP}:
-            return  # a second wall: the user owns no file and the ledger tells of the kernel
-        raise
-    scoped = landlock.SCOPE_SIGNAL | landlock.SCOPE_ABSTRACT_UNIX_SOCKET
-    allowed = [(path, landlock.READ_FILE | landlock.READ_DIR) for path in readable]
-    landlock.restrict(version, allowed, scoped=scoped)

@@ -143,7 +143,6 @@ class _Table:
         self._layer = ""
 
     def add(self, finding: Finding) -> None:
-        """Print one finding."""
         from isolator.probe.attacks.kit import ATTEMPTS
 
         # What may take the cage down comes last, each in one of its own.

@@ -7,7 +7,6 @@ descriptors that it is to read, it loses every file that is not below them and e
 
 from __future__ import annotations
 
-import errno
 import os
 import resource
 import signal
@@ -59,7 +58,7 @@ def become(uid: int, gid: int, groups: Sequence[int]) -> None:
 
 def read_only_below(folders: Sequence[int], program: bytes) -> None:
     """Lose all files but those below these descriptors, and all calls but those of ``program``. Raises OSError."""
-    _restrict_files(folders)
+    landlock.read_only_below(folders)
     seccomp.load_filter(program, listener=False)
 
 
@@ -67,19 +66,3 @@ def rules() -> Iterator[syscalls.Rule]:
     """The calls that stay; any other fails."""
     for name in _CALLS:
         yield name, syscalls.ALLOW, ()
-
-
-def _restrict_files(folders: Sequence[int]) -> None:
-    try:
-        version = landlock.abi()
-    except OSError as error:
-        if error.errno in {errno.ENOSYS, errno.EOPNOTSUPP}:
-            return  # a second wall: it is the user's own rights that it has
-        raise
-    ruleset = landlock.new_ruleset(version, scoped=landlock.SCOPE_SIGNAL | landlock.SCOPE_ABSTRACT_UNIX_SOCKET)
-    try:
-        for folder in folders:
-            landlock.allow_below(ruleset, version, folder, landlock.READ_FILE | landlock.READ_DIR)
-        landlock.restrict_self(ruleset)
-    finally:
-        os.close(ruleset)

@@ -34,7 +34,6 @@ _SECONDS = 30
 
 
 def main() -> None:
-    """Answer one packet."""
     signal.alarm(_SECONDS)
     uid, gid, cage = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[4])
     groups = [int(group) for group in sys.argv[3].split(",") if group]

@@ -130,6 +130,15 @@ class Request(Body, Generic[R]):
         return cls.on_fds(lambda request, _: handler(request))
 
     @classmethod
+    def on_now(cls, handler: Callable[[Self], R]) -> tuple[str, Handler]:
+        """As ``on``, for a handler that waits for nothing."""
+
+        async def serve(request: Self, _: list[int]) -> R:
+            return handler(request)
+
+        return cls.on_fds(serve)
+
+    @classmethod
     def on_fds(cls, handler: Callable[[Self, list[int]], Awaitable[R | WithFds[R]]]) -> tuple[str, Handler]:
         """As ``on``, for a handler that takes the descriptors: those left in its list are closed afterwards."""
 

@@ -105,13 +105,12 @@ class Succession(Generic[B]):
     def handlers(self) -> dict[str, Handler]:
         """Handlers of what every process is asked in an exchange, but ``leave``."""
         return by_op(
-            ReadFormats.on(self._readable_formats), StatePart.on_fds(self._part), WriteFormat.on(self._write_format)
+            ReadFormats.on_now(lambda _: ReadableFormats(formats=self._formats.read)),
+            StatePart.on_fds(self._part),
+            WriteFormat.on_now(self._write_format),
         )
 
-    async def _readable_formats(self, _: ReadFormats) -> ReadableFormats:
-        return ReadableFormats(formats=self._formats.read)
-
-    async def _write_format(self, request: WriteFormat) -> None:
+    def _write_format(self, request: WriteFormat) -> None:
         self._format = self._formats.newest_common(request.formats) or self._formats.present
 
     async def _part(self, request: StatePart, fds: list[int]) -> None:

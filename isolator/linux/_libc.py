@@ -41,13 +41,15 @@ def failed(what: str) -> OSError:
     return OSError(number, os.strerror(number), what)
 
 
-def syscall(name: str, *args: int | bytes | ctypes._Pointer[ctypes.Structure] | object | None) -> int:
-    """Make one system call by name; integers are passed as full 64-bit words."""
+def syscall(
+    name: str, *args: int | bytes | ctypes._Pointer[ctypes.Structure] | object | None, what: str | None = None
+) -> int:
+    """Make one system call by name; integers are passed as full 64-bit words. ``what``: the name in its error."""
     # A list, not a generator: each start makes forty such calls.
     words = [ctypes.c_long(one) if isinstance(one, int) else one for one in args]
     result: int = _syscall(ctypes.c_long(NUMBERS[name]), *words)
     if result < 0:
-        raise failed(name)
+        raise failed(what or name)
     return result
 
 

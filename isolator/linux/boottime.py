@@ -53,5 +53,4 @@ class BootAlarm:
             os.read(self._fd, 8)
 
     def close(self) -> None:
-        """Close it."""
         os.close(self._fd)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
+
+from isolator.linux.files import write_file
 
 FILTER = "coredump_filter"
 
@@ -15,11 +16,7 @@ def leave_memory_out() -> None:
     A limit of 0 on the size of core files is not enough: one that is piped to a handler, as systemd-coredump and
     apport have it, is not bound by it (core(5)). The filter is inherited over fork and execve.
     """
-    fd = os.open(f"/proc/self/{FILTER}", os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, b"0")
-    finally:
-        os.close(fd)
+    write_file(f"/proc/self/{FILTER}", "0")
 
 
 def start_no_handler() -> None:

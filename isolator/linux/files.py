@@ -13,7 +13,7 @@ RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
 
-_AT_EACCESS, _AT_EMPTY_PATH = 0x200, 0x1000
+_AT_FDCWD, _AT_EACCESS, _AT_EMPTY_PATH = -100, 0x200, 0x1000
 
 
 class _OpenHow(ctypes.Structure):
@@ -30,10 +30,7 @@ def openat2(
 ) -> int:
     """Open ``path`` below the ``directory`` descriptor; by default no symlink is followed and ``..`` cannot escape."""
     how = _OpenHow(flags=flags | os.O_CLOEXEC, mode=mode, resolve=resolve)
-    try:
-        return syscall("openat2", directory, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from None
+    return syscall("openat2", directory, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how), what=path)
 
 
 def remove_tree(path: str | os.PathLike[str], *, ignore_errors: bool = False) -> None:
@@ -47,11 +44,7 @@ def remove_tree(path: str | os.PathLike[str], *, ignore_errors: bool = False) ->
 
 def open_nofollow(path: str, flags: int = os.O_PATH) -> int:
     """Open an absolute path in which no component is a symlink (ELOOP otherwise)."""
-    how = _OpenHow(flags=flags | os.O_CLOEXEC, resolve=RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS)
-    try:
-        return syscall("openat2", -100, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from None
+    return openat2(_AT_FDCWD, path, flags, resolve=RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS)
 
 
 def let_group_write(fd: int, gid: int) -> None:

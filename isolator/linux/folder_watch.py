@@ -59,7 +59,6 @@ class FolderWatch:
         self._folders = found
 
     def close(self) -> None:
-        """Stop watching."""
         if self._timer is not None:
             self._timer.cancel()
         self._loop.remove_reader(self._inotify.fileno())

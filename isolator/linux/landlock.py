@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+from collections.abc import Iterable
 
 from isolator.linux._libc import syscall
 
@@ -49,12 +51,24 @@ def handled_rights(version: int) -> int:
     return rights
 
 
-def restrict(version: int, rules: list[tuple[str, int]], *, scoped: int = 0) -> None:
-    """Deny the calling thread everything that the rules (path, rights) do not allow; needs no_new_privs."""
-    ruleset = new_ruleset(version, scoped=scoped)
+def read_only_below(places: Iterable[str | int]) -> None:
+    """Leave the calling thread no right but to read below these paths and descriptors; needs no_new_privs.
+
+    Nor, from ABI 6, may it signal anybody else. Without Landlock nothing changes: it is a second wall. Raises OSError.
+    """
     try:
-        for path, rights in rules:
-            allow(ruleset, version, path, rights)
+        version = abi()
+    except OSError as error:
+        if error.errno in {errno.ENOSYS, errno.EOPNOTSUPP}:
+            return
+        raise
+    ruleset = new_ruleset(version, scoped=SCOPE_SIGNAL | SCOPE_ABSTRACT_UNIX_SOCKET)
+    try:
+        for place in places:
+            if isinstance(place, int):
+                allow_below(ruleset, version, place, READ_FILE | READ_DIR)
+            else:
+                allow(ruleset, version, place, READ_FILE | READ_DIR)
         restrict_self(ruleset)
     finally:
         os.close(ruleset)

@@ -45,17 +45,9 @@ def new_filesystem(kind: str, options: Mapping[str, str | None] | None = None, *
     context = syscall("fsopen", kind.encode(), _FSOPEN_CLOEXEC)
     try:
         for key, value in (options or {}).items():
-            try:
-                if value is None:
-                    syscall("fsconfig", context, _SET_FLAG, key.encode(), None, 0)
-                else:
-                    syscall("fsconfig", context, _SET_STRING, key.encode(), value.encode(), 0)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, f"{kind} option {key}={value}") from None
-        try:
-            syscall("fsconfig", context, _CREATE, None, None, 0)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, f"new {kind}") from None
+            command, text = (_SET_FLAG, None) if value is None else (_SET_STRING, value.encode())
+            syscall("fsconfig", context, command, key.encode(), text, 0, what=f"{kind} option {key}={value}")
+        syscall("fsconfig", context, _CREATE, None, None, 0, what=f"new {kind}")
         return syscall("fsmount", context, _FSMOUNT_CLOEXEC, attributes)
     finally:
         os.close(context)
@@ -65,10 +57,7 @@ def clone_tree(path: str, *, directory: int = AT_FDCWD, recursive: bool = True) 
     """A detached copy of the mount tree at ``path`` (or of ``directory`` itself when ``path`` is empty)."""
     flags = _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC | (AT_RECURSIVE if recursive else 0)
     flags |= 0 if path else AT_EMPTY_PATH
-    try:
-        return syscall("open_tree", directory, os.fsencode(path), flags)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, f"bind of {path or directory}") from None
+    return syscall("open_tree", directory, os.fsencode(path), flags, what=f"bind of {path or directory}")
 
 
 def set_attributes(fd: int, attributes: int, *, clear: int = 0, recursive: bool = True) -> None:
@@ -99,10 +88,7 @@ def _setattr(
 
 def attach(fd: int, path: str) -> None:
     """Attach the detached mount behind ``fd`` at ``path``."""
-    try:
-        syscall("move_mount", fd, b"", AT_FDCWD, os.fsencode(path), _MOVE_EMPTY_FROM)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, f"mount on {path}") from None
+    syscall("move_mount", fd, b"", AT_FDCWD, os.fsencode(path), _MOVE_EMPTY_FROM, what=f"mount on {path}")
 
 
 def mount(kind: str, path: str, flags: int, options: str) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import os
 
 from isolator.linux._libc import call, libc, syscall
+from isolator.linux.files import write_file
 
 CLONE_PIDFD = 0x1000
 CLONE_NEWTIME = 0x80
@@ -118,11 +119,8 @@ def new_user_namespace(uids: IdMap, gids: IdMap) -> int:
         if number:
             raise OSError(number, os.strerror(number), "new user namespace")
         for name, lines in (("uid_map", uids), ("gid_map", gids)):
-            fd = os.open(f"/proc/{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
-            try:
-                os.write(fd, "".join(f"{inside} {outside} {count}\n" for inside, outside, count in lines).encode())
-            finally:
-                os.close(fd)
+            text = "".join(f"{inside} {outside} {count}\n" for inside, outside, count in lines)
+            write_file(f"/proc/{pid}/{name}", text)
         return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         os.close(ready)

@@ -136,7 +136,7 @@ class RouteQuery:
         bodies: list[bytes] = []
         while True:
             packet = self._sock.recv(1 << 17)
-            for reply, flags, content in _flagged_messages(packet):
+            for reply, flags, _, _, content in _messages(packet):
                 whole = whole and not flags & _NLM_F_DUMP_INTR
                 if reply in {_NLMSG_ERROR, _NLMSG_DONE}:
                     error = -struct.unpack_from("=i", content)[0] if len(content) >= 4 else 0
@@ -146,7 +146,6 @@ class RouteQuery:
                 bodies.append(content)
 
     def close(self) -> None:
-        """Close the socket."""
         self._sock.close()
 
 
@@ -175,7 +174,7 @@ def open_nflog() -> socket.socket:
 def parse_nflog(packet: bytes) -> list[tuple[str, bytes]]:
     """``(prefix, first bytes of the IP packet)`` of each record in what was read from an NFLOG socket."""
     records = []
-    for kind, body in _messages(packet):
+    for kind, _, _, _, body in _messages(packet):
         if kind == (_NFNL_SUBSYS_ULOG << 8) | _NFULNL_MSG_PACKET and len(body) >= 4:
             fields = dict(attributes(body[4:]))
             prefix = fields.get(_NFULA_PREFIX, b"").rstrip(b"\0").decode("ascii", "replace")
@@ -227,7 +226,7 @@ class Generations:
         number: bytes | None = None
         while True:  # the kernel has answered before ``send`` returns; a change that came first is told first
             packet = self._receive()
-            for kind, turn, port, content in _addressed_messages(packet):
+            for kind, _, turn, port, content in _messages(packet):
                 if (turn, port) != (self._turn, self._port):
                     continue
                 if kind != _NLMSG_ERROR:
@@ -270,7 +269,7 @@ def _ask_all(sock: socket.socket, requests: Sequence[tuple[int, int, bytes]]) ->
     sock.send(packet)
     answer = b""
     while True:
-        for reply, _, turn, _, content in _whole_messages(sock.recv(65536)):
+        for reply, _, turn, _, content in _messages(sock.recv(65536)):
             if reply == _NLMSG_ERROR:
                 error = -struct.unpack_from("=i", content)[0]
                 if error:
@@ -310,23 +309,8 @@ def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
         offset += (length + 3) & ~3
 
 
-def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    for kind, _, content in _flagged_messages(data):
-        yield kind, content
-
-
-def _flagged_messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
-    for kind, flags, _, _, content in _whole_messages(data):
-        yield kind, flags, content
-
-
-def _addressed_messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-    """Kind, number of the request and port of who sent it, and content of each message."""
-    for kind, _, turn, port, content in _whole_messages(data):
-        yield kind, turn, port, content
-
-
-def _whole_messages(data: bytes) -> Iterator[tuple[int, int, int, int, bytes]]:
+def _messages(data: bytes) -> Iterator[tuple[int, int, int, int, bytes]]:
+    """Kind, flags, number of the request, port of who sent it, and content of each message."""
     offset = 0
     while offset + 16 <= len(data):
         length, kind, flags, turn, port = struct.unpack_from("=IHHII", data, offset)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import os
 
+from isolator.linux.files import write_file
+
 FIRST = -5
 """Nice value of whoever goes first: three times the share of what has none, where both want the whole processor."""
 _AUTOGROUP = "/proc/self/autogroup"
@@ -57,8 +59,4 @@ def _set(nice: int) -> None:
     if os.getsid(0) != os.getpid():
         return  # the session is somebody else's
     with contextlib.suppress(OSError):  # there are none, or not for this process
-        fd = os.open(_AUTOGROUP, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.write(fd, str(nice).encode())
-        finally:
-            os.close(fd)
+        write_file(_AUTOGROUP, str(nice))

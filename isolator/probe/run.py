@@ -31,7 +31,7 @@ from isolator.linux.shared_memory import readable_segment
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 from isolator.probe.attacks import battery
-from isolator.probe.attacks.kit import ATTEMPTS, Attempt, Promise
+from isolator.probe.attacks.kit import ATTEMPTS, CALLS, Attempt, Promise
 from isolator.standalone.records import Records
 from isolator.standalone.session import StandaloneSession
 
@@ -129,7 +129,7 @@ async def _cage(
                 left = list(attempts)
                 while left and (line := await out.readline()):
                     left.pop(0)
-                    yield _finding(json.loads(line))
+                    yield Finding(**json.loads(line))
                 if left:
                     end = await cage.wait()
                     yield _unanswered(left[0], target, end.cause, end.returncode, await problem.read(4096))
@@ -139,10 +139,6 @@ async def _cage(
                     os.close(fd)
     finally:
         close_all(owned)
-
-
-def _finding(body: dict[str, Any]) -> Finding:
-    return Finding(body["name"], body["layer"], body["title"], body["outcome"], body["detail"], body["errno"])
 
 
 def _unanswered(attempt: Attempt, target: Target, cause: str, code: int, problem: bytes) -> Finding:
@@ -183,7 +179,14 @@ def _task(spec: CageSpec, paths: Paths, attempts: list[Attempt], bait: dict[str,
         **bait,
     )  # fmt: skip
     body = {key: value for key, value in asdict(promise).items() if key not in ("init", "descriptors")}
-    return json.dumps({"promise": body, "names": [attempt.name for attempt in attempts], "inline": target.inline})
+    names = [attempt.name for attempt in attempts]
+    return json.dumps({"promise": body, "numbers": _numbers(), "names": names, "inline": target.inline})
+
+
+def _numbers() -> dict[str, int]:
+    import pyseccomp
+
+    return {name: pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name) for name in CALLS}
 
 
 @contextlib.contextmanager

@@ -136,6 +136,10 @@ class Journal:
         """The descriptor that holds the lock."""
         return self._fd
 
+    def leaves(self) -> list[str]:
+        """The names of the cages' leaves, which there are, or are about to be."""
+        return [entry.name for entry in list(self.open.values()) if entry.kind == "leaf"]
+
     def record(self, entry: Entry) -> None:
         """Write down an entry before its thing is made."""
         with self._lock:

@@ -154,7 +154,6 @@ class Discovery:
         self._again.set()
 
     def close(self) -> None:
-        """Stop watching."""
         self._tasks.cancel()
         if self._watch is not None:
             self._watch.close()

@@ -46,7 +46,6 @@ def mark(text: str, *, edited: bool) -> str:
 
 
 def written_here(text: str | None, marked: str) -> bool:
-    """Whether the file is as it was written here."""
     return digest(text) == marked.removeprefix("+")
 
 

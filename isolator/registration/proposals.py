@@ -58,7 +58,6 @@ class Proposals:
         self.reader.read_all(texts)
 
     def names(self) -> list[str]:
-        """Every registered name."""
         return self.store.names()
 
     def load(self, name: str) -> Loaded:

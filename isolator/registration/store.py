@@ -149,7 +149,6 @@ class Store:
         base.chmod(0o755)
 
     def names(self) -> list[str]:
-        """Every registered name."""
         return sorted(path.parent.name for path in self.base.glob(f"*/{_STATE}"))
 
     def load(self, name: str) -> Registration:

@@ -48,7 +48,6 @@ class ForkedLauncher:
         self._pidfd = -1
 
     def kill(self) -> None:
-        """Kill it."""
         if self._pidfd >= 0:
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 

@@ -8,10 +8,6 @@ import fcntl
 import os
 import termios
 
-TYPE_CHECKING = False  # typing, which has it too, takes longer to import than all else here; mypy goes by the name
-if TYPE_CHECKING:
-    pass
-
 SILENT_ENDS = ("exit", "signal")
 """Ends of a command whose exit code says all: nothing is printed."""
 _STREAMS = (0, 1, 2)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -43,36 +43,45 @@ class Handlers:
 
     def all(self) -> dict[str, Handler]:
         """Every handler by operation."""
-        whole = self._to_the_end
+        table, updates, services, reloads = self._table, self._updates, self._services, self._reloads
+        whole, one = self._to_the_end, self._one
         return by_op(
-            messages.EnsureRun.on(self._ensure),
+            messages.EnsureRun.on(lambda asked: _running(table.ensure(asked.name, asked.reason))),
             messages.ConnectRun.on(self._connect),
             messages.ConnectRuns.on(self._connect_many),
             messages.LendSocket.on(self._lend_socket),
             messages.StartInvocation.on_fds(self._start_invocation),
-            messages.RunReady.on(self._ready),
-            messages.StopRun.on(whole(self._stop)),
-            messages.RestartRun.on(whole(self._restart)),
-            messages.HoldPlugin.on(self._hold),
-            messages.FreePlugin.on(self._free),
-            messages.LosePlugin.on(self._lose),
+            messages.RunReady.on_now(lambda asked: table.find(asked.name).note_ready(asked.run)),
+            messages.StopRun.on(whole(lambda asked: table.stop(asked.name, asked.reason))),
+            messages.RestartRun.on(whole(lambda asked: _running(table.restart(asked.name, asked.reason)))),
+            messages.HoldPlugin.on_now(lambda asked: self._fences.hold(self._known(asked.name), asked.until)),
+            messages.FreePlugin.on_now(lambda asked: self._fences.free(self._known(asked.name))),
+            messages.LosePlugin.on_now(lambda asked: self._fences.lost(self._known(asked.name))),
             messages.StagePlugin.on(self._stage),
-            messages.DiscardPlugin.on(self._discard),
-            messages.CommitPlugin.on(whole(self._commit)),
+            messages.DiscardPlugin.on_now(lambda asked: table.registrar.discard(asked.token)),
+            messages.CommitPlugin.on(whole(lambda asked: one(updates.commit(asked.token, asked.ticket)))),
             messages.UpdatePlugin.on(whole(self._update)),
-            messages.RejectPlugin.on(whole(self._reject)),
-            messages.RollBackPlugin.on(whole(self._roll_back)),
-            messages.ApprovePlugin.on(whole(self._approve)),
-            messages.RemovePlugin.on(whole(self._remove)),
-            messages.EnablePlugin.on(whole(self._enable)),
-            messages.DisablePlugin.on(whole(self._disable)),
-            messages.ListPlugins.on(self._list),
+            messages.RejectPlugin.on(whole(lambda asked: one(updates.reject(asked.name, asked.ticket)))),
+            messages.RollBackPlugin.on(whole(lambda asked: one(updates.roll_back(asked.name, asked.ticket, asked.to)))),
+            messages.ApprovePlugin.on(
+                whole(lambda asked: one(updates.approve(asked.name, asked.ticket, asked.digest)))
+            ),
+            messages.RemovePlugin.on(whole(lambda asked: updates.remove(asked.name, asked.ticket))),
+            messages.EnablePlugin.on(whole(lambda asked: one(updates.enable(asked.name, asked.ticket)))),
+            messages.DisablePlugin.on(whole(lambda asked: one(updates.disable(asked.name)))),
+            messages.ListPlugins.on_now(self._list),
             messages.ExplainPolicy.on(self._explain),
-            messages.ListServices.on(self._list_services),
-            messages.GetLedger.on(self._ledger),
-            messages.ReloadDaemon.on(self._reload),
-            messages.GetGeneration.on(self._generation),
-            messages.ListOutdated.on(self._outdated),
+            messages.ListServices.on_now(lambda _: messages.Services(services=services.entries())),
+            messages.GetLedger.on_now(
+                lambda _: messages.Ledger(ledger=tuple(control.to_json() for control in ledger(volume.check)))
+            ),
+            messages.ReloadDaemon.on_now(lambda _: messages.Reloading(generation=reloads.ask())),
+            messages.GetGeneration.on_now(
+                lambda _: messages.Generation(
+                    version=isolator.__version__, generation=reloads.generation, refused=reloads.refused
+                )
+            ),
+            messages.ListOutdated.on_now(lambda _: messages.OutdatedServices(services=services.outdated())),
         )
 
     def _to_the_end(self, handler: Callable[[Q], Coroutine[Any, Any, T]]) -> Callable[[Q], Coroutine[Any, Any, T]]:
@@ -84,9 +93,6 @@ class Handlers:
         return run
 
     # --- runs ------------------------------------------------------------------------------------------------
-
-    async def _ensure(self, request: messages.EnsureRun) -> messages.Running:
-        return _running(await self._table.ensure(request.name, request.reason))
 
     async def _connect(self, request: messages.ConnectRun) -> WithFds[None]:
         connections = await self._table.find(request.name).connect(request.run, request.deadline)
@@ -112,9 +118,6 @@ class Handlers:
         gid = self._services.host.process.spec.gid
         fd, changed = await self._table.find(request.name).lend_socket(request.run, gid)
         return WithFds(messages.LentSocket(changed_ns=changed), [fd])
-
-    async def _ready(self, request: messages.RunReady) -> None:
-        self._table.find(request.name).note_ready(request.run)
 
     async def _start_invocation(
         self, request: messages.StartInvocation, fds: list[int]
@@ -148,25 +151,10 @@ class Handlers:
             begun = messages.InvocationBegun(name=request.name, run=request.run, failed=failed, refused=refused)
             self._services.host.invocation_begun(begun, fds)
 
-    async def _stop(self, request: messages.StopRun) -> None:
-        await self._table.stop(request.name, request.reason)
-
-    async def _restart(self, request: messages.RestartRun) -> messages.Running:
-        return _running(await self._table.restart(request.name, request.reason))
-
-    # --- fences ----------------------------------------------------------------------------------------------
-
-    async def _hold(self, request: messages.HoldPlugin) -> None:
-        self._table.find(request.name)
-        self._fences.hold(request.name, request.until)
-
-    async def _free(self, request: messages.FreePlugin) -> None:
-        self._table.find(request.name)
-        self._fences.free(request.name)
-
-    async def _lose(self, request: messages.LosePlugin) -> None:
-        self._table.find(request.name)
-        self._fences.lost(request.name)
+    def _known(self, name: str) -> str:
+        """The name of a plugin that there is; raises NotFoundError."""
+        self._table.find(name)
+        return name
 
     # --- registrations ---------------------------------------------------------------------------------------
 
@@ -196,12 +184,6 @@ class Handlers:
             os.lseek(manifest, 0, os.SEEK_SET)
             return WithFds(shown, owned.release_all())
 
-    async def _discard(self, request: messages.DiscardPlugin) -> None:
-        self._table.registrar.discard(request.token)
-
-    async def _commit(self, request: messages.CommitPlugin) -> messages.OnePlugin:
-        return self._one(await self._updates.commit(request.token, request.ticket))
-
     async def _update(self, request: messages.UpdatePlugin) -> messages.UpdatedPlugin:
         done = await self._updates.update(request.token, request.ticket, approve=request.approve)
         return messages.UpdatedPlugin(
@@ -209,25 +191,7 @@ class Handlers:
             differences=done.differences,
         )  # fmt: skip
 
-    async def _reject(self, request: messages.RejectPlugin) -> messages.OnePlugin:
-        return self._one(await self._updates.reject(request.name, request.ticket))
-
-    async def _roll_back(self, request: messages.RollBackPlugin) -> messages.OnePlugin:
-        return self._one(await self._updates.roll_back(request.name, request.ticket, request.to))
-
-    async def _approve(self, request: messages.ApprovePlugin) -> messages.OnePlugin:
-        return self._one(await self._updates.approve(request.name, request.ticket, request.digest))
-
-    async def _remove(self, request: messages.RemovePlugin) -> None:
-        await self._updates.remove(request.name, request.ticket)
-
-    async def _enable(self, request: messages.EnablePlugin) -> messages.OnePlugin:
-        return self._one(await self._updates.enable(request.name, request.ticket))
-
-    async def _disable(self, request: messages.DisablePlugin) -> messages.OnePlugin:
-        return self._one(await self._updates.disable(request.name))
-
-    async def _list(self, _: messages.ListPlugins) -> messages.Plugins:
+    def _list(self, _: messages.ListPlugins) -> messages.Plugins:
         # Without what is large and what the host has from ``plugin.changed``: this is asked for every listing.
         small = (replace(entry, manifest=None, effective=None) for entry in self._table.entries())
         return messages.Plugins(plugins=tuple(small))
@@ -235,25 +199,10 @@ class Handlers:
     async def _explain(self, request: messages.ExplainPolicy) -> messages.Proposal:
         return messages.Proposal(proposal=await self._updates.explain(request.name))
 
-    async def _list_services(self, _: messages.ListServices) -> messages.Services:
-        return messages.Services(services=self._services.entries())
-
-    async def _ledger(self, _: messages.GetLedger) -> messages.Ledger:
-        return messages.Ledger(ledger=tuple(control.to_json() for control in ledger(volume.check)))
-
-    async def _reload(self, _: messages.ReloadDaemon) -> messages.Reloading:
-        return messages.Reloading(generation=self._reloads.ask())
-
-    async def _generation(self, _: messages.GetGeneration) -> messages.Generation:
-        version, now = isolator.__version__, self._reloads
-        return messages.Generation(version=version, generation=now.generation, refused=now.refused)
-
-    async def _outdated(self, _: messages.ListOutdated) -> messages.OutdatedServices:
-        return messages.OutdatedServices(services=self._services.outdated())
-
-    def _one(self, plugin: Plugin) -> messages.OnePlugin:
-        return messages.OnePlugin(plugin=self._table.entry(plugin))
+    async def _one(self, changing: Awaitable[Plugin]) -> messages.OnePlugin:
+        return messages.OnePlugin(plugin=self._table.entry(await changing))
 
 
-def _running(run: Run) -> messages.Running:
+async def _running(starting: Awaitable[Run]) -> messages.Running:
+    run = await starting
     return messages.Running(run=run.id, pid=run.cage.pid)

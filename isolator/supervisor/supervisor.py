@@ -41,6 +41,7 @@ from isolator.recovery.journal import Entry, Journal
 from isolator.registration.registrar import Registrar
 from isolator.supervisor import alive
 from isolator.supervisor.alarms import Alarms, ServiceHealth
+from isolator.supervisor.background import Background
 from isolator.supervisor.fences import Fences
 from isolator.supervisor.folders import own_folder
 from isolator.supervisor.handlers import Handlers
@@ -172,6 +173,8 @@ async def running_daemon(
         for child in hanging:
             tasks.run(f"end of process {child.pid}", ended(child))
         tasks.keep("watch over the launcher", lambda: _keep_launcher(runtime, table, runners, health))
+        if {"cpu"} & {*subtree.on_v2, *subtree.v1}:
+            tasks.keep("background of the cages", lambda: _keep_background(runtime))
         stack.push_async_callback(_stop, table, services, audit)
         tickets = Tickets(paths.ticket_socket, config)
         stack.callback(tickets.close)
@@ -374,6 +377,11 @@ async def _keep_launcher(
             runners.terminate("the launcher died")
         runtime.launcher = Launcher()
         health.is_up("launcher")
+
+
+async def _keep_background(runtime: CageRuntime) -> None:
+    await runtime.launched.wait()
+    await Background(runtime.subtree, runtime.journal.leaves).keep()
 
 
 async def _take_snapshots(table: PluginTable, runners: Runners | None, interval: float) -> None:

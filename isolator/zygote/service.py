@@ -98,7 +98,6 @@ def _work_out_types() -> None:
 
 
 def main() -> None:
-    """Entry point."""
     open_standard_streams()
     sock = socket.socket(fileno=inherited()["socket"])  # behind it is room for the longer command line of a service
     gc.disable()

@@ -33,8 +33,10 @@ _SHELL = ["bash", "-euo", "pipefail", "-c"]
 WAIT = r"""
 up() { for _ in $(seq 300); do (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null && return; sleep 0.1; done; return 1; }
 trap 'kill $(jobs -p) 2>/dev/null || :' EXIT
+found() { grep "$@" | cat >/dev/null; }
 """
-"""``up PORT`` waits for a server; what still runs at the end is ended (firejail would wait for it)."""
+"""``up PORT`` waits for a server; what still runs at the end is ended (firejail would wait for it). ``found`` reads all
+that a program writes, where ``grep -q`` would end it by SIGPIPE once it has seen enough."""
 ENVIRONMENT = [f"HOME={HOME}", "LANG=C.UTF-8", "PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"]
 
 

@@ -167,7 +167,7 @@ async def test_config_is_typed_and_injected_under_both_spellings(tmp_path: Path)
     assert environment.env["ACCOUNT"] == f"{FILES_AT}/account"
     assert environment.files == {"account": "{\n}\n"}
     assert set(environment.secrets) == {"webhookUrl", "WEBHOOK_URL", "account", "ACCOUNT"}
-    shown = {item.key: item.value for item in config.listing("p1", manifest)}
+    shown = {item["key"]: item["value"] for item in config.listing("p1", manifest)}
     assert shown["webhookUrl"] is None
     assert shown["account"] is None
     assert shown["rate"] == "1.5"

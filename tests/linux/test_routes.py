@@ -75,17 +75,17 @@ def test_addresses_and_devices_are_those_that_a_library_finds(network: HostNetwo
 
 
 def test_list_that_changes_meanwhile_is_read_again(network: HostNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, marked = netlink._flagged_messages, [netlink._NLM_F_DUMP_INTR, 0]
+    real, marked = netlink._messages, [netlink._NLM_F_DUMP_INTR, 0]
 
-    def interrupted(data: bytes) -> Iterator[tuple[int, int, bytes]]:
-        for kind, flags, content in real(data):
-            yield kind, flags | marked[0], content[:0] if marked[0] else content
+    def interrupted(data: bytes) -> Iterator[tuple[int, int, int, int, bytes]]:
+        for kind, flags, turn, port, content in real(data):
+            yield kind, flags | marked[0], turn, port, content[:0] if marked[0] else content
         marked[:1] = marked[1:]
 
     query = RouteQuery()
     try:
         whole = query.dump(22, 8)
-        monkeypatch.setattr(netlink, "_flagged_messages", interrupted)
+        monkeypatch.setattr(netlink, "_messages", interrupted)
         assert query.dump(22, 8) == whole and b"" not in whole
     finally:
         query.close()

@@ -36,7 +36,24 @@ _CERTIFIED = (
     "authoring/test_certify.py::test_policy_takes_what_a_certifier_signed_or_this_host_has_made_and_nothing_else"
 )
 
+_BACKGROUND = "supervisor/test_background.py::"
+
 MUTATIONS = (
+    *_mutations(
+        "isolator/supervisor/background.py",
+        (
+            "who computes stays in the foreground",
+            "behind = rested < _RESTS_FOR if before.behind else share > COMPUTES",
+            "behind = rested < _RESTS_FOR if before.behind else share > 100",
+            f"{_BACKGROUND}test_who_computes_goes_behind_until_it_has_rested",
+        ),
+        (
+            "who was behind before a reload stays there for good",
+            "return _Seen(now, used, self._is_behind(name))",
+            "return _Seen(now, used, False)",
+            f"{_BACKGROUND}test_one_that_was_behind_before_a_reload_comes_back",
+        ),
+    ),
     *_mutations(
         "isolator/supervisor/reload/reloader.py",
         (

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from isolator.layers.cgroup.leaf import IDLE
 from isolator.layers.cgroup.subtree import find_hierarchies
 from isolator.linux.priority import FIRST
 from tests.support.cage_fixture import leaves
-from tests.system.daemon import Daemon, alive, daemon, wait_for, write_plugin
+from tests.system.daemon import ECHO, Daemon, alive, daemon, event, wait_for, write_plugin
 
 SERVICES = ("audit", "broker", "host")
 
@@ -71,3 +72,50 @@ def test_services_go_before_plugins_and_still_do_after_a_reload(shared_dir: Path
         d.cli("plugin", "start", "two")
         assert of_services(d) == services
         assert of_cages(d, "one") == of_cages(d, "two") == {0}
+
+
+COMPUTES_WHILE_ASKED = """\
+    #!/usr/bin/python3
+    import json, os, socket, threading
+    asked = threading.Event()
+    def compute():
+        while True:
+            asked.wait()
+    threading.Thread(target=compute, daemon=True).start()
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(os.environ["PLUGIN_SOCKET"])
+    server.listen(1)
+    while True:
+        connection, _ = server.accept()
+        request = json.loads(connection.recv(4096))
+        asked.clear() if asked.is_set() else asked.set()
+        reply = {"jsonrpc": "2.0", "result": {"status": "ok"}, "id": request["id"]}
+        connection.sendall(json.dumps(reply).encode() + b"\\n")
+        connection.close()
+"""
+
+
+def in_background(d: Daemon) -> dict[str, bool]:
+    """Of each plugin that runs, whether the others go before it."""
+    files = [file for group in leaves(d.root) for file in group.glob(f"*/{IDLE}")]
+    return {
+        name: file.read_text().strip() == "1"
+        for file in files
+        if (name := file.parent.name.partition(".")[0]) in ("computes", "waits")
+    }
+
+
+def test_a_plugin_that_computes_goes_behind_the_others_until_it_rests(shared_dir: Path) -> None:
+    with daemon() as d:
+        for name, script, hook in (
+            ("computes", COMPUTES_WHILE_ASKED, "deploy.completed"),
+            ("waits", ECHO, "deploy.failed"),
+        ):
+            d.cli("plugin", "add", str(write_plugin(shared_dir / name, script, hooks=[hook])), "--yes")
+            d.cli("plugin", "start", name)
+        d.cli("event", "emit", "deploy.completed", event(1), "--wait")
+        wait_for(lambda: in_background(d) == {"computes": True, "waits": False}, what="it computes in the foreground")
+        d.cli("reload")
+        assert in_background(d)["computes"]
+        d.cli("event", "emit", "deploy.completed", event(2), "--wait")
+        wait_for(lambda: not in_background(d)["computes"], what="it rests, and stays behind")

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """A report as JSON."""
     return {
         "plugin": report.plugin, "version": report.version, "mode": report.mode, "digest": report.digest,
         "ok": report.ok, "whole": report.whole,

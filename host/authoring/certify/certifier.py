@@ -98,7 +98,6 @@ class DeadEnd:
         self._answering.set()
 
     def close(self) -> None:
-        """Close it."""
         self._answering.set()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)

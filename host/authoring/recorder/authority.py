@@ -53,7 +53,6 @@ class Authority:
 
     @property
     def pem(self) -> str:
-        """Its certificate."""
         return self._certificate.public_bytes(serialization.Encoding.PEM).decode()
 
     def context(self, host: str) -> ssl.SSLContext:

@@ -190,7 +190,6 @@ class _Http:
         return cast("h11.Event | type[h11.PAUSED]", event)
 
     def send(self, event: h11.Event) -> None:
-        """Send one event."""
         data = self.state.send(event)
         if data:
             self._connection.sendall(data)
@@ -233,7 +232,6 @@ class _Upstream:
         self._connection: socket.socket | None = None
 
     def close(self) -> None:
-        """Close the connection."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None

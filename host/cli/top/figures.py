@@ -122,7 +122,6 @@ class Figures:
         psutil.cpu_percent()
 
     def close(self) -> None:
-        """Close the connection."""
         self._client.close()
 
     def moment(self) -> Moment:

@@ -86,10 +86,6 @@ def _share(used: float | None, cap: float | None, form: Callable[[float | None],
     return text.append(f"/{form(cap)}{unit}", "dim") if cap is not None else text
 
 
-def _denials(row: Row) -> Text:
-    return Text(rate(row.denials), "yellow" if row.denials else "")
-
-
 COLUMNS = (
     Column("name", "n", "NAME", lambda row: Text(safe(row.name))),
     Column("state", "s", "STATE", _state),
@@ -99,7 +95,7 @@ COLUMNS = (
     Column("events", "e", "EV/S", lambda row: Text(rate(row.events_per_s))),
     Column("queue", "w", "QUEUE", lambda row: Text(rate(row.queue))),
     Column("latency", "l", "P99", lambda row: Text(span(row.latency_p99_us))),
-    Column("denials", "d", "DENIED", _denials),
+    Column("denials", "d", "DENIED", lambda row: Text(rate(row.denials), "yellow" if row.denials else "")),
     Column("egress", "b", "NET/S", lambda row: Text(size(row.egress_per_s))),
 )
 BY_LETTER = {column.letter: column for column in COLUMNS}

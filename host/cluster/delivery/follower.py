@@ -53,7 +53,7 @@ class TypesFollower(Protocol):
 
 
 class QueueFollower:
-    """Keeps the cursors and lanes of this host in step with the log.
+    """The ``Follower`` of this host, which keeps its cursors and lanes in step with the log.
 
     ``ready`` names the plugins that this host could hold: it has the version that the cluster uses. ``lost_events``
     gets what its plugins will never get. ``types`` follows the log beside it.
@@ -117,13 +117,11 @@ class QueueFollower:
     # What the node reads
 
     def applied(self, db: sqlite3.Connection, place: int, time: float, entries: Sequence[Applied]) -> None:
-        """See ``Follower``."""
         self._queue.places.apply(db, place, time, entries)
         if self._types is not None:
             self._types.applied(db, entries)
 
     def kept(self, place: int, time: float, entries: Sequence[Applied]) -> None:
-        """See ``Follower``."""
         if place <= self._place:  # the log is read once more
             for own in self._own.values():
                 own.at, own.behind = BEGIN, True
@@ -191,14 +189,12 @@ class QueueFollower:
             self._gate(name)
 
     def read_up(self) -> None:
-        """See ``Follower``."""
         self._is_read = True
         self._consider()
         for plugin in self._here:
             self._begin_own(plugin)
 
     def held(self, shard: Shard, epoch: int, position: Position) -> None:
-        """See ``Follower``."""
         before = self._held.pop(shard, None)
         if before is not None:
             self._queue.move(before.open.values())
@@ -223,7 +219,6 @@ class QueueFollower:
         self.look()
 
     def lost(self, shard: Shard, why: str) -> None:
-        """See ``Follower``."""
         cursor = self._held.pop(shard, None)
         self._draining.discard(shard)
         if cursor is not None:
@@ -231,30 +226,25 @@ class QueueFollower:
             self._gate(shard[0])
 
     def renumbered(self, db: sqlite3.Connection, events: Sequence[tuple[EventRef, EventRef]]) -> None:
-        """See ``Follower``."""
         self._queue.places.renumbered(db, events)
 
     def again(self, db: sqlite3.Connection) -> None:
-        """See ``Follower``."""
         self._queue.places.again(db)
         if self._types is not None:
             self._types.again(db)
 
     def adopted(self, db: sqlite3.Connection, before: State) -> None:
-        """See ``Follower``."""
         self._queue.places.adopted(db, before)
         if self._types is not None:
             self._types.again(db)
 
     def left(self, db: sqlite3.Connection) -> None:
-        """See ``Follower``."""
         self._mine.clear(db)
         self._alone.clear(db)
         if self._types is not None:
             self._types.left(db)
 
     def fenced(self, over: bool) -> None:
-        """See ``Follower``."""
         self._acting = not over
         if self._types is not None and not over:
             self._types.follow(complete=True)
@@ -266,7 +256,6 @@ class QueueFollower:
         self._queue.look()
 
     async def drain(self, shard: Shard) -> None:
-        """See ``Follower``."""
         held = self._held.get(shard)
         if held is None:
             return
@@ -279,22 +268,18 @@ class QueueFollower:
                     await self._queue.settled()
 
     def positions(self) -> Sequence[Position]:
-        """See ``Follower``."""
         return [position for held in self._held.values() if (position := held.to_write()) is not None]
 
     def here(self) -> Sequence[str]:
-        """See ``Follower``."""
         return [*self._here]
 
     def ready(self) -> Sequence[str]:
-        """See ``Follower``."""
         ready = [*self._ready()]
         known = self._node.state.plugins
         self._lacking = self._queue.places.lacking(one for one in ready if one in known and self._is_of_one(one))
         return [name for name in ready if name not in self._lacking]
 
     def lacking(self) -> Sequence[str]:
-        """See ``Follower``."""
         return [*self._lacking]
 
     # What is lost

@@ -27,13 +27,11 @@ class Names:
         return plugin in self._names
 
     def add(self, plugin: str) -> None:
-        """Keep a name."""
         if plugin not in self._names:
             self._names.add(plugin)
             self._store.submit(lambda db: db.execute(f"INSERT OR IGNORE INTO {self._table} VALUES (?)", (plugin,)))
 
     def discard(self, plugin: str) -> None:
-        """Forget a name."""
         if plugin in self._names:
             self._names.discard(plugin)
             self._store.submit(lambda db: db.execute(f"DELETE FROM {self._table} WHERE plugin=?", (plugin,)))

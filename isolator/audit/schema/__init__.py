@@ -13,88 +13,20 @@ record: declare its type in the module of its likes, record it, and run ``python
 Sizes are in bytes; SHA-256 are 64 hex digits; ``*_us`` are microseconds; a *digest* is the SHA-256 of a plugin's files.
 """
 
+# ruff: noqa: F403, F405  # all that these modules declare is a record, or what records are made of
+
 from __future__ import annotations
 
 from isolator.audit.schema import control, daemon, events, network, runs, tools, trail, versions
-from isolator.audit.schema.base import (
-    ABSENT,
-    AUDIT,
-    BROKER,
-    HOST,
-    IDENTIFIERS,
-    MAX_ID,
-    SENDERS,
-    SUPERVISOR,
-    ApiVerdict,
-    Field,
-    RecordData,
-    Summed,
-)
-from isolator.audit.schema.control import (
-    ApiCalled,
-    ConfigChanged,
-    ControlCalled,
-    ControlShut,
-    FsDenied,
-    SecretInjected,
-    SyscallDenied,
-)
-from isolator.audit.schema.daemon import (
-    BackupRestored,
-    BackupTaken,
-    ClusterProblem,
-    DaemonReloaded,
-    DatabaseDamaged,
-    HostStarted,
-    HostStopped,
-    Resources,
-    ServiceEnded,
-)
-from isolator.audit.schema.events import (
-    EventAccepted,
-    EventCancelled,
-    EventDead,
-    EventDispatched,
-    EventLost,
-    EventQuarantined,
-    EventReplayed,
-    EventResponse,
-    EventRetried,
-    EventSkipped,
-)
-from isolator.audit.schema.network import NetClosed, NetConnect, NetDenied, NetQuery
-from isolator.audit.schema.runs import (
-    CageStarted,
-    CageStopped,
-    ExecEnded,
-    ExecStarted,
-    PluginCrashed,
-    PluginFailed,
-    PluginFrozen,
-    PluginHealth,
-    PluginLost,
-    PluginPaused,
-    PluginQuarantined,
-    PluginResumed,
-    PluginStarted,
-    PluginStopped,
-    PluginThawed,
-    RunEnded,
-    RunStarted,
-)
-from isolator.audit.schema.tools import ToolCalled, ToolsApproved, ToolStarted
-from isolator.audit.schema.trail import RETENTION, AuditGap, AuditSeal, AuditSummary
-from isolator.audit.schema.versions import (
-    PackageResolved,
-    PluginAdded,
-    PluginApproved,
-    PluginDeclined,
-    PluginPending,
-    PluginRejected,
-    PluginRemoved,
-    PluginRolledBack,
-    PluginUpdated,
-)
+from isolator.audit.schema.base import *
+from isolator.audit.schema.control import *
+from isolator.audit.schema.daemon import *
+from isolator.audit.schema.events import *
+from isolator.audit.schema.network import *
+from isolator.audit.schema.runs import *
+from isolator.audit.schema.tools import *
+from isolator.audit.schema.trail import *
+from isolator.audit.schema.versions import *
 
 RECORDS: dict[str, type[RecordData]] = {
     kind.TYPE: kind
@@ -109,84 +41,3 @@ def may_write(source: str, type: str) -> bool:
     """Whether the process ``source`` may write records of ``type``."""
     kind = RECORDS.get(type)
     return kind is not None and source in kind.SOURCES
-
-
-__all__ = [
-    "ABSENT",
-    "AUDIT",
-    "BROKER",
-    "HOST",
-    "IDENTIFIERS",
-    "MAX_ID",
-    "RECORDS",
-    "RETENTION",
-    "SENDERS",
-    "SUPERVISOR",
-    "ApiCalled",
-    "ApiVerdict",
-    "AuditGap",
-    "AuditSeal",
-    "AuditSummary",
-    "BackupRestored",
-    "BackupTaken",
-    "CageStarted",
-    "CageStopped",
-    "ClusterProblem",
-    "ConfigChanged",
-    "ControlCalled",
-    "ControlShut",
-    "DaemonReloaded",
-    "DatabaseDamaged",
-    "EventAccepted",
-    "EventCancelled",
-    "EventDead",
-    "EventDispatched",
-    "EventLost",
-    "EventQuarantined",
-    "EventReplayed",
-    "EventResponse",
-    "EventRetried",
-    "EventSkipped",
-    "ExecEnded",
-    "ExecStarted",
-    "Field",
-    "FsDenied",
-    "HostStarted",
-    "HostStopped",
-    "NetClosed",
-    "NetConnect",
-    "NetDenied",
-    "NetQuery",
-    "PackageResolved",
-    "PluginAdded",
-    "PluginApproved",
-    "PluginCrashed",
-    "PluginDeclined",
-    "PluginFailed",
-    "PluginFrozen",
-    "PluginHealth",
-    "PluginLost",
-    "PluginPaused",
-    "PluginPending",
-    "PluginQuarantined",
-    "PluginRejected",
-    "PluginRemoved",
-    "PluginResumed",
-    "PluginRolledBack",
-    "PluginStarted",
-    "PluginStopped",
-    "PluginThawed",
-    "PluginUpdated",
-    "RecordData",
-    "Resources",
-    "RunEnded",
-    "RunStarted",
-    "SecretInjected",
-    "ServiceEnded",
-    "Summed",
-    "SyscallDenied",
-    "ToolCalled",
-    "ToolStarted",
-    "ToolsApproved",
-    "may_write",
-]

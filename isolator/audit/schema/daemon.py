@@ -139,6 +139,8 @@ class Resources(RecordData):
     """Time that ``cpu`` of the policy kept it waiting."""
     throttled: int = ABSENT
     """Periods in which it was kept waiting."""
+    background: int = ABSENT
+    """1: it computes, and the other plugins go first on a contended processor; 0: it does not."""
     memory: int = ABSENT
     memory_peak: int = ABSENT
     swap: int = ABSENT

@@ -37,6 +37,9 @@ SERVICE_WEIGHT = 1_000
 """``cpu.weight`` of a service's leaf; a cage's is the kernel's 100. Beside any number of cages that use all that they
 are granted, a service that has little to do waits for one of them at most, not for its turn among all."""
 
+IDLE = "cpu.idle"
+"""File, in v1 as in v2, by which the other groups of a level go first (Linux 5.15, isolator.supervisor.background)."""
+
 _MIN_QUOTA_US = 1_000  # the kernel refuses less
 
 

@@ -2,8 +2,8 @@
 
     python3 -I -c 'import sys; sys.path.insert(0, "/run/isolator"); from probe.battery import main; main()' JSON
 
-JSON is ``{"promise": {...}, "names": [...], "inline": false}``. Inline, for cages that may start no process, the
-attempts are made by this very process: one a cage, as whatever kills the attempt ends it.
+JSON is ``{"promise": {...}, "numbers": {...}, "names": [...], "inline": false}``. Inline, for cages that may start no
+process, the attempts are made by this very process: one a cage, as whatever kills the attempt ends it.
 
 An attempt that outlives its time limit is killed with its children and reported as broken, as is one that fails in a
 way that nobody foresaw: neither counts as held.
@@ -22,12 +22,12 @@ from typing import Any
 _START = [int(name) for name in os.listdir("/proc/self/fd")] if os.path.isdir("/proc/self/fd") else []
 
 from . import bombs, files, kernel, network, processes, reach  # noqa: E402, F401  # each declares its attempts
-from .kit import ATTEMPTS, Attempt, Held, Promise  # noqa: E402
+from .kit import ATTEMPTS, NUMBERS, Attempt, Held, Promise  # noqa: E402
 
 
 def main() -> None:
-    """Entry point."""
     task = json.loads(sys.argv[1])
+    NUMBERS.update(task["numbers"])
     descriptors = [fd for fd in _START if _is_open(fd)]
     promise = Promise(**task["promise"], init=os.getppid(), descriptors=descriptors)
     for name in task["names"]:
@@ -45,13 +45,7 @@ def _is_open(fd: int) -> bool:
 
 
 def _result(attempt: Attempt, promise: Promise) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "name": attempt.name,
-        "layer": attempt.layer,
-        "title": attempt.title,
-        "errno": None,
-        "detail": "",
-    }
+    found = _blank(attempt)
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -73,7 +67,6 @@ def _result(attempt: Attempt, promise: Promise) -> dict[str, Any]:
         if attempt.alone and status == -signal.SIGKILL:
             time.sleep(attempt.seconds)  # for want of memory the cage is about to end, which tells more
         found |= {"outcome": "broken", "detail": f"it ended with {status}"}
-    found["succeeded"] = found["outcome"] == "through"
     return found
 
 
@@ -81,7 +74,7 @@ def _inline(attempt: Attempt, promise: Promise) -> dict[str, Any]:
     signal.alarm(int(attempt.seconds) + 1)  # ends this process, which is reported as broken
     found = _blank(attempt) | _outcome(attempt, promise)
     signal.alarm(0)
-    return {**found, "succeeded": found["outcome"] == "through"}
+    return found
 
 
 def _blank(attempt: Attempt) -> dict[str, Any]:

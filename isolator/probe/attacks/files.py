@@ -11,7 +11,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from .kit import Held, Promise, attempt, syscall
+from .kit import Held, Promise, attempt, step, syscall
 
 _MIB = 1 << 20
 
@@ -316,8 +316,10 @@ def file_capability(promise: Promise) -> str:
     return "the attribute was set"
 
 
-def _fill(folder: str, limit: int) -> int:
-    """Allocate beyond ``limit`` bytes in ``folder``; returns how much there is when something refuses."""
+def _fill(folder: str, limit: int, what: str = "") -> str:
+    """Allocate beyond ``limit`` bytes in ``folder``; ``what``: its kind, where a cage may have none."""
+    if what and not os.path.isdir(folder):
+        raise Held(f"this cage has no {what} folder")
     fd = os.open(f"{folder}/probe-fill", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
     step, written = 256 * 1024, 0
     try:
@@ -331,31 +333,21 @@ def _fill(folder: str, limit: int) -> int:
     finally:
         os.close(fd)
         os.unlink(f"{folder}/probe-fill")
-    return written
+    return f"{written / _MIB:g} MiB in {folder}"
 
 
-@attempt("filesystem", "fill /tmp beyond its cap", alone=True, seconds=20)
-def fill_tmp(promise: Promise) -> str:
-    return f"{_fill('/tmp', promise.tmp) / _MIB:g} MiB in /tmp"
-
-
-@attempt("filesystem", "fill /dev/shm beyond its cap", alone=True, seconds=20)
-def fill_shm(promise: Promise) -> str:
-    return f"{_fill('/dev/shm', promise.shm) / _MIB:g} MiB in /dev/shm"
-
-
-@attempt("filesystem", "fill the state folder beyond its cap", seconds=20)
-def fill_state(promise: Promise) -> str:
-    if not os.path.isdir("/state"):
-        raise Held("this cage has no state folder")
-    return f"{_fill('/state', promise.state) / _MIB:g} MiB in /state"
-
-
-@attempt("filesystem", "fill the socket folder beyond its cap")
-def fill_socket_folder(promise: Promise) -> str:
-    if not os.path.isdir("/run/isolator/plugin"):
-        raise Held("this cage has no socket folder")
-    return f"{_fill('/run/isolator/plugin', 64 * 1024) / _MIB:g} MiB in /run/isolator/plugin"
+attempt("filesystem", "fill /tmp beyond its cap", name="fill-tmp", alone=True, seconds=20)(
+    lambda promise: _fill("/tmp", promise.tmp)
+)
+attempt("filesystem", "fill /dev/shm beyond its cap", name="fill-shm", alone=True, seconds=20)(
+    lambda promise: _fill("/dev/shm", promise.shm)
+)
+attempt("filesystem", "fill the state folder beyond its cap", name="fill-state", seconds=20)(
+    lambda promise: _fill("/state", promise.state, "state")
+)
+attempt("filesystem", "fill the socket folder beyond its cap", name="fill-socket-folder")(
+    lambda _: _fill("/run/isolator/plugin", 64 * 1024, "socket")
+)
 
 
 @attempt("filesystem", "use up the inodes of /tmp", seconds=20)
@@ -385,10 +377,10 @@ def machine_id(promise: Promise) -> str:
     return "it is the host's"
 
 
-@attempt("landlock", "write to a file of /proc, which no grant names")
-def write_proc(promise: Promise) -> str:
-    os.close(os.open("/proc/self/oom_score_adj", os.O_WRONLY))
-    return "/proc/self/oom_score_adj opened for writing"
+step(
+    "landlock", "write-proc", "write to a file of /proc, which no grant names",
+    lambda: os.close(os.open("/proc/self/oom_score_adj", os.O_WRONLY)), "/proc/self/oom_score_adj opened for writing",
+)  # fmt: skip
 
 
 @attempt("landlock", "reopen a standard stream for writing through /proc")

@@ -13,7 +13,7 @@ import struct
 import termios
 from collections.abc import Callable
 
-from .kit import X86, Held, Promise, attempt, last_error, libc, syscall
+from .kit import X86, Held, Promise, attempt, last_error, libc, step, syscall
 
 _NAMESPACES = {
     "user": 0x10000000,
@@ -30,22 +30,16 @@ _FILES = {"mount": "mnt", "network": "net"}
 # --- mounts --------------------------------------------------------------------------------------------------
 
 
-@attempt("seccomp", "mount a file system", name="mount")
-def mount_(promise: Promise) -> str:
-    syscall("mount", b"none", b"/tmp", b"tmpfs", 0, None)
-    return "a tmpfs on /tmp"
-
-
-@attempt("seccomp", "unmount a part of the view")
-def unmount(promise: Promise) -> str:
-    syscall("umount2", b"/dev/shm", 2)
-    return "/dev/shm is gone"
-
-
-@attempt("seccomp", "make /usr writable")
-def remount_writable(promise: Promise) -> str:
-    syscall("mount", None, b"/usr", None, 0x1000 | 0x20, None)  # MS_BIND | MS_REMOUNT, without MS_RDONLY
-    return "/usr was mounted read-write"
+step(
+    "seccomp", "mount", "mount a file system", lambda: syscall("mount", b"none", b"/tmp", b"tmpfs", 0, None),
+    "a tmpfs on /tmp",
+)  # fmt: skip
+step("seccomp", "unmount", "unmount a part of the view", lambda: syscall("umount2", b"/dev/shm", 2), "/dev/shm is gone")
+step(
+    "seccomp", "remount-writable", "make /usr writable",
+    lambda: syscall("mount", None, b"/usr", None, 0x1000 | 0x20, None),  # MS_BIND | MS_REMOUNT, without MS_RDONLY
+    "/usr was mounted read-write",
+)  # fmt: skip
 
 
 @attempt("seccomp", "mount with the descriptor-based calls")

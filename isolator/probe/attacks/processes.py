@@ -12,7 +12,7 @@ import socket
 import time
 from pathlib import Path
 
-from .kit import Held, Promise, attach_segment, attempt, libc, set_limit, syscall
+from .kit import Held, Promise, attach_segment, attempt, libc, set_limit, step, syscall
 
 _PTRACE_ATTACH, _PTRACE_DETACH = 16, 17
 _SHM_RDONLY = 0o10000
@@ -148,10 +148,7 @@ def other_processes_in_proc(promise: Promise) -> str:
 # --- identity ------------------------------------------------------------------------------------------------
 
 
-@attempt("user", "become root", name="become-root")
-def become_root(promise: Promise) -> str:
-    os.setresuid(0, 0, 0)
-    return "uid 0"
+step("user", "become-root", "become root", lambda: os.setresuid(0, 0, 0), "uid 0")
 
 
 @attempt("user", "become another user")
@@ -160,10 +157,7 @@ def become_another(promise: Promise) -> str:
     return f"uid {promise.uid + 1}"
 
 
-@attempt("user", "join root's group")
-def join_group(promise: Promise) -> str:
-    os.setgroups([0])
-    return "group 0"
+step("user", "join-group", "join root's group", lambda: os.setgroups([0]), "group 0")
 
 
 @attempt("user", "have another identity than its own")
@@ -189,16 +183,14 @@ def raise_limit(promise: Promise) -> str:
     return f"{hard + 1} open files"
 
 
-@attempt("capabilities", "run before everybody else")
-def raise_priority(promise: Promise) -> str:
-    os.setpriority(os.PRIO_PROCESS, 0, -10)
-    return "nice -10"
-
-
-@attempt("capabilities", "run in real time")
-def real_time(promise: Promise) -> str:
-    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-    return "SCHED_FIFO"
+step(
+    "capabilities", "raise-priority", "run before everybody else",
+    lambda: os.setpriority(os.PRIO_PROCESS, 0, -10), "nice -10",
+)  # fmt: skip
+step(
+    "capabilities", "real-time", "run in real time",
+    lambda: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1)), "SCHED_FIFO",
+)  # fmt: skip
 
 
 @attempt("no_new_privs", "gain rights from a set-user-ID program")

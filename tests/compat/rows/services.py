@@ -130,7 +130,7 @@ git clone -q "ssh://author@$HOST:2223/tmp/srv.git" work 2>/dev/null
 cd work
 git commit -q --allow-empty -m first
 git push -q origin HEAD
-git ls-remote -q | grep -q refs/heads
+git ls-remote -q | found refs/heads
 """, packages="git openssh-server openssh-client"),
     Service("git over the git protocol", "clone", 9418, r"""
 export GIT_CONFIG_GLOBAL=/tmp/config

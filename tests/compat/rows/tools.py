@@ -151,14 +151,14 @@ test "$(ffprobe -v error -select_streams v -show_entries stream=width -of csv=p=
 """, flags="--memory 512M", packages="ffmpeg"),
     Program("SoX", "make and measure a sound", r"""
 sox -n x.wav synth 1 sine 440
-soxi -D x.wav | grep -q '^1\.'
+soxi -D x.wav | found '^1\.'
 """, packages="sox"),
     Program("ImageMagick", "draw text, convert", r"""
 /usr/bin/convert-im6.q16 -size 200x60 xc:white -font DejaVu-Sans -pointsize 20 -draw 'text 10,30 "grün"' x.png
 test "$(/usr/bin/identify-im6.q16 -format '%w' x.png)" = 200
 """, packages="imagemagick fonts-dejavu-core fontconfig"),
     Program("fontconfig", "find a font that is installed", r"""
-fc-match -f '%{family}' 'DejaVu Sans' | grep -q 'DejaVu Sans'
+fc-match -f '%{family}' 'DejaVu Sans' | found 'DejaVu Sans'
 """, packages="fontconfig fonts-dejavu-core"),
     Program("Ghostscript", "PostScript to PDF", r"""
 printf '%%!\n/Helvetica findfont 20 scalefont setfont 100 100 moveto (hi) show showpage\n' >x.ps
@@ -168,13 +168,13 @@ test -s x.pdf
     Program("Poppler and qpdf", "text and pages of a PDF", r"""
 printf '%%!\n/Helvetica findfont 20 scalefont setfont 100 100 moveto (hello) show showpage\n' >x.ps
 gs -q -dNOPAUSE -dBATCH -sDEVICE=pdfwrite -sOutputFile=x.pdf x.ps
-pdftotext x.pdf - | grep -q hello
+pdftotext x.pdf - | found hello
 test "$(qpdf --show-npages x.pdf)" = 1
 """, packages="poppler-utils qpdf ghostscript"),
     Program("Tesseract", "read text off an image", r"""
 export OMP_THREAD_LIMIT=1
 /usr/bin/convert-im6.q16 -size 400x100 xc:white -font DejaVu-Sans -pointsize 48 -draw 'text 20,65 "HELLO"' x.png
-tesseract x.png - 2>/dev/null | grep -q HELLO
+tesseract x.png - 2>/dev/null | found HELLO
 """, flags="--memory 512M", packages="tesseract-ocr imagemagick fonts-dejavu-core"),
     Program("Graphviz", "lay out a graph as SVG", r"""
 echo 'digraph { a -> b -> c }' | dot -Tsvg >x.svg
@@ -239,9 +239,9 @@ grep -q three x
     Program("ps, free, uptime, top", "processes of the cage, and nothing missing", r"""
 ps -e -o comm= | sort -u >seen
 test "$(ps -e | wc -l)" -lt 12
-free -m | grep -q '^Mem:'
+free -m | found '^Mem:'
 uptime >/dev/null
-TERM=dumb top -b -n 1 | grep -q top
+TERM=dumb top -b -n 1 | found top
 vmstat >/dev/null
 """, packages="procps"),
     Program("free", "the cap as the machine's memory", r"""
@@ -261,14 +261,14 @@ lscpu >/dev/null
 getconf _NPROCESSORS_ONLN >/dev/null
 """, packages="util-linux coreutils"),
     Program("ip", "the cage's own interface", r"""
-ip -o link | grep -q '^1: lo'
+ip -o link | found '^1: lo'
 test "$(ip -o link | wc -l)" = 1
-ip -o addr | grep -q 127.0.0.1
+ip -o addr | found 127.0.0.1
 """, packages="iproute2"),
     Program("ss", "the cage's own sockets, from `/proc` (it says that its netlink family is refused)", r"""
 python3 -m http.server -b 127.0.0.1 8000 >log 2>&1 &
 up 8000
-ss -ltn | grep -q ':8000'
+ss -ltn | found ':8000'
 """, packages="iproute2"),
     Program("BusyBox", "a shell and applets in one static binary", r"""
 busybox sh -euc 'busybox seq 10 | busybox awk "{s += \$1} END {exit s != 55}"; busybox httpd -p 127.0.0.1:8000 -h /tmp'
