@@ -4,6 +4,9 @@ A sync is begun on the event loop and ends there (``isolator.linux.aio``); no th
 from the loop in between. Where the kernel does not offer that, the helper thread syncs. The same thread makes the
 checkpoints, on a connection of its own, so that they never hold up the loop.
 
+The kernel's worker that syncs is bound to the loop's processor, and may have to wait until the loop has nothing else to
+do. So the disk gets the write of an event that comes alone before that.
+
 A log that grows takes the file system's journal along with each sync, which costs half as much again. So it is made as
 large at the start as it gets between two checkpoints; zeros after the last frame are no frame to SQLite, as the frames
 of an earlier round are none.
