@@ -39,6 +39,14 @@ def queue_class(cluster: Cluster | None) -> Callable[..., SqliteQueue]:
     return functools.partial(ClusterQueue, host=cluster.name)
 
 
+def accepted_here(db: sqlite3.Connection) -> str:
+    """Condition of events ``e`` that were not accepted by another host of a cluster, which this one may have left."""
+    if not db.execute("SELECT 1 FROM sqlite_master WHERE name='cluster_self'").fetchone():
+        return ""
+    other = "SELECT 1 FROM cluster_events c, cluster_self s WHERE c.seq=e.seq AND c.plugin IS NULL AND c.host<>s.host"
+    return f" AND NOT EXISTS ({other})"
+
+
 def new_member(
     cluster: Cluster | None,
     store: Store,

@@ -16,7 +16,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from host.composition.cluster import cluster_of, new_member, queue_class
+from host.composition.cluster import accepted_here, cluster_of, new_member, queue_class
 from host.composition.handover import HostState
 from host.composition.introduction import HostParts, Introduction
 from host.control.alarms import Alarms
@@ -50,13 +50,16 @@ from host.host_api.methods import KeyValue
 from host.intake.intake import EventIntake, EventRecords
 from host.intake.jobs import Jobs
 from host.intake.operational import OperationalEvents
+from host.intake.unrecorded import unrecorded
 from host.lifecycle.lifecycle import PluginLifecycle
 from host.lifecycle.supervisor_link import SupervisorLink
 from host.plugins.environments import Environments
 from host.plugins.logs import Logs
 from host.plugins.registry import Registry, load_event_types
 from host.plugins.secrets import ConfigStore
+from host.queue.beside_trail import compare
 from host.queue.owed import Debts
+from host.queue.rows import newest_number
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ConfigChanged, DatabaseDamaged
 from isolator.errors import IsolatorError
@@ -71,6 +74,8 @@ ASKED_AGAIN = frozenset({messages.GetEnvironment.op, messages.DrainRun.op, messa
 """Requests of the supervisor's, which repeats them if they are broken off."""
 SETTLE, SETTLE_BEAT = 2.0, 0.005
 """Seconds for which a host that leaves waits for what it cannot hand on, and between two looks at that."""
+OWED = 1.0
+"""Seconds for which nothing is sent while records are made that the trail is owed: what they tell of goes on then."""
 
 if TYPE_CHECKING:
     from host.mcp.servers import Servers
@@ -129,10 +134,15 @@ class Host:
         registry = self._registry = Registry(catalogue, store)
 
         records = EventRecords(audit.record)
+        held = store.read(newest_number)
+        compared = compare(paths.audit_log, held)
+        alarms.note_missing(compared)
+        self._unrecorded = store.read(lambda db: unrecorded(db, compared, accepted_here(db))) if before is None else []
+        """Records that the trail may lack."""
         cluster = cluster_of(settings.cluster, store)
         queue = self._queue = queue_class(cluster)(
             store,
-            after=alarms.hold_against_the_trail(paths.audit_log),
+            after=max(held, compared.number),
             in_flight={worker.plugin: worker.in_flight for worker in before.workers} if before is not None else None,
             on_accepted=records.accepted,
             on_ready=self._begin_attempts,
@@ -153,11 +163,12 @@ class Host:
         api = self._api = parts.api(registry, audit, values, logs, config.redactor, fences)
         watches = self._watches = Watches(registry, channel, audit)
         environments = self._environments = Environments(config, registry, audit)
+        self._gate = DispatchGate(audit, store, halt_without_audit=wait_for_trail)
         dispatcher = self._dispatcher = Dispatcher(
             supervisor=channel,
             queue=queue,
             attempts=self._attempts,
-            gate=DispatchGate(audit, store, halt_without_audit=wait_for_trail),
+            gate=self._gate,
             registry=registry,
             catalogue=catalogue,
             audit=audit,
@@ -216,7 +227,7 @@ class Host:
                 elsewhere,
             ).endpoints(),
             *registrations.endpoints(),
-            *ConfigVerbs(registry, config, lifecycle, audit).endpoints(),
+            *ConfigVerbs(registry, config, lifecycle, debts).endpoints(),
             *DaemonVerbs(link, registry, queue, audit, store, alarms, dispatcher, paths.audit_log).endpoints(),
             *trail.endpoints(),
             *searches.endpoints(),
@@ -238,7 +249,7 @@ class Host:
 
             pins, use = Pins(self._store), self._dispatcher.in_use
             self._servers = Servers(
-                self._channel, self._registry, self._audit, pins, self._config.redactor, use, self._fences
+                self._channel, self._registry, self._audit, pins, self._config.redactor, use, self._fences, self._debts
             )
         return self._servers
 
@@ -264,12 +275,13 @@ class Host:
         """Take over the plugins, accept commands, and start eager plugins."""
         self._fences.adopt(introduction.fences)
         self._alarms.supervisor = introduction.alarms
+        if (finding := self._debts.find(self._unrecorded)) is not None:
+            self._gate.hold(finding, OWED)
         for entry in introduction.plugins:
             await self._lifecycle.adopt(entry)
         if self._member is not None:
             await self._member.start()
         self._jobs.start()
-        self._debts.find()
         self._lifecycle.drop_unsettled_values()
         if introduction.listener is not None:
             await self._control.start(introduction.listener)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from host.database.store import Store
-from host.queue import rows
-from host.queue.missing import missing
+from host.queue.beside_trail import Compared
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import DatabaseDamaged
 from isolator.policy.host import without_trail
@@ -31,18 +29,15 @@ class Alarms:
         """Add an alarm that stands as long as this process."""
         self._noted.append(line)
 
-    def hold_against_the_trail(self, trail: Path) -> int:
-        """Return the number of the newest accepted event, by the trail; an alarm if the database does not have it."""
-        held = self._store.read(rows.newest_number)
-        lost = missing(trail, held)
-        if not lost.count:
-            return held
-        why = f"{lost.count} accepted events are on the trail and not in {self._store.path}, up to {lost.last}"
+    def note_missing(self, found: Compared) -> None:
+        """Add an alarm if the database lacks accepted events that are on the trail."""
+        if not found.missing:
+            return
+        why = f"{found.missing} accepted events are on the trail and not in {self._store.path}, up to {found.last}"
         remedy = "it was damaged or restored from before; have the platform emit them again"
         _logger.critical("ALARM: %s; %s", why, remedy)
-        self._audit.record(DatabaseDamaged(why=remedy.partition(";")[0], missing=lost.count, last=lost.last))
+        self._audit.record(DatabaseDamaged(why=remedy.partition(";")[0], missing=found.missing, last=found.last))
         self.note(f"{why}; {remedy}")
-        return lost.number
 
     def lines(self) -> list[str]:
         """The alarms at this moment, one line each."""

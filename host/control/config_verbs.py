@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sqlite3
 from typing import cast
 
 from host.control import config_types
@@ -9,7 +11,7 @@ from host.control.endpoints import Caller, Verbs, serves
 from host.lifecycle.lifecycle import PluginLifecycle
 from host.plugins.registry import Registry
 from host.plugins.secrets import ConfigStore
-from isolator.audit.client import AuditClient
+from host.queue.owed import Debts, Owed, owed
 from isolator.audit.schema import ConfigChanged
 from isolator.errors import IsolatorError
 
@@ -17,8 +19,8 @@ from isolator.errors import IsolatorError
 class ConfigVerbs(Verbs):
     """Config of registered plugins, and the key that encrypts it."""
 
-    def __init__(self, registry: Registry, config: ConfigStore, lifecycle: PluginLifecycle, audit: AuditClient) -> None:
-        self._registry, self._config, self._lifecycle, self._audit = registry, config, lifecycle, audit
+    def __init__(self, registry: Registry, config: ConfigStore, lifecycle: PluginLifecycle, debts: Debts) -> None:
+        self._registry, self._config, self._lifecycle, self._debts = registry, config, lifecycle, debts
 
     @serves(config_types.ConfigList)
     async def list_items(self, request: config_types.ConfigList, _: Caller) -> config_types.ConfigItems:
@@ -30,20 +32,30 @@ class ConfigVerbs(Verbs):
         plugin = self._registry.need(request.name)
         if plugin.manifest is None:
             raise IsolatorError(f"plugin {plugin.name}", plugin.error or "its manifest cannot be read")
-        await self._config.set(plugin.name, plugin.manifest, request.config)
         keys = sorted(request.config)
-        self._audit.record(ConfigChanged(names=keys, by=caller.by), plugin=plugin.name)
+        changed = [owed(ConfigChanged(names=keys, by=caller.by), plugin.name)]
+        note = functools.partial(self._debts.note, records=changed)
+        await self._config.set(plugin.name, plugin.manifest, request.config, beside=note)
+        self._debts.pay(changed)
         return {"restarted": await self._lifecycle.restart_for_config(plugin, keys)}
 
     @serves(config_types.ConfigUnset)
     async def unset_value(self, request: config_types.ConfigUnset, caller: Caller) -> config_types.ConfigChange:
         plugin = self._registry.need(request.name)
-        await self._config.unset(plugin.name, request.key)
-        self._audit.record(ConfigChanged(names=[request.key], by=caller.by), plugin=plugin.name)
+        changed = [owed(ConfigChanged(names=[request.key], by=caller.by), plugin.name)]
+        note = functools.partial(self._debts.note, records=changed)
+        await self._config.unset(plugin.name, request.key, beside=note)
+        self._debts.pay(changed)
         return {"restarted": await self._lifecycle.restart_for_config(plugin, [request.key])}
 
     @serves(config_types.ConfigRotateKey)
     async def rotate_key(self, _: config_types.ConfigRotateKey, caller: Caller) -> config_types.Reencrypted:
-        count = await self._config.rotate()
-        self._audit.record(ConfigChanged(names=[], rotated=count, by=caller.by))
+        changed: list[Owed] = []
+
+        def note(db: sqlite3.Connection, count: int) -> None:
+            changed[:] = [owed(ConfigChanged(names=[], rotated=count, by=caller.by), None)]
+            self._debts.note(db, changed)
+
+        count = await self._config.rotate(note)
+        self._debts.pay(changed)
         return {"values": count}

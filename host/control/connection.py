@@ -188,12 +188,7 @@ class Connection(LineProtocol):
         self.send(line({"jsonrpc": "2.0", "method": method, "params": dict(params)}))
 
     def _answer(self, number: Any, *, result: Any = None, error: IsolatorError | None = None) -> None:
-        if error is not None:
-            code = _NO_METHOD if isinstance(error, _NoVerbError) else _FAILED
-            body = {"code": code, "message": str(error), "data": error.to_json()}
-            self.send_soon(line({"jsonrpc": "2.0", "id": number, "error": body}))
-        else:
-            self.send_soon(line({"jsonrpc": "2.0", "id": number, "result": result}))
+        self.send_soon(_answer_line(number, result=result, error=error))
 
     async def _serve(self, message: dict[str, Any]) -> None:
         caller, number, verb = self._caller, message.get("id"), message.get("method")
@@ -221,20 +216,22 @@ class Connection(LineProtocol):
                 if self._server.leaving:
                     await asyncio.Event().wait()  # pass_on_all ends it, and the successor begins it
                 self._tasks[cast(asyncio.Task[None], asyncio.current_task())] = None
-            self._answer(number, result=await endpoint.answer(request, caller))
+            answer = _answer_line(number, result=await endpoint.answer(request, caller))
         except IsolatorError as error:
             repeated = self._tasks[cast(asyncio.Task[None], asyncio.current_task())] is not None
             if self._server.leaving and repeated and isinstance(error, UnavailableError):
                 await asyncio.Event().wait()  # the supervisor has broken it off, and the successor begins it anew
             verdict = error.code
-            self._answer(number, error=error)
+            answer = _answer_line(number, error=error)
         except Exception as error:  # the caller must get an answer whatever happened; the loop logs the rest
             verdict = "failed"
             context = {"message": f"control: {verb} failed", "exception": error}
             asyncio.get_running_loop().call_exception_handler(context)
-            self._answer(number, error=IsolatorError(str(verb), f"{type(error).__name__}: {error}", "please report it"))
+            failed = IsolatorError(str(verb), f"{type(error).__name__}: {error}", "please report it")
+            answer = _answer_line(number, error=failed)
         if verdict == "denied" or (spec is not None and spec.recorded):
             self._record(caller, str(verb), message.get("params"), verdict)
+        self.send_soon(answer)
 
     def _record(self, caller: Caller, verb: str, params: Any, verdict: str) -> None:
         params = params if isinstance(params, dict) else {}
@@ -243,15 +240,22 @@ class Connection(LineProtocol):
         self._server.record(
             ControlCalled(verb=verb[:80], uid=caller.uid, pid=caller.pid, role=caller.role, verdict=verdict, **more),
             plugin=target[:MAX_ID] if isinstance(target, str) else None,
+            urgent=verdict == "ok",  # a change is with the kernel, on its way to the trail, before its answer
         )
+
+
+def _answer_line(number: Any, *, result: Any = None, error: IsolatorError | None = None) -> bytes:
+    if error is None:
+        return line({"jsonrpc": "2.0", "id": number, "result": result})
+    code = _NO_METHOD if isinstance(error, _NoVerbError) else _FAILED
+    return line(
+        {"jsonrpc": "2.0", "id": number, "error": {"code": code, "message": str(error), "data": error.to_json()}}
+    )
 
 
 def refusal(why: str, remedy: str) -> bytes:
     """The line for a caller that is not served."""
-    error = UnavailableError("control socket", why, remedy)
-    return line(
-        {"jsonrpc": "2.0", "id": None, "error": {"code": -32000, "message": str(error), "data": error.to_json()}}
-    )
+    return _answer_line(None, error=UnavailableError("control socket", why, remedy))
 
 
 _BROKEN_OFF = UnavailableError(

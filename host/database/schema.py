@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-SCHEMA_VERSION = 4
-
 GIVEN_UP = "(state='dead' OR state='expired' OR state='quarantined')"
 """Condition of the index of deliveries that were given up, as its queries repeat it. Not ``IN``: SQLite makes a table
 of such a list for each row that it changes, which takes ten times as long as the change."""
@@ -46,6 +44,6 @@ CREATE TABLE event_types (
 _OWED = "CREATE TABLE owed (id TEXT PRIMARY KEY, since TEXT NOT NULL, record TEXT NOT NULL);"
 SCHEMA = _TABLES + _CONFIG_NEXT + _OPERATIONS + _OWED
 MIGRATIONS = {1: _CONFIG_NEXT, 2: _OPERATIONS, 3: _OWED}
-"""Statements that lead from a version to the next one."""
+"""Statements that lead from a version of the tables (``TABLES``) to the next one."""
 INDEX = f"CREATE INDEX deliveries_given_up ON deliveries(plugin, seq) WHERE {GIVEN_UP}"
 """Made anew where it is another one: versions differ in it, and each can use the tables without its own."""

@@ -38,9 +38,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from host.database import files
-from host.database.schema import INDEX, MIGRATIONS, SCHEMA, SCHEMA_VERSION
+from host.database.schema import INDEX, MIGRATIONS, SCHEMA
 from host.database.wal import Sync, WriteAheadLog
 from isolator.errors import IsolatorError, UnavailableError
+from isolator.ipc.formats import TABLES
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -109,10 +110,10 @@ class Store:
         try:
             connection = files.connect(self.path)
             version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version > SCHEMA_VERSION:
+            if version > TABLES:
                 raise IsolatorError(
                     str(self.path),
-                    f"was written by a newer version (schema {version}, this one knows {SCHEMA_VERSION})",
+                    f"was written by a newer version (schema {version}, this one knows {TABLES})",
                     "install that version again; nothing was changed",
                 )
             damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]  # some 30 ms for 50 000 events
@@ -121,10 +122,10 @@ class Store:
             mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
             if mode != "wal":
                 raise IsolatorError(str(self.path), f"journal mode {mode} instead of wal", "use a local file system")
-            if version < SCHEMA_VERSION:
-                steps = SCHEMA if version == 0 else "".join(MIGRATIONS[v] for v in range(version, SCHEMA_VERSION))
+            if version < TABLES:
+                steps = SCHEMA if version == 0 else "".join(MIGRATIONS[v] for v in range(version, TABLES))
                 # One transaction: interrupted at any instant, it is the old version or the new one.
-                connection.executescript(f"BEGIN IMMEDIATE;{steps}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
+                connection.executescript(f"BEGIN IMMEDIATE;{steps}PRAGMA user_version={TABLES};COMMIT;")
             found = connection.execute("SELECT sql FROM sqlite_master WHERE name='deliveries_given_up'").fetchone()
             if found != (INDEX,):
                 connection.executescript(f"BEGIN IMMEDIATE;DROP INDEX IF EXISTS deliveries_given_up;{INDEX};COMMIT;")
@@ -132,7 +133,7 @@ class Store:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             # One harmless write, so that the log file exists for the thread to open.
             connection.execute("BEGIN IMMEDIATE")
-            connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            connection.execute(f"PRAGMA user_version={TABLES}")
             connection.execute("COMMIT")
         except sqlite3.Error as error:
             remedy = files.RESTORE if files.is_damage(error) else _NOTHING_LOST

@@ -1,6 +1,8 @@
-"""Gate of dispatch: nothing is sent while the trail or the database cannot be written."""
+"""Gate of dispatch: nothing is sent while the trail or the database cannot be written, nor while it is held."""
 
 from __future__ import annotations
+
+import asyncio
 
 from host.database.store import Store
 from isolator.audit.client import AuditClient
@@ -12,11 +14,19 @@ class DispatchGate:
     def __init__(self, audit: AuditClient, store: Store, *, halt_without_audit: bool) -> None:
         self._audit, self._store = audit, store
         self._halt_without_audit = halt_without_audit
+        self._free = asyncio.Event()
+        self._free.set()
+
+    def hold(self, work: asyncio.Task[None], seconds: float) -> None:
+        """Stay closed until some work is done, for so many seconds at most."""
+        self._free.clear()
+        work.add_done_callback(lambda _: self._free.set())
+        asyncio.get_running_loop().call_later(seconds, self._free.set)
 
     @property
     def is_open(self) -> bool:
         """Whether a request may be sent now."""
-        return not self._halted and self._store.blocked is None
+        return not self._halted and self._store.blocked is None and self._free.is_set()
 
     @property
     def _halted(self) -> bool:
@@ -25,6 +35,7 @@ class DispatchGate:
     async def wait_open(self) -> None:
         """Return once ``is_open``."""
         while not self.is_open:
+            await self._free.wait()
             if self._halted:
                 await self._audit.writable()
             else:

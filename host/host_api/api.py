@@ -255,7 +255,8 @@ class HostApi:
         # A name that is no method's is the plugin's own text.
         called_name = method[:80] if found is not None else shown(method, self._redactor(name), 80)
         called = ApiCalled(method=called_name, permission=permission, verdict=verdict, latency_us=latency)
-        self._audit.record(called, plugin=name, run=run)
+        # What the plugin has done is with the kernel, on its way to the trail, before it has its answer.
+        self._audit.record(called, plugin=name, run=run, urgent=verdict == "granted")
         if verdict in ("denied", "unknown"):
             await self._pace(name)
         return answer

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from host.events import Catalogue
 from host.plugins.registry import Registry
 from host.queue.accepting import Answer
-from host.queue.interface import DEFAULT_TTL, Accepted, Delivery, NewEvent
+from host.queue.interface import DEFAULT_TTL, QUEUE_FULL, Accepted, Delivery, NewEvent
 from host.queue.sqlite import SqliteQueue
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import EventAccepted, EventDead
@@ -64,6 +64,17 @@ class EventIntake:
         await self._audit.durable(within=AUDIT_AHEAD // 2, or_blocked=not self._wait_for_trail)
 
 
+def accepted_record(
+    number: int, name: str, subject: str, payload: str, plugins: Iterable[str], by: str | None, **more: str
+) -> EventAccepted:
+    """The record of an accepted event; ``more``: fields that not every one has."""
+    data = payload.encode()
+    return EventAccepted(
+        event=name, subject=subject, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), plugins=list(plugins),
+        by=by, number=number, **more,
+    )  # fmt: skip
+
+
 class EventRecords:
     """Records of the fates of events in the queue."""
 
@@ -73,22 +84,13 @@ class EventRecords:
     def accepted(self, event: NewEvent, accepted: Accepted) -> None:
         """Record an accepted event, and the deliveries for which there was no room."""
         stored = accepted.event
-        data = stored.payload.encode()
-        self._record(
-            EventAccepted(
-                event=stored.name,
-                subject=stored.subject,
-                bytes=len(data),
-                sha256=hashlib.sha256(data).hexdigest(),
-                plugins=list(accepted.plugins),
-                by=event.by,
-                number=stored.seq,
-                **({"on_behalf_of": event.on_behalf_of} if event.on_behalf_of else {}),
-            ),
-            event_id=stored.id,
+        more = {"on_behalf_of": event.on_behalf_of} if event.on_behalf_of else {}
+        record = accepted_record(
+            stored.seq, stored.name, stored.subject, stored.payload, accepted.plugins, event.by, **more
         )
+        self._record(record, event_id=stored.id)
         for name in accepted.overflowed:
-            self.dead(name, stored.id, "queue_full", 0)
+            self.dead(name, stored.id, QUEUE_FULL, 0)
 
     def expired(self, delivery: Delivery) -> None:
         """Record a delivery whose time ran out."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Callable
 
 from host.database.store import Store
 from host.mcp.tools import Item
@@ -26,14 +27,17 @@ class Pins:
             self._known[plugin] = self._store.read(lambda db: _read(db, plugin))
         return self._known[plugin]
 
-    async def approve(self, plugin: str, items: tuple[Item, ...]) -> None:
-        """Approve these items and no others."""
+    async def approve(
+        self, plugin: str, items: tuple[Item, ...], beside: Callable[[sqlite3.Connection], object] = lambda _: None
+    ) -> None:
+        """Approve these items and no others; ``beside`` is written in the same transaction, which may run again."""
         rows = [(plugin, number, item.name, json.dumps(dict(item.body))) for number, item in enumerate(items)]
 
         def write(db: sqlite3.Connection) -> None:
             db.execute(_TABLE)
             db.execute("DELETE FROM mcp_pins WHERE plugin=?", (plugin,))
             db.executemany("INSERT INTO mcp_pins VALUES (?,?,?,?)", rows)
+            beside(db)
 
         await self._store.run(write)
         self._known[plugin] = items

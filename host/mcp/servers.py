@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from host.mcp.sessions import Sessions
 from host.mcp.tools import INSTRUCTIONS, Compared, Item, compare, digest_of, is_unchanged, offered, permits
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import Redactor
+from host.queue.owed import Debts, owed
 from host.wire import mcp as protocol
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ToolCalled, ToolsApproved, ToolStarted
@@ -58,9 +60,10 @@ class Servers(Sessions):
         redactor: Callable[[str], Redactor],
         use: Callable[[str], AbstractContextManager[None]],
         fences: Fences,
+        debts: Debts,
     ) -> None:
         super().__init__(supervisor, registry, audit, redactor, fences)
-        self.pins, self._use = pins, use
+        self.pins, self._use, self._debts = pins, use, debts
         self._calls: dict[tuple[int, str], Sent] = {}
         """By caller's uid and its key of the call."""
         self._unsent: dict[tuple[int, str], asyncio.Task[Any]] = {}
@@ -91,9 +94,10 @@ class Servers(Sessions):
         now = await self._now(name, bodies)
         if digest_of(now) != digest:
             raise UsageError(f"tools of {name}", "have changed since they were shown", "look at them again")
-        await self.pins.approve(name, now)
-        approved = {item.name or "instructions": item.digest for item in now}
-        self._audit.record(ToolsApproved(by=by, tools=approved), plugin=name)
+        tools = {item.name or "instructions": item.digest for item in now}
+        approved = [owed(ToolsApproved(by=by, tools=tools), name)]
+        await self.pins.approve(name, now, functools.partial(self._debts.note, records=approved))
+        self._debts.pay(approved)
         return now
 
     async def _now(self, name: str, bodies: list[dict[str, Any]] | None) -> tuple[Item, ...]:
@@ -277,7 +281,8 @@ class Servers(Sessions):
     def _record(self, sent: Sent, outcome: Any, detail: str | None) -> None:
         plugin = sent.call.plugin
         record = sent.over(outcome, self._shown(plugin, detail) if detail else None)
-        self._audit.record(record, plugin=plugin, run=sent.run, event_id=sent.call.id)
+        # With the kernel, on its way to the trail, before the caller has the answer.
+        self._audit.record(record, plugin=plugin, run=sent.run, event_id=sent.call.id, urgent=True)
 
     # One host in the place of another
 

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final
 
 from host.cluster.delivery.fates import waiting
+from host.cluster.delivery.follower import TypesFollower
 from host.cluster.entries import MAX_SCHEMA
 from host.cluster.entries import EventType as Entry
 from host.cluster.fold import Applied, State
@@ -36,7 +37,7 @@ _SHIPPED: Final = Catalogue()
 _log = logging.getLogger(__name__)
 
 
-class ClusterTypes:
+class ClusterTypes(TypesFollower):
     """See ``host.control.catalogue_verbs.SharedTypes``; ``decide`` has the log decide something."""
 
     def __init__(

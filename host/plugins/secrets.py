@@ -24,7 +24,7 @@ import re
 import sqlite3
 import time
 import urllib.parse
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ from isolator.policy.parse.strict import did_you_mean
 FILES_AT = "/run/isolator/config"
 """Folder of values of type ``file`` in the cage: one 0400 file each, named by its key."""
 REDACTED = "[redacted]"
+Beside = Callable[[sqlite3.Connection], object]
+"""Something to write in the transaction of a change, which may run again."""
 _SHORTEST = 4
 _A_LINE = 12
 """Characters from which a line of a longer value is looked for by itself."""
@@ -178,7 +180,10 @@ class ConfigStore:
             checked[spec.key] = (spec, check_value(spec, text))
         return checked
 
-    async def set(self, plugin: str, manifest: Manifest, values: Mapping[str, str], *, replace: bool = False) -> None:
+    async def set(
+        self, plugin: str, manifest: Manifest, values: Mapping[str, str], *, replace: bool = False,
+        beside: Beside = lambda _: None,
+    ) -> None:  # fmt: skip
         """Store values; ``replace`` deletes all others first (a plugin of that name is new)."""
         async with self._changing:
             if self._unusable is not None:
@@ -198,6 +203,7 @@ class ConfigStore:
                 if replace:
                     db.execute("DELETE FROM config WHERE plugin=?", (plugin,))
                 db.executemany("INSERT OR REPLACE INTO config VALUES (?,?,?,?,?,?)", rows)
+                beside(db)
 
             await self._store.run(write)
             self._values[plugin] = current
@@ -258,12 +264,17 @@ class ConfigStore:
         """Return (plugin, digest) of the versions for which values are kept."""
         return [(plugin, digest) for plugin, versions in self._next.items() for digest in versions]
 
-    async def unset(self, plugin: str, key: str) -> None:
+    async def unset(self, plugin: str, key: str, *, beside: Beside = lambda _: None) -> None:
         """Delete a value; raises NotFoundError."""
+
+        def delete(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM config WHERE plugin=? AND key=?", (plugin, key))
+            beside(db)
+
         async with self._changing:
             if key not in self._values.get(plugin, {}):
                 raise NotFoundError(f"config {key} of {plugin}", "is not set")
-            await self._store.run(lambda db: db.execute("DELETE FROM config WHERE plugin=? AND key=?", (plugin, key)))
+            await self._store.run(delete)
             del self._values[plugin][key]
             self._redactors.pop(plugin, None)
 
@@ -346,8 +357,11 @@ class ConfigStore:
         field = manifest.field(key) if manifest is not None else None
         return field.default if field is not None else None
 
-    async def rotate(self) -> int:
-        """Make a new key and seal every value with it; returns how many. Safe to interrupt at any instant."""
+    async def rotate(self, beside: Callable[[sqlite3.Connection, int], object] = lambda _, __: None) -> int:
+        """Make a new key and seal every value with it; returns how many. Safe to interrupt at any instant.
+
+        ``beside`` gets that number, too.
+        """
         async with self._changing:
             if self._unusable is not None:
                 raise self._unusable
@@ -369,6 +383,7 @@ class ConfigStore:
             def write(db: sqlite3.Connection) -> None:
                 db.executemany("UPDATE config SET value=?, updated=? WHERE plugin=? AND key=?", rows)
                 db.executemany("UPDATE config_next SET value=? WHERE plugin=? AND digest=? AND key=?", rows_next)
+                beside(db, len(rows) + len(rows_next))
 
             await self._store.run(write)
             # Rows that could not be opened before cannot be sealed anew: the old keys stay while there are any.

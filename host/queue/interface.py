@@ -24,6 +24,8 @@ DEFAULT_TTL = 7 * 86400.0
 """Seconds after which an undelivered event expires."""
 FINAL: frozenset[str] = frozenset({"ok", "skipped", "dead", "expired", "quarantined", "cancelled", "moved"})
 """``moved``: another host of the cluster has the plugin, and goes on with the delivery."""
+QUEUE_FULL = "queue_full"
+"""Reason of a delivery that is dead from the start: the plugin's queue had no room."""
 RETRY_BACKOFF = Backoff(1.0, 600.0, spread=0.2)
 """Pauses before a failed delivery's next attempt: 1·2ⁿ seconds, at most ten minutes, ±20 %."""
 

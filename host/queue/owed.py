@@ -2,7 +2,8 @@
 
 A change on demand and the record of it are safe at different moments. A process that is killed between them leaves its
 records here, and the next one makes those that the trail does not have. What the trail has is known by all that the
-record says, and by its time: it is not made before it is owed.
+record says, and by its time: it is not made before it is owed. An accepted event has one record, known by its id; it is
+owed only where it may be missing at a start (``host.intake.unrecorded``).
 """
 
 from __future__ import annotations
@@ -20,23 +21,34 @@ from host.database.store import Store
 from host.queue.interface import Changed
 from isolator.audit import reader
 from isolator.audit.client import AuditClient, utc_now
-from isolator.audit.record import parse
+from isolator.audit.record import Record, parse
 from isolator.audit.schema import (
+    HOST,
+    ConfigChanged,
+    EventAccepted,
     EventCancelled,
+    EventDead,
     EventReplayed,
     EventRetried,
     EventSkipped,
     PluginPaused,
     PluginResumed,
     RecordData,
+    ToolsApproved,
 )
 from isolator.ipc.tasks import Tasks
 
 LOOK = 20_000
-"""Newest records among which those of a killed process are looked for."""
+"""Newest records among which those of a killed process are looked for, whatever the clock says; and all since then."""
+AT_ONCE = 1000
+"""Records of another process that are made before the trail has some of them."""
 _KINDS = {
-    kind.TYPE: kind for kind in (EventCancelled, EventReplayed, EventRetried, EventSkipped, PluginPaused, PluginResumed)
-}
+    kind.TYPE: kind
+    for kind in (
+        ConfigChanged, EventAccepted, EventCancelled, EventDead, EventReplayed, EventRetried, EventSkipped,
+        PluginPaused, PluginResumed, ToolsApproved,
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ class Owed:
     """A record for the trail, which may have it from the time ``since`` on."""
 
     record: RecordData
-    plugin: str
+    plugin: str | None
     event_id: str | None
     id: str
     since: str
@@ -54,8 +66,18 @@ class Owed:
         """All that it says, but for its time."""
         return {"type": self.record.TYPE, "plugin": self.plugin, "event_id": self.event_id, "data": self.record.data}
 
+    def is_made(self, of_its_event: Iterable[Record]) -> bool:
+        """Whether it is among the trail's records of its event."""
+        if isinstance(self.record, EventAccepted):
+            return any(record.type == EventAccepted.TYPE for record in of_its_event)
+        content = self.content
+        return any(
+            record.time >= self.since and content == {key: getattr(record, key) for key in content}
+            for record in of_its_event
+        )
 
-def owed(record: RecordData, plugin: str, event_id: str | None = None) -> Owed:
+
+def owed(record: RecordData, plugin: str | None, event_id: str | None = None) -> Owed:
     """A record that is owed from now on."""
     return Owed(record, plugin, event_id, os.urandom(8).hex(), utc_now())
 
@@ -94,12 +116,13 @@ class Debts:
     def note(db: sqlite3.Connection, records: Iterable[Owed]) -> None:
         """Owe records, in the transaction of their change."""
         rows = [(one.id, one.since, json.dumps(one.content)) for one in records]
-        db.executemany("INSERT INTO owed (id, since, record) VALUES (?,?,?)", rows)
+        db.executemany("INSERT OR IGNORE INTO owed (id, since, record) VALUES (?,?,?)", rows)
 
     def pay(self, records: Sequence[Owed]) -> None:
         """Record what was noted; its change is safe."""
         for one in records:
-            delivery_id = f"{one.event_id}.{one.plugin}" if one.event_id is not None else None
+            of_delivery = one.event_id is not None and one.plugin is not None
+            delivery_id = f"{one.event_id}.{one.plugin}" if of_delivery else None
             self._audit.record(one.record, plugin=one.plugin, event_id=one.event_id, delivery_id=delivery_id)
         self._unsettled += records
         if records and not self._settling:
@@ -110,10 +133,15 @@ class Debts:
         """The records of one change of an event's deliveries, which are made of each that is changed."""
         return ChangeOfEvent(self, event_id, record)
 
-    def find(self) -> None:
-        """Make the records that another process has left, in a while."""
-        if left := list(self._left()):
-            self._tasks.run("records of another host process", self._find(left))
+    def find(self, more: Sequence[Owed] = ()) -> asyncio.Task[None] | None:
+        """Make the records that another process has left, and ``more`` of them that are not owed yet.
+
+        The task takes as long as the trail cannot be written; None: there are none.
+        """
+        if more:
+            self._store.submit(lambda db: self.note(db, more))
+        left = {one.id: one for one in (*self._left(), *more)}
+        return self._tasks.run("records of another host process", self._find(list(left.values()))) if left else None
 
     async def _settle(self) -> None:
         try:
@@ -125,19 +153,15 @@ class Debts:
             self._settling = False
 
     async def _find(self, left: list[Owed]) -> None:
-        await self._audit.durable()  # what was under way from that process, or was handed over by it, has its place
-        lines = await asyncio.to_thread(reader.tail, self._trail, LOOK)
-        records = [record for line in lines if (record := parse(line)) is not None and record.type in _KINDS]
-
-        def is_there(one: Owed) -> bool:
-            return any(
-                record.time >= one.since
-                and one.content == {key: getattr(record, key) for key in ("type", "plugin", "event_id", "data")}
-                for record in records
-            )
-
-        await self._forget([one for one in left if is_there(one)])
-        self.pay([one for one in left if not is_there(one)])
+        await self._audit.passed()  # what that process had handed over has its place
+        made = await asyncio.to_thread(_made, self._trail, min(one.since for one in left))
+        settled = [one for one in left if one.is_made(made.get(one.event_id, ()))]
+        await self._forget(settled)
+        ids = {one.id for one in settled}
+        for number, one in enumerate(one for one in left if one.id not in ids):
+            if number % AT_ONCE == 0:
+                await self._audit.durable(within=AT_ONCE)
+            self.pay([one])
 
     async def _forget(self, settled: list[Owed]) -> None:
         ids = [(one.id,) for one in settled]
@@ -152,3 +176,17 @@ class Debts:
                 yield Owed(record, said["plugin"], said["event_id"], name, since)
             except (ValueError, TypeError, KeyError):
                 continue  # a damaged row
+
+
+def _made(trail: Path, since: str) -> dict[str | None, list[Record]]:
+    """The trail's records of those kinds that may have been made since a time, by their events."""
+    found: dict[str | None, list[Record]] = {}
+    for number, line in enumerate(reader.backwards(trail)):
+        record = parse(line)
+        if record is None:
+            continue
+        if number >= LOOK and record.origin.startswith(HOST) and record.time < since:
+            break
+        if record.type in _KINDS:
+            found.setdefault(record.event_id, []).append(record)
+    return found

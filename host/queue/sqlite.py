@@ -31,6 +31,7 @@ from host.queue.accepting import Accepting, Answer
 from host.queue.consumer import SqliteConsumer
 from host.queue.interface import (
     FINAL,
+    QUEUE_FULL,
     RETRY_BACKOFF,
     Accepted,
     Beside,
@@ -187,7 +188,7 @@ class SqliteQueue(Listing):
             for s, _ in entry.admitted:
                 state, attempts = ("in_flight", 1) if s.plugin in entry.counted else ("queued", 0)
                 deliveries.append((seq, s.plugin, state, attempts, s.key, None, at))
-            deliveries += [(seq, s.plugin, "dead", 0, s.key, "queue_full", at) for s in entry.overflowed]
+            deliveries += [(seq, s.plugin, "dead", 0, s.key, QUEUE_FULL, at) for s in entry.overflowed]
         db.executemany("INSERT INTO events VALUES (?,?,?,?,?,?,?,?,?,?,?)", events)
         db.executemany(
             "INSERT INTO deliveries (seq, plugin, state, attempts, key, detail, updated) VALUES (?,?,?,?,?,?,?)",

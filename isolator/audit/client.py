@@ -149,8 +149,17 @@ class AuditClient:
         return len(self._pending) + len(self._unacked)
 
     async def durable(self, *, within: int = 0, or_blocked: bool = False) -> None:
-        """Wait until all records but the last ``within`` are on disk; with ``or_blocked``, or none can be written."""
-        await self._until(lambda: self.unacknowledged <= within or (or_blocked and self.blocked is not None))
+        """Wait until all records so far but the last ``within`` are on disk; ``or_blocked``: or none can be written."""
+        wanted = self.acked + self.unacknowledged - within
+        await self._until(lambda: self.acked >= wanted or (or_blocked and self.blocked is not None))
+
+    async def passed(self) -> None:
+        """Wait until all is on disk that was sent to the writer before, also by the process whose place this one has.
+
+        The writer reads a source's earlier socket to its end first.
+        """
+        self.gauges()  # no record, and acknowledged as one
+        await self.durable()
 
     def flush(self) -> None:
         """Hand over to the kernel as many records as it has room for."""
@@ -230,6 +239,7 @@ class AuditClient:
         if self.blocked is not None:
             self._set_blocked(None)  # the new writer reports it if it cannot write either
             self._wake()
+        self.sent -= len(self._unacked)
         self._unacked.extend(self._pending)
         self._pending, self._unacked = self._unacked, deque()
         self._loop.add_reader(sock, self._readable)

@@ -138,7 +138,11 @@ def _ended(data: dict[str, Any]) -> str:
 
 _DETAILS: dict[str, Callable[[dict[str, Any]], str]] = {
     schema.EventAccepted.TYPE: lambda d: _listed(
-        _field(d, "event"), _field(d, "subject"), _bytes(d, "bytes"), _field(d, "by", "by {}")
+        _field(d, "event"),
+        _field(d, "subject"),
+        _bytes(d, "bytes"),
+        _field(d, "by", "by {}"),
+        "recorded later" if "accepted_at" in d else "",
     ),
     schema.EventDispatched.TYPE: lambda d: _listed(
         _field(d, "attempt", "attempt {}"), _bytes(d, "request_bytes"), _ms(d, "queued_us", "queued {}")
@@ -222,19 +226,19 @@ def story_lines(
     has the delivery. None: nobody could be asked.
     """
     known = {str(one["plugin"]): one for one in deliveries or ()}
-    first = records[0]
-    begin = _moment(first)
-    listed = first.data.get("plugins")
-    named = (
-        [str(name) for name in listed] if isinstance(listed, list) and first.type == schema.EventAccepted.TYPE else []
-    )
+    begin = _moment(records[0])
+    origin = next((record for record in records if record.type == schema.EventAccepted.TYPE), None)
+    accepted = origin.data if origin is not None else {}
+    listed = accepted.get("plugins")
+    named = [str(name) for name in listed] if isinstance(listed, list) else []
     elsewhere = (name for name, one in known.items() if one["host"])
     plugins = list(dict.fromkeys([*(r.plugin for r in records if r.plugin), *named, *elsewhere]))
     letters = {name: chr(ord("A") + i) if i < 26 else "?" for i, name in enumerate(plugins)}
-    accepted = first.data if first.type == schema.EventAccepted.TYPE else {}
     what = f"  {_field(accepted, 'event')}" + _field(accepted, "subject", " of {}") if accepted else ""
     yield from _wrap("", f"{printable(event_id)}{what}", width)
-    when = f"{first.time[:23].replace('T', ' ')} UTC"
+    late = accepted.get("accepted_at")  # by the host's own word, and of the form of a record's time
+    at = late if isinstance(late, str) else (origin or records[0]).time
+    when = f"{printable(at[:23]).replace('T', ' ')} UTC"
     yield Line(_fit(f"  accepted {when}{_field(accepted, 'by', ' by {}')}" if accepted else f"  {when}", width))
     for name, letter in letters.items():
         mine = [record for record in records if record.plugin == name]

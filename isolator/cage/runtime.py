@@ -26,6 +26,11 @@ class CageRuntime:
         self.pool = WarmPool(lambda: self.launcher, journal, subtree)
 
     @property
+    def present_launcher(self) -> Launcher | None:
+        """The launcher, if anybody has needed one."""
+        return self._launcher
+
+    @property
     def launcher(self) -> Launcher:
         """The launcher, which is started if there is none yet, and replaced when it dies."""
         if self._launcher is None:

@@ -15,6 +15,11 @@ from isolator.ipc.body import Body, Json
 
 B = TypeVar("B", bound=Body)
 
+TABLES = 4
+"""Version of the tables in the host's database (``host.database.schema``), which SQLite keeps as ``user_version``.
+
+It is here for a reload's trial: no version takes over tables that a newer one has changed."""
+
 
 @dataclass(frozen=True)
 class Formats(Generic[B]):

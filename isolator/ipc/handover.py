@@ -249,6 +249,7 @@ class DaemonState(Body):
     journal: int = field(metadata=_DESCRIPTOR)
     """holds the lock on the root"""
     launcher: int = field(metadata=_DESCRIPTOR)
+    """-1: there is none, nor a plugin, nor runs"""
     launcher_pid: int
     subtree: SubtreeState
     plugins: tuple[PluginKept, ...]

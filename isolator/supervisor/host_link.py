@@ -25,7 +25,7 @@ from isolator.policy.host import HostConfig
 from isolator.supervisor.alarms import Alarms
 from isolator.supervisor.cage_spec import host_api_folder
 from isolator.supervisor.control_door import ControlDoor
-from isolator.supervisor.kept import check_host
+from isolator.supervisor.kept import check_host, tables
 from isolator.supervisor.listener import listen
 from isolator.supervisor.service import ChildProcess
 
@@ -51,6 +51,11 @@ class HostLink:
         self.deadlines: Callable[[], dict[str, float]] = dict
         """Returns those of plugins that are bound to one."""
         alarms.on_change = lambda lines: self._tell(messages.AlarmsChanged(alarms=lines))
+
+    @property
+    def tables(self) -> int:
+        """Version of the tables in its database; 0 where that cannot be read."""
+        return tables(self._paths.host_database)
 
     def handlers(self) -> dict[str, Handler]:
         """Requests of the host that are about itself."""

@@ -145,6 +145,7 @@ class Services:
             introduce_host, {**handlers, **host.handlers()}, inherited_by_host, lambda: host.succeed(table.entries),
             succeeded=host_succeeded,
         )  # fmt: skip
+        broker.process.ways = of_broker
         if before is not None:
             audit.process.adopt(before["audit"], of_audit)
             try:
@@ -153,10 +154,10 @@ class Services:
             except Exception as error:  # whatever it was: another process gets links of its own
                 report(asyncio.get_running_loop(), "take-over of the links to audit", error)
                 audit.process.give_up(f"its links were not taken over: {error}")
-            broker.process.adopt(before["broker"], of_broker)
+            if "broker" in before:
+                broker.process.adopt(before["broker"], of_broker)
             host.process.adopt(before["host"], of_host)
             return
-        broker.process.ways = of_broker
         async with self._zygotes.ready():  # one for all
             for process, ways in ((audit.process, of_audit), (broker.process, of_broker), (host.process, of_host)):
                 if process is not broker.process or cages:

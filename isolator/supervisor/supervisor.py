@@ -126,7 +126,8 @@ async def running_daemon(
             hanging = adopt.end_unnamed_children(before)
             subtree = adopt.subtree(before.subtree, optional)
             kept_by = adopt.launcher(before)
-            stack.callback(kept_by.close)
+            if kept_by is not None:
+                stack.callback(kept_by.close)
         if "cpu" not in subtree.on_v2:  # where it is, the services' groups have a greater weight: Leaf.prefer
             go_first()
         stack.callback(journal.forget, "subtree")
@@ -209,7 +210,6 @@ async def running_daemon(
             if restored is not None:
                 tasks.run("note of the restore", _forget_restored(audit, paths))
         else:
-            assert kept_by is not None
             alarms.adopt(before.alarms, before.alarm_ends)
             tickets.adopt(before.tickets)
             served = {one.name: one for one in before.services}
@@ -217,11 +217,12 @@ async def running_daemon(
             services.host.door.adopt(before.control_opens)
             # Until every plugin is as it was, nothing is awaited: what the host asks for would begin a run anew.
             registrar.adopt(before.staged)
-            adoption = Adoption(context, before, kept_by)
-            adopted = adoption.plugins(table)
+            adoption = Adoption(context, before, kept_by) if kept_by is not None else None
+            adopted = adoption.plugins(table) if adoption is not None else 0
             fences.go_on()
-            adopted += adoption.runs(runners)
-            await adoption.change_launchers(table, runners)
+            if adoption is not None:
+                adopted += adoption.runs(runners)
+                await adoption.change_launchers(table, runners)
             table.expect_starts(others=runners is not None)
             audit.record(
                 schema.DaemonReloaded(

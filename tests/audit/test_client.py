@@ -78,6 +78,20 @@ async def test_a_new_writer_gets_what_the_old_one_did_not_acknowledge_and_is_ack
     second.tell(acked=6)
     async with asyncio.timeout(5):
         await client.durable()
+    assert client.sent == client.acked == 10
+    client.close()
+
+
+async def test_record_is_waited_for_and_no_later_one() -> None:
+    writer = Writer()
+    client = AuditClient(writer.theirs)
+    client.record(any_record("net.query", name="first"), urgent=True)
+    waiting = asyncio.create_task(client.durable())
+    await asyncio.sleep(0)
+    client.record(any_record("net.query", name="later"), urgent=True)
+    writer.tell(acked=1)
+    async with asyncio.timeout(5):
+        await waiting
     client.close()
 
 

@@ -253,6 +253,24 @@ async def test_a_new_writer_goes_on_with_the_chain_and_the_deliveries_in_flight(
     assert not daemon.of_type("audit.gap")
 
 
+async def test_records_of_a_killed_sender_have_passed_once_the_next_one_is_acknowledged(daemon: Daemon) -> None:
+    await daemon.start()
+    before = await daemon.source("host")
+    for number in range(3000):
+        before.record(any_record("event.accepted", bytes=number))
+        if number % 100 == 0:
+            before.flush()
+            await asyncio.sleep(0)
+    before.flush()
+    before.close()
+    after = await daemon.source("host")
+    async with asyncio.timeout(20):
+        await after.passed()
+    assert len(daemon.of_type("event.accepted")) == before.sent > 1000
+    assert not after.unacknowledged and not daemon.of_type("audit.gap")
+    await daemon.stop()
+
+
 async def test_writer_killed_at_random_loses_and_repeats_no_acknowledged_record(daemon: Daemon) -> None:
     await daemon.start()
     host = await daemon.source("host")

@@ -178,6 +178,13 @@ def test_story_begins_with_the_outcome_for_each_plugin(
     assert lines[2] == f"  A  {verdict}"
 
 
+def test_story_of_an_event_that_was_recorded_late_says_when_it_was_accepted() -> None:
+    late = {**ACCEPTED[3], "accepted_at": "2026-01-02T03:04:04.500000Z"}
+    lines = story_of((0.0, "event.dispatched", "one", {}), (0.2, "event.accepted", None, late))
+    assert lines[:2] == ["e1  deploy.failed of p1", "  accepted 2026-01-02 03:04:04.500 UTC by uid:0"]
+    assert lines[-1].endswith("by uid:0, recorded later")
+
+
 SENT = (0.5, "event.dispatched", "one", {})
 FAILED = (0.6, "event.response", "one", {"outcome": "unknown"})
 DONE = (0.6, "event.response", "one", {"outcome": "ok"})

@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import json
 import socket
+from pathlib import Path
 from typing import Any
 
-from isolator.audit.record import GAUGES
+from isolator.audit.record import GAUGES, GENESIS, Incoming, spell
 from tests.support.timeouts import seconds
 
 
@@ -46,7 +47,7 @@ class FakeAudit:
             self._audit_received += len(lines)
             self.records += [json.loads(line) for line in lines if not line.startswith(GAUGES)]
         if self.audit_acks:
-            self.tell_audit({"acked": self._audit_received})
+            self.acknowledge()
         self.wake()
 
     def tell_audit(self, message: dict[str, Any]) -> None:
@@ -61,6 +62,22 @@ class FakeAudit:
             asyncio.get_running_loop().remove_reader(self._audit)
             self._audit.close()
             self._audit = None
+
+    def acknowledge(self) -> None:
+        """Acknowledge all that came, and what comes."""
+        self.audit_acks = True
+        self.tell_audit({"acked": self._audit_received})
+
+    def write_trail(self, folder: Path) -> None:
+        """Write the records that came, as the real one has them on disk."""
+        folder.mkdir(parents=True, exist_ok=True)
+        lines, prev = [], GENESIS
+        for seq, one in enumerate(self.records, 1):
+            names = {key: one[key] for key in ("plugin", "run", "event_id", "delivery_id")}
+            record = Incoming(one["time"], one["type"], data=one["data"], source="host", number=one["n"], **names)
+            line, prev = spell(seq, record, prev)
+            lines.append(line)
+        (folder / "audit.jsonl").write_bytes(b"".join(lines))
 
     def of_type(self, kind: str) -> list[dict[str, Any]]:
         """Return the records of one type so far."""

@@ -20,8 +20,8 @@ from host.database.store import Store
 from host.mcp.pins import Pins
 from host.mcp.tools import Item
 from host.queue import rows
+from host.queue.beside_trail import Compared, compare
 from host.queue.interface import NewEvent, Subscriber
-from host.queue.missing import missing
 from host.queue.sqlite import SqliteQueue
 from isolator.audit.client import utc_now
 from isolator.audit.record import GENESIS, Incoming, spell
@@ -145,8 +145,16 @@ def test_events_of_the_trail_beyond_the_newest_in_the_queue_are_counted(tmp_path
     _trail(tmp_path, *_accepted(1, 2, 3), file="audit.000000000001.jsonl")
     _trail(tmp_path, *_accepted(4, 5, 7), fill=700_000)
     for held, count in ((7, 0), (8, 0), (5, 1), (4, 2), (2, 4), (0, 6)):
-        found = missing(tmp_path, held)
-        assert (found.count, found.number, found.last) == ((count, 7, "ev_2") if count else (0, 0, "")), held
+        found = compare(tmp_path, held)
+        assert (found.missing, found.number, found.last) == ((count, 7, "ev_2") if count else (0, 0, "")), held
+        assert found.recorded == max((number for number in (1, 2, 3, 4, 5, 7) if number <= held), default=0), held
+        assert bool(found.since) is (held == 0)  # the trail was read to its begin, and accounts for nothing before
+
+
+def test_record_that_came_late_does_not_end_the_comparison(tmp_path: Path) -> None:
+    late = ("event.accepted", {"event": "e", "number": 5, "accepted_at": utc_now()})
+    _trail(tmp_path, *_accepted(3, 4, 7), late)
+    assert compare(tmp_path, 6) == Compared(recorded=4, missing=1, number=7, last="ev_2")
 
 
 def test_text_that_looks_like_an_accepted_event_counts_for_nothing(tmp_path: Path) -> None:
@@ -154,13 +162,13 @@ def test_text_that_looks_like_an_accepted_event_counts_for_nothing(tmp_path: Pat
     _trail(tmp_path, *_accepted(1), ("event.dead", forged))
     with (tmp_path / "audit.jsonl").open("ab") as file:
         file.write(b'{"seq":9,"type":"event.accepted","data":{"number":99}')  # torn
-    assert missing(tmp_path, 1).count == 0
+    assert compare(tmp_path, 1) == Compared(recorded=1)
 
 
 def test_trail_that_cannot_be_read_or_has_no_numbers_lacks_nothing(tmp_path: Path) -> None:
-    assert missing(tmp_path / "nowhere", 0).count == 0
+    assert compare(tmp_path / "nowhere", 5) == Compared(recorded=5)
     _trail(tmp_path, ("event.accepted", {"event": "e"}))
-    assert missing(tmp_path, 0).count == 0
+    assert compare(tmp_path, 5) == Compared(recorded=5)
 
 
 async def test_newest_event_is_never_pruned_and_numbers_go_on_after_it(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from isolator.audit.record import Incoming, spell
 from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
 
@@ -27,12 +26,19 @@ def pay(self, records):
 Debts.pay = pay
 """
 LATER = sidecars.oneshot('return {"status": "retry", "retry_after_ms": 600000}')
+CONFIG = {"colour": {"type": "string"}}
 REFUSES = sidecars.oneshot('return {"status": "rejected"}')
 
 
-async def begin(daemon: Daemon, kind: str) -> dict[str, Any]:
+async def begin(daemon: Daemon, kind: str, verb: str) -> dict[str, Any]:
     """Bring a plugin and an event to where the change may come; returns the change's parameters."""
-    daemon.add("one", REFUSES if kind == "event.replayed" else LATER)
+    daemon.add("one", REFUSES if kind == "event.replayed" else LATER, config_schema=CONFIG)
+    if kind == "config.changed":
+        if verb == "config.unset":
+            await daemon.ask("config.set", name="one", config={"colour": "blue"})
+        return (
+            {"name": "one", "config": {"colour": "red"}} if verb == "config.set" else {"name": "one", "key": "colour"}
+        )
     event = await daemon.emit()
     outcome = "rejected" if kind == "event.replayed" else "retry"
     await daemon.until(lambda: any(r["data"]["outcome"] == outcome for r in daemon.of_type("event.response")))
@@ -43,23 +49,13 @@ async def begin(daemon: Daemon, kind: str) -> dict[str, Any]:
     return {"name": "one"} if kind.startswith("plugin.") else {"id": event["id"]}
 
 
-def write_trail(daemon: Daemon) -> None:
-    """Write the records that the fake audit process has got, as the real one has them on disk."""
-    folder, seq, prev = daemon.paths.audit_log, 0, "0" * 64
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for one in daemon.records:
-        names = {key: one[key] for key in ("plugin", "run", "event_id", "delivery_id")}
-        line, prev = spell(seq := seq + 1, Incoming(one["time"], one["type"], data=one["data"], **names), prev)
-        lines.append(line)
-    (folder / "audit.jsonl").write_bytes(b"".join(lines))
-
-
 @pytest.mark.parametrize("behind", [False, True], ids=["before the record", "behind the record"])
 @pytest.mark.parametrize(
     ("kind", "verb"),
     [
-        ("event.skipped", "event.skip"), ("event.replayed", "event.replay"), ("plugin.paused", "plugin.pause"),
+        ("config.changed", "config.set"), ("event.skipped", "event.skip"),
+        ("event.replayed", "event.replay"), ("plugin.paused", "plugin.pause"),
+        pytest.param("config.changed", "config.unset", marks=pytest.mark.wide),
         pytest.param("event.cancelled", "event.cancel", marks=pytest.mark.wide),
         pytest.param("event.retried", "event.retry", marks=pytest.mark.wide),
         pytest.param("plugin.resumed", "plugin.resume", marks=pytest.mark.wide),
@@ -67,22 +63,23 @@ def write_trail(daemon: Daemon) -> None:
 )  # fmt: skip
 async def test_change_of_an_operator_is_on_record_once(daemon: Daemon, kind: str, verb: str, behind: bool) -> None:
     await daemon.kill_host()
-    daemon.first = KILLED.format(behind=behind, change=2 if kind == "plugin.resumed" else 1)
+    daemon.first = KILLED.format(behind=behind, change=2 if verb in ("plugin.resume", "config.unset") else 1)
     await daemon.start_host()
-    params = await begin(daemon, kind)
+    params = await begin(daemon, kind, verb)
     with pytest.raises(ValueError):  # the connection ends without an answer
         await daemon.ask(verb, **params)
     assert daemon.host is not None and daemon.channel is not None
     await daemon.host.wait()
     daemon.channel.close()
-    await daemon.poll(lambda: bool(daemon.of_type(kind)) is behind)
-    write_trail(daemon)
+    before = verb == "config.unset"
+    await daemon.poll(lambda: len(daemon.of_type(kind)) == before + behind)
+    daemon.write_trail(daemon.paths.audit_log)
 
     daemon.first = ""
     await daemon.start_host()
-    await daemon.until(lambda: daemon.of_type(kind))
+    await daemon.until(lambda: len(daemon.of_type(kind)) > before)
     await settled(daemon)
-    (record,) = daemon.of_type(kind)
+    (record,) = daemon.of_type(kind)[before:]
     assert record["plugin"] == "one" and record["data"]["by"] == "uid:0"
     if "id" in params:
         assert record["event_id"] == params["id"] and record["delivery_id"] == f"{params['id']}.one"

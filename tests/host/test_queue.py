@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from host.database import wal
-from host.database.schema import SCHEMA_VERSION
 from host.database.store import CHECKPOINT_COMMITS, Store
 from host.queue import rows
 from host.queue.interface import RETRY_BACKOFF, Delivery, Event, EventRow, NewEvent, Result, Subscriber
 from host.queue.sqlite import SqliteQueue
 from isolator.errors import IsolatorError, UnavailableError
+from isolator.ipc.formats import TABLES
 from isolator.linux.aio import FileSync
 
 
@@ -476,7 +476,7 @@ async def test_a_newer_database_is_refused_and_unharmed(tmp_path: Path) -> None:
     store = Store(path)
     await store.close()
     with sqlite3.connect(path) as db:
-        db.execute(f"PRAGMA user_version={SCHEMA_VERSION + 1}")
+        db.execute(f"PRAGMA user_version={TABLES + 1}")
     before = path.read_bytes()
     with pytest.raises(IsolatorError, match="newer version"):
         Store(path)

@@ -32,7 +32,7 @@ class Audit:
     def __init__(self) -> None:
         self.outcomes: asyncio.Queue[tuple[str, str | None]] = asyncio.Queue()
 
-    def record(self, record: Any, *, plugin: str, run: str | None, event_id: str) -> None:
+    def record(self, record: Any, *, plugin: str, run: str | None, event_id: str, urgent: bool) -> None:
         assert (plugin, event_id) == ("srv", "e1")
         self.outcomes.put_nowait((record.outcome, run))
 
@@ -52,7 +52,9 @@ def taken_over() -> Iterator[tuple[Servers, Audit, socket.socket, ServersState, 
     def use(_: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    servers = Servers(nobody, registry, cast(Any, audit), nobody, cast(Any, lambda _: lambda text: text), use, fences)
+    servers = Servers(
+        nobody, registry, cast(Any, audit), nobody, cast(Any, lambda _: lambda text: text), use, fences, nobody
+    )
     deadline = time.monotonic() + 3600
     session = SessionState(
         run="r1", input=lines[0], output=lines[1], version="", name="srv", instructions="", tools=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
@@ -17,10 +16,9 @@ from hypothesis import strategies as st
 
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body
-from isolator.ipc.handover import DaemonState, RunState, TicketsState, TicketState, descriptors
+from isolator.ipc.handover import DaemonState, RunState, descriptors
 from isolator.linux.memfd import make_sealed
 from isolator.supervisor.reload import formats
-from tests.supervisor.test_reload_trial import STATE
 
 NUMBERS = st.integers(-1, 1 << 40)
 JSON = st.recursive(
@@ -81,7 +79,7 @@ def test_every_descriptor_of_a_run_is_named(run: RunState) -> None:
 def test_state_of_another_format_is_refused_in_one_line(number: object) -> None:
     fd = make_sealed(json.dumps({"format": number, "state": {}}).encode())
     try:
-        with pytest.raises(IsolatorError, match="this version reads 3, 2") as caught:
+        with pytest.raises(IsolatorError, match="this version reads 4, 3") as caught:
             formats.read(fd)
         assert "\n" not in str(caught.value)
     finally:
@@ -98,7 +96,7 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_value_of_any_type_in_a_state_is_read_or_refused_in_one_line(data: st.DataObject) -> None:
     state = data.draw(values(DaemonState))
-    whole = json.loads(json.dumps({"format": 3, "state": state.to_json(), "host_toml": ""}))
+    whole = json.loads(json.dumps({"format": 4, "state": state.to_json(), "host_toml": ""}))
     place, key = data.draw(st.sampled_from(_places(whole)))
     if data.draw(st.booleans()):
         del place[key]
@@ -123,24 +121,7 @@ def test_file_that_somebody_could_still_change_is_refused() -> None:
         os.close(fd)
 
 
-def test_version_before_gets_no_times_that_it_does_not_know() -> None:
-    ticket = TicketState(token="t", uid=0, connection=-1, until=5.0)
-    found = {"tickets": TicketsState(listener=-1, open=(ticket,)), "alarms": {"a": "line"}}
-    present = dataclasses.replace(STATE, **found, alarm_ends={"a": 7.0}, control_opens=9.0)
-    before = dataclasses.replace(STATE, **found | {"tickets": _without_end(ticket)})
-    for number, expected in ((3, present), (2, before)):
-        fd = formats.write(present, number)
-        try:
-            assert formats.read(fd) == (expected, "")
-        finally:
-            os.close(fd)
-
-
-def _without_end(ticket: TicketState) -> TicketsState:
-    return TicketsState(listener=-1, open=(dataclasses.replace(ticket, until=None),))
-
-
 def test_newest_format_that_both_sides_know_is_written() -> None:
-    assert [formats.newest_common(others) for others in ([2], [3, 2], [4, 3])] == [2, 3, 3]
-    with pytest.raises(IsolatorError, match=r"takes over states of format 4, 5, this one hands over 3"):
-        formats.newest_common([5, 4])
+    assert [formats.newest_common(others) for others in ([3], [4, 3], [5, 4])] == [3, 4, 4]
+    with pytest.raises(IsolatorError, match=r"takes over states of format 5, 6, this one hands over 4"):
+        formats.newest_common([6, 5])

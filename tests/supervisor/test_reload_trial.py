@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from host.database.store import Store
 from isolator.errors import IsolatorError
+from isolator.ipc.formats import TABLES
 from isolator.ipc.handover import AuditClientState, AuditState, DaemonState, SubtreeState, TicketsState
-from isolator.supervisor import alive
+from isolator.supervisor import alive, kept
 from isolator.supervisor.reload import formats, reloader, trial
 from isolator.supervisor.reload.program import Program
 
@@ -85,18 +89,45 @@ def test_no_thread_but_the_main_one_executes() -> None:
 
 
 async def test_answer_of_the_program_decides(shared_dir: Path) -> None:
-    assert await trial.try_out(script(shared_dir, """echo '{"formats": [4, 3, 2]}'"""), STATE) == 3
-    refusing = """echo '{"formats": [2], "error": {"what": "host.toml", "why": "line 3", "remedy": "mend it"}}'"""
+    assert await trial.try_out(script(shared_dir, """echo '{"formats": [5, 4, 3]}'"""), STATE) == 4
+    refusing = """echo '{"formats": [3], "error": {"what": "host.toml", "why": "line 3", "remedy": "mend it"}}'"""
     with pytest.raises(IsolatorError, match=r"host\.toml: line 3"):
         await trial.try_out(script(shared_dir, refusing), STATE)
     unreadable = """echo '{"formats": [7], "error": {"what": "state", "why": "format 1", "remedy": ""}}'"""
-    with pytest.raises(IsolatorError, match="takes over states of format 7, this one hands over 3"):
+    with pytest.raises(IsolatorError, match="takes over states of format 7, this one hands over 4"):
         await trial.try_out(script(shared_dir, unreadable), STATE)
     for body in ("true", "echo no JSON", "echo '[]'", "kill -9 $$"):
         with pytest.raises(IsolatorError, match="it gave no answer"):
             await trial.try_out(script(shared_dir, body), STATE)
     with pytest.raises(IsolatorError, match="cannot be executed"):
         await trial.try_out(Program(str(shared_dir / "none"), ("none",)), STATE)
+
+
+async def test_program_that_knows_only_older_tables_than_the_database_has_is_refused(shared_dir: Path) -> None:
+    program = script(shared_dir, """echo '{"version": "1.2", "formats": [4], "tables": 6}'""")
+    assert await trial.try_out(program, STATE, tables=6) == 4
+    with pytest.raises(IsolatorError, match=r"1\.2 is too old .* tables to version 7, and that one knows 6"):
+        await trial.try_out(program, STATE, tables=7)
+    silent = script(shared_dir, """echo '{"formats": [3]}'""")
+    assert await trial.try_out(silent, STATE, tables=4) == 3
+    with pytest.raises(IsolatorError, match="that one knows 4"):
+        await trial.try_out(silent, STATE, tables=5)
+
+
+async def test_version_of_the_tables_is_that_of_the_database(shared_dir: Path) -> None:
+    path = shared_dir / "host.db"
+    store = Store(path)
+    assert kept.tables(path) == TABLES > 0
+    await store.run(lambda db: db.execute("CREATE TABLE more (one)"))
+    assert kept.tables(path) == TABLES
+    await store.close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute(f"PRAGMA user_version={TABLES + 3}")
+    assert kept.tables(path) == TABLES + 3
+    (shared_dir / "link").symlink_to(path)
+    os.mkfifo(shared_dir / "fifo")
+    (shared_dir / "short").write_bytes(b"SQLite format 3\0")
+    assert [kept.tables(shared_dir / name) for name in ("link", "fifo", "short", "none")] == [0, 0, 0, 0]
 
 
 async def test_program_that_never_answers_is_ended(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,5 +139,5 @@ async def test_program_that_never_answers_is_ended(shared_dir: Path, monkeypatch
 async def test_program_that_is_slow_is_waited_for(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer than one that does nothing would be."""
     monkeypatch.setattr(alive, "TICK", 0.1)
-    slow = "for i in $(seq 20); do sleep 0.1; done; echo '{\"formats\": [2]}'"
-    assert await trial.try_out(script(shared_dir, slow), STATE) == 2
+    slow = "for i in $(seq 20); do sleep 0.1; done; echo '{\"formats\": [3]}'"
+    assert await trial.try_out(script(shared_dir, slow), STATE) == 3

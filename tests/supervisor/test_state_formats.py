@@ -30,7 +30,7 @@ from tests.supervisor.test_reload_state import values
 
 MODES: dict[str, type[Body]] = {"exec": ExecState, "http": HttpDeliveryState, "mcp": McpState}
 STATES: dict[str, tuple[Formats[Any], tuple[type[Body], ...], str]] = {
-    "supervisor": (formats.FORMATS, (), "3 44cf07194129"),
+    "supervisor": (formats.FORMATS, (), "4 44cf07194129"),
     "audit": (audit.FORMATS, (), "2 4f929ffa3263"),
     "broker": (broker.FORMATS, (), "1 cb7584dc6a2c"),
     "host": (FORMATS, (*MODES.values(), ServersState), "3 7336f49c3113"),

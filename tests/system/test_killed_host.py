@@ -80,6 +80,28 @@ class Load:
             self._stop.wait(0.05)
 
 
+def test_record_that_the_writer_has_not_read_as_the_host_is_killed_is_not_made_again() -> None:
+    with daemon() as d, Client(d.root) as client:
+        first = client.call("event.emit", name="deploy.completed", payload=EVENT)["id"]
+        wait_for(lambda: [one for one in d.records() if one["event_id"] == first])
+        writer, host = d.service_pid("audit.service"), d.service_pid("host.service")
+        os.kill(writer, signal.SIGSTOP)
+        try:
+            # As the next one is read, the record of the one before is handed over; its own need not be.
+            second, third = (client.call("event.emit", name="deploy.completed", payload=EVENT)["id"] for _ in range(2))
+            kill_9(host)
+            wait_for(lambda: d.service_pid("host.service", missing_ok=True) not in (0, host))
+            wait_for(lambda: _connected(d)).close()
+        finally:
+            os.kill(writer, signal.SIGCONT)
+        with wait_for(lambda: _connected(d)) as other:
+            last = other.call("event.emit", name="deploy.completed", payload=EVENT)["id"]
+            wait_for(lambda: [one for one in d.records() if one["event_id"] == last])
+        accepted = [one for one in d.records() if one["type"] == "event.accepted"]
+        assert sorted(one["event_id"] for one in accepted) == sorted((first, second, third, last))
+        assert {one["event_id"] for one in accepted if "accepted_at" in one["data"]} <= {third}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [25, pytest.param(100, marks=pytest.mark.wide)])
 def test_kill_9_of_the_host_under_load(tmp_path: Path, kills: int) -> None:
@@ -118,6 +140,9 @@ def test_kill_9_of_the_host_under_load(tmp_path: Path, kills: int) -> None:
                 order = [first[row["id"]] for row in rows if row["payload"]["project_id"] == f"p{key}"]
                 assert order == sorted(order), "first deliveries of one key are in the order of acceptance"
             assert d.json("plugin", "show", folder.name)["run"] == runs[folder.name], "the sidecar was ended"
+        recorded = Counter(one["event_id"] for one in d.records() if one["type"] == "event.accepted")
+        assert not [event for event in load.accepted if recorded[event] != 1], "each is on record, and once"
+        assert max(recorded.values()) == 1
         d.cli("audit", "verify")
         # Every delivery is one that the trail tells of.
         told = Counter(

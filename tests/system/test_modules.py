@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,8 +132,25 @@ def test_broker_and_launcher_start_with_the_first_plugin_that_may(listing: Listi
     assert BROKER in found and not among(found, NOWHERE)
 
 
-def test_reload_without_a_plugin_hands_on_what_any_version_goes_on_with() -> None:
-    with daemon() as running:
+HANDS_OVER_FORMAT_3 = """
+import sys
+from isolator.supervisor.reload import trial
+async def try_out(*_): return 3
+trial.try_out = try_out
+from host.cli.main import main
+sys.exit(main())
+"""
+
+
+class Older(Daemon):
+    """A daemon that is reloaded into one that goes on with launcher and broker only."""
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-I", "-c", HANDS_OVER_FORMAT_3, "--root", str(self.root), "serve"]
+
+
+def test_reload_without_a_plugin_hands_an_earlier_version_what_it_goes_on_with() -> None:
+    with daemon(kind=Older) as running:
         running.cli("reload")
         services = {one["name"]: one["up"] for one in running.json("status")["services"]}
         assert services == dict.fromkeys(("supervisor", "audit", "broker", "host"), True)

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 from host.cluster.delivery.cursor import MOST_ENDED, Cursor, Held, Own
 from host.cluster.delivery.mine import Names
@@ -37,8 +37,8 @@ _WHY = 1000
 """Characters of the reason why a delivery was given up."""
 
 
-class TypesFollower(Protocol):
-    """Whoever keeps the event types that the log has; see ``Follower`` for the first four."""
+class TypesFollower:
+    """Whoever keeps the event types that the log has, and here nobody; see ``Follower`` for the first four."""
 
     def applied(self, db: sqlite3.Connection, entries: Sequence[Applied]) -> None: ...
 
@@ -50,6 +50,9 @@ class TypesFollower(Protocol):
 
     def follow(self, *, complete: bool = False) -> None:
         """Have this host know what the fold has; ``complete``: the log was read, what it does not have is gone."""
+
+
+NO_TYPES: Final = TypesFollower()
 
 
 class QueueFollower:
@@ -66,7 +69,7 @@ class QueueFollower:
         ready: Callable[[], Sequence[str]],
         fences: Fences,
         lost_events: Callable[[Sequence[Loss]], None] = lambda _: None,
-        types: TypesFollower | None = None,
+        types: TypesFollower = NO_TYPES,
     ) -> None:
         self._queue, self._subscriptions, self._ready, self._fences = queue, subscriptions, ready, fences
         self._lost_events, self._types = lost_events, types
@@ -118,8 +121,7 @@ class QueueFollower:
 
     def applied(self, db: sqlite3.Connection, place: int, time: float, entries: Sequence[Applied]) -> None:
         self._queue.places.apply(db, place, time, entries)
-        if self._types is not None:
-            self._types.applied(db, entries)
+        self._types.applied(db, entries)
 
     def kept(self, place: int, time: float, entries: Sequence[Applied]) -> None:
         if place <= self._place:  # the log is read once more
@@ -130,8 +132,7 @@ class QueueFollower:
             self._state = self._node.state
             self._consider()
             self.tell()
-        if self._types is not None:
-            self._types.kept(entries)
+        self._types.kept(entries)
         counted = [one for one in entries if not one.void]
         events = sum(isinstance(one.entry, Event | Replay) for one in counted)
         if events:
@@ -230,25 +231,21 @@ class QueueFollower:
 
     def again(self, db: sqlite3.Connection) -> None:
         self._queue.places.again(db)
-        if self._types is not None:
-            self._types.again(db)
+        self._types.again(db)
 
     def adopted(self, db: sqlite3.Connection, before: State) -> None:
         self._queue.places.adopted(db, before)
-        if self._types is not None:
-            self._types.again(db)
+        self._types.again(db)
 
     def left(self, db: sqlite3.Connection) -> None:
         self._mine.clear(db)
         self._alone.clear(db)
-        if self._types is not None:
-            self._types.left(db)
+        self._types.left(db)
 
     def fenced(self, over: bool) -> None:
         self._acting = not over
-        if self._types is not None and not over:
-            self._types.follow(complete=True)
         if not over:
+            self._types.follow(complete=True)
             for plugin in self._here:
                 self._look_whose(plugin)
         for plugin in {*self._here, *(shard[0] for shard in self._held)}:

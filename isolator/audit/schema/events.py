@@ -29,6 +29,9 @@ class EventAccepted(RecordData):
     """Number of the event in the queue; grows, with gaps. A queue that is restored from before is noticed by it."""
     on_behalf_of: str = ABSENT
     """The person for whom the caller emitted it, on the caller's word."""
+    accepted_at: str = ABSENT
+    """UTC time when it was accepted, in a record that a later host process made: the one that accepted it ended first,
+    or the machine. ``plugins`` are then those with a delivery on this host, and ``on_behalf_of`` is not known."""
 
 
 class EventLost(RecordData):

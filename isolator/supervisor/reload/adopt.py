@@ -72,8 +72,10 @@ def end(pids: Iterable[int]) -> list[Child]:
     return left
 
 
-def launcher(before: DaemonState) -> Launcher:
-    """The launcher of before, which keeps the cages until a new one does."""
+def launcher(before: DaemonState) -> Launcher | None:
+    """The launcher of before, which keeps the cages until a new one does; None: there was none, and no plugin."""
+    if before.launcher < 0:
+        return None
     return Launcher((Child(before.launcher_pid), socket.socket(fileno=before.launcher)), adopted=True)
 
 

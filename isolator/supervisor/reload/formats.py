@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterable
 
 from isolator.errors import IsolatorError
-from isolator.ipc.body import Json
 from isolator.ipc.formats import Formats
 from isolator.ipc.handover import DaemonState
 from isolator.linux.memfd import make_sealed, read_sealed
@@ -17,14 +16,9 @@ from isolator.linux.memfd import make_sealed, read_sealed
 _MOST = 512 << 20
 
 
-def _without_times(body: Json) -> Json:
-    """Format 2: what ends by itself begins its time anew."""
-    opened = [{key: value for key, value in one.items() if key != "until"} for one in body["tickets"]["open"]]
-    kept = {key: value for key, value in body.items() if key not in ("alarm_ends", "control_opens")}
-    return kept | {"tickets": {**body["tickets"], "open": opened}}
-
-
-FORMATS = Formats(DaemonState, 3, up=lambda body: body, down=_without_times)
+WITHOUT_CAGES = 4
+"""From this format on a daemon without a cage to come has neither a launcher nor a broker; others hold both."""
+FORMATS = Formats(DaemonState, 4, up=lambda body: body, down=lambda body: body)
 
 
 def newest_common(others: Iterable[int]) -> int:

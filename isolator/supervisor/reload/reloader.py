@@ -45,11 +45,14 @@ async def reload(
     the daemon was told to end, by a signal that is not to be lost.
     """
     async with daemon.services.exchanging:
-        await daemon.services.broker.needed()  # an earlier version goes on with one only
         tried = program.check()
         began, host_toml = time.monotonic(), settings_text(settings)
         try:
-            number = await trial.try_out(program, daemon_state(daemon, generation, began), host_toml)
+            tables = daemon.services.host.tables
+            number = await trial.try_out(program, daemon_state(daemon, generation, began), host_toml, tables)
+            if number < formats.WITHOUT_CAGES:
+                daemon.runtime.launch()
+                await daemon.services.broker.needed()
         finally:
             _stay(daemon)
         began = time.monotonic()
@@ -116,7 +119,6 @@ async def _come_to_rest(daemon: Daemon) -> None:
             if not await asyncio.to_thread(daemon.notifier.pause, _NOTIFIER_SECONDS):
                 busy[:] = ["the answer to a denied system call"]
                 raise TimeoutError
-            end_threads()
             await _until_idle(daemon, busy, threads=True)
             while not await _signals_held(daemon):
                 await _until_idle(daemon, busy, threads=True)
@@ -149,8 +151,13 @@ async def _signals_held(daemon: Daemon) -> bool:
 
 
 async def _until_idle(daemon: Daemon, busy: list[str], *, threads: bool = False) -> None:
-    """Wait until nothing is under way; ``busy`` names meanwhile what is."""
+    """Wait until nothing is under way; ``busy`` names meanwhile what is. ``threads``: end those of the loop, too.
+
+    What has begun by itself meanwhile (a changed policy is read, folders are looked through) may have made new ones.
+    """
     while True:
+        if threads:
+            end_threads()
         busy[:] = _under_way(daemon, threads=threads)
         if not busy:
             return
@@ -162,12 +169,13 @@ def _under_way(daemon: Daemon, *, threads: bool) -> list[str]:
     for service in daemon.services.every:
         if service.channel is not None:
             service.channel.hold(REPEATED)
-    launcher = daemon.runtime.launcher
+    expected = daemon.table.plugins or daemon.runners is not None  # a cage: then the state has who keeps it
+    launcher = daemon.runtime.launcher if expected else daemon.runtime.present_launcher
     return [
         *daemon.table.under_way,
         *(daemon.runners.under_way if daemon.runners is not None else []),
         *(service.unsettled for service in daemon.services.every if service.unsettled),
-        *(["the launcher"] if launcher.closed.is_set() or launcher.unsettled else []),
+        *(["the launcher"] if launcher is not None and (launcher.closed.is_set() or launcher.unsettled) else []),
         *(_threads() if threads else ()),
     ]
 
@@ -202,14 +210,14 @@ def _stay(daemon: Daemon) -> None:
 def daemon_state(daemon: Daemon, generation: int, began: float) -> DaemonState:
     """The state of the daemon at this moment; it can be gone on from only while nothing is under way."""
     runtime = daemon.runtime
-    subtree, services = runtime.subtree, daemon.services
+    subtree, services, launcher = runtime.subtree, daemon.services, runtime.present_launcher
     return DaemonState(
         version=isolator.__version__,
         generation=generation,
         began=began,
         journal=runtime.journal.descriptor,
-        launcher=runtime.launcher.link,
-        launcher_pid=runtime.launcher.pid,
+        launcher=launcher.link if launcher is not None else -1,
+        launcher_pid=launcher.pid if launcher is not None else 0,
         subtree=SubtreeState(
             unified=str(subtree.unified),
             v1={name: str(path) for name, path in subtree.v1.items()},

@@ -1,7 +1,7 @@
 """Trial of the program that a reload would execute: it reads a copy of the state in the same sandbox, changes nothing.
 
-It answers with one line of JSON on its standard output: ``{"version", "formats"}`` and, if it would not take over,
-``error``.
+It answers with one line of JSON on its standard output: ``{"version", "formats", "tables"}`` and, if it would not take
+over, ``error``. ``tables``: the version of the host's tables that its host process makes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import isolator
 from isolator.errors import IsolatorError, UnavailableError, UsageError
+from isolator.ipc.formats import TABLES
 from isolator.ipc.handover import DaemonState
 from isolator.layers.user import add_service_user
 from isolator.paths import Paths
@@ -29,12 +30,14 @@ from isolator.supervisor.reload.settings import settings_of
 
 _MOST = 1 << 20
 """Bytes of an answer."""
+_UNSAID = 4
+"""Version of the tables that a program makes which does not say so."""
 
 
-async def try_out(program: Program, state: DaemonState, host_toml: str = "") -> int:
+async def try_out(program: Program, state: DaemonState, host_toml: str = "", tables: int = 0) -> int:
     """Have the program read the state and the text of host.toml; returns the format to hand it over in.
 
-    Raises IsolatorError if it would not.
+    ``tables``: the version of those in the host's database, where known. Raises IsolatorError if it would not go on.
     """
     answer = await _answer(program, formats.write(state, host_toml=host_toml))
     if "error" in answer and formats.FORMATS.present not in _formats(answer):
@@ -42,6 +45,14 @@ async def try_out(program: Program, state: DaemonState, host_toml: str = "") -> 
         answer = await _answer(program, formats.write(state, number, host_toml))
     if "error" in answer:
         raise IsolatorError.from_json(answer["error"])
+    known = answer.get("tables", _UNSAID)
+    if not isinstance(known, int) or known < tables:
+        raise IsolatorError(
+            f"trial of {program.path}",
+            f"version {str(answer.get('version'))[:40]} is too old for the host's database: a newer one has changed its"
+            f" tables to version {tables}, and that one knows {known}",
+            "install the newer version again; or stop the daemon, and restore a backup from before",
+        )
     return formats.newest_common(_formats(answer))
 
 
@@ -82,7 +93,7 @@ async def _answer(program: Program, fd: int) -> dict[str, Any]:
 
 def check_handover(paths: Paths, config: str | None, fd: int) -> str:
     """The answer of the program that is tried."""
-    answer: dict[str, Any] = {"version": isolator.__version__, "formats": formats.FORMATS.read}
+    answer: dict[str, Any] = {"version": isolator.__version__, "formats": formats.FORMATS.read, "tables": TABLES}
     try:
         state, host_toml = formats.read(fd)
         _check(paths, settings_of(host_toml, Path(config) if config else paths.host_toml), state)

@@ -6,7 +6,10 @@ each has a field more, and steps from and to the format before.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -14,9 +17,11 @@ import pytest
 import isolator
 from host.client.client import Client
 from isolator.errors import IsolatorError
+from isolator.ipc.formats import TABLES
+from isolator.supervisor.kept import tables
 from tests.support import wheels
 from tests.support.timeouts import seconds
-from tests.system.daemon import Daemon, wait_for
+from tests.system.daemon import EVENT, Daemon, daemon, wait_for
 from tests.system.reload.test_reload import loaded_daemon, reload_under_events
 
 NEWER = "9.9.9"
@@ -110,3 +115,24 @@ def test_sidecars_and_their_events_go_on_over_upgrades_and_downgrades(
         assert [(one["from"], one["to"]) for one in reloaded] == [there, back] * (TIMES // 2)
         assert d.stop() == 0
         assert d.json("gc", "--dry-run") == []
+
+
+def test_reload_to_a_version_that_knows_only_older_tables_is_refused_and_loses_nothing() -> None:
+    with daemon() as d:
+        database = d.root / "var/lib/isolator/host/host.db"
+        host = d.service_pid("host.service")
+
+        def change(version: int) -> None:
+            with contextlib.closing(sqlite3.connect(database, timeout=seconds(10))) as db:
+                db.execute(f"PRAGMA user_version={version}")
+                wait_for(lambda: db.execute("PRAGMA wal_checkpoint").fetchone() and tables(database) == version)
+
+        change(TABLES + 1)  # as a newer version would, which this one is to follow
+        refused = d.cli("reload", code=None)
+        assert refused.returncode != 0
+        assert f"its tables to version {TABLES + 1}, and that one knows {TABLES}" in refused.stderr, refused.stderr
+        assert d.service_pid("host.service") == host
+        change(TABLES)
+        d.cli("event", "emit", "deploy.completed", json.dumps(EVENT))
+        d.cli("reload")
+        assert d.service_pid("host.service") != host
