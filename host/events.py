@@ -25,6 +25,7 @@ from host.schemas.compatible import difference
 from host.schemas.publish import json_schema
 from host.schemas.shape import Choice, Many, Property, Record, Scalar, Shape, Table, read
 from host.wire.strict_json import dumps
+from isolator.audit.client import utc_second
 from isolator.base.core import SchemaValidator, ValidationError
 from isolator.errors import NotFoundError, UsageError, nearest
 from isolator.policy.names import OLDER_HOOKS
@@ -60,7 +61,7 @@ def new_event_id(now: float) -> str:
 @functools.lru_cache(maxsize=4)
 def _format_milliseconds(since: int) -> str:
     seconds, rest = divmod(since, 1000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:03d}Z"
+    return f"{utc_second(seconds)}.{rest:03d}Z"
 
 
 _ID = Scalar("string", {"minLength": 1, "maxLength": 128})
@@ -112,8 +113,19 @@ class EventType:
 
     @functools.cached_property
     def check(self) -> SchemaValidator:
-        """The check of its payloads; raises UsageError when none can be made of its shape."""
-        return check_of(self.name, self.shape)
+        """The check of its payloads as they come; raises UsageError when none can be made of its shape."""
+        shape = self.shape
+        if self.filled is not None:
+            optional = Property(shape.fields[self.filled].shape, False)
+            shape = Record(shape.name, {**shape.fields, self.filled: optional})
+        return check_of(self.name, shape)
+
+    def fill(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields with the time that the host sets, in the shape's order."""
+        if self.filled is None or self.filled in fields:
+            return fields
+        now = format_time(time.time())
+        return {key: fields.get(key, now) for key in self.shape.fields if key in fields or key == self.filled}
 
     def surprise(self, newer: EventType) -> str | None:
         """Find what a plugin that knows this type would not expect of a newer payload; None if all is as before."""
@@ -281,10 +293,8 @@ class Catalogue:
     def validate(self, name: str, payload: Mapping[str, Any]) -> Validated:
         """Check a payload and fill in the fields that the host knows; raises NotFoundError or UsageError."""
         event_type = self.need(name)
-        if event_type.filled is not None and payload.get(event_type.filled) is None:
-            payload = {**payload, event_type.filled: format_time(time.time())}
         try:
-            fields: dict[str, Any] = event_type.check.validate_python(payload)
+            fields = event_type.fill(event_type.check.validate_python(payload))
         except ValidationError as error:
             raise UsageError(f"event {name}", explain(error, event_type.shape)) from None
         text = dumps(fields)

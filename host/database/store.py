@@ -410,7 +410,7 @@ class Store:
             self._wal_high = self._wal.high()
             job.hold = self._wal.size > self._wal_high
             self._checkpoint = job
-        self._wal.begin(job)
+        self._wal.begin(job, alone=not one_has_ended)
 
     def _start_checkpoint(self) -> None:
         if not self._closed:

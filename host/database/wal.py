@@ -4,6 +4,9 @@ A sync is begun on the event loop and ends there (``isolator.linux.aio``); no th
 from the loop in between. Where the kernel does not offer that, the helper thread syncs. The same thread makes the
 checkpoints, on a connection of its own, so that they never hold up the loop.
 
+The kernel's worker that syncs is bound to the loop's processor, and may have to wait until the loop has nothing else to
+do. So the disk gets the write of an event that comes alone before that.
+
 A log that grows takes the file system's journal along with each sync, which costs half as much again. So it is made as
 large at the start as it gets between two checkpoints; zeros after the last frame are no frame to SQLite, as the frames
 of an earlier round are none.
@@ -35,6 +38,8 @@ SHARE = 4
 LOW = 256 << 10
 CLOSING = 10.0
 """Seconds that the end of this process waits for the disk."""
+DELAY, AVOID = 0.001, 1.0
+"""Seconds: a disk that took longer to take a write is given none ahead of its sync for so long."""
 BEGIN = 4 << 20
 """Bytes of a new log, on a small disk half of what is large there."""
 
@@ -75,6 +80,8 @@ class WriteAheadLog(Generic[Op]):
         """Bytes at the newest sync: it shrinks by a checkpoint of ours alone."""
         self._grow()
         self._direct: FileSync | None = None
+        self._ahead_from = 0.0
+        """Loop time from which the disk is handed a write ahead of its sync."""
         self._under_way: list[Op] = []
         """Operations of the direct sync that is under way."""
         self._found: tuple[OSError | None, str | None] = (None, None)
@@ -104,9 +111,11 @@ class WriteAheadLog(Generic[Op]):
         room = disk.f_bavail * disk.f_frsize + self.size
         return min(HIGH, max(LOW, room // SHARE))
 
-    def begin(self, job: Sync[Op]) -> None:
-        """Begin a sync; the one before has been reported."""
+    def begin(self, job: Sync[Op], *, alone: bool = False) -> None:
+        """Begin a sync; the one before has been reported. ``alone``: who waits for it has waited for no other."""
         if self._direct is not None and not job.checkpoint:
+            if alone:
+                self._write_ahead(self._direct)
             with contextlib.suppress(OSError):  # the kernel has no room for it at the moment
                 self._direct.begin()
                 self._under_way = job.ops
@@ -114,6 +123,18 @@ class WriteAheadLog(Generic[Op]):
                 self._found = self._outcome(lambda: None)
                 return
         self._work.put(job)
+
+    def _write_ahead(self, direct: FileSync) -> None:
+        """Let the disk work while the kernel's worker is woken, which a loop that goes on may hold up.
+
+        A loop that is held up by a busy disk leaves that to the worker for a while.
+        """
+        began = self._loop.time()
+        if began >= self._ahead_from:
+            direct.write_out()
+            ended = self._loop.time()
+            if ended - began > DELAY:
+                self._ahead_from = ended + AVOID
 
     async def close(self) -> None:
         """Report what is under way, sync once more, and end; a disk that does not answer is not waited for long."""

@@ -49,11 +49,12 @@ def _to_json(value: Any) -> bytes:
 def utc_now() -> str:
     """The current time in the form of the trail: UTC with microseconds, ``2026-01-02T03:04:05.000006Z``."""
     seconds, rest = divmod(time.time_ns(), 1_000_000_000)
-    return f"{_second(seconds)}.{rest // 1000:06d}Z"
+    return f"{utc_second(seconds)}.{rest // 1000:06d}Z"
 
 
 @lru_cache(maxsize=2)
-def _second(seconds: int) -> str:
+def utc_second(seconds: int) -> str:
+    """A second of Unix time in UTC, ``2026-01-02T03:04:05``; remembered, as many times are of the same."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 

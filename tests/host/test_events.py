@@ -30,6 +30,13 @@ def test_a_missing_time_is_filled_in_and_a_present_one_is_kept() -> None:
     assert kept.fields["finished_at"] == "2026-03-12T10:00:00.000Z"
 
 
+@pytest.mark.parametrize("given", [{}, {"finished_at": None}])
+def test_time_that_is_filled_in_stands_in_its_place_and_optional_fields_behind_it(given: dict[str, Any]) -> None:
+    validated = Catalogue().validate("deploy.completed", {"branch": "b", "commit_sha": "c", **DEPLOY, **given})
+    order = ["project_id", "deployment_id", "url", "duration_ms", "finished_at", "commit_sha", "branch"]
+    assert list(validated.fields) == list(json.loads(validated.json)) == order
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -46,6 +46,13 @@ def test_infinite_number_is_refused_also_behind_text_that_resembles_one(number: 
         parse(f'{{"a": "e000 {"1" * 299} ", "b": [{number}]}}'.encode())
 
 
+@pytest.mark.parametrize("digits", [210, 250, 299, 300])
+def test_infinite_number_of_many_digits_and_a_short_exponent_is_refused(digits: int) -> None:
+    with pytest.raises(WireError, match="too large"):
+        parse(b"[" + b"9" * digits + b"e99]")
+    assert parse(b"[" + b"9" * 199 + b"e99]") == [1e298]
+
+
 def test_brackets_count_as_values() -> None:
     with pytest.raises(WireError, match="values"):
         parse(b"[" + b",".join([b"[[]]"] * (MAX_VALUES // 2)) + b"]")

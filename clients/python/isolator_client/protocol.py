@@ -27,6 +27,10 @@ COMMA_LIMIT = 100_000
 ANSWER_LIMIT = 256 << 20
 """Longest line in bytes that is accepted from the daemon: a guard against a line without end, not against an answer."""
 
+# Made once: what json.dumps and json.loads do besides takes as long as a short message itself.
+_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
+_decode = json.JSONDecoder().raw_decode
+
 
 class Reply(NamedTuple):
     """An answer; ``number`` is that of the request, or None when the daemon could not read one."""
@@ -78,7 +82,7 @@ def request(number: int, method: str, params: Mapping[str, Any]) -> bytes:
 def encode(number: int, method: str, params: Mapping[str, Any]) -> bytes:
     """Write a request; raises TypeError, ValueError or RecursionError for one that the daemon would not read."""
     message = {"jsonrpc": "2.0", "id": number, "method": method, "params": params}
-    data = json.dumps(message, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    data = _encode(message).encode()
     if len(data) > REQUEST_LIMIT:
         raise ValueError(f"it has {len(data)} bytes, the limit is {REQUEST_LIMIT}")
     if data.count(b",") > COMMA_LIMIT:
@@ -92,7 +96,10 @@ def encode(number: int, method: str, params: Mapping[str, Any]) -> bytes:
 def message_of(line: bytes) -> Message:
     """Read one line from the daemon. Raises IsolatorError for one that is no message."""
     try:
-        message = json.loads(line)
+        text = line.decode().strip()
+        message, end = _decode(text)
+        if end != len(text):
+            raise ValueError("more than one value")
     except (ValueError, RecursionError):
         raise _foreign("sent a line that is not JSON") from None
     if not isinstance(message, dict):
