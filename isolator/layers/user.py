@@ -158,12 +158,14 @@ def _users() -> _Users:
     except OSError:
         file = (0, 0, 0, 0)
     now = time.monotonic()
-    if _known is None or _known.file != file or now - _known.read > _USERS_SECONDS:
-        _known = _Users(file, now)
+    known = _known
+    if known is None or known.file != file or now - known.read > _USERS_SECONDS:
+        known = _Users(file, now)
         for one in pwd.getpwall():
-            _known.ids.setdefault(one.pw_name, (one.pw_uid, one.pw_gid))
-            _known.names.setdefault(one.pw_uid, []).append(one.pw_name)
-    return _known
+            known.ids.setdefault(one.pw_name, (one.pw_uid, one.pw_gid))
+            known.names.setdefault(one.pw_uid, []).append(one.pw_name)
+        _known = known  # whole: other threads ask meanwhile
+    return known
 
 
 def add_service_user(name: str, *, comment: str) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import os
 import pwd
 import subprocess
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -57,6 +58,30 @@ def test_users_are_read_once_for_many_plugins_and_at_once_when_they_have_changed
         remove_user(user)
     with pytest.raises(ConfinementError, match="is gone"):
         plugin_gid(user, uid)
+
+
+def test_users_that_are_being_read_are_whole_for_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    every, found = [pwd.getpwnam("daemon"), pwd.getpwnam("root")], list[int | ConfinementError]()
+    one = every[-1]
+
+    def ask() -> None:
+        try:
+            found.append(plugin_gid(one.pw_name, one.pw_uid))
+        except ConfinementError as error:
+            found.append(error)
+
+    def slow() -> Iterator[pwd.struct_passwd]:
+        monkeypatch.setattr(pwd, "getpwall", lambda: every)
+        yield from every[:-1]
+        other = threading.Thread(target=ask)
+        other.start()
+        other.join()
+        yield one
+
+    monkeypatch.setattr("isolator.layers.user._known", None)
+    monkeypatch.setattr(pwd, "getpwall", slow)
+    assert plugin_gid(one.pw_name, one.pw_uid) == one.pw_gid
+    assert found == [one.pw_gid]
 
 
 def test_user_whose_last_process_is_just_ending_is_removed_once_it_has_ended() -> None:
