@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import socket
 import struct
@@ -38,8 +39,9 @@ _RTA_DST, _RTA_OIF, _RTA_PREFSRC = 1, 4, 7
 RTA_GATEWAY, RTA_MULTIPATH, RTA_VIA = 5, 9, 18
 _RTM_F_FIB_MATCH = 0x2000
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
-_ROUTE, _KIND = struct.Struct("=IHHIIBB10xHH"), struct.Struct("=H")
-"""A message about a route up to its first attribute's value; the kind of a message, which is 4 bytes into it."""
+_ROUTE, _KIND = struct.Struct("=IHHIIBB10xHH"), struct.Struct("=HHI")
+"""A message about a route up to its first attribute's value; kind, flags and number of a message, 4 bytes into it."""
+_numbers = itertools.count(1)
 _RTN_OWN = frozenset({2, 3, 4, 5})  # RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST, RTN_MULTICAST
 
 _NFNL_SUBSYS_ULOG, _NFNL_SUBSYS_NFTABLES = 4, 10
@@ -109,15 +111,18 @@ class RouteQuery:
         """
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         packed = socket.inet_pton(family, address)
-        size = len(packed)
+        size, turn = len(packed), _next_number()
         # Straight on, and without an acknowledgement: each connection of a cage waits for this.
-        asked = (_ROUTE.size + size, _RTM_GETROUTE, _NLM_F_REQUEST, 0, 0, family, size * 8, 4 + size, _RTA_DST)
+        asked = (_ROUTE.size + size, _RTM_GETROUTE, _NLM_F_REQUEST, turn, 0, family, size * 8, 4 + size, _RTA_DST)
         try:
             self._sock.send(_ROUTE.pack(*asked) + packed)
-            reply = self._sock.recv(4096)
+            while True:
+                reply = self._sock.recv(4096)
+                kind, _, answered = _KIND.unpack_from(reply, 4)
+                if answered == turn:
+                    return kind != _NLMSG_ERROR and reply[23] in _RTN_OWN
         except OSError:
             return False
-        return len(reply) >= _ROUTE.size and _KIND.unpack_from(reply, 4)[0] != _NLMSG_ERROR and reply[23] in _RTN_OWN
 
     def neighbours_device(self, address: str) -> int:
         """Index of the device on whose link the kernel would look for an IPv6 address itself, without a gateway.
@@ -147,12 +152,15 @@ class RouteQuery:
         return bodies
 
     def _dump(self, kind: int, body: bytes) -> tuple[bool, list[bytes]]:
-        self._sock.send(struct.pack("=IHHII", 16 + len(body), kind, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0) + body)
+        number = _next_number()
+        self._sock.send(struct.pack("=IHHII", 16 + len(body), kind, _NLM_F_REQUEST | _NLM_F_DUMP, number, 0) + body)
         whole = True
         bodies: list[bytes] = []
         while True:
             packet = self._sock.recv(1 << 17)
-            for reply, flags, _, _, content in _messages(packet):
+            for reply, flags, turn, _, content in _messages(packet):
+                if turn != number:
+                    continue
                 whole = whole and not flags & _NLM_F_DUMP_INTR
                 if reply in {_NLMSG_ERROR, _NLMSG_DONE}:
                     error = -struct.unpack_from("=i", content)[0] if len(content) >= 4 else 0
@@ -272,6 +280,11 @@ def _open(family: int) -> socket.socket:
     return sock
 
 
+def _next_number() -> int:
+    """The number of a request: what is left of one that was given up (ENOBUFS) is no answer to another."""
+    return next(_numbers) & 0xFFFFFFFF
+
+
 def _ask(sock: socket.socket, kind: int, flags: int, body: bytes) -> bytes:
     """Send one request, wait for its acknowledgement; the body of the first reply that is none."""
     return _ask_all(sock, [(kind, flags, body)])
@@ -279,21 +292,25 @@ def _ask(sock: socket.socket, kind: int, flags: int, body: bytes) -> bytes:
 
 def _ask_all(sock: socket.socket, requests: Sequence[tuple[int, int, bytes]]) -> bytes:
     """As ``_ask``, for requests whose bodies are whole words: the kernel takes them one by one, and each is awaited."""
-    packet = b""
-    for turn, (kind, flags, body) in enumerate(requests, 1):
+    packet, waiting = b"", dict[int, int]()
+    for kind, flags, body in requests:
+        turn = _next_number()
+        waiting[turn] = kind
         packet += struct.pack("=IHHII", 16 + len(body), kind, _NLM_F_REQUEST | _NLM_F_ACK | flags, turn, 0) + body
     sock.send(packet)
     answer = b""
-    while True:
+    while waiting:
         for reply, _, turn, _, content in _messages(sock.recv(65536)):
+            if turn not in waiting:
+                continue
             if reply == _NLMSG_ERROR:
                 error = -struct.unpack_from("=i", content)[0]
                 if error:
-                    raise OSError(error, f"netlink request {requests[turn - 1][0]}: {os.strerror(error)}")
-                if turn == len(requests):
-                    return answer
+                    raise OSError(error, f"netlink request {waiting[turn]}: {os.strerror(error)}")
+                del waiting[turn]
             elif reply != _NLMSG_DONE:
                 answer = answer or content
+    return answer
 
 
 def _local_default(family: int, source: str) -> bytes:

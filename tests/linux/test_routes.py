@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 from collections.abc import Iterator
 from ipaddress import ip_address
@@ -96,5 +97,25 @@ def test_refused_list_is_an_error() -> None:
     try:
         with pytest.raises(OSError, match="netlink list 9999"):
             query.dump(9999, 8)
+    finally:
+        query.close()
+
+
+def test_answer_to_a_question_that_was_given_up_answers_no_other(network: HostNetwork) -> None:
+    """As when the kernel had no memory for its acknowledgement (ENOBUFS): the answer itself is still to be read."""
+    query = RouteQuery()
+    try:
+        for asked in (
+            lambda: query.is_own("10.1.0.5"),
+            lambda: query.neighbours_device("2001:db8:1::7") > 0,
+            lambda: query.dump(22, 8) == addresses,
+        ):
+            addresses = query.dump(22, 8)
+            left = struct.pack(
+                "=IHHIIBBBBBBBBIHH4s", 36, 26, 1, 0, 0, 2, 32, 0, 0, 0, 0, 0, 0, 0, 8, 1, b"\x0a\x01\0\x07"
+            )
+            query._sock.send(left)
+            assert asked()
+            assert not query.is_own("10.1.0.7")
     finally:
         query.close()
