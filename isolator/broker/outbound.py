@@ -50,7 +50,7 @@ from isolator.ipc.fence import Fence
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.linux.boottime import boottime
 from isolator.linux.netlink import parse_nflog
-from isolator.linux.readable import resolve
+from isolator.linux.readable import receive, resolve
 from isolator.policy.addresses import Address
 from isolator.policy.denial import DenialRule
 from isolator.policy.destinations import Rules
@@ -436,7 +436,7 @@ class Outbound:
                 self._looking.turn(partial(resolve, turn))
                 await turn
             again = bool(unread)
-            part = unread.pop() if again else await self._loop.sock_recv(flow.client, self._looking.piece)
+            part = unread.pop() if again else await receive(flow.client, self._looking.piece)
             if not part:
                 if flow.first:
                     raise Denied(DenialRule.INCOMPLETE)

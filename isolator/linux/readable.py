@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import select
+import socket
 
 
 def is_readable(fd: int) -> bool:
@@ -22,6 +23,18 @@ async def readable(fd: int) -> None:
         await ready
     finally:
         loop.remove_reader(fd)
+
+
+async def receive(sock: socket.socket, most: int) -> bytes:
+    """Read from a socket that does not block, once there is something; whoever is cancelled has read nothing.
+
+    The event loop's ``sock_recv`` has, in the turn in which something comes. Raises OSError.
+    """
+    while True:
+        try:
+            return sock.recv(most)
+        except BlockingIOError:
+            await readable(sock.fileno())
 
 
 def resolve(future: asyncio.Future[None]) -> None:

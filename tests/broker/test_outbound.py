@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import socket
@@ -22,6 +23,7 @@ from isolator.broker.relay import Scratch
 from isolator.broker.resolver import HostResolvers
 from isolator.ipc.channel import pair
 from isolator.ipc.fence import LOST, Fence
+from isolator.ipc.succession import Departure, to_bytes
 from isolator.policy.destinations import Rules
 from tests.broker.conftest import listed
 from tests.support.timeouts import seconds
@@ -170,6 +172,32 @@ async def test_connection_that_is_given_up_before_its_task_has_begun_is_closed(l
     line.cage._begin(Flow(inner, IPv4Address("93.184.216.34"), 80, 0.0))
     await line.cage._flows.close()
     assert inner.fileno() < 0 and not line.cage._flows._flows
+    client.close()
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_bytes_that_come_while_another_broker_takes_over_are_not_lost(line: Line, turns: int) -> None:
+    client, inner = socket.socketpair()
+    inner.setblocking(False)
+    flow = Flow(inner, IPv4Address("93.184.216.34"), 443, 0.0, name="a.com")
+
+    async def compare() -> None:
+        await line.cage._first_bytes(flow, line.cage._gate(flow))
+
+    line.cage._flows.open(flow, compare())
+    for _ in range(3):  # it waits for bytes from then on
+        await asyncio.sleep(0)
+    client.send(b"\x16\x03\x01")
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    departure = Departure()
+    (state,) = await line.cage._flows.pass_on(departure)
+    with socket.socket(fileno=departure._fds.release_all()[state.client]) as taken:
+        taken.setblocking(False)
+        got = to_bytes(state.first)
+        with contextlib.suppress(BlockingIOError):
+            got += taken.recv(100)
+    assert got == b"\x16\x03\x01"
     client.close()
 
 
