@@ -9,7 +9,7 @@ those in the foreground interrupt them at once. Those in the background share ev
 So neither bursts with rests between them nor a new cage for each burst get more of the foreground. Nobody starves: a
 plugin that gets nothing, since others want everything, pays its debt as one that rests does, and comes back.
 
-What is used is seen from what the kernel has counted, a few times a second.
+What is used is seen from what the kernel has counted, a few times a second, and at the end of each cage.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
-from isolator.layers.cgroup.leaf import IDLE, read_file
+from isolator.layers.cgroup.leaf import IDLE, read_file, used_by
 from isolator.layers.cgroup.subtree import Subtree
 from isolator.linux.files import write_file
 
@@ -39,17 +39,14 @@ class Background:
 
     def __init__(self, subtree: Subtree, cages: Callable[[], Iterable[str]]) -> None:
         """``cages`` returns the names of the leaves that there are, ``PLUGIN.RUN``."""
-        self._cages, self._behind = cages, subtree.behind
+        self._subtree, self._cages, self._behind = subtree, cages, subtree.behind
         self._cpu = subtree.v1.get("cpu", subtree.unified)
-        counts = "cpuacct" in subtree.v1
-        self._usage = subtree.v1["cpuacct"] if counts else subtree.unified
-        self._file, self._word, self._unit = ("cpuacct.usage", 0, 1e-9) if counts else ("cpu.stat", 1, 1e-6)
         self._leaves: dict[str, float] = {}
         """What each leaf had used when each was looked at last."""
         self._states: dict[str, bool] = {}
         """Of each leaf, whether it is in the background."""
         self._debts: dict[str, float] = {}
-        self._used, self._when = self._used_by("") or 0.0, time.monotonic()
+        self._used, self._when = used_by(self._subtree, "") or 0.0, time.monotonic()
         self._used_then = self._used
         """What all of them together had used when each was looked at last."""
         self._knows = False
@@ -74,7 +71,7 @@ class Background:
 
     def look(self) -> None:
         """Look once: at all of them together, and at each if together they compute or one is in the background."""
-        now, used = time.monotonic(), self._used_by("") or 0.0
+        now, used = time.monotonic(), used_by(self._subtree, "") or 0.0
         allowed, spent = SHARE * (now - self._when), used - self._used
         self._when, self._used = now, used
         if self._knows and not self._behind and spent <= allowed and used - self._used_then <= BURST:
@@ -90,14 +87,16 @@ class Background:
 
     def _look_at_each(self) -> dict[str, float]:
         """Seconds that each plugin has used since the last time."""
-        leaves = {leaf: used for leaf in self._cages() if (used := self._used_by(leaf)) is not None}
+        ended = dict(self._subtree.ended.popleft() for _ in range(len(self._subtree.ended)))
+        found = ((leaf, used_by(self._subtree, leaf)) for leaf in self._cages() if leaf not in ended)
+        leaves = {leaf: used for leaf, used in found if used is not None}
         before, self._leaves = self._leaves, leaves
         self._states = {leaf: self._states[leaf] if leaf in self._states else self._is_behind(leaf) for leaf in leaves}
         if not self._knows:
             self._knows = True
             return {plugin_of(leaf): MOST for leaf, is_behind in self._states.items() if is_behind}
         spent: dict[str, float] = defaultdict(float)
-        for leaf, used in leaves.items():
+        for leaf, used in (leaves | ended).items():
             spent[plugin_of(leaf)] += used - before.get(leaf, 0.0)  # a new one has used all of it since
         return spent
 
@@ -109,13 +108,6 @@ class Background:
         self._debts = {plugin: debt for plugin, debt in debts.items() if debt > 0}
         self._behind.intersection_update(self._debts)
         self._behind.update(plugin for plugin, debt in self._debts.items() if debt > BURST)
-
-    def _used_by(self, leaf: str) -> float | None:
-        """Seconds of processor time that a cage has used; None once it is gone."""
-        try:
-            return int(read_file(f"{self._usage}/{leaf}/{self._file}").split(None, 2)[self._word]) * self._unit
-        except OSError:
-            return None
 
     def _is_behind(self, leaf: str) -> bool:
         try:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from isolator.layers.cgroup.layer import Cgroup
 from isolator.layers.cgroup.leaf import IDLE, Leaf, read_file
 from isolator.layers.cgroup.subtree import Subtree, open_subtree
 from isolator.linux.files import write_file
@@ -129,6 +130,22 @@ def test_who_computes_in_bursts_has_its_share_in_the_foreground_and_no_more(subt
             wait_for(lambda: not looked(background, subtree, "bursts.1"))
         spent = (used(process.pid) - before) / os.sysconf("SC_CLK_TCK")
         assert spent <= SHARE * (time.monotonic() - began) + TICK
+
+
+def test_what_cages_used_that_no_look_has_seen_is_a_debt_too(subtree: Subtree) -> None:
+    with program(subtree, "short.0", "input()"):
+        background = Background(subtree, lambda: ["short.0"])
+        background.look()
+
+        def burst() -> bool:
+            cage = Cgroup(subtree)
+            with program(subtree, "short.1", BURSTS) as process:
+                process.communicate(b"x")
+                cage.leaf = Leaf.under(subtree, "short.1")
+                cage.release()
+            return looked(background, subtree, "short.0")
+
+        wait_for(burst, what="a cage for each burst hides them")
 
 
 @pytest.mark.parametrize("behind", [True, False])

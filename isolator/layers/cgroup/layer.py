@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from isolator.errors import ConfinementError
 from isolator.layers.base import CageSpec, Control, Kept, Layer, Process, mismatch
 from isolator.layers.cgroup import disk
-from isolator.layers.cgroup.leaf import OOM_SCORE_ADJ, OPTIONAL, Leaf, has_disk_caps, read_file
+from isolator.layers.cgroup.leaf import OOM_SCORE_ADJ, OPTIONAL, Leaf, has_disk_caps, read_file, used_by
 from isolator.layers.cgroup.subtree import LIMITING, Subtree, find_hierarchies
 from isolator.layers.phrases import count, listing
 
@@ -180,6 +180,9 @@ class Cgroup(Layer):
         if self.leaf is not None:
             self.leaf.kill()
             self.leaf.wait_empty(5.0)
+            name = self.leaf.unified.name
+            if (used := used_by(self._subtree, name)) is not None:
+                self._subtree.ended.append((name, used))
             self.leaf.remove()
             self.leaf = None
 

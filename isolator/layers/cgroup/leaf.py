@@ -335,6 +335,16 @@ def _write_all(values: dict[str, str]) -> None:
             raise ConfinementError(f"control group {path}", f"{value}: {error.strerror}") from None
 
 
+def used_by(subtree: Subtree, leaf: str) -> float | None:
+    """Seconds of processor time that a leaf has used, or with no name the whole subtree; None once it is gone."""
+    counts = subtree.v1.get("cpuacct")
+    file, word, unit = ("cpuacct.usage", 0, 1e-9) if counts else ("cpu.stat", 1, 1e-6)
+    try:
+        return int(read_file(f"{counts or subtree.unified}/{leaf}/{file}").split(None, 2)[word]) * unit
+    except OSError:
+        return None
+
+
 def read_file(path: str) -> str:
     """Read a file of a control group: at most 4 KiB, in one call."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

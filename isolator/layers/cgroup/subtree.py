@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from isolator.errors import ConfinementError
 
 LIMITING = ("memory", "cpu", "pids")
 """The controllers without which nothing starts."""
+_ENDED = 4096
+"""Leaves that are remembered; a host that has no background forgets the oldest."""
 
 
 @struct_class(frozen=True)
@@ -80,6 +83,8 @@ class Subtree:
     """In v1's cpuset hierarchy: an empty group, for a Java runtime to find one; it caps nothing and nobody is in it."""
     behind: set[str] = field(default_factory=set)
     """Plugins whose cages are in the background, new ones from their first program on (supervisor/background.py)."""
+    ended: deque[tuple[str, float]] = field(default_factory=lambda: deque(maxlen=_ENDED))
+    """Leaves that were removed since the last look at each, and the seconds of processor time that each has used."""
 
     def folders(self) -> list[Path]:
         """Every folder of the subtree's top, one a hierarchy."""
