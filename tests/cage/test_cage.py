@@ -19,6 +19,7 @@ from isolator.layers.plan import Plan
 from isolator.linux.inotify import IN_MODIFY, Inotify
 from isolator.policy.model import ResourcePolicy
 from tests.support.cage_fixture import StartedCage, cage, leaves, policy
+from tests.support.descriptors import open_descriptors
 from tests.system.daemon import wait_for
 
 MIB = 1 << 20
@@ -277,7 +278,7 @@ async def test_orphans_are_reaped(shared_dir: Path) -> None:
 @pytest.mark.vm
 async def test_nothing_is_left(shared_dir: Path) -> None:
     def here() -> tuple[set[str], list[str], list[Path]]:
-        fds = {f"{n} {os.readlink(f'/proc/self/fd/{n}')}" for n in os.listdir("/proc/self/fd") if _is_open(n)}
+        fds = {f"{n} {os.readlink(f'/proc/self/fd/{n}')}" for n in open_descriptors() if _is_open(n)}
         mounts = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(shared_dir) in line]
         return {fd for fd in fds if "/proc/" not in fd}, mounts, leaves(shared_dir)
 

@@ -30,6 +30,7 @@ from isolator.recovery import daemon as recovery
 from isolator.recovery.journal import Entry
 from isolator.standalone.session import StandaloneSession, run_spec
 from tests.support.cage_fixture import leaves, policy
+from tests.support.descriptors import open_descriptors
 
 
 @pytest.fixture
@@ -178,7 +179,7 @@ async def test_a_start_that_is_cancelled_leaves_nothing(session: StandaloneSessi
 async def test_a_taker_that_is_cancelled_over_and_over_leaves_nothing(session: StandaloneSession) -> None:
     pool = session.runtime.pool
     await (await pool.take(EVERY_LAYER, NetworkPolicy())).release()
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     for turns in range(1, 400, 7):
         taking = asyncio.create_task(pool.take(EVERY_LAYER, NetworkPolicy()))
         for _ in range(turns):

@@ -12,6 +12,7 @@ import pytest
 
 from isolator.linux import netns
 from isolator.linux.apart import apart, is_apart, leave_descriptors
+from tests.support.descriptors import open_descriptors
 
 
 def _network() -> str:
@@ -40,7 +41,7 @@ async def test_thread_that_leaves_the_descriptors_copies_none_above_its_own_and_
             os.close(min(here))  # of this thread's table alone
             return here
 
-        before = set(map(int, os.listdir("/proc/self/fd")))
+        before = set(map(int, open_descriptors()))
         here = await apart(work)
         assert not here & {*numbers[40:]} and here & before
         assert before - set(map(int, os.listdir("/proc/self/fd"))) <= {max(before)}  # that of the first listing

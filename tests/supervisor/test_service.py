@@ -20,6 +20,7 @@ from isolator.linux.child import Child
 from isolator.recovery.journal import Journal
 from isolator.supervisor.service import ChildProcess, ServiceSpec, Ways
 from isolator.supervisor.zygote import Zygote, Zygotes
+from tests.support.descriptors import open_descriptors
 
 SPEC = ServiceSpec("shown", "tests.supervisor.forked", 64998, 64997)
 WAITS = ServiceSpec("shown", "tests.supervisor.waits", 64998, 64997)
@@ -48,7 +49,7 @@ async def test_nothing_is_left_of_a_process_that_cannot_be_put_into_its_group(su
             return forked[-1]
 
     nobody: Any = None
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = len(open_descriptors())
     with contextlib.closing(Journal(tmp_path / "journal")) as journal:
         service = ChildProcess(SPEC, Zygotes(), subtree, journal, nobody)
         zygote = Removed()
@@ -121,7 +122,7 @@ def test_filter_that_cannot_be_compiled_leaves_no_descriptor(tmp_path: Path, mon
         raise OSError
 
     monkeypatch.setattr(hardening, "compiled_rules", failing)
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     with pytest.raises(OSError):
         hardening.filter_file(tmp_path)
     assert os.listdir("/proc/self/fd") == before
