@@ -127,14 +127,16 @@ class RouteQuery:
     def neighbours_device(self, address: str) -> int:
         """Index of the device on whose link the kernel would look for an IPv6 address itself, without a gateway.
 
-        0: there is none, or the route there is a default route, which says nothing of a link.
+        0: there is none, or the route there is a default route, which says nothing of a link. -1: no answer.
         """
         packed = socket.inet_pton(socket.AF_INET6, address)
         body = struct.pack("=BBBBBBBBI", socket.AF_INET6, 128, 0, 0, 0, 0, 0, 0, _RTM_F_FIB_MATCH)
         try:
             reply = _ask(self._sock, _RTM_GETROUTE, 0, body + _attribute(_RTA_DST, packed))
-        except OSError:
+        except _RefusedError:
             return 0
+        except OSError:
+            return -1
         found = dict(attributes(reply[12:]))
         if len(reply) < 12 or not reply[1] or found.keys() & {RTA_GATEWAY, RTA_MULTIPATH, RTA_VIA}:
             return 0
@@ -285,6 +287,10 @@ def _next_number() -> int:
     return next(_numbers) & 0xFFFFFFFF
 
 
+class _RefusedError(OSError):
+    """The kernel's own answer, that it does not do what was asked."""
+
+
 def _ask(sock: socket.socket, kind: int, flags: int, body: bytes) -> bytes:
     """Send one request, wait for its acknowledgement; the body of the first reply that is none."""
     return _ask_all(sock, [(kind, flags, body)])
@@ -306,7 +312,7 @@ def _ask_all(sock: socket.socket, requests: Sequence[tuple[int, int, bytes]]) ->
             if reply == _NLMSG_ERROR:
                 error = -struct.unpack_from("=i", content)[0]
                 if error:
-                    raise OSError(error, f"netlink request {waiting[turn]}: {os.strerror(error)}")
+                    raise _RefusedError(error, f"netlink request {waiting[turn]}: {os.strerror(error)}")
                 del waiting[turn]
             elif reply != _NLMSG_DONE:
                 answer = answer or content

@@ -119,3 +119,4 @@ def test_answer_to_a_question_that_was_given_up_answers_no_other(network: HostNe
     finally:
         query.close()
     assert query.is_own("10.1.0.7"), "whose address it is cannot be asked"
+    assert query.neighbours_device("2001:db8:1::7") == -1
