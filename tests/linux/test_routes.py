@@ -14,6 +14,7 @@ from isolator.linux import netlink
 from isolator.linux.namespaces import CLONE_NEWNET, setns, unshare
 from isolator.linux.netlink import RouteQuery
 from isolator.linux.routes import HostNetwork, read_network
+from tests.system.daemon import wait_for
 
 NETWORK = """
 link add one type veth peer name two
@@ -39,6 +40,8 @@ route add 2001:db8:51::/48 via fe80::77 dev two
 nexthop add id 5 via 10.1.0.88 dev one
 route add 10.54.0.0/16 nhid 5
 """
+IFF_RUNNING = 0x40
+"""The kernel sets it for a device that is up in its own time."""
 GATEWAYS = """
 10.9.0.2 2001:db8:9::2 10.1.0.1 10.1.0.2 10.2.0.2 10.2.0.3 2001:db8:1::9 2001:db8:1::1 2001:db8:1::2 2001:db8:2::2
 fe80::77 10.1.0.88
@@ -52,6 +55,7 @@ def network() -> Iterator[HostNetwork]:
     unshare(CLONE_NEWNET)
     try:
         subprocess.run(["ip", "-batch", "-"], input=NETWORK, text=True, check=True)
+        wait_for(lambda: sum(bool(flags & IFF_RUNNING) for flags in read_network().flags.values()) == 4)
         yield read_network()
     finally:
         setns(before)
