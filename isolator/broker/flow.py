@@ -206,12 +206,12 @@ class Flow:
         self.pipes = [up, down]
         return up, down
 
-    def failed(self, error: OSError) -> None:
-        """Note the error that broke the connection off."""
+    def failed(self, error: BaseException) -> None:
+        """Note the error that broke the connection off; who gave it up has said why."""
         if isinstance(error, DescribedError):
             self.reason = str(error)
-            return
-        self.reason = errno.errorcode.get(error.errno or 0, "failed").lower()
+        elif isinstance(error, OSError):
+            self.reason = errno.errorcode.get(error.errno or 0, "failed").lower()
 
     @property
     def touched(self) -> float:

@@ -138,9 +138,9 @@ class Inbound:
             pipe.start()
 
     def _end(self, flow: Flow, failure: BaseException | None) -> None:
-        if isinstance(failure, OSError):
+        if failure is not None:
             flow.failed(failure)
-            if not flow.recorded:
+            if not (flow.recorded or flow.left):
                 self._write(flow.unreachable())
         flow.release(orderly=failure is None)
         if flow.roomy:

@@ -268,9 +268,9 @@ class Outbound:
     def _end(self, flow: Flow, failure: BaseException | None) -> None:
         if isinstance(failure, Denied):
             self._deny(flow, failure.rule, **failure.found)
-        elif isinstance(failure, OSError):
+        elif failure is not None:
             flow.failed(failure)
-            if not flow.recorded:
+            if flow.rule and not (flow.recorded or flow.left):  # it may have knocked at the other side
                 self._repeats.add(flow.unreachable())
         flow.release(orderly=failure is None)
         if flow.roomy:

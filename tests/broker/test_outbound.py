@@ -175,6 +175,23 @@ async def test_connection_that_is_given_up_before_its_task_has_begun_is_closed(l
     client.close()
 
 
+async def test_connection_that_is_given_up_under_way_is_on_record(line: Line) -> None:
+    """A cage that ends as it connects has perhaps been heard by whom it may reach."""
+    pairs = [socket.socketpair() for _ in range(2)]
+    admitted, waiting = (Flow(inner, IPv4Address("93.184.216.34"), 80, 0.0) for _, inner in pairs)
+    admitted.rule = "93.184.216.34:80"
+    for flow in (admitted, waiting):
+        line.cage._flows.open(flow, asyncio.sleep(3600))
+    await line.cage._flows.close()
+    line.cage._repeats.flush(everything=True)
+    line.audit.flush()
+    (record,) = map(json.loads, line.trail.recv(65536).splitlines())
+    data = record["data"]
+    assert (record["type"], data["verdict"], data["error"]) == ("net.connect", "failed", "cage ended")
+    for client, _ in pairs:
+        client.close()
+
+
 @pytest.mark.parametrize("turns", range(4))
 async def test_bytes_that_come_while_another_broker_takes_over_are_not_lost(line: Line, turns: int) -> None:
     client, inner = socket.socketpair()

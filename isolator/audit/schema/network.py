@@ -51,7 +51,8 @@ class NetConnect(_Net):
     flow: str = ABSENT
     """Identifies the connection in its ``net.closed``."""
     error: str = ABSENT
-    """Why the other side could not be reached, such as ``econnrefused``; ``upstream``: its name was not resolved."""
+    """Why the other side could not be reached, such as ``econnrefused``; ``upstream``: its name was not resolved;
+    ``cage ended``, ``idle``: it was given up then."""
     via: str = ABSENT
     """The proxy that it goes through; where that looks the name up, ``address`` is the one inside the cage."""
 
