@@ -66,15 +66,19 @@ class Owed:
         """All that it says, but for its time."""
         return {"type": self.record.TYPE, "plugin": self.plugin, "event_id": self.event_id, "data": self.record.data}
 
-    def is_made(self, of_its_event: Iterable[Record]) -> bool:
-        """Whether it is among the trail's records of its event."""
+    def is_made(self, of_its_event: list[Record]) -> bool:
+        """Whether it is among the trail's records of its event, newest first: the one that it is stands for no other.
+
+        To be asked of what is owed newest first, too: of records that say the same each then has one.
+        """
         if isinstance(self.record, EventAccepted):
             return any(record.type == EventAccepted.TYPE for record in of_its_event)
         content = self.content
-        return any(
-            record.time >= self.since and content == {key: getattr(record, key) for key in content}
-            for record in of_its_event
-        )
+        for number, record in enumerate(of_its_event):
+            if record.time >= self.since and content == {key: getattr(record, key) for key in content}:
+                del of_its_event[number]
+                return True
+        return False
 
 
 def owed(record: RecordData, plugin: str | None, event_id: str | None = None) -> Owed:
@@ -155,7 +159,8 @@ class Debts:
     async def _find(self, left: list[Owed]) -> None:
         await self._audit.passed()  # what that process had handed over has its place
         made = await asyncio.to_thread(_made, self._trail, min(one.since for one in left))
-        settled = [one for one in left if one.is_made(made.get(one.event_id, ()))]
+        newest_first = sorted(left, key=lambda one: one.since, reverse=True)
+        settled = [one for one in newest_first if one.is_made(made.get(one.event_id, []))]
         await self._forget(settled)
         ids = {one.id for one in settled}
         for number, one in enumerate(one for one in left if one.id not in ids):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import sqlite3
 from typing import Any
 
@@ -83,6 +85,29 @@ async def test_change_of_an_operator_is_on_record_once(daemon: Daemon, kind: str
     assert record["plugin"] == "one" and record["data"]["by"] == "uid:0"
     if "id" in params:
         assert record["event_id"] == params["id"] and record["delivery_id"] == f"{params['id']}.one"
+
+
+async def test_two_changes_that_say_the_same_are_both_on_record(daemon: Daemon) -> None:
+    await daemon.kill_host()
+    daemon.first = KILLED.format(behind=False, change=2)
+    await daemon.start_host()
+    daemon.add("one", LATER, config_schema=CONFIG)
+    reader, writer = await asyncio.open_unix_connection(str(daemon.paths.control_socket))
+    params = {"name": "one", "config": {"colour": "red"}}
+    asked = [json.dumps({"jsonrpc": "2.0", "id": n, "method": "config.set", "params": params}) for n in range(2)]
+    writer.write("".join(f"{line}\n" for line in asked).encode())  # both are owed before either is on record
+    await reader.read()
+    writer.close()
+    assert daemon.host is not None and daemon.channel is not None
+    await daemon.host.wait()
+    daemon.channel.close()
+    await daemon.poll(lambda: daemon.of_type("config.changed"))
+    daemon.write_trail(daemon.paths.audit_log)
+
+    daemon.first = ""
+    await daemon.start_host()
+    await settled(daemon)
+    assert len(daemon.of_type("config.changed")) == 2
 
 
 async def settled(daemon: Daemon) -> None:
