@@ -686,7 +686,7 @@ async def test_write_of_whoever_is_told_of_a_failure_comes_behind_those_that_are
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("host.database.store.GIVE_UP", -1.0)
-    written: list[str] = []
+    written, told = list[str](), asyncio.Event()
     with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
 
@@ -696,11 +696,11 @@ async def test_write_of_whoever_is_told_of_a_failure_comes_behind_those_that_are
             store.submit(lambda _: written.append("behind"))
             with contextlib.suppress(StopIteration):  # at once, as attempts are counted
                 store.committed().send(None)
+            told.set()
 
         store.submit(lambda _: written.append("kept"))
         store.submit(lambda _: written.append("given up"), failed)
-        while not written:
-            await asyncio.sleep(0)
+        await asyncio.wait_for(told.wait(), 5)
         await store.committed()
     assert written == ["kept", "behind"]
 
