@@ -436,7 +436,7 @@ async def test_event_that_its_taker_gives_up_as_it_comes_from_the_log_has_ended(
     monkeypatch.setattr(SimHost, "_work", give_up_all)
     hosts = make()
     await hosts.start(replace(ONE, placement=placement))
-    await hosts.until(lambda: hosts.holder("p") or placement == "all" and hosts.hosts[2].node.is_member)
+    await hosts.until(lambda: hosts.holder("p") or (placement == "all" and hosts.hosts[2].node.is_member))
     for number in range(4):
         await hosts.emit(hosts.hosts[number % 3], "k")
     await hosts.passes(10.0)
