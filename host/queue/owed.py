@@ -86,16 +86,16 @@ def owed(record: RecordData, plugin: str | None, event_id: str | None = None) ->
     return Owed(record, plugin, event_id, os.urandom(8).hex(), utc_now())
 
 
-class ChangeOfEvent:
-    """Records of one change of an event's deliveries."""
+class Change:
+    """Records of one change, which ``make`` makes of what its transaction has found; they are owed from then on."""
 
-    def __init__(self, debts: Debts, event_id: str, record: Callable[[Changed], RecordData]) -> None:
-        self._debts, self._event_id, self._record = debts, event_id, record
+    def __init__(self, debts: Debts, make: Callable[..., list[Owed]]) -> None:
+        self._debts, self._make = debts, make
         self._records: list[Owed] = []
 
-    def note(self, db: sqlite3.Connection, changed: Sequence[Changed]) -> None:
+    def note(self, db: sqlite3.Connection, *found: Any) -> None:
         """Owe them, in the transaction of the change, which may run again."""
-        self._records = [owed(self._record(one), one.plugin, self._event_id) for one in changed]
+        self._records = self._make(*found)
         self._debts.note(db, self._records)
 
     def pay(self) -> None:
@@ -133,9 +133,13 @@ class Debts:
             self._settling = True
             self._tasks.run("records that are owed", self._settle())
 
-    def of_event(self, event_id: str, record: Callable[[Changed], RecordData]) -> ChangeOfEvent:
+    def of_event(self, event_id: str, record: Callable[[Changed], RecordData]) -> Change:
         """The records of one change of an event's deliveries, which are made of each that is changed."""
-        return ChangeOfEvent(self, event_id, record)
+        return Change(self, lambda changed: [owed(record(one), one.plugin, event_id) for one in changed])
+
+    def of_plugin(self, plugin: str | None, record: Callable[..., RecordData]) -> Change:
+        """The one record of a change of a plugin, or of none."""
+        return Change(self, lambda *found: [owed(record(*found), plugin)])
 
     def find(self, more: Sequence[Owed] = ()) -> asyncio.Task[None] | None:
         """Make the records that another process has left, and ``more`` of them that are not owed yet.
