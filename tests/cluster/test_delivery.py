@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from host.cluster.delivery import cursor, follower
 from host.cluster.delivery.queue import ClusterQueue
 from host.cluster.entries import Plugin
 from host.cluster.fold import State
-from host.queue.interface import FINAL, Delivery, Result
+from host.queue.interface import FINAL
 from isolator.errors import IsolatorError, UsageError
 from tests.cluster.queues import MOST_AT_ONCE, Hosts, Make, SimHost
 
@@ -417,32 +416,6 @@ async def test_full_outbox_refuses_events_and_keeps_those_that_it_has(make: Make
     await hosts.heal()
     await hosts.until(lambda: hosts.all_handled("p"))
     assert len({act.event for act in hosts.witness.handled}) == kept
-
-
-@pytest.mark.parametrize("placement", ["one", "all"])
-async def test_event_that_its_taker_gives_up_as_it_comes_from_the_log_has_ended(
-    make: Make, monkeypatch: pytest.MonkeyPatch, placement: str
-) -> None:
-    async def give_up_all(host: SimHost, plugin: str) -> None:
-        consumer = host.queue.consumer(plugin)
-
-        def give_up(delivery: Delivery) -> bool:
-            consumer.term(delivery, Result("dead", detail="the plugin no longer receives this event"))
-            return True
-
-        while True:
-            give_up(await consumer.take(send_now=give_up))
-
-    monkeypatch.setattr(SimHost, "_work", give_up_all)
-    hosts = make()
-    await hosts.start(replace(ONE, placement=placement))
-    await hosts.until(lambda: hosts.holder("p") or (placement == "all" and hosts.hosts[2].node.is_member))
-    for number in range(4):
-        await hosts.emit(hosts.hosts[number % 3], "k")
-    await hosts.passes(10.0)
-    for host in hosts.hosts:
-        assert [_states(host, event)["p"] for event in hosts.accepted] == ["dead"] * 4
-        assert not any(one.open for one in (*host.follower._held.values(), *host.follower._own.values()))
 
 
 async def test_host_that_began_with_a_copied_fold_holds_no_plugin_whose_events_it_does_not_have(make: Make) -> None:
