@@ -275,7 +275,8 @@ class Host:
         """Take over the plugins, accept commands, and start eager plugins."""
         self._fences.adopt(introduction.fences)
         self._alarms.supervisor = introduction.alarms
-        if (finding := self._debts.find(self._unrecorded)) is not None:
+        unpaid, self._unrecorded = self._unrecorded, []  # they may be very many
+        if (finding := self._debts.find(unpaid)) is not None:
             self._gate.hold(finding, OWED)
         for entry in introduction.plugins:
             await self._lifecycle.adopt(entry)

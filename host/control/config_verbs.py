@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import sqlite3
 from typing import cast
 
 from host.control import config_types
@@ -11,7 +9,7 @@ from host.control.endpoints import Caller, Verbs, serves
 from host.lifecycle.lifecycle import PluginLifecycle
 from host.plugins.registry import Registry
 from host.plugins.secrets import ConfigStore
-from host.queue.owed import Debts, Owed, owed
+from host.queue.owed import Debts
 from isolator.audit.schema import ConfigChanged
 from isolator.errors import IsolatorError
 
@@ -33,29 +31,22 @@ class ConfigVerbs(Verbs):
         if plugin.manifest is None:
             raise IsolatorError(f"plugin {plugin.name}", plugin.error or "its manifest cannot be read")
         keys = sorted(request.config)
-        changed = [owed(ConfigChanged(names=keys, by=caller.by), plugin.name)]
-        note = functools.partial(self._debts.note, records=changed)
-        await self._config.set(plugin.name, plugin.manifest, request.config, beside=note)
-        self._debts.pay(changed)
+        change = self._debts.of_plugin(plugin.name, lambda: ConfigChanged(names=keys, by=caller.by))
+        await self._config.set(plugin.name, plugin.manifest, request.config, beside=change.note)
+        change.pay()
         return {"restarted": await self._lifecycle.restart_for_config(plugin, keys)}
 
     @serves(config_types.ConfigUnset)
     async def unset_value(self, request: config_types.ConfigUnset, caller: Caller) -> config_types.ConfigChange:
         plugin = self._registry.need(request.name)
-        changed = [owed(ConfigChanged(names=[request.key], by=caller.by), plugin.name)]
-        note = functools.partial(self._debts.note, records=changed)
-        await self._config.unset(plugin.name, request.key, beside=note)
-        self._debts.pay(changed)
+        change = self._debts.of_plugin(plugin.name, lambda: ConfigChanged(names=[request.key], by=caller.by))
+        await self._config.unset(plugin.name, request.key, beside=change.note)
+        change.pay()
         return {"restarted": await self._lifecycle.restart_for_config(plugin, [request.key])}
 
     @serves(config_types.ConfigRotateKey)
     async def rotate_key(self, _: config_types.ConfigRotateKey, caller: Caller) -> config_types.Reencrypted:
-        changed: list[Owed] = []
-
-        def note(db: sqlite3.Connection, count: int) -> None:
-            changed[:] = [owed(ConfigChanged(names=[], rotated=count, by=caller.by), None)]
-            self._debts.note(db, changed)
-
-        count = await self._config.rotate(note)
-        self._debts.pay(changed)
+        change = self._debts.of_plugin(None, lambda count: ConfigChanged(names=[], rotated=count, by=caller.by))
+        count = await self._config.rotate(change.note)
+        change.pay()
         return {"values": count}

@@ -14,7 +14,7 @@ from host.delivery.dispatch import Dispatcher
 from host.intake.jobs import JOB, Jobs
 from host.plugins.registry import Registry
 from host.queue.interface import FINAL, Result
-from host.queue.owed import ChangeOfEvent, Debts
+from host.queue.owed import Change, Debts
 from host.queue.sqlite import SqliteQueue
 from isolator.audit.schema import EventCancelled, EventRetried, EventSkipped
 from isolator.errors import UsageError
@@ -125,5 +125,5 @@ class OperationVerbs(Verbs):
 
     def _recorded(
         self, kind: type[EventRetried | EventSkipped | EventCancelled], event_id: str, caller: Caller
-    ) -> ChangeOfEvent:  # fmt: skip
+    ) -> Change:  # fmt: skip
         return self._debts.of_event(event_id, lambda one: kind(attempts=one.attempts, by=caller.by))

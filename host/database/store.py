@@ -379,15 +379,16 @@ class Store:
             self.blocked = why
             self.unblocked.clear()
         now = self._loop.time()
-        keep = []
+        keep: list[_Op] = []
+        over = []
         for op in ops:
             if op.done is not None and now > op.deadline:
-                op.done(
-                    None, UnavailableError(str(self.path), f"cannot be written: {why}", "free the disk or the lock")
-                )
+                over.append(op.done)
             else:
                 keep.append(op)
         self._ops = keep + self._ops
+        for done in over:  # only now: who is told may write, which comes behind what is kept
+            done(None, UnavailableError(str(self.path), f"cannot be written: {why}", "free the disk or the lock"))
         if self._ops and not self._scheduled:
             self._scheduled = True
             self._loop.call_later(RETRY, self._commit)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import hashlib
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +25,7 @@ from host.mcp.sessions import Sessions
 from host.mcp.tools import INSTRUCTIONS, Compared, Item, compare, digest_of, is_unchanged, offered, permits
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import Redactor
-from host.queue.owed import Debts, owed
+from host.queue.owed import Debts
 from host.wire import mcp as protocol
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ToolCalled, ToolsApproved, ToolStarted
@@ -95,9 +94,9 @@ class Servers(Sessions):
         if digest_of(now) != digest:
             raise UsageError(f"tools of {name}", "have changed since they were shown", "look at them again")
         tools = {item.name or "instructions": item.digest for item in now}
-        approved = [owed(ToolsApproved(by=by, tools=tools), name)]
-        await self.pins.approve(name, now, functools.partial(self._debts.note, records=approved))
-        self._debts.pay(approved)
+        change = self._debts.of_plugin(name, lambda: ToolsApproved(by=by, tools=tools))
+        await self.pins.approve(name, now, change.note)
+        change.pay()
         return now
 
     async def _now(self, name: str, bodies: list[dict[str, Any]] | None) -> tuple[Item, ...]:

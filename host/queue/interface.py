@@ -164,8 +164,8 @@ class Consumer(Protocol):
 
         ``on_delivery_pending`` is called while the taker waits and its next delivery is on the way to disk. It returns
         whether that delivery will be sent as soon as it is there: then its first attempt is counted with the event.
-        ``send_now`` is called while the taker waits with each delivery that may be sent, and must not raise. It returns
-        whether that is begun or concluded: then the taker goes on waiting, and else it takes the delivery.
+        ``send_now`` may be called while the taker waits, with a delivery that may be sent, and must not raise. It
+        returns whether that is begun or concluded: then the taker goes on waiting, and else it takes the delivery.
         """
 
     def ack(self, delivery: Delivery, result: Result) -> None:

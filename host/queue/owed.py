@@ -66,15 +66,19 @@ class Owed:
         """All that it says, but for its time."""
         return {"type": self.record.TYPE, "plugin": self.plugin, "event_id": self.event_id, "data": self.record.data}
 
-    def is_made(self, of_its_event: Iterable[Record]) -> bool:
-        """Whether it is among the trail's records of its event."""
+    def is_made(self, of_its_event: list[Record]) -> bool:
+        """Whether it is among the trail's records of its event, newest first: the one that it is stands for no other.
+
+        To be asked of what is owed newest first, too: of records that say the same each then has one.
+        """
         if isinstance(self.record, EventAccepted):
             return any(record.type == EventAccepted.TYPE for record in of_its_event)
         content = self.content
-        return any(
-            record.time >= self.since and content == {key: getattr(record, key) for key in content}
-            for record in of_its_event
-        )
+        for number, record in enumerate(of_its_event):
+            if record.time >= self.since and content == {key: getattr(record, key) for key in content}:
+                del of_its_event[number]
+                return True
+        return False
 
 
 def owed(record: RecordData, plugin: str | None, event_id: str | None = None) -> Owed:
@@ -82,16 +86,16 @@ def owed(record: RecordData, plugin: str | None, event_id: str | None = None) ->
     return Owed(record, plugin, event_id, os.urandom(8).hex(), utc_now())
 
 
-class ChangeOfEvent:
-    """Records of one change of an event's deliveries."""
+class Change:
+    """Records of one change, which ``make`` makes of what its transaction has found; they are owed from then on."""
 
-    def __init__(self, debts: Debts, event_id: str, record: Callable[[Changed], RecordData]) -> None:
-        self._debts, self._event_id, self._record = debts, event_id, record
+    def __init__(self, debts: Debts, make: Callable[..., list[Owed]]) -> None:
+        self._debts, self._make = debts, make
         self._records: list[Owed] = []
 
-    def note(self, db: sqlite3.Connection, changed: Sequence[Changed]) -> None:
+    def note(self, db: sqlite3.Connection, *found: Any) -> None:
         """Owe them, in the transaction of the change, which may run again."""
-        self._records = [owed(self._record(one), one.plugin, self._event_id) for one in changed]
+        self._records = self._make(*found)
         self._debts.note(db, self._records)
 
     def pay(self) -> None:
@@ -129,9 +133,13 @@ class Debts:
             self._settling = True
             self._tasks.run("records that are owed", self._settle())
 
-    def of_event(self, event_id: str, record: Callable[[Changed], RecordData]) -> ChangeOfEvent:
+    def of_event(self, event_id: str, record: Callable[[Changed], RecordData]) -> Change:
         """The records of one change of an event's deliveries, which are made of each that is changed."""
-        return ChangeOfEvent(self, event_id, record)
+        return Change(self, lambda changed: [owed(record(one), one.plugin, event_id) for one in changed])
+
+    def of_plugin(self, plugin: str | None, record: Callable[..., RecordData]) -> Change:
+        """The one record of a change of a plugin, or of none."""
+        return Change(self, lambda *found: [owed(record(*found), plugin)])
 
     def find(self, more: Sequence[Owed] = ()) -> asyncio.Task[None] | None:
         """Make the records that another process has left, and ``more`` of them that are not owed yet.
@@ -155,7 +163,8 @@ class Debts:
     async def _find(self, left: list[Owed]) -> None:
         await self._audit.passed()  # what that process had handed over has its place
         made = await asyncio.to_thread(_made, self._trail, min(one.since for one in left))
-        settled = [one for one in left if one.is_made(made.get(one.event_id, ()))]
+        newest_first = sorted(left, key=lambda one: one.since, reverse=True)
+        settled = [one for one in newest_first if one.is_made(made.get(one.event_id, []))]
         await self._forget(settled)
         ids = {one.id for one in settled}
         for number, one in enumerate(one for one in left if one.id not in ids):

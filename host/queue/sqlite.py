@@ -265,7 +265,7 @@ class SqliteQueue(Listing):
         return SqliteConsumer(self, self._on_expired)
 
     async def sent(self, deliveries: Sequence[Delivery]) -> None:
-        fresh = [delivery for delivery in deliveries if not delivery.counted]
+        fresh = [delivery for delivery in deliveries if not (delivery.counted or delivery.final)]
         for delivery in deliveries:
             delivery.attempts += 1
             delivery.counted = False

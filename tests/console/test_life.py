@@ -83,7 +83,7 @@ def test_reload_without_the_table_ends_it_and_with_it_starts_it(console: Console
     toml.write_text("[roles]\nviewer = [61100]\n")
     reloaded(d)
     wait_for(lambda: not pid_of(d) and not console.path.exists(), what="the console went on")
-    assert [one["name"] for one in d.json("status")["services"]] == ["supervisor", "audit", "broker", "host"]
+    assert [one["name"] for one in d.json("status")["services"]] == ["supervisor", "audit", "host"]
     toml.write_text(with_console)
     reloaded(d)
     wait_for(lambda: _status(console) == 200, what="the console did not start")

@@ -195,7 +195,7 @@ def no_rules(_: Plan, cage: WeakenedCage) -> None:
 
     def load_and_flush(spec: CageSpec) -> None:
         load(spec)
-        netns.in_network(cage.network.netns_fd, flush)
+        flush()  # this thread is in the namespace, and has left the descriptor of it
 
     cage._network.load = load_and_flush
     cage._network.is_loaded = lambda _: False  # or those that were loaded ahead stay

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import sqlite3
 from typing import Any
 
@@ -18,7 +20,8 @@ real, calls = Debts.pay, []
 def pay(self, records):
     calls.append(records)
     if len(calls) < {change}:
-        return real(self, records)
+        real(self, records)
+        return self._audit.flush()
     if {behind}:
         real(self, records)
         self._audit.flush()
@@ -83,6 +86,30 @@ async def test_change_of_an_operator_is_on_record_once(daemon: Daemon, kind: str
     assert record["plugin"] == "one" and record["data"]["by"] == "uid:0"
     if "id" in params:
         assert record["event_id"] == params["id"] and record["delivery_id"] == f"{params['id']}.one"
+
+
+@pytest.mark.parametrize(("kind", "verb"), [("config.changed", "config.set"), ("event.retried", "event.retry")])
+async def test_two_changes_at_once_that_say_the_same_are_both_on_record(daemon: Daemon, kind: str, verb: str) -> None:
+    await daemon.kill_host()
+    daemon.first = KILLED.format(behind=False, change=2)
+    await daemon.start_host()
+    params = await begin(daemon, kind, verb)
+    reader, writer = await asyncio.open_unix_connection(str(daemon.paths.control_socket))
+    asked = [json.dumps({"jsonrpc": "2.0", "id": n, "method": verb, "params": params}) for n in range(2)]
+    writer.write("".join(f"{line}\n" for line in asked).encode())
+    await reader.read()
+    writer.close()
+    assert daemon.host is not None and daemon.channel is not None
+    await daemon.host.wait()
+    daemon.channel.close()
+    await daemon.poll(lambda: daemon.of_type(kind))
+    daemon.write_trail(daemon.paths.audit_log)
+
+    daemon.first = ""
+    await daemon.start_host()
+    await daemon.until(lambda: len(daemon.of_type(kind)) > 1)
+    await settled(daemon)
+    assert len(daemon.of_type(kind)) == 2
 
 
 async def settled(daemon: Daemon) -> None:

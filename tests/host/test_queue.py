@@ -682,6 +682,29 @@ async def test_delivery_is_not_sent_before_its_attempt_is_on_record(store: Store
     assert queue.show(accepted.event.id).deliveries[0].attempts == 1
 
 
+async def test_write_of_whoever_is_told_of_a_failure_comes_behind_those_that_are_kept(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("host.database.store.GIVE_UP", -1.0)
+    written, told = list[str](), asyncio.Event()
+    with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+
+        def failed(_: object, error: Exception | None) -> None:
+            assert error is not None
+            other.execute("ROLLBACK")
+            store.submit(lambda _: written.append("behind"))
+            with contextlib.suppress(StopIteration):  # at once, as attempts are counted
+                store.committed().send(None)
+            told.set()
+
+        store.submit(lambda _: written.append("kept"))
+        store.submit(lambda _: written.append("given up"), failed)
+        await asyncio.wait_for(told.wait(), 5)
+        await store.committed()
+    assert written == ["kept", "behind"]
+
+
 async def test_a_full_disk_refuses_events_keeps_outcomes_and_recovers(small_disk: Path) -> None:
     store = Store(small_disk / "host.db")
     queue = SqliteQueue(store)

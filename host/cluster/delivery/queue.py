@@ -59,6 +59,14 @@ class ClusterConsumer(SqliteConsumer):
         super().__init__(rows, on_expired)
         self._gate = self._lane = _GatedLane()
 
+    async def take(
+        self,
+        on_delivery_pending: Callable[[], bool] | None = None,
+        send_now: Callable[[Delivery], bool] | None = None,
+    ) -> Delivery:
+        """As ``SqliteConsumer.take``, but nothing is offered: a cursor notes a delivery before that can end."""
+        return await super().take(on_delivery_pending)
+
     def hold_back(self, closed: bool) -> None:
         """Give nothing to the taker from now on, or again."""
         if closed != self._gate.closed:
