@@ -18,10 +18,10 @@ SERVICES = ("audit", "broker", "host")
 
 
 class Urgent(Daemon):
-    """A daemon that its operator starts with a nice value of -10."""
+    """A daemon that its operator starts with a nice value of -12."""
 
     def command(self) -> list[str]:
-        return ["nice", "-n", "-10", *super().command()]
+        return ["nice", "-n", "-12", *super().command()]
 
 
 def nice(pid: int) -> int:
@@ -55,7 +55,7 @@ def of_cages(d: Daemon, plugin: str) -> set[int]:
 @pytest.mark.parametrize("kind", [Daemon, Urgent])
 def test_services_go_before_plugins_and_still_do_after_a_reload(shared_dir: Path, kind: type[Daemon]) -> None:
     by_groups = "cpu" in find_hierarchies().v2  # there the services' groups have a greater weight
-    first = {Daemon: 0 if by_groups else FIRST, Urgent: -10}[kind]
+    first = {Daemon: 0 if by_groups else FIRST, Urgent: -12}[kind]
     services = [first, *[0 if by_groups and kind is Daemon else first] * 3]
     with daemon(kind=kind) as d:
         for name in ("one", "two"):
