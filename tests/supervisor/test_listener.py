@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from isolator.supervisor import listener
+from tests.support.descriptors import open_descriptors, opened_since
 
 
 @pytest.fixture
@@ -44,8 +45,8 @@ def test_umask_of_the_process_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_descriptor_is_closed_when_nothing_can_be_bound(tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     (tmp_path / "socket").mkdir()
     with pytest.raises(OSError):
         listener.listen(tmp_path / "socket", mode=0o600, owner=0, backlog=1)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert not opened_since(before)

@@ -19,6 +19,7 @@ from isolator.errors import DeniedError, UnavailableError
 from isolator.supervisor import run as run_module
 from isolator.supervisor.cage_spec import SOCKET
 from isolator.supervisor.run import Run
+from tests.support.descriptors import open_descriptors, opened_since
 
 PLUGIN, ANOTHER = 64995, 64996
 
@@ -163,11 +164,11 @@ def test_what_is_not_the_plugins_socket_is_not_lent_and_not_changed(
         else:
             other.rename(path)
         before = path.lstat(), path.stat()
-        descriptors = os.listdir("/proc/self/fd")
+        descriptors = open_descriptors()
         with pytest.raises(DeniedError):
             _lend(run)
         assert (path.lstat(), path.stat()) == before
-        assert os.listdir("/proc/self/fd") == descriptors
+        assert not opened_since(descriptors)
 
 
 @pytest.mark.parametrize("change", ["rename", "replace", "remove", "shut"])
@@ -190,7 +191,7 @@ def test_socket_that_is_changed_while_it_is_lent_is_not(
 
     monkeypatch.setattr(run_module, "let_group_write", let_and_change)
     with _listen(path), _listen(path.with_name("next")):
-        descriptors = os.listdir("/proc/self/fd")
+        descriptors = open_descriptors()
         if change == "shut":
             fd, _ = _lend(run)
             assert _as_user(HOST, lambda: _connect(fd)) == "EACCES", "it is shut for good, and the host asks"
@@ -198,7 +199,7 @@ def test_socket_that_is_changed_while_it_is_lent_is_not(
         else:
             with pytest.raises((UnavailableError, FileNotFoundError)):
                 _lend(run)
-        assert os.listdir("/proc/self/fd") == descriptors
+        assert not opened_since(descriptors)
 
 
 def test_change_after_a_socket_was_lent_changes_its_time(scene: tuple[Run, Path, list[Any]]) -> None:
@@ -221,7 +222,7 @@ def test_change_after_a_socket_was_lent_changes_its_time(scene: tuple[Run, Path,
 def test_run_that_ends_meanwhile_lends_nothing(scene: tuple[Run, Path, list[Any]]) -> None:
     run, path, _ = scene
     with _listen(path):
-        descriptors = os.listdir("/proc/self/fd")
+        descriptors = open_descriptors()
         with pytest.raises(UnavailableError):
             _lend(run, alive=False)
-        assert os.listdir("/proc/self/fd") == descriptors
+        assert not opened_since(descriptors)

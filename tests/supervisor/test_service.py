@@ -20,7 +20,7 @@ from isolator.linux.child import Child
 from isolator.recovery.journal import Journal
 from isolator.supervisor.service import ChildProcess, ServiceSpec, Ways
 from isolator.supervisor.zygote import Zygote, Zygotes
-from tests.support.descriptors import open_descriptors
+from tests.support.descriptors import open_descriptors, opened_since
 
 SPEC = ServiceSpec("shown", "tests.supervisor.forked", 64998, 64997)
 WAITS = ServiceSpec("shown", "tests.supervisor.waits", 64998, 64997)
@@ -49,7 +49,7 @@ async def test_nothing_is_left_of_a_process_that_cannot_be_put_into_its_group(su
             return forked[-1]
 
     nobody: Any = None
-    descriptors = len(open_descriptors())
+    descriptors = open_descriptors()
     with contextlib.closing(Journal(tmp_path / "journal")) as journal:
         service = ChildProcess(SPEC, Zygotes(), subtree, journal, nobody)
         zygote = Removed()
@@ -62,7 +62,7 @@ async def test_nothing_is_left_of_a_process_that_cannot_be_put_into_its_group(su
         assert not journal.open
         with pytest.raises(ChildProcessError):  # it is reaped
             os.waitpid(forked[0].pid, os.WNOHANG)
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert not opened_since(descriptors)
 
 
 async def test_service_that_is_needed_is_started_once_and_again_until_it_is_up(
@@ -125,4 +125,4 @@ def test_filter_that_cannot_be_compiled_leaves_no_descriptor(tmp_path: Path, mon
     before = open_descriptors()
     with pytest.raises(OSError):
         hardening.filter_file(tmp_path)
-    assert os.listdir("/proc/self/fd") == before
+    assert not opened_since(before)

@@ -171,7 +171,6 @@ def test_image_that_is_still_held_is_mounted_again_from_its_device(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Attached a second time it would be two file systems that write over each other."""
-    monkeypatch.setattr("isolator.volume.volume._DETACH_SECONDS", 0.2)
     folder = world.ready(4 * MIB)
     device = loop.device_of(world.image)
     held = os.open(folder, os.O_RDONLY)
@@ -181,7 +180,11 @@ def test_image_that_is_still_held_is_mounted_again_from_its_device(
         assert os.listdir(held) == ["new"] and loop.device_of(world.image) == device
         attached = subprocess.run(["losetup", "-j", world.image], capture_output=True, text=True, check=True)
         assert len(attached.stdout.splitlines()) == 1
-        with pytest.raises(ConfinementError, match="cannot be resized while /dev/loop"):
+        with (
+            monkeypatch.context() as hurried,
+            pytest.raises(ConfinementError, match="cannot be resized while /dev/loop"),
+        ):
+            hurried.setattr("isolator.volume.volume._DETACH_SECONDS", 0.2)
             world.ready(8 * MIB)
         world.ready(4 * MIB)
     finally:
