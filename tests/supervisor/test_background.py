@@ -64,6 +64,15 @@ def program(subtree: Subtree, name: str, text: str) -> Iterator[subprocess.Popen
 
 
 @contextlib.contextmanager
+def waiting(subtree: Subtree, name: str) -> Iterator[None]:
+    """A program that waits, in a leaf of its own; its start, which takes a slow machine long, is over."""
+    with program(subtree, name, "import os; os.write(1, b'x'); os.read(0, 1)") as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        yield
+
+
+@contextlib.contextmanager
 def computing(subtree: Subtree, name: str, *, processor: int | None = None) -> Iterator[int]:
     """The pid of a process that computes, in a leaf of its own; on one processor alone if that is given."""
     with program(subtree, name, COMPUTES) as process:
@@ -107,12 +116,12 @@ def test_one_that_was_behind_before_a_reload_comes_back(subtree: Subtree) -> Non
 
 
 def test_another_cage_of_one_that_computes_is_behind_at_the_first_look(subtree: Subtree) -> None:
-    with program(subtree, "busy.2", "input()"), program(subtree, "other.1", "input()"):
+    with waiting(subtree, "busy.2"), waiting(subtree, "other.1"):
         background = Background(subtree, lambda: ["busy.1", "busy.2", "other.1"])
         with computing(subtree, "busy.1"):
             wait_for(lambda: looked(background, subtree, "busy.1"))
             assert is_behind(subtree, "busy.2") and not is_behind(subtree, "other.1")
-        with program(subtree, "busy.3", "input()"):
+        with waiting(subtree, "busy.3"):
             later = Background(subtree, lambda: ["busy.2", "busy.3"])
             assert looked(later, subtree, "busy.3"), "a reloaded daemon has forgotten it"
 
@@ -133,7 +142,7 @@ def test_who_computes_in_bursts_has_its_share_in_the_foreground_and_no_more(subt
 
 
 def test_what_cages_used_that_no_look_has_seen_is_a_debt_too(subtree: Subtree) -> None:
-    with program(subtree, "short.0", "input()"):
+    with waiting(subtree, "short.0"):
         background = Background(subtree, lambda: ["short.0"])
         background.look()
 
