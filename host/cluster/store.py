@@ -19,7 +19,7 @@ from host.database.store import Store as Database
 from isolator.errors import IsolatorError
 
 FORMAT: Final = 1
-"""Of the tables here. Whoever raises it raises ``isolator.ipc.formats.TABLES``, too, which a reload's trial knows."""
+"""Format of these tables. Who raises it raises ``isolator.ipc.formats.TABLES``, too, which a reload's trial knows."""
 KEEP: Final = 14 * 86400.0
 """Seconds by the log's time for which a dedupe key is kept: as long as the log keeps its entries."""
 _PRUNE_EVERY = 1000

@@ -22,7 +22,7 @@ _MOST = 256 << 20
 
 @dataclass
 class Compared:
-    """Where the accepted events of the trail and of the queue end."""
+    """Ends of the accepted events, of those on the trail and of those in the queue."""
 
     recorded: int
     """Number of the newest event that both have: the trail may be owed those behind it."""

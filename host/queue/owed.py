@@ -67,7 +67,7 @@ class Owed:
         return {"type": self.record.TYPE, "plugin": self.plugin, "event_id": self.event_id, "data": self.record.data}
 
     def is_made(self, of_its_event: list[Record]) -> bool:
-        """Whether it is among the trail's records of its event, newest first: the one that it is stands for no other.
+        """Look for it among the trail's records of its event, newest first: the one that it is stands for no other.
 
         To be asked of what is owed newest first, too: of records that say the same each then has one.
         """

@@ -395,7 +395,7 @@ class Outbound:
         return self._usable(flow, found)
 
     def _usable(self, flow: Flow, found: tuple[Address, ...]) -> tuple[Address, ...]:
-        """Those of the addresses that may be dialled; raises Denied, or DescribedError when there are none at all."""
+        """Addresses among them that may be dialled; raises Denied, or DescribedError when there are none at all."""
         reasons = [self.blocked(address, flow.port) for address in found]
         if flow.name is None and reasons[0] is DenialRule.NEIGHBOUR and flow.rule != "public":
             return found  # whoever wrote the address, or its network, into the policy meant the neighbour

@@ -220,7 +220,7 @@ class HelloReader:
         self._left = 0
         self._read = 0
         self._records = 0
-        """Those since this broker took over, as many as one has to read."""
+        """Records since this broker took over, as many as one has to read."""
 
     def pass_on(self) -> ReaderState:
         """The state for another broker, of a reader that has not read everything yet."""

@@ -19,9 +19,9 @@ _GET_STATUS64 = 0x4C05
 _AUTOCLEAR, _DIRECT_IO = 4, 16
 _BLOCK = 4096
 _QUEUE = {"nr_requests": 4, "max_sectors_kb": 128}
-"""Of a narrow device: requests at a time (the least that the kernel takes), and KiB in each."""
+"""Queue of a narrow device: requests at a time (the least that the kernel takes), and KiB in each."""
 _REQUESTS = 128
-"""At a time of any other; what that is of KiB in each the kernel knows."""
+"""Requests at a time of any other device; how many KiB each may have the kernel knows."""
 
 
 def attach(backing: int) -> tuple[int, str]:

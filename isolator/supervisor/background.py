@@ -25,7 +25,7 @@ from isolator.layers.cgroup.subtree import Subtree
 from isolator.linux.files import write_file
 
 SHARE = 0.1
-"""Of one processor, that a plugin may use in the foreground on average; a debt is paid off at this rate."""
+"""Share of one processor that a plugin may use in the foreground on average; a debt is paid off at this rate."""
 BURST, MOST = 0.025, 0.5
 """Seconds of processor time: a debt that is let pass, and the largest, which takes five seconds to pay."""
 INTERVAL = 0.25
@@ -38,13 +38,13 @@ class Background:
     """Puts the cages of one subtree into the background, and back."""
 
     def __init__(self, subtree: Subtree, cages: Callable[[], Iterable[str]]) -> None:
-        """``cages`` returns the names of the leaves that there are, ``PLUGIN.RUN``."""
+        """Make it of a subtree; ``cages`` returns the names of the leaves that there are, ``PLUGIN.RUN``."""
         self._subtree, self._cages, self._behind = subtree, cages, subtree.behind
         self._cpu = subtree.v1.get("cpu", subtree.unified)
         self._leaves: dict[str, float] = {}
-        """What each leaf had used when each was looked at last."""
+        """Seconds that each leaf had used when each was looked at last."""
         self._states: dict[str, bool] = {}
-        """Of each leaf, whether it is in the background."""
+        """Whether each leaf is in the background."""
         self._debts: dict[str, float] = {}
         self._used, self._when = used_by(self._subtree, "") or 0.0, time.monotonic()
         self._used_then = self._used

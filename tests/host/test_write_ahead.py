@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -28,11 +28,11 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     steps: list[str] = []
     monkeypatch.setattr(wal, "DELAY", 100.0)
     monkeypatch.setattr(wal, "AVOID", 1000.0)
-    for name in ("write_out", "begin"):
+    for name, real in (("write_out", FileSync.write_out), ("begin", FileSync.begin)):
 
-        def noted(sync: FileSync, name: str = name, real: object = getattr(FileSync, name)) -> None:
+        def noted(sync: FileSync, name: str = name, real: Callable[[FileSync], None] = real) -> None:
             steps.append(name)
-            real(sync)  # type: ignore[operator]
+            real(sync)
 
         monkeypatch.setattr(FileSync, name, noted)
     return steps

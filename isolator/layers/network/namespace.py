@@ -45,7 +45,7 @@ _SYSCTLS = {
     "tcp_rmem": "4096 131072 2097152",
     "tcp_wmem": "4096 65536 2097152",
 }
-"""Of IPv4."""
+"""Settings of IPv4, by name."""
 
 
 @struct_class()

@@ -26,7 +26,7 @@ CALLS = (
     "reboot sethostname setns shmctl shmget swapon syslog umount2 unshare userfaultfd"
 ).split()
 NUMBERS: dict[str, int] = {}
-"""Those calls by name, as the battery is told: nothing in a cage knows the numbers of its machine."""
+"""Numbers of those calls by name, as the battery is told: nothing in a cage knows the numbers of its machine."""
 
 
 def last_error(name: str) -> OSError:
