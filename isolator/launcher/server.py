@@ -1,8 +1,8 @@
 """The launcher: a small, single-threaded root process that clones the cages.
 
 The supervisor is threaded and large: a fork from it copies page tables for milliseconds and leaves other
-threads' locks held in the child. The launcher is a program of its own, imports only the standard library,
-python-prctl and modules of isolator that do the same (a test sees to it), and does one thing: clone3 a process that
+threads' locks held in the child. The launcher is a program of its own, imports only the standard library
+and modules of isolator that do the same (a test sees to it), and does one thing: clone3 a process that
 waits for a cage's plan (isolator.launcher.prefork). By CLONE_PARENT it is the *supervisor's* child, which waits for it
 by pidfd.
 
@@ -27,8 +27,6 @@ import os
 import signal
 import socket
 import sys
-
-import prctl  # noqa: F401  # the layers use it after the cage's root has replaced the one it is found in
 
 from isolator.ipc.packet import TruncatedPacketError, receive_packet, send_packet
 from isolator.launcher.prefork import park
@@ -118,7 +116,7 @@ def _kill(cgroup: int) -> None:
 
 
 def main() -> None:
-    """Entry point: ``FD PATH...``; the supervisor set sys.path by its arguments (``client._BOOT``)."""
+    """Entry point: ``FD PATH``; the supervisor set sys.path by its arguments (``client._BOOT``)."""
     open_standard_streams()
     run(socket.socket(fileno=int(sys.argv[1])))
 
