@@ -33,6 +33,7 @@ from isolator.launcher.prefork import park
 from isolator.layers.filesystem import build_template
 from isolator.layers.namespaces import BEFORE_THE_PLAN
 from isolator.layers.plan import ParkOrder, learn_parts
+from isolator.layers.proc import layer as proc
 from isolator.linux import successor
 from isolator.linux.coredump import leave_memory_out
 from isolator.linux.descriptors import close_all, open_standard_streams
@@ -129,7 +130,9 @@ def run(sock: socket.socket) -> None:
     try:
         leave_memory_out()  # every cage inherits it
         take_turns()  # this, too
+        found = proc.entries("/proc")
         build_template()
+        proc.learn_covers(found)
         learn_parts()
         successor.learn()
         os.umask(0o022)
