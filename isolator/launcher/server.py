@@ -29,15 +29,14 @@ import socket
 import sys
 
 from isolator.ipc.packet import TruncatedPacketError, receive_packet, send_packet
-from isolator.launcher.prefork import park
+from isolator.launcher.prefork import Way, park
 from isolator.layers.filesystem import build_template
-from isolator.layers.namespaces import BEFORE_THE_PLAN
 from isolator.layers.plan import ParkOrder, learn_parts
 from isolator.layers.proc import layer as proc
 from isolator.linux import successor
 from isolator.linux.coredump import leave_memory_out
 from isolator.linux.descriptors import close_all, open_standard_streams
-from isolator.linux.namespaces import CLONE_PARENT, NAMESPACE_FILES, clone3
+from isolator.linux.namespaces import clone3
 from isolator.linux.priority import take_turns
 
 _ALIVE, _KEEP, _FORGET = b'{"alive": true}', b'{"keep": ', b'{"forget": '
@@ -46,7 +45,7 @@ _ALIVE, _KEEP, _FORGET = b'{"alive": true}', b'{"keep": ', b'{"forget": '
 def serve(sock: socket.socket) -> None:
     """Answer the supervisor's packets until it goes away, then kill every cage that is left."""
     cgroups: dict[bytes, int] = {}
-    orders: dict[bytes, ParkOrder] = {}  # there are few, and most are like the one before
+    ways: dict[bytes, Way] = {}  # there are few, and most are like the one before
     while True:
         try:
             packet, fds = receive_packet(sock)
@@ -69,9 +68,9 @@ def serve(sock: socket.socket) -> None:
             answer = {"step": "park", "errno": errno.EMFILE, "detail": os.strerror(errno.EMFILE)}
             send_packet(sock, json.dumps(answer).encode())
         else:
-            if packet not in orders:
-                orders[packet] = ParkOrder.of(json.loads(packet)["park"])
-            _park(sock, orders[packet], fds)
+            if packet not in ways:
+                ways[packet] = Way(ParkOrder.of(json.loads(packet)["park"]))
+            _park(sock, ways[packet], fds)
     sock.close()  # a full table has room for one descriptor again
     for fd in cgroups.values():
         _kill(fd)
@@ -83,20 +82,16 @@ def _forget(cgroups: dict[bytes, int], cage: bytes) -> None:
         os.close(fd)
 
 
-def _park(sock: socket.socket, order: ParkOrder, fds: list[int]) -> None:
+def _park(sock: socket.socket, way: Way, fds: list[int]) -> None:
     link, status, *others = fds
-    flags = 0
-    if "namespaces" in order.layers:
-        for kind in BEFORE_THE_PLAN:
-            flags |= NAMESPACE_FILES[kind]
     try:
-        pid, pidfd = clone3(flags | CLONE_PARENT)
+        pid, pidfd = clone3(way.to_be_parked)
     except OSError as error:
         answer = {"step": "clone3", "errno": error.errno, "detail": error.strerror}
         send_packet(sock, json.dumps(answer).encode())
     else:
         if pid == 0:
-            park(order, link, status, others)
+            park(way, sock, link, status, others)
         send_packet(sock, b'{"pid": %d}' % pid, [pidfd])
         os.close(pidfd)
     finally:

@@ -86,7 +86,7 @@ P = TypeVar("P", bound=Part)
 S = TypeVar("S", bound=Section)
 
 
-@struct_class(frozen=True)
+@struct_class()
 class ParkOrder:
     """The order to park a process: the layers that its cage will have, and the kernel's last capability."""
 
@@ -124,7 +124,7 @@ class Birth:
 
     def pack_clocks(self) -> tuple[bytes, list[int]]:
         """The first packet to a parked process, and the descriptor that goes with it."""
-        return json.dumps({"offsets": self.offsets}).encode(), [self.folder] if self.folder >= 0 else []
+        return self.offsets.encode() or b"none", [self.folder] if self.folder >= 0 else []
 
     def pack(self) -> tuple[bytes, list[int]]:
         """The second."""
@@ -202,8 +202,9 @@ class Plan:
         """The plan with the receiver's descriptor numbers; raises ValueError for a packet that is no plan."""
         if len(_learned) != len(Part._kinds):
             learn_parts()
-        body = json.loads(packet)
-        if type(body) is not list or tuple(map(type, body)) != _WIRE_TYPES:
+        text = packet.decode()
+        body, end = _DECODER.raw_decode(text)
+        if end != len(text) or type(body) is not list or tuple(map(type, body)) != _WIRE_TYPES:
             raise ValueError("the packet is no plan")
         cage, argv, env, cwd, umask, sections, names, to_group, terminal = body
         if {*map(type, argv), *map(type, names)} - {str}:
@@ -228,6 +229,7 @@ def _wire(value: object) -> Any:
 
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"), default=_wire)
+_DECODER = json.JSONDecoder()
 
 
 def _read_parts(base: type[P], wire: list[Any]) -> tuple[P, ...]:
