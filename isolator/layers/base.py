@@ -137,8 +137,9 @@ class Layer(ABC):
     name: ClassVar[str]
     mandatory: ClassVar[bool] = True
     in_force_from: ClassVar[Literal["birth", "view", "end"]] = "end"
-    """The moment from which ``confirm`` holds: the process is born under it, has its view of files, or has entered
-    every layer. What is in force early is read back while the child goes on."""
+    """The moment from which ``confirm`` holds: the process is born under it, has its view of files, limits and
+    namespaces but the network, or has entered every layer. What is in force early is read back while the child goes on.
+    """
     may_degrade: ClassVar[tuple[str, ...]] = ()
     """The keys of its controls without which ``host.toml`` may let plugins run; everything above the layer copes."""
 
@@ -194,8 +195,7 @@ class Process:
     @functools.cached_property
     def status(self) -> dict[str, str]:
         """/proc/PID/status."""
-        lines = self.read("status").splitlines()
-        return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        return {key: value for key, _, value in [line.partition(":\t") for line in self.read("status").splitlines()]}
 
     @functools.cached_property
     def mounts(self) -> dict[str, str]:
