@@ -121,8 +121,6 @@ def enter_cage(plan: Plan, link: socket.socket, status: int, took: dict[str, flo
                 kept.add(plan.fds[name])
         close_all_but(kept)
         step = "exec"
-        if link.recv(1) != b"x":
-            os._exit(125)  # the supervisor gave up on this cage
         init.run(plan, link, status)
     except BaseException as error:  # nothing may escape into the launcher's loop, which this process is a copy of
         fail(link, step, error)
