@@ -40,8 +40,11 @@ class Way:
     """An order's way to its cage. A launcher finds it out once: whatever a parked process reads, it copies."""
 
     def __init__(self, order: ParkOrder) -> None:
+        """Begin it in the calling process, the launcher; raises OSError."""
         self.order = order
         kinds = [kind for kind in enter.STEPS if kind.kind in order.layers]
+        for kind in kinds:
+            kind.enter_launcher(order)
         self.ahead = [kind.enter_ahead for kind in kinds if kind.enter_ahead is not Section.enter_ahead]
         self.born = [(kind.kind, kind.enter_born) for kind in kinds if kind.enter_born is not Section.enter_born]
         self.to_be_parked, self.to_be_born = (

@@ -68,9 +68,7 @@ def serve(sock: socket.socket) -> None:
             answer = {"step": "park", "errno": errno.EMFILE, "detail": os.strerror(errno.EMFILE)}
             send_packet(sock, json.dumps(answer).encode())
         else:
-            if packet not in ways:
-                ways[packet] = Way(ParkOrder.of(json.loads(packet)["park"]))
-            _park(sock, ways[packet], fds)
+            _park(sock, ways, packet, fds)
     sock.close()  # a full table has room for one descriptor again
     for fd in cgroups.values():
         _kill(fd)
@@ -82,9 +80,12 @@ def _forget(cgroups: dict[bytes, int], cage: bytes) -> None:
         os.close(fd)
 
 
-def _park(sock: socket.socket, way: Way, fds: list[int]) -> None:
+def _park(sock: socket.socket, ways: dict[bytes, Way], packet: bytes, fds: list[int]) -> None:
     link, status, *others = fds
     try:
+        if packet not in ways:
+            ways[packet] = Way(ParkOrder.of(json.loads(packet)["park"]))
+        way = ways[packet]
         pid, pidfd = clone3(way.to_be_parked)
     except OSError as error:
         answer = {"step": "clone3", "errno": error.errno, "detail": error.strerror}

@@ -69,6 +69,10 @@ def learn_parts() -> None:
 class Section(Part, ABC):
     """The child's half of one layer: the values of one cage, and the verbs that apply them to the calling process."""
 
+    @staticmethod  # on purpose: most layers are in force in cages alone
+    def enter_launcher(order: ParkOrder) -> None:
+        """Apply to a launcher what all its cages with the layer may inherit, at the first order for one."""
+
     @staticmethod  # on purpose: most layers begin with the plan
     def enter_ahead(order: ParkOrder) -> None:
         """Apply to a parked process what no plan changes, for the cage to inherit."""
