@@ -114,7 +114,9 @@ def _ruleset(version: int) -> int:
     landlock.allow(ruleset, version, "/", landlock.READ)
     for path in _WRITABLE:
         landlock.allow(ruleset, version, path, landlock.READ | landlock.WRITE)
-    for name in ("null", "zero", "full", "random", "urandom", "pts"):
-        if os.path.exists(f"/dev/{name}"):
+    for name in ("null", "zero", "full", "random", "urandom"):
+        try:  # noqa: SIM105  # a start that counts does without contextlib
             landlock.allow(ruleset, version, f"/dev/{name}", _DEVICE)
+        except FileNotFoundError:  # a cage without a view of its own, on a host that lacks it
+            pass
     return ruleset
