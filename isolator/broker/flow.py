@@ -242,6 +242,9 @@ class FlowTable:
         self._flows: dict[Flow, asyncio.Task[None] | None] = {}
         """With the task that opens it, if it has one."""
 
+    def __len__(self) -> int:
+        return len(self._flows)
+
     @property
     def full(self) -> bool:
         """Whether no further flow may be opened."""

@@ -224,6 +224,8 @@ class Outbound:
         """Write counts that are due and end flows that stand still; to be called once a second."""
         self._repeats.flush()
         self._questions.flush()
+        if not (self._flows or self._inbound.flows):
+            return  # as in most cages at most times
         if not self._fence.closed_since(boottime() - FIRST_BYTES):
             self._flows.end_incomplete(self._loop.time() - FIRST_BYTES)
         if not self._fence.closed_since(boottime() - self._rules.policy.idle):
