@@ -18,9 +18,10 @@ from isolator.broker.flow import Flow, FlowTable
 from isolator.broker.gate.gate import Gate
 from isolator.broker.host_addresses import HostAddresses
 from isolator.broker.nat64 import Nat64
-from isolator.broker.outbound import Outbound, Shared
+from isolator.broker.outbound import Outbound
 from isolator.broker.relay import Scratch
 from isolator.broker.resolver import HostResolvers
+from isolator.broker.shared import Shared
 from isolator.ipc.channel import pair
 from isolator.ipc.fence import LOST, Fence
 from isolator.ipc.succession import Departure, to_bytes
@@ -183,7 +184,7 @@ async def test_connection_that_is_given_up_under_way_is_on_record(line: Line) ->
     for flow in (admitted, waiting):
         line.cage._flows.open(flow, asyncio.sleep(3600))
     await line.cage._flows.close()
-    line.cage._repeats.flush(everything=True)
+    line.cage._records.flush(everything=True)
     line.audit.flush()
     (record,) = map(json.loads, line.trail.recv(65536).splitlines())
     data = record["data"]
@@ -199,7 +200,7 @@ async def test_bytes_that_come_while_another_broker_takes_over_are_not_lost(line
     flow = Flow(inner, IPv4Address("93.184.216.34"), 443, 0.0, name="a.com")
 
     async def compare() -> None:
-        await line.cage._first_bytes(flow, line.cage._gate(flow))
+        await line.cage._first_bytes.read(flow, line.cage._first_bytes.gate(flow))
 
     line.cage._flows.open(flow, compare())
     for _ in range(3):  # it waits for bytes from then on

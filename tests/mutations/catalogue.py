@@ -712,7 +712,7 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
-        "isolator/broker/outbound.py",
+        "isolator/broker/reach.py",
         (
             "addresses of the host itself can be reached",
             "return reason or self._shared.host.owner(address)",
@@ -725,6 +725,9 @@ MUTATIONS = (
             "if True)",
             "broker/test_guarantees.py::test_a_name_that_changes_its_address_after_the_answer_is_refused",
         ),
+    ),
+    *_mutations(
+        "isolator/broker/shared.py",
         (
             "connections go out that cannot be recorded",
             "return DenialRule.AUDIT_UNAVAILABLE if self.audit_first else None",
