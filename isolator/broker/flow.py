@@ -21,7 +21,7 @@ from typing import Any, Literal, NotRequired, Self, TypedDict
 from isolator.audit.schema import NetClosed, NetConnect, NetDenied
 from isolator.broker.gate.gate import Gate, GateState
 from isolator.broker.guard import Denied
-from isolator.broker.relay import Pipe, PipeState, Scratch, reset
+from isolator.broker.relay import Pipe, PipeState, Scratch, reset, tune
 from isolator.broker.turns import Turns
 from isolator.broker.virtual import Entry
 from isolator.ipc.body import Body
@@ -205,6 +205,19 @@ class Flow:
         up.back, down.back, up.on_end, down.on_end = down, up, ended, ended
         self.pipes = [up, down]
         return up, down
+
+    def begin(self, turns: Turns, first: bytes = b"") -> None:
+        """Carry from now on; the client's ``first`` bytes, and what either side has sent by now, go out at once."""
+        assert self.server is not None
+        began, (up, down) = time.thread_time(), self.pipes
+        up.carry(first)
+        if not down.ended:
+            down.carry()
+        turns.took_piece(time.thread_time() - began, up.total + down.total)
+        up.start()
+        down.start()
+        if not (up.ended and down.ended):
+            tune(self.server)
 
     def failed(self, error: BaseException) -> None:
         """Note the error that broke the connection off; who gave it up has said why."""

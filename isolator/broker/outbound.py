@@ -293,10 +293,7 @@ class Outbound:
         up, down = flow.join(self._shared.scratch, self._fence, self._turns, self._end)
         if gate is not None:
             up.guard(gate, down)
-        up.start(first)
-        if not down.ended:  # behind the first bytes, which wait for neither
-            tune(flow.server)
-            down.start()
+        flow.begin(self._turns, first)
 
     async def _dial(self, flow: Flow, addresses: tuple[Address, ...]) -> None:
         flow.roomy = self._buffers.take()
