@@ -16,6 +16,7 @@ STAGGER = 0.25
 """Seconds that one address has before the next is tried beside it (RFC 8305)."""
 TIMEOUT = 10.0
 """Seconds for all addresses together."""
+_KIND = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
 _UNDER_WAY = frozenset({errno.EINPROGRESS, errno.EALREADY})
 
 
@@ -62,9 +63,8 @@ async def dial(
 
 def begin(address: Address, port: int, *, small: bool) -> tuple[socket.socket, bool]:
     """A connection under way, and whether it is there already, as to one nearby it mostly is; raises OSError."""
-    sock = socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
+    sock = socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, _KIND)
     try:
-        sock.setblocking(False)
         if small:
             keep_small(sock)
         where = (str(address), port)

@@ -98,6 +98,7 @@ class Flow:
     via: str = ""
     """The proxy that it goes through."""
     recorded: bool = False
+    tuned: bool = False
     left: bool = False
     """It was handed to another broker: nothing is to be closed or recorded here."""
     first: bytes = b""
@@ -217,6 +218,12 @@ class Flow:
         up.start()
         down.start()
         if not (up.ended and down.ended):
+            self.server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def tune(self) -> None:
+        """Set what matters only to a connection that lasts; most end before."""
+        if self.recorded and not self.tuned and self.server is not None:
+            self.tuned = True
             tune(self.server)
 
     def failed(self, error: BaseException) -> None:
@@ -273,6 +280,11 @@ class FlowTable:
         task = asyncio.get_running_loop().create_task(work)
         self._flows[flow] = task
         task.add_done_callback(partial(self._opened, flow))
+
+    def tune(self) -> None:
+        """Set the options of the flows that have been opened since the last call; to be called once a second."""
+        for flow in self._flows:
+            flow.tune()
 
     def end_idle(self, before: float) -> None:
         """End every flow in which nothing has moved since ``before``, on the event loop's clock."""

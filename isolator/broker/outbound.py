@@ -191,10 +191,13 @@ class Outbound:
     def tick(self) -> None:
         """Write counts that are due and end flows that stand still; to be called once a second."""
         self._records.flush()
+        both = self._flows, self._inbound.flows
+        for flows in both:
+            flows.tune()
         if not self._fence.closed_since(boottime() - FIRST_BYTES):
             self._flows.end_incomplete(self._loop.time() - FIRST_BYTES)
         if not self._fence.closed_since(boottime() - self._rules.policy.idle):
-            for flows in (self._flows, self._inbound.flows):
+            for flows in both:
                 flows.end_idle(self._loop.time() - self._rules.policy.idle)
 
     def _accepted(self, client: socket.socket, _: object) -> None:

@@ -31,15 +31,15 @@ class Reach:
             entry = self.entry(flow)
             flow.name = entry.name if entry is not None else None
             raise Denied(refusal)
-        if not (isinstance(flow.address, IPv4Address) and flow.address in self._rules.virtual):
-            verdict = self._rules.literal(flow.address, flow.port)
-        else:
-            flow.entry = self.entry(flow)
-            if flow.entry is None:
-                raise Denied(DenialRule.UNALLOCATED)
+        flow.entry = self.entry(flow)
+        if flow.entry is not None:
             flow.entry.flows += 1
             flow.name = flow.entry.name
             verdict = self._rules.name(flow.name, flow.port)
+        elif isinstance(flow.address, IPv4Address) and flow.address in self._rules.virtual:
+            raise Denied(DenialRule.UNALLOCATED)
+        else:
+            verdict = self._rules.literal(flow.address, flow.port)
         flow.rule = verdict.rule
         if not verdict.allowed:
             raise Denied(verdict.rule)

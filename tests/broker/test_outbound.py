@@ -100,9 +100,19 @@ async def test_connection_to_a_near_server_is_opened_in_the_turn_in_which_it_is_
     line.server, old = line.far.accept()[0], line.server
     old.close()
     assert line.server.recv(100) == b"HELO"
-    assert line.server.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0 and flow.server is not None
-    assert flow.server.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
     client.close()
+
+
+async def test_connection_notices_a_lost_end_from_the_first_tick_on_and_sends_every_piece_at_once(line: Line) -> None:
+    line.cage._flows.add(line.flow)
+    line.cage._join(line.flow)
+    assert line.flow.server is not None
+    for ticks, kept in enumerate((0, 1)):
+        if ticks:
+            line.cage.tick()
+        assert line.flow.server.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == kept
+        assert line.flow.server.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+    line.cage._flows.remove(line.flow)
 
 
 async def test_failure_to_open_is_that_when_its_cage_ends_in_the_same_turn(line: Line) -> None:
@@ -223,6 +233,13 @@ async def test_bytes_that_are_there_go_out_behind_the_record_without_another_tur
     line.client.send(b"HELO")
     line.cage._join(line.flow)
     assert line.sent() == b"HELO"
+
+
+async def test_answer_that_is_there_reaches_the_client_without_another_turn(line: Line) -> None:
+    line.client.setblocking(False)
+    line.server.send(b"220 ready")
+    line.cage._join(line.flow)
+    assert line.client.recv(100) == b"220 ready"
 
 
 async def test_client_that_has_ended_before_its_first_byte_hears_the_server(line: Line) -> None:
