@@ -27,7 +27,7 @@ from isolator.broker.virtual import Entry
 from isolator.ipc.body import Body
 from isolator.ipc.fence import Fence
 from isolator.ipc.succession import Departure, Descriptors, to_bytes, to_text
-from isolator.ipc.tasks import report
+from isolator.ipc.tasks import begun, report
 from isolator.policy.addresses import Address
 
 OnEnd = Callable[["Flow", BaseException | None], None]
@@ -275,11 +275,20 @@ class FlowTable:
         """Forget a flow that has ended."""
         self._flows.pop(flow, None)
 
-    def open(self, flow: Flow, work: Coroutine[Any, Any, None]) -> None:
-        """Run ``work``, at whose end the flow is joined; whatever it raises ends the flow."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._flows[flow] = task
-        task.add_done_callback(partial(self._opened, flow))
+    def open(self, flow: Flow, work: Coroutine[Any, Any, None], *, at_once: bool = False) -> None:
+        """Run ``work``, at whose end the flow is joined; whatever it raises ends the flow.
+
+        ``at_once``: begin it in this call, and make a task only where something has to be waited for.
+        """
+        self.add(flow)
+        try:
+            rest = begun(work) if at_once else work
+        except Exception as error:
+            self._failed(flow, error)
+        else:
+            if rest is not None:
+                self._flows[flow] = task = asyncio.get_running_loop().create_task(rest)
+                task.add_done_callback(partial(self._opened, flow))
 
     def tune(self) -> None:
         """Set the options of the flows that have been opened since the last call; to be called once a second."""
@@ -338,6 +347,9 @@ class FlowTable:
             return
         self._flows[flow] = None
         if error is not None:
-            self._end(flow, error)
-        if error is not None and not isinstance(error, OSError | Denied | asyncio.CancelledError):
-            report(task.get_loop(), "a flow", error)
+            self._failed(flow, error)
+
+    def _failed(self, flow: Flow, error: BaseException) -> None:
+        self._end(flow, error)
+        if not isinstance(error, OSError | Denied | asyncio.CancelledError):
+            report(asyncio.get_running_loop(), "a flow", error)

@@ -19,14 +19,14 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Any, Self
 
 from isolator.broker import guard
 from isolator.broker.buffers import Buffers
-from isolator.broker.dial import begin, dial, established
+from isolator.broker.dial import dial
 from isolator.broker.dns import Answers, NameServer, NameServerState
 from isolator.broker.first_bytes import FIRST_BYTES, FirstBytes
 from isolator.broker.flow import Flow, FlowState, FlowTable
@@ -36,7 +36,7 @@ from isolator.broker.inbound import Fetch, Inbound, InboundState
 from isolator.broker.reach import Reach
 from isolator.broker.records import Records
 from isolator.broker.relay import reset, tune
-from isolator.broker.resolver import Answer, Resolver
+from isolator.broker.resolver import Resolver
 from isolator.broker.shared import Shared
 from isolator.broker.turns import Turns
 from isolator.broker.virtual import EntryState, VirtualPool
@@ -214,16 +214,10 @@ class Outbound:
             self._begin(flow)
 
     def _begin(self, flow: Flow) -> None:
-        self._flows.add(flow)
-        try:
-            rest = self._open_at_once(flow) if flow.started >= self._at_once_again else self._open(flow)
-        except Exception as failure:
-            self._end(flow, failure)
-            if not isinstance(failure, Denied | OSError):
-                raise
-        else:
-            if rest is not None:
-                self._flows.open(flow, rest)
+        at_once = flow.started >= self._at_once_again
+        if at_once:
+            self._at_once_again = flow.started + APART
+        self._flows.open(flow, self._open(flow), at_once=at_once)
 
     def _end(self, flow: Flow, failure: BaseException | None) -> None:
         if isinstance(failure, Denied):
@@ -239,39 +233,11 @@ class Outbound:
             self._records.write(flow.closed(self._loop.time()))
         self._flows.remove(flow)
 
-    def _open_at_once(self, flow: Flow) -> Coroutine[Any, Any, None] | None:
-        """Judge, dial and join, as far as nothing has to be waited for; returns what is left. Raises Denied or OSError.
-
-        Most of what a task and another turn of the loop cost would come before the first byte.
-        """
-        self._at_once_again = flow.started + APART
-        if self._fence.closed:
-            return self._open(flow)
-        self._reach.admit(flow)
-        known = Answer((flow.address,)) if flow.name is None else self._resolver.known(flow.name)
-        compared = flow.name is not None and guard.speaks_first(flow.port)
-        if compared or self._proxy is not None or known is None or [a.version for a in known.addresses] != [4]:
-            return self._open(flow)
-        (address,) = self._reach.usable(flow, known.addresses)
-        flow.roomy = self._buffers.take()
-        flow.server, there = begin(address, flow.port, small=not flow.roomy)
-        if not there:
-            return self._established(flow, address)
-        flow.dialled = address
-        self._join(flow)
-        return None
-
-    async def _established(self, flow: Flow, address: Address) -> None:
-        assert flow.server is not None
-        await established(flow.server, address, flow.port)
-        flow.dialled = address
-        self._join(flow)
-
     async def _open(self, flow: Flow) -> None:
-        """Judge, dial, compare and join; raises Denied or OSError."""
-        await self._fence.opened()
-        if not flow.rule:
-            self._reach.admit(flow)
+        """Judge, dial, compare and join; raises Denied or OSError. Nothing is awaited that is there already."""
+        if self._fence.closed:
+            await self._fence.opened()
+        self._reach.admit(flow)
         addresses = await self._reach.addresses(flow)
         if flow.name is None or not guard.speaks_first(flow.port):
             await self._dial(flow, addresses)

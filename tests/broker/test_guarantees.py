@@ -474,8 +474,8 @@ async def test_dead_end_of_a_quiet_connection_is_looked_for_on_both_sides(
         cage.client("s = tcp('hooks.example.com', 25)\ns.recv(100)\ns.recv(100)", timeout=3600)
     )
     await broker.wait_for("net.connect")
-    assert_watched(pretend.host_fd, "dport = 25")
-    assert_watched(cage.network.netns_fd, "sport = 65053")
+    await assert_watched(pretend.host_fd, "dport = 25")
+    await assert_watched(cage.network.netns_fd, "sport = 65053")
     client.cancel()
     await asyncio.gather(client, return_exceptions=True)
 

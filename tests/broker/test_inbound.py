@@ -102,8 +102,8 @@ async def test_dead_end_of_a_quiet_forwarded_connection_is_looked_for_on_both_si
     await until_listening(cage, 3000)
     client = asyncio.create_task(outside(cage, "s = tcp('127.0.0.1', 8080, 3600)\ns.recv(1)"))
     await broker.wait_for("net.connect", direction="in")
-    assert_watched(pretend.host_fd, "sport = 8080")
-    assert_watched(cage.network.netns_fd, "dport = 3000")
+    await assert_watched(pretend.host_fd, "sport = 8080")
+    await assert_watched(cage.network.netns_fd, "dport = 3000")
     for one in (server, client):
         one.cancel()
     await asyncio.gather(server, client, return_exceptions=True)
