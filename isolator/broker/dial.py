@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from isolator.broker.buffers import keep_small
 from isolator.ipc.fence import Fence
-from isolator.ipc.tasks import in_task
 from isolator.policy.addresses import Address
 
 STAGGER = 0.25
@@ -32,7 +31,7 @@ async def dial(
     loop = asyncio.get_running_loop()
     waiting = list(addresses)
     running: dict[asyncio.Task[socket.socket], Address] = {}
-    failure = OSError(errno.EADDRNOTAVAIL, "no address to connect to")
+    failure: OSError | None = None
     end = loop.time() + TIMEOUT
     try:
         while waiting or running:
@@ -64,7 +63,7 @@ async def dial(
                 failure = failed
             if loop.time() >= end:
                 raise OSError(errno.ETIMEDOUT, "no answer in time")
-        raise failure
+        raise failure or OSError(errno.EADDRNOTAVAIL, "no address to connect to")
     finally:
         for task in running:
             task.cancel()
@@ -95,7 +94,7 @@ def _begin(address: Address, port: int, *, small: bool) -> tuple[socket.socket, 
 async def _established(sock: socket.socket, address: Address, port: int, end: float) -> socket.socket:
     """Wait for a connection that is under way; raises OSError, ETIMEDOUT at ``end``. Closes one that fails."""
     try:
-        await in_task()
+        await asyncio.sleep(0)  # in a task from here on (``begun``), as a time-out needs one
         async with asyncio.timeout_at(end):
             await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
     except BaseException as error:  # cancelled too

@@ -71,7 +71,10 @@ class FirstBytes:
                     raise Denied(DenialRule.INCOMPLETE)
                 return b""
             flow.first += b"" if again else part
-            first = bytes(gate.feed(part))
+            try:
+                first = bytes(gate.feed(part))
+            finally:
+                gate.charge()
             if gate.pause:
                 await asyncio.sleep(gate.pause)
         return first

@@ -200,9 +200,9 @@ class Outbound:
             for flows in both:
                 flows.end_idle(self._loop.time() - self._rules.policy.idle)
 
-    def _accepted(self, client: socket.socket, _: object) -> None:
+    def _accepted(self, client: socket.socket, peer: Sequence[object]) -> None:
         try:
-            address, port = _original_destination(client)
+            address, port = _original_destination(client, 4 if len(peer) == 2 else 6)
         except OSError:
             reset(client)
             return
@@ -280,9 +280,9 @@ class Outbound:
         self._records.count(flow.denied(rule, **found))
 
 
-def _original_destination(client: socket.socket) -> tuple[Address, int]:
+def _original_destination(client: socket.socket, version: int) -> tuple[Address, int]:
     """Read the destination of a redirected connection; raises OSError when the kernel does not know it (any more)."""
-    if client.family == socket.AF_INET:
+    if version == 4:
         raw = client.getsockopt(socket.IPPROTO_IP, _SO_ORIGINAL_DST, 16)
         port, packed = struct.unpack_from("!2xH4s", raw)
         return IPv4Address(packed), port

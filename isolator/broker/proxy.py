@@ -16,7 +16,6 @@ from isolator.broker.dial import dial
 from isolator.broker.flow import DescribedError
 from isolator.broker.resolver import ResolveError, Resolver
 from isolator.ipc.fence import Fence
-from isolator.ipc.tasks import in_task
 from isolator.policy.addresses import Address, parse_address
 from isolator.policy.names import parse_egress
 
@@ -69,7 +68,7 @@ class Proxy:
         except OSError as error:
             raise DescribedError(f"proxy {self.where} cannot be reached: {error.strerror}") from error
         try:
-            await in_task()
+            await asyncio.sleep(0)  # in a task from here on (``begun``), as a time-out needs one
             async with asyncio.timeout(ANSWER_SECONDS):
                 request = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n"
                 await self._fence.opened()

@@ -235,18 +235,22 @@ class Pipe:
 
     def _look(self, data: memoryview | bytes) -> bool:
         """Pass on what the gate lets pass, and tell it of the server's bytes; False when reading must not go on."""
-        passing: memoryview | bytes = data
+        passing, gate = data, self.gate
         try:
-            if self.gate is not None:
-                passing = self.gate.feed(data)
-                if self.gate.done:
+            if gate is not None:
+                passing = gate.feed(data)
+                if gate.done:
                     self.gate = None
             elif self._answers is not None:
                 self._answered(self._answers, data)
+            goes_on = not passing or self._send(memoryview(passing))
         except Denied as denied:
             self._end(denied)
             return False
-        return (not passing or self._send(memoryview(passing))) and not self._waits()
+        finally:
+            if gate is not None:
+                gate.charge()
+        return goes_on and not self._waits()
 
     def _answered(self, pipe: Pipe, data: memoryview | bytes) -> None:
         if pipe.gate is None or not pipe.gate.answered(data):

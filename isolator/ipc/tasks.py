@@ -58,7 +58,7 @@ def essential_at_once(work: Coroutine[Any, Any, None], name: str) -> asyncio.Tas
 def begun(work: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None] | None:
     """Begin ``work`` in this call; returns what is left of it, for a task, or None. Raises what it raises.
 
-    Until it awaits something it is in no task, which some things need (``in_task``).
+    Until it awaits something it is in no task of its own, which asyncio.timeout needs.
     """
     try:
         awaited = work.send(None)
@@ -67,12 +67,6 @@ def begun(work: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None] | None:
     rest = _go_on(work, awaited)
     rest.send(None)  # so that ``work`` hears of it if its task is cancelled before its first step
     return rest
-
-
-async def in_task() -> None:
-    """Return within a task, as asyncio.timeout needs one, in work that may only have ``begun``."""
-    if asyncio.current_task() is None:
-        await asyncio.sleep(0)
 
 
 async def _go_on(work: Coroutine[Any, Any, None], awaited: Any) -> None:

@@ -331,7 +331,7 @@ asyncio.run(main())
 """
 
 
-def test_address_that_was_not_the_hosts_is_asked_for_again_after_any_change_that_makes_it_so() -> None:
+def test_address_is_asked_for_again_after_any_change_that_makes_it_the_hosts() -> None:
     """No notice is read meanwhile: that one has come is enough."""
     command = ["unshare", "--net", sys.executable, "-c", _CHANGED]
     run = subprocess.run(

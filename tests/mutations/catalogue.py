@@ -677,6 +677,12 @@ MUTATIONS = (
             "item in self._own",
             "broker/test_guarantees.py::test_new_address_of_the_host_is_out_of_reach_before_any_notice_is_read",
         ),
+        (
+            "an address that has become the host's is believed to be nobody's",
+            " or self._notices.poll(0)",
+            "",
+            "broker/test_guarantees.py::test_address_is_asked_for_again_after_any_change_that_makes_it_the_hosts",
+        ),
     ),
     *_mutations(
         "isolator/broker/relay.py",
