@@ -7,6 +7,7 @@ carry the time at which it *began* (``happened_ns``), because a record is writte
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import itertools
 import os
@@ -224,7 +225,8 @@ class Flow:
         """Set what matters only to a connection that lasts; most end before."""
         if self.recorded and not self.tuned and self.server is not None:
             self.tuned = True
-            tune(self.server)
+            with contextlib.suppress(OSError):  # of a connection that has just broken off
+                tune(self.server)
 
     def failed(self, error: BaseException) -> None:
         """Note the error that broke the connection off; who gave it up has said why."""
