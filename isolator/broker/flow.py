@@ -100,6 +100,7 @@ class Flow:
     """The proxy that it goes through."""
     recorded: bool = False
     tuned: bool = False
+    """Whether the way out has the options of a connection that lasts."""
     left: bool = False
     """It was handed to another broker: nothing is to be closed or recorded here."""
     first: bytes = b""
