@@ -65,6 +65,8 @@ class Plugin:
         """Layers that its run, which is older than this image of the daemon, came without."""
         self.on_trial = False
         """Whether the version in use is not judged yet."""
+        self.told: tuple[Registration, EffectivePolicy | None] | None = None
+        """What the host was told of beyond its state."""
         self.invocations = Invocations(context, loaded.registration.name)
         self.fence = context.fences.of(loaded.registration.name)
         """Until when it may act."""
