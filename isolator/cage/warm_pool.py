@@ -151,21 +151,14 @@ class WarmPool:
                 if spare.layers == layers and spare.usable:
                     return spare
                 self._dispose(making)
-        making = self._run(self._make_hurried(layers, network, cage()))
-        try:
-            return await asyncio.shield(making)
-        except asyncio.CancelledError:
-            await asyncio.shield(
-                self._dispose(making)
-            )  # the groups are in the journal for as long as the taker is here
-            raise
+        return await self._made(self._run(self._make_for(cage(), layers, network)))
 
     async def _made(self, making: asyncio.Task[Spare]) -> Spare:
-        """Wait for one; a taker that is cancelled does not end what is being made, which the next one gets."""
+        """Wait for one. A taker that is cancelled waits until nothing is left of it: its groups may be the taker's."""
         try:
             return await asyncio.shield(making)
         except asyncio.CancelledError:
-            self._give_back(making)
+            await asyncio.shield(self._dispose(making))
             raise
 
     def adopt(self, parking: Parking) -> None:
@@ -211,16 +204,15 @@ class WarmPool:
     def _run(self, work: Coroutine[Any, Any, Spare]) -> asyncio.Task[Spare]:
         return self._tasks.run("making of a spare", work, expected=_EXPECTED)
 
-    async def _make(
-        self, layers: frozenset[str], rules: NetworkPolicy | None, cage: Leaf | None = None, *, hurried: bool
-    ) -> Spare:
-        parking = new_parking(self._journal, self._subtree, layers, cage)
+    async def _make(self, layers: frozenset[str], rules: NetworkPolicy, *, hurried: bool) -> Spare:
+        parking = new_parking(self._journal, self._subtree, layers)
         return await _make_spare(self._launcher(), parking, rules, hurried=hurried)
 
-    async def _make_hurried(self, layers: frozenset[str], network: NetworkPolicy, cage: Leaf) -> Spare:
+    async def _make_for(self, cage: Leaf, layers: frozenset[str], rules: NetworkPolicy) -> Spare:
         self._hurried += 1
         try:
-            return await self._make(layers, network if self._hurried > 1 else None, cage, hurried=True)
+            parking, others = new_parking(self._journal, self._subtree, layers, cage), self._hurried > 1
+            return await _make_spare(self._launcher(), parking, rules if others else None, hurried=True)
         finally:
             self._hurried -= 1
 
@@ -229,12 +221,6 @@ class WarmPool:
         from isolator.policy.model import NetworkPolicy
 
         return self._network or NetworkPolicy(mode="none")
-
-    def _give_back(self, making: asyncio.Task[Spare]) -> None:
-        if self._waiting is None and not self._closed:
-            self._waiting = making
-        else:
-            self._dispose(making)
 
     def _dispose(self, making: asyncio.Task[Spare]) -> asyncio.Task[None]:
         async def release() -> None:

@@ -57,11 +57,6 @@ class HostLink:
         """Version of the tables in its database; 0 where that cannot be read."""
         return tables(self._paths.host_database)
 
-    @property
-    def is_older(self) -> bool:
-        """Whether the host may be one from before this process's exec."""
-        return self.process.outdated
-
     def handlers(self) -> dict[str, Handler]:
         """Requests of the host that are about itself."""
         return by_op(messages.RaiseAlarm.on(self._raise_alarm), messages.ShutOut.on(self.door.shut))

@@ -150,7 +150,8 @@ class PluginTable:
         The rest is most of it. A host from before this process's exec knows entries alone.
         """
         host, told = self._context.host, plugin.told
-        if told is not None and told[0] is plugin.registration and told[1] is plugin.effective and not host.is_older:
+        same = told is not None and told[0] is plugin.registration and told[1] is plugin.effective
+        if same and not host.process.outdated:
             host.plugin_turned(PluginTurned(**self._state(plugin)))
         else:
             host.plugin_changed(self.entry(plugin))

@@ -209,7 +209,7 @@ async def test_a_start_that_is_cancelled_leaves_nothing(session: StandaloneSessi
             await asyncio.wait([start])
         if done:
             break
-    await session.runtime.pool.close()  # the next start gets what is still being made
+    await session.runtime.pool.close()
     assert all(name == "subtree" for name in session.runtime.journal.open)
 
 

@@ -16,7 +16,7 @@ class Told:
 
     def __init__(self) -> None:
         self.messages: list[tuple[str, Any]] = []
-        self.is_older = False
+        self.process = SimpleNamespace(outdated=False)
 
     def plugin_changed(self, entry: Any) -> None:
         self.messages.append(("entry", entry))
@@ -51,7 +51,7 @@ def test_host_is_told_of_a_plugin_s_state_alone_only_if_it_knows_the_rest(table:
     table.announce(echo)
     echo.state = PluginState.RUNNING
     table.announce(echo)
-    host.is_older = True
+    host.process.outdated = True
     table.announce(echo)
     assert host.messages == [
         ("entry", "first"), ("turned", "starting"), ("entry", "second"), ("entry", "second"), ("turned", "running"),
