@@ -257,6 +257,7 @@ class Host:
         """The supervisor's requests and notifications, by op."""
         return by_op(
             messages.PluginChanged.on(self._plugin_changed),
+            messages.PluginTurned.on(self._lifecycle.turn),
             messages.GetEnvironment.on(self._environments.answer),
             messages.RunStarted.on_fds(self._run_started),
             messages.DrainRun.on(self._drain_run),

@@ -90,16 +90,29 @@ class PluginLifecycle:
 
     async def adopt(self, entry: messages.PluginEntry) -> Plugin:
         """Take over one plugin entry of the supervisor's; not before a removed plugin of that name is forgotten."""
-        while (removal := self._removals.get(entry.name)) is not None:
-            await asyncio.wait([removal])
+        await self._forgotten(entry.name)
         plugin = self.registry.put(entry)
+        await self._follow(plugin)
+        return plugin
+
+    async def turn(self, turned: messages.PluginTurned) -> None:
+        """Take over a plugin's new state; in the order of ``adopt``, which may wait."""
+        await self._forgotten(turned.name)
+        plugin = self.registry.turn(turned)
+        if plugin is not None:
+            await self._follow(plugin)
+
+    async def _forgotten(self, name: str) -> None:
+        while (removal := self._removals.get(name)) is not None:
+            await asyncio.wait([removal])
+
+    async def _follow(self, plugin: Plugin) -> None:
         if not plugin.raw.get("on_trial"):
             self.config.settle(plugin.name, plugin.digest)
         self.dispatcher.plugin_changed(plugin)
         await self.watches.update(plugin, self.dispatcher.workers[plugin.name])
         if self.member is not None:
             self.member.serve(plugin.name)
-        return plugin
 
     async def registered(self, plugin: Plugin, *, new: bool = False) -> None:
         """Tell the cluster, if there is one, of a plugin that a command has changed here."""

@@ -22,7 +22,7 @@ from host.plugins.manifest import DeliverySpec, Manifest
 from host.queue.interface import Subscriber
 from isolator.audit.client import utc_now
 from isolator.errors import IsolatorError, NotFoundError, nearest
-from isolator.ipc.messages import PluginEntry
+from isolator.ipc.messages import PluginEntry, PluginTurned
 from isolator.policy.filters import passes
 from isolator.policy.model import EffectivePolicy
 from isolator.policy.names import OLDER_HOOKS
@@ -155,6 +155,17 @@ class Registry:
         if plugin is not None:
             raw = {**plugin.raw, "run": run, "pid": pid, "state": state}
             self._plugins[name] = replace(plugin, run=run, pid=pid, state=state, raw=raw)
+
+    def turn(self, turned: PluginTurned) -> Plugin | None:
+        """Take over a plugin's state; None if it is not registered."""
+        plugin = self._plugins.get(turned.name)
+        if plugin is not None:
+            rest = {key: value for key, value in plugin.raw.items() if key != "lease"}
+            plugin = self._plugins[turned.name] = replace(
+                plugin, run=turned.run, pid=turned.pid, state=turned.state, error=turned.error or None,
+                raw=rest | turned.to_json(),
+            )  # fmt: skip
+        return plugin
 
     def known(self) -> set[str]:
         """Return the names that have a row, registered at present or not."""

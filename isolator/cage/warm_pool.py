@@ -127,13 +127,16 @@ class WarmPool:
         self._waiting: asyncio.Task[Spare] | None = None
         self._rest: asyncio.TimerHandle | None = None
         self._closed = False
+        self._hurried = 0
+        """Spares that are being made while their takers wait."""
         self._tasks = Tasks()
         self._disposals: set[asyncio.Task[None]] = set()
 
     async def take(self, layers: frozenset[str], network: NetworkPolicy) -> Spare:
-        """A spare for a cage with these layers: the one that waits if it fits, or a new one, without network rules.
+        """A spare for a cage with these layers: the one that waits if it fits, or a new one.
 
-        The taker's own are loaded while the cage enters the rest, which is sooner than to wait for them here.
+        That has the network's rules where others are being made at the same time: one thread for both is less work.
+        Else they are loaded while the cage enters the rest, which is sooner than to wait for them here.
 
         Raises ConfinementError when this host cannot make it, UnavailableError while the launcher is away.
         """
@@ -145,7 +148,7 @@ class WarmPool:
                 if spare.layers == layers and spare.usable:
                     return spare
                 self._dispose(making)
-        return await self._made(self._begin(layers, hurried=True, rules=False))
+        return await self._made(self._run(self._make_hurried(layers, network)))
 
     async def _made(self, making: asyncio.Task[Spare]) -> Spare:
         """Wait for one; a taker that is cancelled does not end what is being made, which the next one gets."""
@@ -166,7 +169,7 @@ class WarmPool:
             self._rest = None
         if self._waiting is None and not self._closed:
             # What a host or a launcher refuses, the next start tries again, and reports.
-            self._waiting = self._begin(layers, hurried=hurried)
+            self._waiting = self._run(self._make(layers, self._rules(), hurried=hurried))
 
     def refill(self, layers: frozenset[str]) -> None:
         """Make one when no start has needed anything for a moment."""
@@ -195,15 +198,19 @@ class WarmPool:
         """Make spares again after ``close``."""
         self._closed = False
 
-    def _begin(self, layers: frozenset[str], *, hurried: bool, rules: bool = True) -> asyncio.Task[Spare]:
-        return self._run(self._make(layers, hurried=hurried, rules=rules))
-
     def _run(self, work: Coroutine[Any, Any, Spare]) -> asyncio.Task[Spare]:
         return self._tasks.run("making of a spare", work, expected=_EXPECTED)
 
-    async def _make(self, layers: frozenset[str], *, hurried: bool, rules: bool = True) -> Spare:
+    async def _make(self, layers: frozenset[str], rules: NetworkPolicy | None, *, hurried: bool) -> Spare:
         parking = new_parking(self._journal, self._subtree, layers)
-        return await _make_spare(self._launcher(), parking, self._rules() if rules else None, hurried=hurried)
+        return await _make_spare(self._launcher(), parking, rules, hurried=hurried)
+
+    async def _make_hurried(self, layers: frozenset[str], network: NetworkPolicy) -> Spare:
+        self._hurried += 1
+        try:
+            return await self._make(layers, network if self._hurried > 1 else None, hurried=True)
+        finally:
+            self._hurried -= 1
 
     def _rules(self) -> NetworkPolicy:
         """The policy whose rules a network gets ahead: the last taker's, or one that lets nothing out."""

@@ -57,6 +57,11 @@ class HostLink:
         """Version of the tables in its database; 0 where that cannot be read."""
         return tables(self._paths.host_database)
 
+    @property
+    def is_older(self) -> bool:
+        """Whether the host may be one from before this process's exec."""
+        return self.process.outdated
+
     def handlers(self) -> dict[str, Handler]:
         """Requests of the host that are about itself."""
         return by_op(messages.RaiseAlarm.on(self._raise_alarm), messages.ShutOut.on(self.door.shut))
@@ -136,6 +141,10 @@ class HostLink:
     def plugin_changed(self, entry: messages.PluginEntry) -> None:
         """Tell the host of a plugin's new state."""
         self._tell(messages.PluginChanged(plugin=entry))
+
+    def plugin_turned(self, turned: messages.PluginTurned) -> None:
+        """Tell the host of a plugin's new state alone."""
+        self._tell(turned)
 
     def plugin_removed(self, name: str) -> None:
         """Tell the host that a plugin exists no more."""

@@ -92,6 +92,21 @@ async def test_rules_of_the_last_taker_are_there_ahead_and_those_of_another_cage
         assert cage.network is network and network_layer.is_loaded(network, own)
 
 
+async def test_network_of_each_of_several_takers_at_once_has_its_own_rules(session: StandaloneSession) -> None:
+    policies = [NetworkPolicy(mode="none"), NetworkPolicy(mode="public"), NetworkPolicy(mode="public", connects_open=7)]
+    pool = session.runtime.pool
+    alone = await pool.take(EVERY_LAYER, policies[1])
+    spares = await asyncio.gather(*(pool.take(EVERY_LAYER, policy) for policy in policies))
+    try:
+        assert alone.network is not None and not network_layer.is_loaded(alone.network, policies[1])
+        for policy, spare in zip(policies[1:], spares[1:], strict=True):
+            assert spare.network is not None and network_layer.is_loaded(spare.network, policy)
+            network_layer.confirm(spare.network, policy)
+    finally:
+        for spare in (alone, *spares):
+            await spare.release()
+
+
 async def test_a_parked_process_is_in_the_groups_but_not_in_a_cage(session: StandaloneSession) -> None:
     pid = await _ahead(session.runtime)
     groups = Path(f"/proc/{pid}/cgroup").read_text()

@@ -10,7 +10,7 @@ import pytest
 from host.database.store import Store
 from host.events import Catalogue
 from host.plugins.registry import Registry
-from isolator.ipc.messages import PluginState, RegisteredEntry
+from isolator.ipc.messages import PluginState, PluginTurned, RegisteredEntry
 
 EVENT = "deploy.completed"
 OTHER = "deploy.failed"
@@ -55,6 +55,28 @@ async def test_change_of_a_plugins_state_writes_no_row_and_one_of_its_version_do
         assert written == 4
         await store.run(lambda _: None)  # behind the others
         assert registry.known() == {"one"}
+    finally:
+        await store.close()
+
+
+async def test_turn_of_a_plugin_leaves_all_but_its_state_as_it_was(tmp_path: Path) -> None:
+    store = Store(tmp_path / "host.db")
+    registry = Registry(Catalogue(), store)
+    state: dict[str, Any] = {"run": "r1", "pid": 7, "started_at": "now", "ready": True, "restarts": 2, "on_trial": True}
+    turned = PluginTurned(name="one", state=PluginState.RUNNING, error="frozen", lease="frozen", **state)
+    try:
+        assert registry.turn(turned) is None and registry.get("one") is None
+        before = registry.put(_entry("one"))
+        now = registry.turn(turned)
+        assert now is registry.get("one") is not None
+        assert (now.run, now.pid, now.state, now.error) == ("r1", 7, "running", "frozen")
+        assert (now.manifest, now.hooks, now.digest) == (before.manifest, before.hooks, before.digest)
+        assert now.raw == before.raw | turned.to_json()
+        assert _names(registry, EVENT) == ["one"]
+        over = PluginTurned(**{**turned.to_json(), "state": PluginState.RUNNING, "error": "", "lease": ""})
+        thawed = registry.turn(over)
+        assert thawed is not None and thawed.error is None and "lease" not in thawed.raw
+        assert thawed.raw == registry.put(RegisteredEntry(**before.raw | state | {"state": PluginState.RUNNING})).raw
     finally:
         await store.close()
 
