@@ -45,6 +45,8 @@ class Plugin:
     raw: dict[str, Any] = field(repr=False)
     hooks: Mapping[str, str] = field(default_factory=dict)
     """Canonical event name → the spelling that the plugin subscribed with."""
+    problem: str | None = None
+    """Why its manifest cannot be read here."""
 
     @property
     def versions(self) -> set[str]:
@@ -162,7 +164,7 @@ class Registry:
         if plugin is not None:
             rest = {key: value for key, value in plugin.raw.items() if key != "lease"}
             plugin = self._plugins[turned.name] = replace(
-                plugin, run=turned.run, pid=turned.pid, state=turned.state, error=turned.error or None,
+                plugin, run=turned.run, pid=turned.pid, state=turned.state, error=turned.error or plugin.problem,
                 raw=rest | turned.to_json(),
             )  # fmt: skip
         return plugin
@@ -213,7 +215,7 @@ class Registry:
         same = before is not None and all(before.raw.get(key) == raw[key] for key in ("manifest", "effective"))
         if before is not None and same:
             # Most changes are of the state alone, and they come in bursts.
-            effective, manifest, problem = before.effective, before.manifest, None
+            effective, manifest, problem = before.effective, before.manifest, before.problem
         else:
             effective = EffectivePolicy.model_validate(entry.effective) if entry.effective else None
             manifest, problem = _manifest_of(entry)
@@ -233,6 +235,7 @@ class Registry:
             manifest=manifest,
             raw=raw,
             hooks=hooks,
+            problem=problem,
         )
 
 
