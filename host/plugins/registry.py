@@ -154,7 +154,7 @@ class Registry:
     def note_run(self, name: str, *, run: str | None, pid: int | None, state: str) -> None:
         """Note that a sidecar has started or ended."""
         plugin = self._plugins.get(name)
-        if plugin is not None:
+        if plugin is not None and (plugin.run, plugin.pid, plugin.state) != (run, pid, state):
             raw = {**plugin.raw, "run": run, "pid": pid, "state": state}
             self._plugins[name] = replace(plugin, run=run, pid=pid, state=state, raw=raw)
 
