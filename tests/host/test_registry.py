@@ -56,6 +56,13 @@ async def test_change_of_a_plugins_state_writes_no_row_and_one_of_its_version_do
         assert written == 4
         await store.run(lambda _: None)  # behind the others
         assert registry.known() == {"one"}
+        after = Registry(Catalogue(), store)
+        assert after.known() == {"one"}
+        written = 0
+        after.put(_entry("one", version="2.0.0"))
+        assert written == 0, "its row is that of before"
+        after.put(_entry("one"))
+        assert written == 1
     finally:
         await store.close()
 
