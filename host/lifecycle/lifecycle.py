@@ -218,7 +218,7 @@ class PluginLifecycle:
             await start
 
     async def restart_for_config(self, plugin: Plugin, keys: list[str]) -> bool:
-        """Let a plugin whose config has changed start again if it runs; returns whether it ran."""
+        """Let a plugin whose config has changed start again if it runs, or starts; returns whether it did."""
         current = self.registry.need(plugin.name)
         if current.state == "failed":
             # What failed may well have failed for want of it.
@@ -226,7 +226,7 @@ class PluginLifecycle:
         self.dispatcher.wake(plugin.name)
         if current.state == "backoff":
             self._begin(plugin.name, "operator")  # it need not wait for the end of its pause either
-        if current.run is None:
+        if current.run is None and current.state != "starting":  # one that starts may have been given those of before
             self.start_if_eager(self.registry.need(plugin.name))
             return False
         if self.dispatcher.workers[plugin.name].fence.closed:
