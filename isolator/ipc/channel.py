@@ -19,6 +19,7 @@ something else than messages is broken or was taken over: its channel is closed.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -265,26 +266,38 @@ class Channel:
         payload = _encode(message).encode()
         if len(payload) > MAX_PACKET:
             raise IsolatorError("internal message", f"{len(payload)} bytes exceed {MAX_PACKET}", "pass it as a file")
+        if not self._out and self._sent(payload, fds):
+            return
         # The caller may close its descriptors at once, so what waits in the queue is a duplicate.
         self._out.append((payload, _duplicates(fds)))
         self._out_bytes += len(payload)
         self._out_fds += len(fds)
-        self._flush()
         if self._out_bytes > MOST_WAITING or self._out_fds > MOST_WAITING_FDS:
             logger.error("%s does not read what it is sent (%d messages wait)", self.name, len(self._out))
             self.close()
 
+    def _sent(self, payload: bytes, fds: Sequence[int]) -> bool:
+        """Send a packet; False: it has to wait for the peer, and ``_flush`` is called when there is room.
+
+        Raises OSError for a descriptor that is not open.
+        """
+        try:
+            send_packet(self._sock, payload, fds)
+        except BlockingIOError:
+            if not self._full:
+                self._loop.add_writer(self._sock, self._flush)
+                self._full = True
+            return False
+        except OSError as error:
+            if error.errno == errno.EBADF:
+                raise
+            self.close()
+        return True
+
     def _flush(self) -> None:
         while self._out:
             payload, fds = self._out[0]
-            try:
-                send_packet(self._sock, payload, fds)
-            except BlockingIOError:
-                self._loop.add_writer(self._sock, self._flush)
-                self._full = True
-                return
-            except OSError:
-                self.close()
+            if not self._sent(payload, fds) or self.closed.is_set():
                 return
             self._out.popleft()
             self._out_bytes -= len(payload)

@@ -503,3 +503,15 @@ async def test_fault_of_a_handler_that_waits_for_nothing_is_told_and_the_channel
         assert "ValueError" in json.dumps(answer["error"]) and len(faults.seen) == 1
         assert not channel.closed.is_set()
         channel.close()
+
+
+async def test_descriptor_that_is_not_open_is_refused_and_the_channel_goes_on() -> None:
+    mine, theirs = pair()
+    ours, other = Channel(mine), Channel(theirs, by_op(EnsureRun.on(ensure)))
+    closed = os.open("/dev/null", os.O_RDONLY)
+    os.close(closed)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        ours.notify("anything", fds=[closed])
+    assert (await ours.ask(EnsureRun(name="echo", reason="event"))).run
+    ours.close()
+    other.close()
