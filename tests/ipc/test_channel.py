@@ -20,7 +20,7 @@ from isolator.errors import IsolatorError, UnavailableError, UsageError
 from isolator.ipc import channel as channels
 from isolator.ipc.body import Message, WithFds, by_op
 from isolator.ipc.channel import MAX_PACKET, Channel, pair, send_packet
-from isolator.ipc.messages import ConnectRun, EnsureRun, Environment, GetEnvironment, NewAuditSocket, Running
+from isolator.ipc.messages import ConnectRun, EnsureRun, GetEnvironment, NewAuditSocket, Running
 
 
 class Faults:
@@ -459,50 +459,6 @@ async def test_channel_that_goes_on_serves_what_it_held() -> None:
     assert (await asked).run == "run of x"
     channel.close()
     peer.close()
-
-
-async def test_handler_that_waits_for_nothing_is_called_in_the_order_of_what_came() -> None:
-    served: list[str] = []
-    mine, theirs = pair()
-    with theirs:
-
-        async def ensured(request: EnsureRun) -> Running:
-            served.append(request.name)
-            await asyncio.sleep(0)
-            return Running(run="r", pid=7)
-
-        def environment(request: GetEnvironment) -> Environment:
-            served.append(request.name)
-            return Environment(env={request.name: ""})
-
-        channel = Channel(mine, by_op(EnsureRun.on(ensured), GetEnvironment.on_now(environment)))
-        names = {"one": GetEnvironment, "two": EnsureRun, "three": GetEnvironment, "four": EnsureRun}
-        for number, (name, kind) in enumerate(names.items()):
-            send_packet(theirs, json.dumps({"op": kind.op, "id": number, "name": name}).encode())
-        channel._readable()
-        assert served == ["one"] and len(channel._tasks) == 3
-        answers = await asyncio.to_thread(lambda: [json.loads(theirs.recv(MAX_PACKET)) for _ in names])
-        assert served == [*names] and sorted(answer["re"] for answer in answers) == [0, 1, 2, 3]
-        await asyncio.sleep(0)
-        assert not channel._tasks and not channel._to_begin
-        send_packet(theirs, json.dumps({"op": "run.environment", "id": 4, "name": "five"}).encode())
-        channel._readable()
-        assert served[-1] == "five" and json.loads(theirs.recv(MAX_PACKET))["re"] == 4
-        channel.close()
-
-
-async def test_fault_of_a_handler_that_waits_for_nothing_is_told_and_the_channel_goes_on() -> None:
-    faults, (mine, theirs) = Faults(), pair()
-    with theirs:
-
-        def environment(request: GetEnvironment) -> Environment:
-            raise ValueError(request.name)
-
-        channel = Channel(mine, by_op(GetEnvironment.on_now(environment)))
-        answer = await answer_to(theirs, {"op": "run.environment", "id": 1, "name": "one"})
-        assert "ValueError" in json.dumps(answer["error"]) and len(faults.seen) == 1
-        assert not channel.closed.is_set()
-        channel.close()
 
 
 async def test_descriptor_that_is_not_open_is_refused_and_the_channel_goes_on() -> None:
