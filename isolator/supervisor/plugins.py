@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from isolator.audit.schema import PluginPending, PluginRejected
@@ -157,21 +158,24 @@ class PluginTable:
             host.plugin_changed(self.entry(plugin))
             plugin.told = plugin.registration, plugin.effective
 
-    def entries(self) -> list[PluginEntry]:
-        """Every plugin, registered or found, as the host and the command line see it."""
-        return [*map(self.entry, self.plugins.values()), *(found.entry() for found in self.discovery.found.values())]
+    def entries(self, *, whole: bool = True) -> list[PluginEntry]:
+        """Every plugin, registered or found, as the host and the command line see it; ``whole`` as for ``entry``."""
+        found = [one.entry() for one in self.discovery.found.values()]
+        if not whole:
+            found = [replace(one, manifest=None) for one in found]
+        return [*(self.entry(one, whole=whole) for one in self.plugins.values()), *found]
 
-    def entry(self, plugin: Plugin) -> RegisteredEntry:
-        """One registered plugin as the host and the command line see it."""
+    def entry(self, plugin: Plugin, *, whole: bool = True) -> RegisteredEntry:
+        """One registered plugin as the host and the command line see it; ``whole``: with its policy and manifest."""
         registration, effective = plugin.registration, plugin.effective
         return RegisteredEntry(
             **self._state(plugin),
             version=plugin.version,
             digest=registration.digest,
             uid=registration.uid,
-            effective=effective.model_dump(mode="json") if effective else None,
+            effective=effective.model_dump(mode="json") if effective and whole else None,
             effective_digest=effective.digest() if effective else None,
-            manifest=plugin.manifest,
+            manifest=plugin.manifest if whole else None,
             binary=registration.release.binary_path or None,
             previous=tuple(release.digest for release in registration.previous),
             pending=self.pending(registration),
