@@ -56,7 +56,7 @@ _RETRY = 0.5
 _GATHER = 0.005
 """Seconds from one commit to the next: under load they cost more than the records do, and their syncs compete with
 those of the host's database. Nobody waits for a commit, but for the last one."""
-_LULL, _LULL_RECORDS = 0.02, 16
+_LULL, _LULL_RECORDS = 0.01, 16
 """The same while each source sends fewer records from one commit to the next but one: a commit costs thirty times what
 a record does, and wakes its senders besides."""
 _REST = 2 * _LULL
