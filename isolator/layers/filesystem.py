@@ -280,8 +280,9 @@ class Filesystem(Layer):
         runs = self._runs
         mounts: list[AttachMount] = []
 
-        def add(target: str, tree: int, attributes: int, made: Tree | None = None, ids: int = -1) -> None:
-            # Cloned here: the child, in a mount namespace of its own, may not copy a mount of ours (EINVAL).
+        def bind(target: str, source: int, attributes: int, ids: int = -1, made: Tree | None = None) -> None:
+            # Copied here: the child, in a mount namespace of its own, may not copy a mount of ours (EINVAL).
+            tree = mount.clone_tree("", directory=source) if made is None else os.dup(source)
             name = f"mount{len(mounts)}"
             plan.own(name, tree)
             if ids >= 0:
@@ -292,12 +293,15 @@ class Filesystem(Layer):
 
         for name in _ETC_FILES:
             with contextlib.suppress(FileNotFoundError):
-                add(f"etc/{name}", mount.clone_tree(f"/etc/{name}"), _READ_ONLY)
+                fd = os.open(f"/etc/{name}", os.O_PATH | os.O_CLOEXEC)
+                try:
+                    bind(f"etc/{name}", fd, _READ_ONLY)
+                finally:
+                    os.close(fd)
         for entry in spec.binds:
             attributes = mount.NOSUID | mount.NODEV
             attributes |= (0 if runs else mount.NOEXEC) if entry.writable else mount.RDONLY
-            tree = mount.clone_tree("", directory=entry.fd) if entry.tree is None else os.dup(entry.fd)
-            add(entry.target, tree, attributes, entry.tree, entry.ids)
+            bind(entry.target, entry.fd, attributes, entry.ids, entry.tree)
         for target, fd in spec.mounts.items():
             name = f"mount{len(mounts)}"
             plan.fds[name] = fd
