@@ -5,10 +5,9 @@ did ahead in the parked process (isolator.launcher.prefork). Order matters, and 
 
  0. proc         /proc and its covers, which need the pid namespace alone; meanwhile the supervisor makes the plan
  1. filesystem   fill the view, whose places were made ahead; meanwhile the supervisor loads the cage's network rules
-    proc         the groups, in that view
+    proc         the groups, in that view; report ``viewed``: the supervisor reads the mounts back meanwhile
  2. rlimits      once the mounts' descriptors are closed, which may be more than the limit; most are set ahead
- 3. namespaces   cgroup namespace, own session, host name; report ``viewed``: the supervisor reads all of this back
-                 while the rest is entered
+ 3. namespaces   cgroup namespace, own session, host name
  4. network      enter the network namespace
  5. user         no groups, then gid, then uid
  6. capabilities every set to zero, ambient cleared; the bounding set was emptied ahead
@@ -55,7 +54,7 @@ STEPS: tuple[type[Section], ...] = (
     NoNewPrivsSection, LandlockSection,
 )  # fmt: skip
 """The sections that a process enters, in the order of the module's text; seccomp follows after the other steps."""
-_LAST_OF_VIEW = NamespacesSection
+_LAST_OF_VIEW = ProcSection
 
 
 def be_born(

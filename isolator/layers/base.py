@@ -139,9 +139,8 @@ class Layer(ABC):
     name: ClassVar[str]
     mandatory: ClassVar[bool] = True
     in_force_from: ClassVar[Literal["birth", "view", "end"]] = "end"
-    """The moment from which ``confirm`` holds: the process is born under it, has its view of files, limits and
-    namespaces but the network, or has entered every layer. What is in force early is read back while the child goes on.
-    """
+    """The moment from which ``confirm`` holds: the process is born under it, has its view of files, or has entered
+    every layer. What is in force early is read back while the child goes on."""
     may_degrade: ClassVar[tuple[str, ...]] = ()
     """The keys of its controls without which ``host.toml`` may let plugins run; everything above the layer copes."""
 
@@ -197,7 +196,8 @@ class Process:
     @functools.cached_property
     def status(self) -> dict[str, str]:
         """/proc/PID/status."""
-        return {key: value for key, _, value in [line.partition(":\t") for line in self.read("status").splitlines()]}
+        lines = self.read("status").splitlines()
+        return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
     @functools.cached_property
     def mounts(self) -> dict[str, str]:

@@ -56,7 +56,6 @@ class Namespaces(Layer):
     """Namespaces of the cage's own, a session of its own, a host name of its own, clocks that begin with it."""
 
     name = "namespaces"
-    in_force_from = "view"
 
     def __init__(self) -> None:
         self.parked = 0

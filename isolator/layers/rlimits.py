@@ -66,7 +66,6 @@ class Rlimits(Layer):
     """Hard limits that the process cannot raise again (it has no CAP_SYS_RESOURCE)."""
 
     name = "rlimits"
-    in_force_from = "view"
 
     @classmethod
     def check(cls) -> list[Control]:
