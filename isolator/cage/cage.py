@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
 import os
 import socket
@@ -197,15 +196,14 @@ class Cage:
         plan.to_group, plan.terminal = spec.to_group, spec.terminal
         plan.fds = {"stdin": self._stdio.stdin, "stdout": self._stdio.stdout, "stderr": self._stdio.stderr}
         plan.fds |= zip(LOGS, self._logs, strict=False)
-        self._proc.leaf = self._cgroup.leaf
         try:
             for layer in self._layers:
                 layer.prepare(spec, plan)
                 mark(f"prepare {layer.name}")
+                self._proc.leaf = self._cgroup.leaf
             if spare.groups is not None:
                 spare.hand_over_groups()
             _send_to(spare, *plan.pack())
-            self._proc.write_figures()
             if birth.cgroup >= 0:
                 self._kept_by = launcher
                 await launcher.keep(spec.leaf, birth.cgroup)
@@ -490,6 +488,8 @@ async def _empty(leaf: Leaf) -> None:
 
 
 def _exec_remedy(number: object) -> str:
+    import errno
+
     return {
         errno.ENOENT: "check the name; it sees /usr, a plugin's files, and what its policy, --read or --write names",
         errno.EACCES: "make it executable (chmod +x) and readable by everyone",

@@ -165,6 +165,7 @@ class Proc(Layer):
         self._processors = choose_processors(spec.policy.resources.cpu)
         limits = spec.policy.resources
         self._figures = Figures.of(self.folder, limits, self._processors, self._namespaces.boot_offset)
+        self._figures.write()
         groups = []
         for place, path in self.leaf.by_controller() if self.leaf is not None else ():
             tree = mount.clone_tree(path, recursive=False)
@@ -172,11 +173,6 @@ class Proc(Layer):
             mount.set_attributes(tree, _READ_ONLY, recursive=False)
             groups.append(GroupFolder(place, f"group {place}"))
         plan.add(ProcSection(tuple(groups), ",".join(map(str, self._processors))))
-
-    def write_figures(self) -> None:
-        """Write the cage's figures, once the plan is sent: nothing reads them before the exec."""
-        if self._figures is not None:
-            self._figures.write()
 
     def hand_over(self) -> Kept:
         figures = self._figures
