@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -33,8 +32,6 @@ from isolator.ipc.fence import Fence
 from isolator.ipc.messages import InvocationBegun, InvocationEnded
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.ipc.tasks import Tasks
-
-_log = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 2.0
 """Seconds that a plugin which is to stop has to answer requests, and then ``shutdown``, before its SIGTERM."""
@@ -365,7 +362,7 @@ class Worker:
                 self._taken = None
                 await self._back_off(str(error))
             except Exception as error:  # this delivery's: those behind it go on
-                self._note_failure(delivery, error)
+                self._outcomes.note_failure(self._registry.get(self.name), delivery, error)
             self._taken = None
 
     async def _until_resumed(self) -> None:
@@ -380,18 +377,6 @@ class Worker:
         self.fence.stall(self._woken.set)
         await self._woken.wait()
         self.blocked_on = None
-
-    def _note_failure(self, delivery: Delivery, error: Exception) -> None:
-        """Log the failure of the host's own work on a delivery, and count it as an attempt."""
-        _log.error("plugin %s: a delivery failed within the host", self.name, exc_info=error)
-        why = f"it failed within the host: {type(error).__name__}"
-        plugin = self._registry.get(self.name)
-        if not delivery.taken or delivery.final:
-            return  # it was concluded before
-        if plugin is None:
-            self._outcomes.give_up(delivery, why)
-        else:
-            self._outcomes.refuse(plugin, delivery, why)
 
     async def _back_off(self, why: str) -> None:
         self._sidecar.status, self.blocked_on = "holding", why
@@ -411,7 +396,7 @@ class Worker:
         except (NotSentError, IsolatorError):  # ``_work`` meets it again, and backs off
             return False
         except Exception as error:
-            self._note_failure(delivery, error)
+            self._outcomes.note_failure(plugin, delivery, error)
         self._backoff.reset()
         self.blocked_on = None
         self._sidecar.status = "idle"
