@@ -342,7 +342,7 @@ class Worker:
             self._sidecar.status = "idle"
             if self._sidecar.paused:
                 await self._until_resumed()
-            delivery = self._taken = await self._consumer.take(self._prepare, self._send_now)
+            delivery = self._taken = await self._consumer.take(self._prepare, self._send_now, self._oneshot.full)
             if not self._gate.is_open:
                 await self._gate.wait_open()
             if self._sidecar.leaving:
@@ -387,8 +387,7 @@ class Worker:
 
     def _send_now(self, delivery: Delivery) -> bool:
         """Begin an attempt of a delivery, or conclude it, if that takes no wait; returns whether it took none."""
-        plugin = self._registry.get(self.name)
-        if plugin is None or plugin.mode != "stream" or not self._sidecar.accepts or not self._gate.is_open:
+        if not self._sidecar.accepts or not self._gate.is_open:
             return False
         try:
             if not self._deliver_now(delivery):
@@ -396,14 +395,16 @@ class Worker:
         except (NotSentError, IsolatorError):  # ``_work`` meets it again, and backs off
             return False
         except Exception as error:
-            self._outcomes.note_failure(plugin, delivery, error)
+            self._outcomes.note_failure(self._registry.get(self.name), delivery, error)
         self._backoff.reset()
         self.blocked_on = None
-        self._sidecar.status = "idle"
+        if not self._oneshot.busy:
+            self._sidecar.status = "idle"
         return True
 
     async def _deliver(self, delivery: Delivery) -> None:
         if self._deliver_now(delivery):
+            await self._oneshot.answered()
             return
         plugin, event = self._registry.get(self.name), delivery.event
         assert plugin is not None
@@ -432,8 +433,10 @@ class Worker:
         elif plugin.filtered and not plugin.sees(json.loads(event.payload)):
             # It was accepted, or is replayed, under another grant or version.
             self._outcomes.give_up(delivery, "the filters of the plugin's grant or manifest leave this event out")
+        elif plugin.mode == "stream":
+            return self._stream.deliver_now(plugin, hook, delivery)
         else:
-            return plugin.mode == "stream" and self._stream.deliver_now(plugin, hook, delivery)
+            return plugin.mode == "oneshot" and self._oneshot.deliver_now(plugin, hook, delivery)
         return True
 
     def _prepare(self) -> bool:

@@ -45,6 +45,7 @@ class SqliteConsumer:
         self._timer: asyncio.TimerHandle | None = None
         self._on_delivery_pending: Callable[[], bool] | None = None
         self._send_now: Callable[[Delivery], bool] | None = None
+        self._full: Callable[[], bool] = lambda: False
         self._offering = False
         """The taker that waits is being offered deliveries."""
         self._closed = False
@@ -96,7 +97,9 @@ class SqliteConsumer:
         self,
         on_delivery_pending: Callable[[], bool] | None = None,
         send_now: Callable[[Delivery], bool] | None = None,
+        full: Callable[[], bool] = lambda: False,
     ) -> Delivery:
+        self._full = full
         loop = asyncio.get_running_loop()
         while True:
             if self._at_once == AT_ONCE:
@@ -239,7 +242,7 @@ class SqliteConsumer:
 
     def _wake(self) -> None:
         """Offer the taker that waits what may go now, or wake it."""
-        if self._waiter is None or self._waiter.done() or self._offering:
+        if self._waiter is None or self._waiter.done() or self._offering or self._full():
             return
         if self._send_now is None or not self._offer(self._send_now):
             self._waiter.set_result(None)
@@ -258,6 +261,8 @@ class SqliteConsumer:
                 if delivery.event is None or delivery.expires <= now or not send_now(delivery):
                     self._lane.put_back(delivery, delivery.due)
                     break
+                if self._full() or not self._lane.has_next:
+                    return True
         finally:
             self._offering = False
         return False

@@ -252,20 +252,13 @@ def test_pause_that_a_plugin_asks_for_has_a_ceiling(wait: int) -> None:
 
 BEFORE = """if True:
     from host.delivery.oneshot import OneshotDelivery
-    deliver = OneshotDelivery.deliver
-    async def faulty(self, plugin, hook, delivery):
-        if "poison" in delivery.event.payload:
-            raise ZeroDivisionError("of the host's own")
-        await deliver(self, plugin, hook, delivery)
-    OneshotDelivery.deliver = faulty
-
     from host.delivery.stream import StreamDelivery
-    deliver_now = StreamDelivery.deliver_now
-    def faulty_now(self, plugin, hook, delivery):
-        if "poison" in delivery.event.payload:
-            raise ZeroDivisionError("of the host's own")
-        return deliver_now(self, plugin, hook, delivery)
-    StreamDelivery.deliver_now = faulty_now
+    for kind in (OneshotDelivery, StreamDelivery):
+        def faulty(self, plugin, hook, delivery, now=kind.deliver_now):
+            if "poison" in delivery.event.payload:
+                raise ZeroDivisionError("of the host's own")
+            return now(self, plugin, hook, delivery)
+        kind.deliver_now = faulty
 """
 AFTER = """if True:
     from host.delivery.outcome import Outcomes

@@ -63,6 +63,7 @@ class ClusterConsumer(SqliteConsumer):
         self,
         on_delivery_pending: Callable[[], bool] | None = None,
         send_now: Callable[[Delivery], bool] | None = None,
+        full: Callable[[], bool] = lambda: False,
     ) -> Delivery:
         """As ``SqliteConsumer.take``, but nothing is offered: a cursor notes a delivery before that can end."""
         return await super().take(on_delivery_pending)
