@@ -147,8 +147,12 @@ class OneshotDelivery:
             ping.close()
             ping.sock.close()
 
-    def prepare(self) -> bool:
+    def prepare(self, *, alone: bool = False) -> bool:
         """Connect for an event that is being synced; returns whether it can be sent as soon as that is done.
+
+        For a delivery that is ``alone`` only ``connect_ahead`` does so, behind the answer to the event's emitter: the
+        kernel's worker that syncs waits for this process, and for the plugin that is woken. Of several no one is to
+        wait for the connections of all the others.
 
         Only to a run that was reached before, so that a start or a hang is never waited for here. A connection must
         not be closed unused, since simple scripts die of that; if the event is not accepted after all, the next
@@ -159,13 +163,17 @@ class OneshotDelivery:
         if self._prepared is None:
             loop = asyncio.get_running_loop()
             if self._sidecar.connects_at_once:
-                loop.call_soon(self._connect_ahead)  # when the sync is under way
+                if not alone:
+                    loop.call_soon(self.connect_ahead)  # when the sync is under way
             else:
                 self._prepared = loop.create_task(self._sidecar.connect())
         return True
 
-    def _connect_ahead(self) -> None:
-        """Connect for the event that is being synced, in whose shadow that is; if it fails, it is tried again later."""
+    def connect_ahead(self) -> None:
+        """Connect for an event that is about to be sent, if that takes no wait; if it fails, it is tried again later.
+
+        The plugin gets ready meanwhile.
+        """
         if self._prepared is None and not self._turn.locked() and self._sidecar.accepts:
             made = self._sidecar.connect_at_once()
             if made is not None:

@@ -403,7 +403,11 @@ class Worker:
     def _send_now(self, delivery: Delivery) -> bool:
         """Begin an attempt of a delivery, or conclude it, if that takes no wait; returns whether it took none."""
         plugin = self._registry.get(self.name)
-        if plugin is None or plugin.mode != "stream" or not self._sidecar.accepts or not self._gate.is_open:
+        if plugin is None or not self._sidecar.accepts or not self._gate.is_open:
+            return False
+        if plugin.mode == "oneshot":
+            self._oneshot.connect_ahead()
+        if plugin.mode != "stream":
             return False
         try:
             if not self._deliver_now(delivery):
@@ -451,11 +455,11 @@ class Worker:
             return plugin.mode == "stream" and self._stream.deliver_now(plugin, hook, delivery)
         return True
 
-    def _prepare(self) -> bool:
+    def _prepare(self, alone: bool) -> bool:
         """Prepare for a delivery that is being synced; returns whether it can be sent as soon as that is done."""
         plugin = self._registry.get(self.name)
         if plugin is None or not self._sidecar.accepts or not self._gate.is_open:
             return False
         if plugin.mode == "stream":
             return self._stream.ready
-        return plugin.mode == "oneshot" and self._oneshot.prepare()
+        return plugin.mode == "oneshot" and self._oneshot.prepare(alone=alone)

@@ -238,6 +238,29 @@ async def test_connection_for_an_event_that_is_being_synced_is_made_and_kept(plu
     link.forget_run()
 
 
+async def test_connection_for_the_only_delivery_of_an_event_is_not_made_while_that_is_synced(
+    plugin: SimpleNamespace,
+) -> None:
+    link = SidecarLink("x", cast("Any", plugin.supervisor), ABSENT, Fence())
+    oneshot = OneshotDelivery(link, ABSENT, ABSENT)
+    (await link.connect())[0].close()
+    plugin.server.accept()[0].close()
+    plugin.supervisor.answer()
+    await asyncio.sleep(0)
+    assert oneshot.prepare(alone=True), "it is sent at once, and so its attempt is counted with the event"
+    await asyncio.sleep(0)
+    plugin.server.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        plugin.server.accept()
+    oneshot.connect_ahead()
+    end, _ = plugin.server.accept()
+    sock, _ = await oneshot._connection()
+    sock.send(b"event")
+    assert end.recv(9) == b"event"
+    sock.close(), end.close()
+    link.forget_run()
+
+
 @pytest.mark.parametrize("why", ["it is paused", "the deadline has passed", "the run has ended"])
 async def test_no_connection_is_made_for_an_event_that_may_not_be_sent(plugin: SimpleNamespace, why: str) -> None:
     link = SidecarLink("x", cast("Any", plugin.supervisor), ABSENT, Fence(boottime() + 600))
