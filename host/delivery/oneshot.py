@@ -175,9 +175,10 @@ class OneshotDelivery:
         The plugin gets ready meanwhile.
         """
         if self._prepared is None and not self._turn.locked() and self._sidecar.accepts:
-            made = self._sidecar.connect_at_once()
-            if made is not None:
-                self._keep(*made)
+            with contextlib.suppress(OSError):  # no descriptor is left
+                made = self._sidecar.connect_at_once()
+                if made is not None:
+                    self._keep(*made)
 
     def run_ended(self, run: str) -> None:
         """Close the prepared connection if it is one to this run."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import resource
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -238,6 +240,20 @@ async def test_connection_for_an_event_that_is_being_synced_is_made_and_kept(plu
     link.forget_run()
 
 
+@contextlib.contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            os.dup(0)
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 async def test_connection_for_the_only_delivery_of_an_event_is_not_made_while_that_is_synced(
     plugin: SimpleNamespace,
 ) -> None:
@@ -252,6 +268,8 @@ async def test_connection_for_the_only_delivery_of_an_event_is_not_made_while_th
     plugin.server.setblocking(False)
     with pytest.raises(BlockingIOError):
         plugin.server.accept()
+    with no_descriptor_left():
+        oneshot.connect_ahead()
     oneshot.connect_ahead()
     end, _ = plugin.server.accept()
     sock, _ = await oneshot._connection()
