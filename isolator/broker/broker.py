@@ -11,9 +11,10 @@ from functools import partial
 from isolator.audit.client import AuditClient, SenderState
 from isolator.broker.host_addresses import HostAddresses
 from isolator.broker.nat64 import Nat64
-from isolator.broker.outbound import CageState, Outbound, Shared
+from isolator.broker.outbound import CageState, Outbound
 from isolator.broker.relay import Scratch
 from isolator.broker.resolver import HostResolvers
+from isolator.broker.shared import Shared
 from isolator.errors import UsageError
 from isolator.ipc import messages
 from isolator.ipc.body import Body
