@@ -116,7 +116,7 @@ class Outbound:
         self._accepting = [AcceptLoop(listener, self._accepted) for listener in listeners]
         log.setblocking(False)
         self._nflog = log
-        self._loop.add_reader(log, self._read_refusals)
+        self._loop.add_reader(log.fileno(), self._read_refusals)
         self._inbound = Inbound(
             zip(inbound, policy.listen, strict=True), fetch, self._records.write_inbound, fence, shared.scratch,
             self._buffers, self._turns, limit=policy.connects_open, refusal=shared.unrecordable,
@@ -128,7 +128,7 @@ class Outbound:
         names = await self._name_server.pass_on(departure)
         inbound = await self._inbound.pass_on(departure)
         flows = await self._flows.pass_on(departure)
-        self._loop.remove_reader(self._nflog)
+        self._loop.remove_reader(self._nflog.fileno())
         self._read_refusals()
         self._records.flush(everything=True)
         return CageState(
@@ -184,7 +184,7 @@ class Outbound:
             await self._proxy.close()
         await self._flows.close()
         self._read_refusals()
-        self._loop.remove_reader(self._nflog)
+        self._loop.remove_reader(self._nflog.fileno())
         self._nflog.close()
         self._records.flush(everything=True)
 
