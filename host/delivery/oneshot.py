@@ -98,7 +98,7 @@ class OneshotDelivery:
         if made is not None and self._sidecar.is_over(made[1]):
             made[0].close()
             made = None
-        made = made or self._sidecar.connect_at_once()
+        made = made or self._connect_now()
         if made is not None:
             self._begin(plugin, delivery, request, *made)
         return made is not None
@@ -206,8 +206,12 @@ class OneshotDelivery:
             ping.close()
             ping.sock.close()
 
-    def prepare(self) -> bool:
+    def prepare(self, *, alone: bool = False) -> bool:
         """Connect for an event that is being synced; returns whether it can be sent as soon as that is done.
+
+        For a delivery that is ``alone`` only ``deliver_now`` does so, behind the answer to the event's emitter: the
+        kernel's worker that syncs waits for this process, and for the plugin that is woken. Of several no one is to
+        wait for the connections of all the others.
 
         Only to a run that was reached before, so that a start or a hang is never waited for here. A connection must
         not be closed unused, since simple scripts die of that; if the event is not accepted after all, the next
@@ -218,17 +222,25 @@ class OneshotDelivery:
         if self._prepared is None:
             loop = asyncio.get_running_loop()
             if self._sidecar.connects_at_once:
-                loop.call_soon(self._connect_ahead)  # when the sync is under way
+                if not alone:
+                    loop.call_soon(self._connect_ahead)  # when the sync is under way
             else:
                 self._prepared = loop.create_task(self._sidecar.connect())
         return True
 
     def _connect_ahead(self) -> None:
-        """Connect for the event that is being synced, in whose shadow that is; if it fails, it is tried again later."""
+        """Connect for an event that is being synced, if that takes no wait; if it fails, it is tried again later."""
         if self._prepared is None and not self.busy and self._sidecar.accepts:
-            made = self._sidecar.connect_at_once()
+            made = self._connect_now()
             if made is not None:
                 self._keep(*made)
+
+    def _connect_now(self) -> tuple[socket.socket, str] | None:
+        """A new connection and its run, if that takes no wait and there is a descriptor for it."""
+        try:
+            return self._sidecar.connect_at_once()
+        except OSError:
+            return None
 
     def run_ended(self, run: str) -> None:
         """Close the prepared connection if it is one to this run."""

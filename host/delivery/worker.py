@@ -439,11 +439,11 @@ class Worker:
             return plugin.mode == "oneshot" and self._oneshot.deliver_now(plugin, hook, delivery)
         return True
 
-    def _prepare(self) -> bool:
+    def _prepare(self, alone: bool) -> bool:
         """Prepare for a delivery that is being synced; returns whether it can be sent as soon as that is done."""
         plugin = self._registry.get(self.name)
         if plugin is None or not self._sidecar.accepts or not self._gate.is_open:
             return False
         if plugin.mode == "stream":
             return self._stream.ready
-        return plugin.mode == "oneshot" and self._oneshot.prepare()
+        return plugin.mode == "oneshot" and self._oneshot.prepare(alone=alone)

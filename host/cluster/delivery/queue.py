@@ -61,7 +61,7 @@ class ClusterConsumer(SqliteConsumer):
 
     async def take(
         self,
-        on_delivery_pending: Callable[[], bool] | None = None,
+        on_delivery_pending: Callable[[bool], bool] | None = None,
         send_now: Callable[[Delivery], bool] | None = None,
         full: Callable[[], bool] = lambda: False,
     ) -> Delivery:
