@@ -71,6 +71,8 @@ class Lines:
 
     def feed(self, data: bytes) -> list[Message]:
         """Take the next bytes; returns the messages that they complete. Raises IsolatorError for anything else."""
+        if not self._held and 0 < data.find(b"\n") == len(data) - 1:  # as nearly always: one complete line
+            return [message_of(data)]
         searched = len(self._held)
         self._held += data
         end = self._held.rfind(b"\n", searched)
