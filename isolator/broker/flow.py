@@ -356,6 +356,7 @@ class FlowTable:
             self._failed(flow, error)
 
     def _failed(self, flow: Flow, error: BaseException) -> None:
-        self._end(flow, error)
+        if flow in self._flows:  # else it has ended by itself
+            self._end(flow, error)
         if not isinstance(error, OSError | Denied | asyncio.CancelledError):
             report(asyncio.get_running_loop(), "a flow", error)

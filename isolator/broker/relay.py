@@ -116,9 +116,7 @@ class Pipe:
             self._look(b"")
 
     def start(self) -> None:
-        """Have the loop tell of bytes, unless something else is waited for by now."""
-        if not self.touched:
-            self.touched, self._reading = self._loop.time(), True
+        """Have the loop tell of bytes, unless something else is waited for by now, or nothing any more."""
         if self._reading:
             self._loop.add_reader(self._in, self._readable)
 

@@ -220,7 +220,9 @@ class Ends:
         share = Scratch(), Fence(), Turns()
         self.up, self.down = Pipe(inner, outer, *share), Pipe(outer, inner, *share)
         self.up.guard(made, self.down)
+        self.down.carry()
         self.down.start()
+        self.up.carry()
         self.up.start()
 
     async def says(self, sock: socket.socket, data: bytes) -> None:

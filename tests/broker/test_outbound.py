@@ -16,15 +16,19 @@ import pytest
 from isolator.audit.client import AuditClient
 from isolator.broker.flow import Flow, FlowTable
 from isolator.broker.gate.gate import Gate
+from isolator.broker.guard import Denied
 from isolator.broker.host_addresses import HostAddresses
 from isolator.broker.nat64 import Nat64
 from isolator.broker.outbound import Outbound
 from isolator.broker.relay import Scratch
 from isolator.broker.resolver import HostResolvers
 from isolator.broker.shared import Shared
+from isolator.broker.sniff import Hello
+from isolator.broker.turns import Turns
 from isolator.ipc.channel import pair
 from isolator.ipc.fence import LOST, Fence
 from isolator.ipc.succession import Departure, to_bytes
+from isolator.policy.denial import DenialRule
 from isolator.policy.destinations import Rules
 from tests.broker.conftest import listed
 from tests.support.timeouts import seconds
@@ -261,3 +265,30 @@ async def test_bytes_that_are_there_pass_the_gate(line: Line) -> None:
     async with asyncio.timeout(seconds(10)):
         passed = await asyncio.get_running_loop().sock_recv(line.server, 100)
     assert passed == b"GET / HTTP/1.1\r\nHost: a.com\r\n\r\n"
+
+
+async def test_connection_whose_first_bytes_are_refused_as_it_opens_ends_once(line: Line) -> None:
+    client, inner = socket.socketpair()
+    inner.setblocking(False)
+    client.send(b"GET / HTTP/1.1\r\nHost: b.com\r\n\r\n")
+    flow, ends = line.flow, list[BaseException | None]()
+    flow.client.close()
+    flow.client = inner
+
+    def refuse(_: Hello) -> None:
+        raise Denied(DenialRule.HOST_MISMATCH)
+
+    def end(flow: Flow, failure: BaseException | None) -> None:
+        ends.append(failure)
+        flow.release(orderly=False)
+        table.remove(flow)
+
+    async def join() -> None:
+        up, down = flow.join(Scratch(), Fence(), Turns(), end)
+        up.guard(Gate(refuse, strict=False), down)
+        flow.begin(Turns())
+
+    table = FlowTable(1, end)
+    table.open(flow, join(), at_once=True)
+    assert [type(failure) for failure in ends] == [Denied]
+    client.close()

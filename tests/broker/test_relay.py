@@ -33,6 +33,7 @@ class Flow:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * relay.CHUNK)
         self.fence, self.scratch = Fence(), scratch or Scratch()
         self.pipe = Pipe(inner, outer, self.scratch, self.fence, turns or Turns())
+        self.pipe.carry()
         self.pipe.start()
 
     async def write(self, data: bytes) -> None:

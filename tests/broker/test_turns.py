@@ -115,6 +115,7 @@ class Flow:
         for sock in self.sockets:
             sock.setblocking(False)
         self.pipe = Pipe(source, sink, scratch, Fence(), turns)
+        self.pipe.carry()
         self.pipe.start()
 
     def close(self) -> None:
@@ -261,6 +262,7 @@ class Both:
         made = Connection(client, IPv4Address("93.184.216.34"), 9000, 0.0, server=server)
         self.pipes = made.join(Scratch(), Fence(), turns, lambda _, failure: None)
         for pipe in self.pipes:
+            pipe.carry()
             pipe.start()
 
     async def carry(self, sender: socket.socket) -> None:
