@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any, TypeVar
 
 from isolator.base.pacing import Backoff
+from isolator.linux.descriptors import close_all
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +68,21 @@ def begun(work: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None] | None:
     rest = _go_on(work, awaited)
     rest.send(None)  # so that ``work`` hears of it if its task is cancelled before its first step
     return rest
+
+
+async def opened_in_thread(make: Callable[[], list[int]]) -> list[int]:
+    """The descriptors that ``make`` opens in a thread; those for a caller who is cancelled meanwhile are closed."""
+    making = asyncio.ensure_future(asyncio.to_thread(make))
+    try:
+        return await asyncio.shield(making)
+    except asyncio.CancelledError:
+        making.add_done_callback(_close_made)
+        raise
+
+
+def _close_made(making: asyncio.Future[list[int]]) -> None:
+    if not making.cancelled() and making.exception() is None:
+        close_all(making.result())
 
 
 async def _go_on(work: Coroutine[Any, Any, None], awaited: Any) -> None:

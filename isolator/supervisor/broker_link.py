@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from isolator.errors import IsolatorError, NotFoundError
 from isolator.ipc.body import Handler, WithFds, by_op
 from isolator.ipc.channel import Channel
 from isolator.ipc.messages import AttachCage, BrokerHello, CageSockets, DetachCage, FencePlugin
+from isolator.ipc.tasks import opened_in_thread
 from isolator.layers.network import namespace as network_layer
 from isolator.linux.descriptors import FdSet
 from isolator.paths import Paths
@@ -74,7 +75,7 @@ class BrokerLink:
         """Make the sockets of every running cage anew and hand them to a new broker."""
         for run, attached in list(self._attached.items()):
             try:
-                sockets = await asyncio.to_thread(network_layer.reopen, attached.network)
+                sockets = await opened_in_thread(partial(network_layer.reopen, attached.network))
                 await self._hand_over(channel, run, attached, sockets)
             except IsolatorError as error:
                 if channel.closed.is_set():
@@ -137,5 +138,5 @@ class BrokerLink:
         if attached is None or not attached.policy.listen:
             raise NotFoundError(request.op, "no such run, or nothing may be forwarded into it")
         count, version = min(max(request.count, 1), MAX_CONNECTORS), 6 if request.version == 6 else 4
-        fds = await asyncio.to_thread(network_layer.connectors, attached.network, count, version=version)
-        return WithFds(None, fds)
+        connectors = partial(network_layer.connectors, attached.network, count, version=version)
+        return WithFds(None, await opened_in_thread(connectors))

@@ -7,11 +7,12 @@ import contextlib
 import errno
 import socket
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from isolator.base.pacing import Backoff
+from isolator.ipc.tasks import opened_in_thread
 from isolator.layers.network import namespace as network_layer
-from isolator.linux.descriptors import close_all
 
 _SECONDS = 1.0
 """A connection takes no time, unless nobody accepts."""
@@ -43,21 +44,11 @@ async def connect(network: network_layer.CageNetwork, port: int) -> socket.socke
 
 
 async def _unconnected(network: network_layer.CageNetwork, version: int) -> socket.socket:
-    """A socket inside; one that is made for a caller who has given up is closed."""
-    making = asyncio.ensure_future(asyncio.to_thread(network_layer.connectors, network, 1, version=version))
-    try:
-        (fd,) = await asyncio.shield(making)
-    except asyncio.CancelledError:
-        making.add_done_callback(_drop)
-        raise
+    """A socket inside."""
+    (fd,) = await opened_in_thread(partial(network_layer.connectors, network, 1, version=version))
     connection = socket.socket(fileno=fd)
     connection.setblocking(False)
     return connection
-
-
-def _drop(making: asyncio.Future[list[int]]) -> None:
-    if making.exception() is None:
-        close_all(making.result())
 
 
 async def until_listening(pid: int, port: int) -> None:

@@ -15,7 +15,7 @@ from isolator.base.structs import struct_class
 from isolator.cage.cage import Cage, Stdio
 from isolator.errors import ConfinementError, DeniedError, ExecError, IsolatorError, NotFoundError, UsageError
 from isolator.ipc.messages import Origin
-from isolator.ipc.tasks import report
+from isolator.ipc.tasks import opened_in_thread, report
 from isolator.layers.base import CageSpec
 from isolator.layers.network import namespace as network_layer
 from isolator.linux.descriptors import FdSet, check_open
@@ -135,7 +135,7 @@ async def prepare_run(
             state = volume.open_ready(size)
             if state < 0:
                 # Formatting, checking and resizing take their time; nothing else of the daemon waits for them.
-                state = await asyncio.to_thread(open_state, registration, effective, volume)
+                (state,) = await opened_in_thread(lambda: [open_state(registration, effective, volume)])
             owned.add(state)
         api = given.api if given is not None else name
         spec = plugin_spec(registration, effective, argv, context.paths, run_id, environment, state, api, owned.add)
