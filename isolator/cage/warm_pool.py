@@ -205,14 +205,15 @@ class WarmPool:
         return self._tasks.run("making of a spare", work, expected=_EXPECTED)
 
     async def _make(self, layers: frozenset[str], rules: NetworkPolicy, *, hurried: bool) -> Spare:
-        parking = new_parking(self._journal, self._subtree, layers)
-        return await _make_spare(self._launcher(), parking, rules, hurried=hurried)
+        launcher = self._launcher()  # first: nothing is left of a parking that nobody can be asked for
+        return await _make_spare(launcher, new_parking(self._journal, self._subtree, layers), rules, hurried=hurried)
 
     async def _make_for(self, cage: Leaf, layers: frozenset[str], rules: NetworkPolicy) -> Spare:
         self._hurried += 1
         try:
-            parking, others = new_parking(self._journal, self._subtree, layers, cage), self._hurried > 1
-            return await _make_spare(self._launcher(), parking, rules if others else None, hurried=True)
+            launcher, others = self._launcher(), self._hurried > 1
+            parking = new_parking(self._journal, self._subtree, layers, cage)
+            return await _make_spare(launcher, parking, rules if others else None, hurried=True)
         finally:
             self._hurried -= 1
 

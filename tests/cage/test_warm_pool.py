@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import secrets
 import select
@@ -16,7 +17,7 @@ import pytest
 from isolator.cage.cage import Cage, Stdio
 from isolator.cage.parking import PREFIX
 from isolator.cage.runtime import CageRuntime
-from isolator.cage.warm_pool import Spare
+from isolator.cage.warm_pool import Spare, WarmPool
 from isolator.errors import ConfinementError
 from isolator.ipc.channel import pair
 from isolator.launcher.client import Launcher
@@ -334,3 +335,20 @@ async def test_what_a_killed_daemon_had_ready_is_found_and_named(session: Standa
         assert [(left.kind, left.name) for left in found if left.name == entry.name] == [("spare", entry.name)]
     finally:
         groups.remove()
+
+
+async def test_launcher_that_cannot_be_started_leaves_nothing_of_a_start(session: StandaloneSession) -> None:
+    runtime = session.runtime
+
+    def no_launcher() -> Launcher:
+        raise BlockingIOError(errno.EAGAIN, "no process is left")
+
+    pool = WarmPool(no_launcher, runtime.journal, runtime.subtree)
+    before, leaf = open_descriptors(), Leaf.under(runtime.subtree, f"_test.{secrets.token_hex(5)}")
+    with pytest.raises(BlockingIOError):
+        await pool.take(EVERY_LAYER, NetworkPolicy(mode="none"), lambda: leaf)
+    pool.begin(EVERY_LAYER)
+    await pool.filled()
+    assert not opened_since(before)
+    assert not any(folder.exists() for folder in leaf.folders())
+    assert not any(name.startswith(PREFIX) for name in runtime.journal.open)
