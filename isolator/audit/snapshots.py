@@ -54,7 +54,7 @@ def refreshed(before: Usage, folders: Sequence[Path], pid: int) -> Usage | None:
     for folder in folders:
         for name in _names(folder) & _OF_THE_KERNEL:
             usage = _FILES[name](_text(f"{folder}/{name}")) | usage
-    if not before or usage.get("cpu_us") != before.get("cpu_us"):
+    if usage.get("cpu_us", -1) != before.get("cpu_us"):
         return None
     return before | usage | _sockets([pid])
 

@@ -239,6 +239,7 @@ def test_what_a_process_can_change_is_read_again_once_it_has_run(leaf: Leaf) -> 
             after = asleep(leaf, process.pid)
             assert (after["threads"], after["open_files"]) == (before["threads"] + 1, before["open_files"] + 10)
             assert refreshed({}, leaf.folders(), process.pid) is None
+            assert refreshed({"memory": 1}, [], process.pid) is None, "nobody knows whether it has run"
         finally:
             process.kill()
             process.wait()
