@@ -61,12 +61,15 @@ class HostLink:
         """Requests of the host that are about itself."""
         return by_op(messages.RaiseAlarm.on(self._raise_alarm), messages.ShutOut.on(self.door.shut))
 
-    async def hello(self, channel: Channel, entries: Sequence[messages.PluginEntry]) -> None:
+    async def hello(self, channel: Channel, entries: Callable[[], Sequence[messages.PluginEntry]]) -> None:
         """Say hello to a new host: it gets every plugin and a fresh listener on the control socket."""
-        settings = self._settings()
         with self.door.listen() as listener:
-            hello = self._hello(channel, entries, settings, self._alarms.lines, listener=listener.fileno())
-            await self.process.first_answer(hello)
+
+            async def introduce() -> None:  # with what is so by then: what changes before, it is not told
+                settings = self._settings()
+                await self._hello(channel, entries(), settings, self._alarms.lines, listener=listener.fileno())
+
+            await self.process.first_answer(introduce())
 
     def succeed(
         self, entries: Callable[[], Sequence[messages.PluginEntry]]

@@ -120,7 +120,7 @@ class Services:
 
         async def introduce_host(channel: Channel) -> None:
             await table.end_invocations("the host has ended")  # nobody knows their events any more
-            await host.hello(channel, table.entries())
+            await host.hello(channel, table.entries)
             audit.note_restart(host.process)
             for plugin in table.plugins.values():
                 plugin.announce()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,7 +13,7 @@ import pytest
 from isolator.errors import UnavailableError
 from isolator.ipc.body import WithFds
 from isolator.ipc.messages import DrainRun, Environment, GetEnvironment, GetStderrTail, StderrTail
-from isolator.supervisor import host_link
+from isolator.supervisor import alive, host_link
 from isolator.supervisor.host_link import HostLink
 
 ANSWERS = {
@@ -104,3 +106,25 @@ async def test_successor_knows_plugins_as_they_were_and_those_that_were_added_si
     ((channel, told, parts),) = said
     assert (channel, parts) == ("channel", 3)
     assert [(one.name, one.version) for one in told] == [("kept", "1"), ("removed", "1"), ("added", "1")]
+
+
+async def test_new_host_knows_plugins_as_they_are_when_its_hello_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it was told before, it may not have heard."""
+    said: list[Any] = []
+
+    async def hello(link: HostLink, channel: Any, entries: Any, *_: Any, listener: int) -> None:
+        said.extend(entries)
+
+    monkeypatch.setattr(HostLink, "_hello", hello)
+    monkeypatch.setattr(HostLink, "_settings", dict)
+    link = HostLink.__new__(HostLink)
+    link._alarms = cast(Any, SimpleNamespace(lines=()))
+    link.door = cast(Any, SimpleNamespace(listen=socket.socket))
+    link.process = cast(Any, SimpleNamespace(first_answer=lambda work: alive.answered(work, os.getpid(), "host")))
+    entries: list[Any] = ["before"]
+    saying = asyncio.ensure_future(link.hello(cast(Any, "channel"), lambda: entries))
+    await asyncio.sleep(0)
+    assert not said
+    entries = ["after"]
+    await saying
+    assert said == ["after"]
