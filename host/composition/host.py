@@ -273,11 +273,7 @@ class Host:
 
     async def start(self, introduction: Introduction) -> None:
         """Take over the plugins, accept commands, and start eager plugins."""
-        self._fences.adopt(introduction.fences)
-        self._alarms.supervisor = introduction.alarms
-        unpaid, self._unrecorded = self._unrecorded, []  # they may be very many
-        if (finding := self._debts.find(unpaid)) is not None:
-            self._gate.hold(finding, OWED)
+        self._begin(introduction)
         for entry in introduction.plugins:
             await self._lifecycle.adopt(entry)
         if self._member is not None:
@@ -292,8 +288,7 @@ class Host:
 
     async def go_on(self, introduction: Introduction, state: HostState, descriptors: Descriptors) -> None:
         """Take over the plugins as another host has left them, its requests in flight, its connections."""
-        self._fences.adopt(introduction.fences)
-        self._alarms.supervisor = introduction.alarms
+        self._begin(introduction)
         # Before any plugin's line is read, which may be a call of a method that one of the callers serves.
         self._api_verbs.numbers = state.api_calls
         await self._control.take_over(state.control, descriptors)
@@ -309,11 +304,17 @@ class Host:
         if self._member is not None:
             await self._member.start()
         self._jobs.start()
-        self._debts.find()
         self._lifecycle.drop_unsettled_values()
         self._logs.take_over(state.logs, descriptors)
         await self._api.take_over(state.api, descriptors)
         self._lifecycle.take_over(state.starts)
+
+    def _begin(self, introduction: Introduction) -> None:
+        self._fences.adopt(introduction.fences)
+        self._alarms.supervisor = introduction.alarms
+        unpaid, self._unrecorded = self._unrecorded, []  # they may be very many
+        if (finding := self._debts.find(unpaid)) is not None:
+            self._gate.hold(finding, OWED)
 
     async def _give_up(self, _: messages.GiveUp) -> None:
         if self._member is not None and self._member.node is not None:

@@ -30,6 +30,11 @@ Debts.pay = pay
 """
 LATER = sidecars.oneshot('return {"status": "retry", "retry_after_ms": 600000}')
 CONFIG = {"colour": {"type": "string"}}
+SILENT = """
+from isolator.audit.client import AuditClient
+AuditClient.flush = lambda self: None
+"""
+"""Nothing reaches the audit process: what the host has of records dies with it."""
 REFUSES = sidecars.oneshot('return {"status": "rejected"}')
 
 
@@ -116,3 +121,9 @@ async def settled(daemon: Daemon) -> None:
     """Wait until nothing is owed any more."""
     with contextlib.closing(sqlite3.connect(f"file:{daemon.paths.host_database}?mode=ro", uri=True)) as db:
         await daemon.poll(lambda: not db.execute("SELECT 1 FROM owed").fetchall())
+
+
+async def owes(daemon: Daemon) -> None:
+    """Wait until the host has written down what it owes."""
+    with contextlib.closing(sqlite3.connect(f"file:{daemon.paths.host_database}?mode=ro", uri=True)) as db:
+        await daemon.poll(lambda: db.execute("SELECT 1 FROM owed").fetchall())
