@@ -21,6 +21,7 @@ from isolator.paths import Paths
 from isolator.recovery.daemon import clear
 from isolator.recovery.journal import Journal
 from isolator.volume.volume import Volume
+from tests.system.daemon import wait_for
 
 MIB = 1 << 20
 UID = 65533
@@ -48,6 +49,11 @@ class World:
     def close(self) -> None:
         self.state.remove()
         self.journal.close()
+
+    def detach(self) -> None:
+        """Unmount it, and wait until no process has a copy of the mount: until then the image is in use."""
+        self.state.close()
+        wait_for(lambda: loop.device_of(self.image) is None)
 
     def superblock(self, offset: int, value: int) -> None:
         with self.image.open("r+b") as file:
@@ -157,7 +163,7 @@ def test_it_is_mended_after_a_crash_of_the_host(world: World) -> None:
 
 def test_what_cannot_be_mended_is_told(world: World) -> None:
     world.ready(4 * MIB)
-    world.state.close()
+    world.detach()
     world.superblock(56, 0)
     with pytest.raises(ConfinementError, match="the image is damaged"):
         world.ready(4 * MIB)
