@@ -170,6 +170,8 @@ class Connection(LineProtocol):
         try:
             request = endpoint.request.parse(params)
             endpoint.start(request, caller, lambda result, error: self._quick_answer(number, result, error))
+            if not self._buffer:
+                endpoint.hurry()
         except IsolatorError as error:
             self._quick_answer(number, None, error)
         return True
@@ -188,7 +190,8 @@ class Connection(LineProtocol):
         self.send(line({"jsonrpc": "2.0", "method": method, "params": dict(params)}))
 
     def _answer(self, number: Any, *, result: Any = None, error: IsolatorError | None = None) -> None:
-        self.send_soon(_answer_line(number, result=result, error=error))
+        data = _answer_line(number, result=result, error=error)
+        (self.send_soon if self._open > 1 else self.send)(data)  # with others that are awaited, or at once
 
     async def _serve(self, message: dict[str, Any]) -> None:
         caller, number, verb = self._caller, message.get("id"), message.get("method")

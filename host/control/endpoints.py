@@ -99,6 +99,8 @@ class QuickEndpoint(Generic[R]):
     start: Callable[[R, Caller, Reply], None]
     full: Callable[[], bool]
     room: Callable[[], Awaitable[None]]
+    hurry: Callable[[], None] = lambda: None
+    """Called once a request was started that is the only one of its connection at the moment."""
 
     async def there_is_room(self) -> None:
         """Wait until ``start`` may be called."""

@@ -35,9 +35,10 @@ class EventVerbs(Verbs):
 
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""
+        intake, hurry = self._intake, self._queue.store.commit_alone
         return [
             *super().endpoints(),
-            QuickEndpoint(event_types.EventEmit, self.emit, full=self._intake.full, room=self._intake.room),
+            QuickEndpoint(event_types.EventEmit, self.emit, full=intake.full, room=intake.room, hurry=hurry),
         ]
 
     def emit(self, request: event_types.EventEmit, caller: Caller, reply: Reply) -> None:

@@ -163,7 +163,7 @@ class SqliteQueue(Listing):
                 entry.admitted.append((subscriber, consumer))
                 # While the event is being synced the way to an idle plugin can be prepared. Not when it may turn out
                 # to be a duplicate: a connection that is made has to be used.
-                if event.dedupe_key is None and consumer.announce():
+                if event.dedupe_key is None and consumer.announce(len(subscribers) == 1):
                     entry.counted.add(subscriber.plugin)
             else:
                 entry.overflowed.append(subscriber)
