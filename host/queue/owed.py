@@ -102,6 +102,10 @@ class Change:
         """Make them; the change is safe."""
         self._debts.pay(self._records)
 
+    def pay_once_kept(self) -> None:
+        """Make them as soon as they are on disk, which has no room now: the change is in force all the same."""
+        self._debts.pay_once_kept(self)
+
 
 class Debts:
     """The records that a host owes, and those that the one before it has left; ``trail``: the folder of the trail."""
@@ -132,6 +136,16 @@ class Debts:
         if records and not self._settling:
             self._settling = True
             self._tasks.run("records that are owed", self._settle())
+
+    def pay_once_kept(self, change: Change) -> None:
+        """See ``Change.pay_once_kept``."""
+
+        async def kept() -> None:
+            await self._store.committed()
+            await self._store.durable()
+            change.pay()
+
+        self._tasks.run("records of a change that waits for the disk", kept())
 
     def of_event(self, event_id: str, record: Callable[[Changed], RecordData]) -> Change:
         """The records of one change of an event's deliveries, which are made of each that is changed."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from isolator.errors import UnavailableError
 from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
 
@@ -110,6 +111,26 @@ async def test_two_changes_at_once_that_say_the_same_are_both_on_record(daemon: 
     await daemon.until(lambda: len(daemon.of_type(kind)) > 1)
     await settled(daemon)
     assert len(daemon.of_type(kind)) == 2
+
+
+@pytest.mark.parametrize(("kind", "verb"), [("event.skipped", "event.skip"), ("event.retried", "event.retry")])
+async def test_change_that_waits_for_the_disk_is_on_record_once_there_is_room(
+    daemon: Daemon, kind: str, verb: str
+) -> None:
+    await daemon.kill_host()
+    daemon.first = "from host.database import store\nstore.GIVE_UP = 0.2\n"
+    await daemon.start_host()
+    params = await begin(daemon, kind, verb)
+    with contextlib.closing(sqlite3.connect(daemon.paths.host_database, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")  # as little can be written as on a full disk
+        with pytest.raises(UnavailableError, match="cannot be written"):
+            await daemon.ask(verb, **params)
+        assert not daemon.of_type(kind)
+        db.execute("ROLLBACK")
+    await daemon.until(lambda: daemon.of_type(kind))
+    await settled(daemon)
+    (record,) = daemon.of_type(kind)
+    assert record["event_id"] == params["id"] and record["data"]["by"] == "uid:0"
 
 
 async def settled(daemon: Daemon) -> None:
