@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from isolator.layers.cgroup.layer import Cgroup
-from isolator.layers.cgroup.leaf import IDLE, Leaf, read_file
+from isolator.layers.cgroup.leaf import IDLE, Leaf, read_file, used_by
 from isolator.layers.cgroup.subtree import Subtree, open_subtree
 from isolator.linux.files import write_file
 from isolator.supervisor.background import SHARE, Background
@@ -174,3 +174,15 @@ def test_the_background_has_what_the_foreground_leaves(subtree: Subtree, behind:
             os.kill(second, signal.SIGSTOP)
             before = used(first), used(second)
             wait_for(lambda: used(first) - before[0] >= 20, what="it has no processor that nobody else wants")
+
+
+def test_cage_that_has_ended_and_is_not_removed_yet_is_charged_once(subtree: Subtree) -> None:
+    with program(subtree, "short.1", BURSTS) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(b"x")
+        process.stdout.read(1)
+        background = Background(subtree, lambda: ["short.1"])
+        background.look()
+        subtree.ended.append(("short.1", read := used_by(subtree, "short.1") or 0.0))
+        background._look_at_each()
+        assert read > 0 and sum(background._look_at_each().values()) < read / 2
