@@ -118,5 +118,5 @@ class Background:
 
 
 def plugin_of(leaf: str) -> str:
-    """The name before the run's: of a plugin, or of a caller of a runner."""
-    return leaf.partition(".")[0]
+    """The name before the run's: of a plugin, or of a caller of a runner, which has a dot in it."""
+    return leaf.rpartition(".")[0]

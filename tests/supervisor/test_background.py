@@ -126,6 +126,13 @@ def test_another_cage_of_one_that_computes_is_behind_at_the_first_look(subtree: 
             assert looked(later, subtree, "busy.3"), "a reloaded daemon has forgotten it"
 
 
+def test_callers_of_runners_have_each_a_debt_of_their_own(subtree: Subtree) -> None:
+    with waiting(subtree, "_run.1001.a"), computing(subtree, "_run.1000.b"):
+        background = Background(subtree, lambda: ["_run.1000.b", "_run.1001.a"])
+        wait_for(lambda: looked(background, subtree, "_run.1000.b"))
+        assert not is_behind(subtree, "_run.1001.a") and subtree.behind == {"_run.1000"}
+
+
 def test_who_computes_in_bursts_has_its_share_in_the_foreground_and_no_more(subtree: Subtree) -> None:
     with program(subtree, "bursts.1", BURSTS) as process:
         assert process.stdin is not None and process.stdout is not None
