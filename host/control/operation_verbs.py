@@ -17,7 +17,7 @@ from host.queue.interface import FINAL, Result
 from host.queue.owed import Change, Debts
 from host.queue.sqlite import SqliteQueue
 from isolator.audit.schema import EventCancelled, EventRetried, EventSkipped
-from isolator.errors import UnavailableError, UsageError
+from isolator.errors import UsageError
 
 
 class OperationVerbs(Verbs):
@@ -51,7 +51,7 @@ class OperationVerbs(Verbs):
     async def retry(self, request: event_types.EventRetry, caller: Caller) -> event_types.ChangedEvent:
         event_id = self._resolved(request.id, request.plugin)
         change = self._recorded(EventRetried, event_id, caller)
-        with self._recording(change, event_id, request.plugin):
+        with change, self._of_this_host(event_id, request.plugin):
             changed = await self._queue.retry(event_id, request.plugin, change.note)
         for one in changed:
             self._dispatcher.wake(one.plugin)
@@ -77,7 +77,7 @@ class OperationVerbs(Verbs):
         caller: Caller,
     ) -> event_types.ChangedEvent:  # fmt: skip
         change = self._recorded(kind, event_id, caller)
-        with self._recording(change, event_id, plugin):
+        with change, self._of_this_host(event_id, plugin):
             changed = await self._queue.end(event_id, plugin, result, change.note)
         return {"id": event_id, "plugins": [one.plugin for one in changed]}
 
@@ -104,20 +104,16 @@ class OperationVerbs(Verbs):
         return {"jobs": cast(list[event_types.RecoveryJob], found)}
 
     @contextlib.contextmanager
-    def _recording(self, change: Change, event_id: str, plugin: str | None) -> Iterator[None]:
-        """Record a change of deliveries; where none of this host's waits, say which host has one that does."""
+    def _of_this_host(self, event_id: str, plugin: str | None) -> Iterator[None]:
+        """Say which host has a delivery that waits, where none of this host's does."""
         try:
             yield
-        except UnavailableError:  # the change is in force, and is kept
-            change.pay_once_kept()
-            raise
         except UsageError:
             for one in self._queue.show(event_id).deliveries:
                 if one.host is not None and one.state not in FINAL and plugin in (None, one.plugin):
                     why = f"its delivery to {one.plugin} is {one.host}'s"
                     raise UsageError(f"event {event_id}", why, f"run it on {one.host}") from None
             raise
-        change.pay()
 
     def _resolved(self, text: str, plugin: str | None = None) -> str:
         """The id of the event, whose plugin has to be a registered one; raises NotFoundError, UsageError."""

@@ -98,13 +98,15 @@ class Change:
         self._records = self._make(*found)
         self._debts.note(db, self._records)
 
-    def pay(self) -> None:
-        """Make them; the change is safe."""
-        self._debts.pay(self._records)
+    def __enter__(self) -> Change:
+        return self
 
-    def pay_once_kept(self) -> None:
-        """Make them as soon as they are on disk, which has no room now: the change is in force all the same."""
-        self._debts.pay_once_kept(self)
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Make them: the change is safe. After an error, those of them that are owed all the same."""
+        if error is None:
+            self._debts.pay(self._records)
+        elif isinstance(error, Exception):
+            self._debts.pay_once_kept(lambda: self._records)
 
 
 class Debts:
@@ -137,15 +139,16 @@ class Debts:
             self._settling = True
             self._tasks.run("records that are owed", self._settle())
 
-    def pay_once_kept(self, change: Change) -> None:
-        """See ``Change.pay_once_kept``."""
+    def pay_once_kept(self, noted: Callable[[], Iterable[Owed]]) -> None:
+        """Record what was noted of a change that has failed behind its transaction, or waits for a disk with room."""
 
         async def kept() -> None:
             await self._store.committed()
             await self._store.durable()
-            change.pay()
+            ids = {name for (name,) in self._store.rows("SELECT id FROM owed")}
+            self.pay([one for one in noted() if one.id in ids])
 
-        self._tasks.run("records of a change that waits for the disk", kept())
+        self._tasks.run("records of a change that has failed", kept())
 
     def of_event(self, event_id: str, record: Callable[[Changed], RecordData]) -> Change:
         """The records of one change of an event's deliveries, which are made of each that is changed."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from isolator.errors import UnavailableError
+from isolator.errors import IsolatorError, UnavailableError
 from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
 
@@ -29,6 +29,17 @@ def pay(self, records):
     os.kill(os.getpid(), 9)
 Debts.pay = pay
 """
+FAILS = """
+from host.plugins.keyfile import KeyFile
+saved, calls = KeyFile.save, []
+def save(self, keys):
+    calls.append(len(keys))
+    if calls[-2:] == [2, 1]:
+        raise OSError(28, "No space left on device")
+    saved(self, keys)
+KeyFile.save = save
+"""
+"""The old key of a rotation cannot be taken away."""
 LATER = sidecars.oneshot('return {"status": "retry", "retry_after_ms": 600000}')
 CONFIG = {"colour": {"type": "string"}}
 REFUSES = sidecars.oneshot('return {"status": "rejected"}')
@@ -131,6 +142,18 @@ async def test_change_that_waits_for_the_disk_is_on_record_once_there_is_room(
     await settled(daemon)
     (record,) = daemon.of_type(kind)
     assert record["event_id"] == params["id"] and record["data"]["by"] == "uid:0"
+
+
+async def test_change_that_fails_behind_its_transaction_is_on_record(daemon: Daemon) -> None:
+    await daemon.kill_host()
+    daemon.first = FAILS
+    await daemon.start_host()
+    await begin(daemon, "config.changed", "config.unset")
+    with pytest.raises(IsolatorError, match="No space left"):
+        await daemon.ask("config.rotate_key")
+    await daemon.until(lambda: len(daemon.of_type("config.changed")) == 2)
+    assert daemon.of_type("config.changed")[1]["data"] == {"names": [], "by": "uid:0", "rotated": 1}
+    await settled(daemon)
 
 
 async def settled(daemon: Daemon) -> None:
