@@ -129,7 +129,10 @@ class Debts:
         db.executemany("INSERT OR IGNORE INTO owed (id, since, record) VALUES (?,?,?)", rows)
 
     def pay(self, records: Sequence[Owed]) -> None:
-        """Record what was noted; its change is safe."""
+        """Record what was noted; its change is safe. Where there is no room for it, it is recorded once there is."""
+        if len(records) > self._audit.room:
+            self._tasks.run("records that wait for room", self._pay_later(records))
+            return
         for one in records:
             of_delivery = one.event_id is not None and one.plugin is not None
             delivery_id = f"{one.event_id}.{one.plugin}" if of_delivery else None
@@ -167,6 +170,10 @@ class Debts:
             self._store.submit(lambda db: self.note(db, more))
         left = {one.id: one for one in (*self._left(), *more)}
         return self._tasks.run("records of another host process", self._find(list(left.values()))) if left else None
+
+    async def _pay_later(self, records: Sequence[Owed]) -> None:
+        await self._audit.durable()
+        self.pay(records)
 
     async def _settle(self) -> None:
         try:

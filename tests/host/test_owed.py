@@ -6,13 +6,21 @@ import asyncio
 import contextlib
 import json
 import sqlite3
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from host.database.store import Store
+from host.queue.owed import Debts
+from isolator.audit import client
+from isolator.audit.client import AuditClient
+from isolator.audit.schema import PluginPaused, PluginResumed
 from isolator.errors import IsolatorError, UnavailableError
+from isolator.ipc.packet import pair
 from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
+from tests.support.timeouts import seconds
 
 KILLED = """
 import os
@@ -154,6 +162,33 @@ async def test_change_that_fails_behind_its_transaction_is_on_record(daemon: Dae
     await daemon.until(lambda: len(daemon.of_type("config.changed")) == 2)
     assert daemon.of_type("config.changed")[1]["data"] == {"names": [], "by": "uid:0", "rotated": 1}
     await settled(daemon)
+
+
+async def test_record_for_which_there_is_no_room_is_owed_until_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "MAX_PENDING", 3)
+    store, audit = Store(tmp_path / "host.db"), AuditClient(None)
+    debts = Debts(store, audit, tmp_path)
+    for _ in range(3):
+        audit.record(PluginPaused(by="uid:1"), plugin="one")
+    with debts.of_plugin("one", lambda: PluginResumed(by="uid:0", seconds=1.0)) as change:
+        await store.run(change.note)
+    ours, theirs = pair()
+    theirs.setblocking(False)
+    audit.reconnect(ours)
+    loop, got = asyncio.get_running_loop(), []
+    async with asyncio.timeout(seconds(20)):
+        while len(got) < 4:
+            assert store.rows("SELECT id FROM owed"), "it is on no disk"
+            got += [json.loads(line)["type"] for line in (await loop.sock_recv(theirs, 65536)).split(b"\n")]
+            theirs.send(json.dumps({"acked": len(got)}).encode())
+        while store.rows("SELECT id FROM owed"):  # noqa: ASYNC110 # no event tells
+            await asyncio.sleep(0.01)
+    assert got == ["plugin.paused"] * 3 + ["plugin.resumed"] and not audit.lost
+    theirs.close()
+    audit.close()
+    await store.close()
 
 
 async def settled(daemon: Daemon) -> None:
