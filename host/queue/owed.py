@@ -206,9 +206,11 @@ class Debts:
             try:
                 said = json.loads(text)
                 record = _KINDS[said["type"]](**said["data"])
-                yield Owed(record, said["plugin"], said["event_id"], name, since)
-            except (ValueError, TypeError, KeyError):
+                plugin, event_id = said["plugin"], said["event_id"]
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue  # a damaged row
+            if isinstance(since, str) and isinstance(plugin, str | None) and isinstance(event_id, str | None):
+                yield Owed(record, plugin, event_id, name, since)
 
 
 def _made(trail: Path, since: str) -> dict[str | None, list[Record]]:
