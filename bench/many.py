@@ -34,6 +34,8 @@ COUNT = 200
 CALLERS = 64
 """Connections to the control socket at one time: more than a hundred would wait at its door."""
 ROUNDS = 5
+SETTLING, RESTING = 10.0, 60.0
+"""Seconds in which the last start settles, and two intervals of ``snapshot_interval``."""
 SIDECAR = r"""
 #include <stdlib.h>
 #include <string.h>
@@ -75,8 +77,11 @@ def measure(rounds: int) -> Report:
         idle: dict[str, float] = {}
         inits = 0.0
         held = 0
-        for _ in range(rounds):
+        resting = 0.0
+        for number in range(rounds):
             ours.append(for_all(running, names, "plugin.start"))
+            if number == rounds - 1:
+                resting = at_rest(running)
             idle, inits = memory(running), _inits(running, names)
             held = _open_files(running) - files
             for_all(running, names, "plugin.stop")
@@ -95,12 +100,37 @@ def measure(rounds: int) -> Report:
         baselines=(f"bubblewrap + seccomp, {COUNT}",),
         notes=(
             f"memory of the daemon per idle plugin: {sum(grown.values()):.0f} KiB ({each}); goal: 1024",
+            f"processor time of the daemon while all of them rest: {resting:.2f} % of one; goal: 0.3",
             f"descriptors of the supervisor per running plugin: {held / COUNT:.2f}; goal: 6",
             f"pid 1 of a cage, counted against the plugin's own cap: {inits / COUNT:.0f} KiB",
             f"the daemon before the first of them was started: {sum(registered.values()) / 1024:.0f} MiB",
             f"the very first start of all of them, which makes their state images: {first:.0f} ms",
         ),
     )
+
+
+def at_rest(running: Daemon) -> float:
+    """Processor time of the daemon's processes while nothing happens, in % of one."""
+    time.sleep(SETTLING)
+    began = spent(running)
+    time.sleep(RESTING)  # the length of what is measured
+    return (spent(running) - began) / RESTING / 10
+
+
+def processes_of(running: Daemon) -> list[int]:
+    """The daemon's processes: the supervisor, and all that descends from it."""
+    assert running.process is not None
+    found = [running.process.pid]
+    for pid in found:
+        for path in Path(f"/proc/{pid}/task").glob("*/children"):
+            found += map(int, path.read_text().split())
+    return found
+
+
+def spent(running: Daemon) -> float:
+    """Milliseconds of processor time that the daemon's processes have used."""
+    threads = [thread for pid in processes_of(running) for thread in Path(f"/proc/{pid}/task").iterdir()]
+    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e6
 
 
 def register(running: Daemon, work: Path, count: int = COUNT, at_once: int = 1) -> list[str]:

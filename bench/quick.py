@@ -24,11 +24,11 @@ from bench.audit import plain as json_lines
 from bench.delivery import one_at_a_time
 from bench.delivery_subjects import HOST_TOML
 from bench.frame import Contender, Series, host, interleave
-from bench.many import pss
+from bench.many import processes_of, pss, spent
 from bench.peers import BUBBLEWRAP, TRUE, bubblewrap, find
 from host.client.client import Client
 from isolator.layers.seccomp.layer import compiled
-from tests.system.daemon import Daemon, daemon
+from tests.system.daemon import daemon
 
 CAGES, COMMANDS, STARTS, EVENTS, BATCHES = 25, 12, 4, 60, 6
 """Rounds of each."""
@@ -133,8 +133,8 @@ def _daemon() -> Iterator[Row]:
             walls.append((time.perf_counter() - began) * 1e3)
             used.append((spent(running), bare))
             time.sleep(REST_SECONDS)
-            memory.append(sum(map(pss, _processes(running))) / 1024)
-            anonymous.append(sum(pss(pid, "Pss_Anon") for pid in _processes(running)) / 1024)
+            memory.append(sum(map(pss, processes_of(running))) / 1024)
+            anonymous.append(sum(pss(pid, "Pss_Anon") for pid in processes_of(running)) / 1024)
         yield Row("daemon: start to ready", statistics.median(walls), "ms")
         ratio = statistics.median(mine / other for mine, other in used)
         yield Row(
@@ -154,22 +154,6 @@ def _daemon() -> Iterator[Row]:
         for figure in ("dispatch", "round trip"):
             yield _beside(f"{mode}: {figure}", list(series.values()), f"isolator {mode}: {figure}", plain)
     yield _beside("emit", list(series.values()), "isolator: emit", "one sync")
-
-
-def _processes(running: Daemon) -> list[int]:
-    """The daemon's processes: the supervisor, and all that descends from it."""
-    assert running.process is not None
-    found = [running.process.pid]
-    for pid in found:
-        for path in Path(f"/proc/{pid}/task").glob("*/children"):
-            found += map(int, path.read_text().split())
-    return found
-
-
-def spent(running: Daemon) -> float:
-    """Milliseconds of processor time that the daemon's processes have used."""
-    threads = [thread for pid in _processes(running) for thread in Path(f"/proc/{pid}/task").iterdir()]
-    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e6
 
 
 def table(now: dict[str, Any], last: dict[str, Any] | None) -> str:

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.frame import Report, Series
-from bench.many import for_all, memory, register
-from bench.quick import spent
+from bench.many import at_rest, for_all, memory, register
 from host.client.client import Client
 from tests.system.daemon import Daemon, daemon
 
@@ -22,7 +21,6 @@ REGISTERED, RUNNING = 1000, 200
 ADDING = 8
 """Plugins that are added at one time."""
 STARTS, LISTS = 3, 10
-IDLE_SECONDS = 10.0
 
 
 def measure(rounds: int) -> Report:
@@ -38,9 +36,7 @@ def measure(rounds: int) -> Report:
         commands = [_timed(lambda: running.cli("plugin", "list")) for _ in range(LISTS)]
         with Client(running.root) as client:
             verbs = [_timed(lambda: client.call("plugin.list")) for _ in range(LISTS)]
-        began = spent(running)
-        time.sleep(IDLE_SECONDS)  # the length of what is measured
-        idle = (spent(running) - began) / IDLE_SECONDS / 10
+        idle = at_rest(running)
         after = memory(running)
     figures = ", ".join(f"{name} {kib / 1024:.0f}" for name, kib in after.items())
     return Report(

@@ -257,15 +257,16 @@ class Host:
         """The supervisor's requests and notifications, by op."""
         return by_op(
             messages.PluginChanged.on(self._plugin_changed),
-            messages.GetEnvironment.on(self._environments.answer),
-            messages.RunStarted.on_fds(self._run_started),
+            messages.PluginTurned.on_now(self._lifecycle.turn),
+            messages.GetEnvironment.on_now(self._environments.answer),
+            messages.RunStarted.on_fds_now(self._run_started),
             messages.DrainRun.on(self._drain_run),
-            messages.RunEnded.on(self._run_ended),
-            messages.InvocationBegun.on_fds(self._invocation_begun),
-            messages.InvocationEnded.on(self._invocation_ended),
+            messages.RunEnded.on_now(self._run_ended),
+            messages.InvocationBegun.on_fds_now(self._invocation_begun),
+            messages.InvocationEnded.on_now(self._invocation_ended),
             messages.GetStderrTail.on(self._stderr_tail),
             messages.NewAuditSocket.on_fds(self._audit_source),
-            messages.AlarmsChanged.on(self._alarms_changed),
+            messages.AlarmsChanged.on_now(self._alarms_changed),
             messages.ServeCallers.on(self._serve_callers),
             messages.GiveUp.on(self._give_up),
             messages.Leave.on(self._leave),
@@ -430,7 +431,7 @@ class Host:
         elif request.plugin is not None:
             await self._lifecycle.adopt(request.plugin)
 
-    async def _run_started(self, request: messages.RunStarted, fds: list[int]) -> None:
+    def _run_started(self, request: messages.RunStarted, fds: list[int]) -> None:
         name, run = request.name, request.run
         stdout, stderr, listener = fds
         fds.clear()
@@ -451,7 +452,7 @@ class Host:
             return
         await self._dispatcher.drain(request.name, request.run, request.reason)
 
-    async def _run_ended(self, request: messages.RunEnded) -> None:
+    def _run_ended(self, request: messages.RunEnded) -> None:
         name, run = request.name, request.run
         plugin = self._registry.get(name)
         if plugin is not None and plugin.run in (run, None):
@@ -460,16 +461,16 @@ class Host:
             self._servers.run_ended(name, run)
         self._dispatcher.run_ended(name, run, crashed=_is_crash(request))
 
-    async def _invocation_begun(self, begun: messages.InvocationBegun, fds: list[int]) -> None:
+    def _invocation_begun(self, begun: messages.InvocationBegun, fds: list[int]) -> None:
         self._dispatcher.invocation_begun(begun, fds)
 
-    async def _invocation_ended(self, ended: messages.InvocationEnded) -> None:
+    def _invocation_ended(self, ended: messages.InvocationEnded) -> None:
         self._dispatcher.invocation_ended(ended)
 
     async def _stderr_tail(self, request: messages.GetStderrTail) -> messages.StderrTail:
         return messages.StderrTail(stderr=tuple(await self._logs.stderr_tail(request.name, request.run)))
 
-    async def _alarms_changed(self, request: messages.AlarmsChanged) -> None:
+    def _alarms_changed(self, request: messages.AlarmsChanged) -> None:
         self._alarms.supervisor = request.alarms
 
     def _end(self, why: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from typing import Any
 
 from host.delivery.dispatch import Dispatcher
@@ -24,8 +23,8 @@ class Gauges:
     def __init__(self, queue: SqliteQueue, registry: Registry, dispatcher: Dispatcher, audit: AuditClient) -> None:
         self._queue, self._registry, self._dispatcher, self._audit = queue, registry, dispatcher, audit
         self._sent: dict[str, int] | None = None
-        self._plugins: dict[str, dict[str, Any]] = {}
-        """As they were sent."""
+        self._plugins: dict[str, tuple[Plugin, bool, float | None]] = {}
+        """What was sent is of: each entry, whether it is paused, when its oldest event was accepted."""
         self._task = essential(self._run(), "gauges")
 
     def repeat(self) -> None:
@@ -47,19 +46,20 @@ class Gauges:
 
     def _send_plugins(self) -> None:
         oldest = self._queue.oldest()
-        found = {plugin.name: self._of(plugin, oldest) for plugin in self._registry}
-        changed: dict[str, Any] = {name: one for name, one in found.items() if self._plugins.get(name) != one}
+        found = {one.name: (one, self._dispatcher.paused(one.name), oldest.get(one.name)) for one in self._registry}
+        changed: dict[str, Any] = {name: _of(*one) for name, one in found.items() if self._plugins.get(name) != one}
         changed |= dict.fromkeys(self._plugins.keys() - found.keys())
         names = list(changed)
         for begin in range(0, len(names), PLUGINS_AT_ONCE):
             self._audit.gauges(plugins={name: changed[name] for name in names[begin : begin + PLUGINS_AT_ONCE]})
         self._plugins = found
 
-    def _of(self, plugin: Plugin, oldest: Mapping[str, float]) -> dict[str, Any]:
-        found: dict[str, Any] = {"state": plugin.state, "paused": self._dispatcher.paused(plugin.name)}
-        if plugin.name in oldest:
-            found["oldest"] = round(oldest[plugin.name], 3)
-        if plugin.effective is not None:
-            caps = plugin.effective.resources
-            found |= {"memory": caps.memory, "cpu": caps.cpu / 1000, "tasks": caps.tasks, "open_files": caps.nofile}
-        return found
+
+def _of(plugin: Plugin, paused: bool, oldest: float | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"state": plugin.state, "paused": paused}
+    if oldest is not None:
+        found["oldest"] = round(oldest, 3)
+    if plugin.effective is not None:
+        caps = plugin.effective.resources
+        found |= {"memory": caps.memory, "cpu": caps.cpu / 1000, "tasks": caps.tasks, "open_files": caps.nofile}
+    return found

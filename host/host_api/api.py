@@ -104,7 +104,10 @@ class HostApi:
 
     def limits(self, name: str) -> Limits:
         """Return a plugin's limits, which a new run does not refill."""
-        return self._limits.setdefault(name, Limits())
+        found = self._limits.get(name)
+        if found is None:
+            found = self._limits[name] = Limits()
+        return found
 
     def forget(self, name: str) -> None:
         """Close a plugin's listener and connections."""

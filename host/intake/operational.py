@@ -53,6 +53,8 @@ _logger = logging.getLogger(__name__)
 
 BEAT = 0.5
 """Seconds between two looks at the trail, the queues and the audit process."""
+AT_REST = 2.0
+"""Seconds between two looks while no plugin is granted an operational event; one that is hears of all since then."""
 HIGH, LOW = 0.8, 0.5
 """Parts of a queue's limit: from the one on it is high, and below the other it is so no longer."""
 MOST_BACK = 1024
@@ -174,7 +176,7 @@ class OperationalEvents:
     async def _run(self) -> None:
         try:
             while True:
-                await asyncio.sleep(BEAT)
+                await asyncio.sleep(BEAT if self._begun else AT_REST)
                 try:
                     await self._look()
                 except (OSError, IsolatorError) as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,6 +24,7 @@ from isolator.audit.client import AuditClient
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc import messages
 from isolator.ipc.body import Body
+from isolator.ipc.tasks import Tasks
 
 EAGER_STARTS = 4
 """Eager plugins that are started at once: plugins for which events wait come first."""
@@ -87,19 +89,53 @@ class PluginLifecycle:
     _eager: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(EAGER_STARTS), init=False)
     _removals: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
     """Removals under way, by name."""
+    _late: Counter[str] = field(default_factory=Counter, init=False)
+    """By plugin, how many of its changes wait for the end of a removal, or are made."""
+    _queues: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock), init=False)
+    """Locks by plugin, for these to be made in the order in which they came."""
+    _tasks: Tasks = field(default_factory=Tasks, init=False)
 
     async def adopt(self, entry: messages.PluginEntry) -> Plugin:
         """Take over one plugin entry of the supervisor's; not before a removed plugin of that name is forgotten."""
-        while (removal := self._removals.get(entry.name)) is not None:
-            await asyncio.wait([removal])
-        plugin = self.registry.put(entry)
+        self._late[entry.name] += 1
+        async with self._behind(entry.name):
+            plugin = self.registry.put(entry)
+            self._follow(plugin)
+        await self.watches.update(plugin, self.dispatcher.workers[plugin.name])
+        return plugin
+
+    def turn(self, turned: messages.PluginTurned) -> None:
+        """Take over a plugin's new state; in the order of ``adopt``, which may wait."""
+        if self._late[turned.name]:
+            self._late[turned.name] += 1
+            self._tasks.run(f"state of {turned.name}", self._turn_late(turned))
+        elif (plugin := self.registry.turn(turned)) is not None:
+            self._follow(plugin)
+
+    async def _turn_late(self, turned: messages.PluginTurned) -> None:
+        async with self._behind(turned.name):
+            if (plugin := self.registry.turn(turned)) is not None:
+                self._follow(plugin)
+
+    @contextlib.asynccontextmanager
+    async def _behind(self, name: str) -> AsyncIterator[None]:
+        """Wait for the removal of a plugin of that name, behind those who wait for it; ``_late`` counts each."""
+        try:
+            async with self._queues[name]:
+                while (removal := self._removals.get(name)) is not None:
+                    await asyncio.wait([removal])
+                yield
+        finally:
+            self._late -= Counter((name,))
+            if not self._late[name]:
+                del self._queues[name]
+
+    def _follow(self, plugin: Plugin) -> None:
         if not plugin.raw.get("on_trial"):
             self.config.settle(plugin.name, plugin.digest)
         self.dispatcher.plugin_changed(plugin)
-        await self.watches.update(plugin, self.dispatcher.workers[plugin.name])
         if self.member is not None:
             self.member.serve(plugin.name)
-        return plugin
 
     async def registered(self, plugin: Plugin, *, new: bool = False) -> None:
         """Tell the cluster, if there is one, of a plugin that a command has changed here."""
@@ -182,7 +218,7 @@ class PluginLifecycle:
             await start
 
     async def restart_for_config(self, plugin: Plugin, keys: list[str]) -> bool:
-        """Let a plugin whose config has changed start again if it runs; returns whether it ran."""
+        """Let a plugin whose config has changed start again if it runs, or starts; returns whether it did."""
         current = self.registry.need(plugin.name)
         if current.state == "failed":
             # What failed may well have failed for want of it.
@@ -190,7 +226,7 @@ class PluginLifecycle:
         self.dispatcher.wake(plugin.name)
         if current.state == "backoff":
             self._begin(plugin.name, "operator")  # it need not wait for the end of its pause either
-        if current.run is None:
+        if current.run is None and current.state != "starting":  # one that starts may have been given those of before
             self.start_if_eager(self.registry.need(plugin.name))
             return False
         if self.dispatcher.workers[plugin.name].fence.closed:
@@ -236,3 +272,4 @@ class PluginLifecycle:
         """Wait for no eager start any more; a removal that is under way is repeated when the name is used again."""
         for task in (*self._starts, *self._removals.values()):
             task.cancel()
+        self._tasks.cancel()

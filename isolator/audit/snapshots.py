@@ -34,15 +34,29 @@ def snapshot(folders: Sequence[Path], pids: Iterable[int], *, totals: bool = Fal
     pids = list(pids)
     if totals:
         return usage | _sockets(pids) | (_io_of_processes(pids) if pids and "io_read" not in usage else {})
-    usage.setdefault("tasks", sum(_count(pid, "task") for pid in pids))
-    usage["processes"] = len(pids)
+    usage["processes"], threads = len(pids), sum(_count(pid, "task") for pid in pids)
+    usage.setdefault("tasks", threads)
     if pids:
-        usage["threads"] = sum(_count(pid, "task") for pid in pids)
+        usage["threads"] = threads
         usage["open_files"] = sum(map(_open_files, pids))
         usage.update(_sockets(pids))
         if "io_read" not in usage:
             usage.update(_io_of_processes(pids))
     return usage
+
+
+def refreshed(before: Usage, folders: Sequence[Path], pid: int) -> Usage | None:
+    """The snapshot ``before`` as of now if no process of the groups has run since, at a third of the cost; else None.
+
+    What only a process can change is as it was then. ``pid`` is any of them.
+    """
+    usage: Usage = {}
+    for folder in folders:
+        for name in _names(folder) & _OF_THE_KERNEL:
+            usage = _FILES[name](_text(f"{folder}/{name}")) | usage
+    if not before or usage.get("cpu_us") != before.get("cpu_us"):
+        return None
+    return before | usage | _sockets([pid])
 
 
 def _names(folder: Path) -> frozenset[str]:
@@ -85,9 +99,9 @@ def _nanoseconds(field: str) -> Callable[[str], Usage]:
 
 
 def _table(text: str) -> dict[str, int]:
-    """``KEY NUMBER`` lines."""
-    pairs = (line.split() for line in text.splitlines())
-    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+    """``KEY NUMBER`` lines; what is no number is left out."""
+    words = iter(text.split())
+    return {key: int(number) for key, number in zip(words, words, strict=False) if number.isdigit()}
 
 
 def _cpu(text: str) -> Usage:
@@ -187,6 +201,13 @@ _TOTALS = {
     )
 }  # fmt: skip
 """Those that tell what was used in all."""
+
+_OF_THE_KERNEL = frozenset((
+    "cpuacct.usage", "cpu.stat", "cpu.idle", "memory.current", "memory.usage_in_bytes", "memory.stat",
+    "memory.swap.current", "io.stat", "blkio.throttle.io_service_bytes", "cpu.pressure", "memory.pressure",
+    "io.pressure",
+))  # fmt: skip
+"""Those that change while no process runs (memory is taken back, pages are written later), and those that tell it."""
 
 
 def _count(pid: int, what: str) -> int:

@@ -70,6 +70,8 @@ class RepeatCounter:
 
     def flush(self, *, everything: bool = False) -> None:
         """Write the counts of windows that ended (or of all); to be called about once a window."""
+        if not self._open:
+            return
         ended = self._clock() - self._window
         for key, entry in list(self._open.items()):
             if everything or entry.since <= ended:

@@ -28,8 +28,8 @@ SHARE = 0.1
 """Share of one processor that a plugin may use in the foreground on average; a debt is paid off at this rate."""
 BURST, MOST = 0.025, 0.5
 """Seconds of processor time: a debt that is let pass, and the largest, which takes five seconds to pay."""
-INTERVAL = 0.25
-"""Seconds between two looks."""
+INTERVAL, AT_REST = 0.25, 1.0
+"""Seconds between two looks, and while all cages together use less than a quarter of one plugin's share."""
 _LOOKING = 50
 """Looking takes at most one part in so many of a processor, however many cages there are."""
 
@@ -49,6 +49,8 @@ class Background:
         self._used, self._when = used_by(self._subtree, "") or 0.0, time.monotonic()
         self._used_then = self._used
         """What all of them together had used when each was looked at last."""
+        self._rest = False
+        """Whether hardly anything has been used since the look before."""
         self._knows = False
         """A daemon that was reloaded does not know yet who is in the background."""
 
@@ -62,7 +64,7 @@ class Background:
         while True:
             # Two hundred cages take 2 ms, for which the daemon's event loop is not to stand.
             took = await asyncio.to_thread(self._timed_look) if self._behind else self._timed_look()
-            await asyncio.sleep(max(INTERVAL, took * _LOOKING))
+            await asyncio.sleep(max(AT_REST if self._rest else INTERVAL, took * _LOOKING))
 
     def _timed_look(self) -> float:
         began = time.thread_time()
@@ -73,7 +75,7 @@ class Background:
         """Look once: at all of them together, and at each if together they compute or one is in the background."""
         now, used = time.monotonic(), used_by(self._subtree, "") or 0.0
         allowed, spent = SHARE * (now - self._when), used - self._used
-        self._when, self._used = now, used
+        self._when, self._used, self._rest = now, used, spent < allowed / 4
         if self._knows and not self._behind and spent <= allowed and used - self._used_then <= BURST:
             self._share_out(allowed, {})
             return

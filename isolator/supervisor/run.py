@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from isolator.audit.schema import FsDenied, NetDenied, SyscallDenied
-from isolator.audit.snapshots import OF_PROCESSES, snapshot
+from isolator.audit.snapshots import OF_PROCESSES, refreshed, snapshot
 from isolator.base.pacing import Backoff
 from isolator.base.structs import replace
 from isolator.cage.cage import Cage
@@ -195,9 +195,10 @@ class Run:
     def usage(self) -> dict[str, Any]:
         """Return the resources used so far; those of processes that have ended as of the call before."""
         leaf = self.cage.leaf
-        now = snapshot(leaf.folders(), [] if self.exited else leaf.processes())
+        rested = None if self.exited else refreshed(self._usage, leaf.folders(), self.cage.pid)
+        now = rested or snapshot(leaf.folders(), [] if self.exited else leaf.processes())
         before = {} if now["processes"] else {key: self._usage[key] for key in _OF_THE_RUN if key in self._usage}
-        self._usage = {**before, **now, **self._room_in_state(), **self._room_in_tmp()}
+        self._usage = {**before, **now, **self._room_in_state(), **({} if rested else self._room_in_tmp())}
         return self._usage
 
     def _room_in_tmp(self) -> dict[str, int]:

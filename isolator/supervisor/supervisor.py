@@ -386,13 +386,19 @@ async def _keep_background(runtime: CageRuntime, background: Background) -> None
     await background.keep()
 
 
+_SNAPSHOTS_AT_ONCE = 10
+"""Snapshots in one turn of the loop, of some half a millisecond each; their records go in one packet."""
+
+
 async def _take_snapshots(table: PluginTable, runners: Runners | None, interval: float) -> None:
     comparing: dict[str, asyncio.Task[None]] = {}
     while True:
         await asyncio.sleep(interval)
         if runners is not None:
             runners.take_snapshots()
-        for plugin in table.plugins.values():
+        for number, plugin in enumerate(list(table.plugins.values())):
+            if number % _SNAPSHOTS_AT_ONCE == 0:
+                await asyncio.sleep(0)
             for of_invocation in plugin.invocations.runs:
                 if of_invocation.detect_drift():
                     of_invocation.terminate("its control groups were changed", Origin.OPERATOR)

@@ -17,7 +17,7 @@ import pytest
 from isolator.audit.client import AuditClient, utc_now
 from isolator.audit.metrics import MAX_LABELS, Metrics
 from isolator.audit.record import Incoming
-from isolator.audit.snapshots import snapshot
+from isolator.audit.snapshots import refreshed, snapshot
 from isolator.ipc import channel as ipc
 from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.cgroup.subtree import open_subtree
@@ -212,6 +212,46 @@ def test_use_of_a_process_in_a_control_group(leaf: Leaf) -> None:
     assert (figures["tasks"], figures["threads"], figures["processes"]) == (2, 2, 1)
     assert 20 <= figures["open_files"] <= 24
     assert figures["oom_kills"] == 0
+
+
+def test_what_a_process_can_change_is_read_again_once_it_has_run(leaf: Leaf) -> None:
+    """A snapshot of one that sleeps repeats the one before, and tells of it whatever it does next."""
+    work = (
+        "import sys, threading\nprint(flush=True)\nsys.stdin.readline()\n"
+        "files = [open('/dev/null') for _ in range(10)]\n"
+        "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "print(flush=True)\nsys.stdin.readline()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", work], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            for folder in leaf.folders():
+                (folder / "cgroup.procs").write_text(str(process.pid))
+            assert process.stdin is not None and process.stdout is not None
+            process.stdout.readline()
+            before = asleep(leaf, process.pid)
+            assert (again := refreshed(before, leaf.folders(), process.pid)) is not None
+            read = snapshot(leaf.folders(), [process.pid])
+            assert {**again, "memory": 0} == {**read, "memory": 0}
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            process.stdout.readline()
+            assert refreshed(before, leaf.folders(), process.pid) is None
+            after = asleep(leaf, process.pid)
+            assert (after["threads"], after["open_files"]) == (before["threads"] + 1, before["open_files"] + 10)
+            assert refreshed({}, leaf.folders(), process.pid) is None
+        finally:
+            process.kill()
+            process.wait()
+    assert refreshed(after, leaf.folders(), process.pid) is None
+
+
+def asleep(leaf: Leaf, pid: int) -> dict[str, Any]:
+    """A snapshot of a process once it waits and has nothing left to do."""
+    while True:
+        found = snapshot(leaf.folders(), [pid])
+        waits = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+        if waits and refreshed(found, leaf.folders(), pid) is not None:
+            return found
 
 
 def test_missing_counter_is_left_out(tmp_path: Path) -> None:

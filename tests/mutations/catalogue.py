@@ -683,6 +683,12 @@ MUTATIONS = (
             "item in self._own",
             "broker/test_guarantees.py::test_new_address_of_the_host_is_out_of_reach_before_any_notice_is_read",
         ),
+        (
+            "an address that has become the host's is believed to be nobody's",
+            " or self._notices.poll(0)",
+            "",
+            "broker/test_guarantees.py::test_address_is_asked_for_again_after_any_change_that_makes_it_the_hosts",
+        ),
     ),
     *_mutations(
         "isolator/broker/relay.py",
@@ -718,7 +724,7 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
-        "isolator/broker/outbound.py",
+        "isolator/broker/reach.py",
         (
             "addresses of the host itself can be reached",
             "return reason or self._shared.host.owner(address)",
@@ -731,6 +737,9 @@ MUTATIONS = (
             "if True)",
             "broker/test_guarantees.py::test_a_name_that_changes_its_address_after_the_answer_is_refused",
         ),
+    ),
+    *_mutations(
+        "isolator/broker/shared.py",
         (
             "connections go out that cannot be recorded",
             "return DenialRule.AUDIT_UNAVAILABLE if self.audit_first else None",

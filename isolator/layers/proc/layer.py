@@ -197,9 +197,11 @@ class Proc(Layer):
         with _proc_of(process) as proc:
             device = os.fstat(proc).st_dev
             for name, _ in _entries(proc):
-                with contextlib.suppress(FileNotFoundError):  # a module was removed
+                try:
                     if os.stat(name, dir_fd=proc, follow_symlinks=False).st_dev == device:
                         return f"/proc/{name} of the host is there"
+                except FileNotFoundError:  # a module was removed
+                    continue
         return ""
 
     def refresh(self, usage: Mapping[str, Any], uptime: float) -> None:
