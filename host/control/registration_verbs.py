@@ -21,7 +21,7 @@ from host.plugins import manifest as manifests
 from host.plugins.manifest import Manifest
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import ConfigStore
-from host.queue.owed import Change, Debts
+from host.queue.owed import Debts
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import PackageResolved
 from isolator.base.structs import struct_class
@@ -165,17 +165,16 @@ class RegistrationVerbs(Verbs):
             if is_new and name in self._registry.known():
                 # It was removed while this process was not running: nothing of it may reach its namesake.
                 await self._lifecycle.forget(name)
-            change = self._debts.of_config(name, request.config, caller.by)
-            note = functools.partial(change.note, waits=False)
-            await self._config.set(name, staged.manifest, request.config, replace=is_new, beside=note)
-            try:
-                answer = await self._link.ask(messages.CommitPlugin(token=request.token, ticket=request.ticket))
-            except IsolatorError:
-                if is_new:
-                    await self._config.forget(name, beside=change.drop)
-                change.pay()
-                raise
-            return await self._registered(request, staged.manifest, answer, change)
+            with self._debts.of_config(name, request.config, caller.by) as change:
+                note = functools.partial(change.note, waits=False)
+                await self._config.set(name, staged.manifest, request.config, replace=is_new, beside=note)
+                try:
+                    answer = await self._link.ask(messages.CommitPlugin(token=request.token, ticket=request.ticket))
+                except IsolatorError:
+                    if is_new:
+                        await self._config.forget(name, beside=change.drop)
+                    raise
+            return await self._registered(request, staged.manifest, answer)
 
     @serves(plugin_types.PluginUpdate)
     async def update(self, request: plugin_types.PluginUpdate, caller: Caller) -> plugin_types.UpdatedPlugin:
@@ -185,21 +184,19 @@ class RegistrationVerbs(Verbs):
         manifest, name = staged.manifest, staged.manifest.core.name
         async with self._locks[name]:
             self._registry.need(name)
-            change = self._debts.of_config(name, request.config, caller.by)
-            await self._config.set_next(name, staged.digest, manifest, request.config, beside=change.note)
             asked = messages.UpdatePlugin(token=request.token, ticket=request.ticket, approve=request.approve)
-            try:
-                answer = await self._link.ask(asked)
-            except IsolatorError:
-                now = self._registry.get(name)
-                if now is None or staged.digest not in now.versions:
-                    self._config.drop_next(name, staged.digest, beside=change.drop)
-                else:
-                    change.pay()
-                raise
-            if request.config:
-                await change.restate(waits=answer.pending)
-            updated = answer.to_json() | await self._registered(request, manifest, answer, change)
+            with self._debts.of_config(name, request.config, caller.by) as change:
+                await self._config.set_next(name, staged.digest, manifest, request.config, beside=change.note)
+                try:
+                    answer = await self._link.ask(asked)
+                except IsolatorError:
+                    now = self._registry.get(name)
+                    if now is None or staged.digest not in now.versions:
+                        self._config.drop_next(name, staged.digest, beside=change.drop)
+                    raise
+                if request.config:
+                    await change.restate(waits=answer.pending)
+            updated = answer.to_json() | await self._registered(request, manifest, answer)
             if request.config and updated.get("unchanged"):
                 await self._lifecycle.restart_for_config(self._registry.need(name), sorted(request.config))
             return cast(plugin_types.UpdatedPlugin, updated)
@@ -209,11 +206,9 @@ class RegistrationVerbs(Verbs):
         request: plugin_types.PluginCommit | plugin_types.PluginUpdate,
         manifest: Manifest,
         answer: messages.OnePlugin,
-        change: Change,
     ) -> plugin_types.RegisteredPlugin:
         name = manifest.core.name
         self._take(request.token)
-        change.pay()
         plugin = await self._lifecycle.adopt(answer.plugin)
         await self._lifecycle.registered(plugin, new=isinstance(request, plugin_types.PluginCommit))
         missing = self._config.missing(name, plugin.manifest or manifest)

@@ -197,15 +197,14 @@ class PluginLifecycle:
         self.queue.drop(name)
         last: int | None = 0
         while last is not None:
-            change = Change(self.debts, functools.partial(_dead, name))
+            with Change(self.debts, functools.partial(_dead, name)) as change:
 
-            def end(db: sqlite3.Connection, after: int = last, change: Change = change) -> int | None:
-                ended = rows.end_unfinished(db, name, after, AT_ONCE)
-                change.note(db, ended)
-                return ended[-1][0] if ended else None
+                def end(db: sqlite3.Connection, after: int = last, change: Change = change) -> int | None:
+                    ended = rows.end_unfinished(db, name, after, AT_ONCE)
+                    change.note(db, ended)
+                    return ended[-1][0] if ended else None
 
-            last = await self.store.run(end)
-            change.pay()
+                last = await self.store.run(end)
             if self.audit.unacknowledged > AUDIT_AHEAD:
                 await self.audit.durable(within=AUDIT_AHEAD // 2, or_blocked=True)
 

@@ -103,6 +103,16 @@ class Change:
         self._noted += self._records
         self._debts.note(db, self._records)
 
+    def __enter__(self) -> Change:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Make them: the change is safe. After an error, those of them that are owed all the same."""
+        if error is None:
+            self._debts.pay(self._records)
+        elif isinstance(error, Exception):
+            self._debts.pay_once_kept(lambda: self._records)
+
     async def restate(self, *found: Any, **more: Any) -> None:
         """Note them anew, as more is known by now; where that cannot be written, what was noted stays."""
         with contextlib.suppress(UnavailableError):
@@ -112,10 +122,6 @@ class Change:
         """Owe nothing any more, in the transaction that undoes the change."""
         self._debts.forget(db, self._noted)
         self._records = []
-
-    def pay(self) -> None:
-        """Make them; the change is safe."""
-        self._debts.pay(self._records)
 
 
 class Debts:
@@ -144,7 +150,10 @@ class Debts:
         db.executemany("DELETE FROM owed WHERE id=?", [(one.id,) for one in records])
 
     def pay(self, records: Sequence[Owed]) -> None:
-        """Record what was noted; its change is safe."""
+        """Record what was noted; its change is safe. Where there is no room for it, it is recorded once there is."""
+        if len(records) > self._audit.room:
+            self._tasks.run("records that wait for room", self._pay_later(records))
+            return
         for one in records:
             of_delivery = one.event_id is not None and one.plugin is not None
             delivery_id = f"{one.event_id}.{one.plugin}" if of_delivery else None
@@ -153,6 +162,17 @@ class Debts:
         if records and not self._settling:
             self._settling = True
             self._tasks.run("records that are owed", self._settle())
+
+    def pay_once_kept(self, noted: Callable[[], Iterable[Owed]]) -> None:
+        """Record what was noted of a change that has failed behind its transaction, or waits for a disk with room."""
+
+        async def kept() -> None:
+            await self._store.committed()
+            await self._store.durable()
+            ids = {name for (name,) in self._store.rows("SELECT id FROM owed")}
+            self.pay([one for one in noted() if one.id in ids])
+
+        self._tasks.run("records of a change that has failed", kept())
 
     def of_event(self, event_id: str, record: Callable[[Changed], RecordData]) -> Change:
         """The records of one change of an event's deliveries, which are made of each that is changed."""
@@ -179,6 +199,10 @@ class Debts:
             self._store.submit(lambda db: self.note(db, more))
         left = {one.id: one for one in (*self._left(), *more)}
         return self._tasks.run("records of another host process", self._find(list(left.values()))) if left else None
+
+    async def _pay_later(self, records: Sequence[Owed]) -> None:
+        await self._audit.durable()
+        self.pay(records)
 
     async def _settle(self) -> None:
         try:
@@ -210,9 +234,11 @@ class Debts:
             try:
                 said = json.loads(text)
                 record = _KINDS[said["type"]](**said["data"])
-                yield Owed(record, said["plugin"], said["event_id"], name, since)
-            except (ValueError, TypeError, KeyError):
+                plugin, event_id = said["plugin"], said["event_id"]
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue  # a damaged row
+            if isinstance(since, str) and isinstance(plugin, str | None) and isinstance(event_id, str | None):
+                yield Owed(record, plugin, event_id, name, since)
 
 
 def _made(trail: Path, since: str) -> dict[str | None, list[Record]]:

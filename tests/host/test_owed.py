@@ -11,9 +11,17 @@ from typing import Any
 
 import pytest
 
+from host.database.store import Store
+from host.queue.owed import Debts
+from isolator.audit import client
+from isolator.audit.client import AuditClient
+from isolator.audit.schema import PluginPaused, PluginResumed
+from isolator.errors import IsolatorError, UnavailableError
 from isolator.ipc import messages
+from isolator.ipc.packet import pair
 from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
+from tests.support.timeouts import seconds
 
 KILLED = """
 import os
@@ -30,6 +38,17 @@ def pay(self, records):
     os.kill(os.getpid(), 9)
 Debts.pay = pay
 """
+FAILS = """
+from host.plugins.keyfile import KeyFile
+saved, calls = KeyFile.save, []
+def save(self, keys):
+    calls.append(len(keys))
+    if calls[-2:] == [2, 1]:
+        raise OSError(28, "No space left on device")
+    saved(self, keys)
+KeyFile.save = save
+"""
+"""The old key of a rotation cannot be taken away."""
 LATER = sidecars.oneshot('return {"status": "retry", "retry_after_ms": 600000}')
 CONFIG = {"colour": {"type": "string"}}
 SILENT = """
@@ -260,6 +279,65 @@ async def test_loss_of_the_database_is_on_record_although_the_next_host_is_kille
     await settled(daemon)
     (record,) = daemon.of_type("config.changed")
     assert record["data"]["lost"] and record["plugin"] is None
+
+
+@pytest.mark.parametrize(("kind", "verb"), [("event.skipped", "event.skip"), ("event.retried", "event.retry")])
+async def test_change_that_waits_for_the_disk_is_on_record_once_there_is_room(
+    daemon: Daemon, kind: str, verb: str
+) -> None:
+    await daemon.kill_host()
+    daemon.first = "from host.database import store\nstore.GIVE_UP = 0.2\n"
+    await daemon.start_host()
+    params = await begin(daemon, kind, verb)
+    with contextlib.closing(sqlite3.connect(daemon.paths.host_database, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")  # as little can be written as on a full disk
+        with pytest.raises(UnavailableError, match="cannot be written"):
+            await daemon.ask(verb, **params)
+        assert not daemon.of_type(kind)
+        db.execute("ROLLBACK")
+    await daemon.until(lambda: daemon.of_type(kind))
+    await settled(daemon)
+    (record,) = daemon.of_type(kind)
+    assert record["event_id"] == params["id"] and record["data"]["by"] == "uid:0"
+
+
+async def test_change_that_fails_behind_its_transaction_is_on_record(daemon: Daemon) -> None:
+    await daemon.kill_host()
+    daemon.first = FAILS
+    await daemon.start_host()
+    await begin(daemon, "config.changed", "config.unset")
+    with pytest.raises(IsolatorError, match="No space left"):
+        await daemon.ask("config.rotate_key")
+    await daemon.until(lambda: len(daemon.of_type("config.changed")) == 2)
+    assert daemon.of_type("config.changed")[1]["data"] == {"names": [], "by": "uid:0", "rotated": 1}
+    await settled(daemon)
+
+
+async def test_record_for_which_there_is_no_room_is_owed_until_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "MAX_PENDING", 3)
+    store, audit = Store(tmp_path / "host.db"), AuditClient(None)
+    debts = Debts(store, audit, tmp_path)
+    for _ in range(3):
+        audit.record(PluginPaused(by="uid:1"), plugin="one")
+    with debts.of_plugin("one", lambda: PluginResumed(by="uid:0", seconds=1.0)) as change:
+        await store.run(change.note)
+    ours, theirs = pair()
+    theirs.setblocking(False)
+    audit.reconnect(ours)
+    loop, got = asyncio.get_running_loop(), []
+    async with asyncio.timeout(seconds(20)):
+        while len(got) < 4:
+            assert store.rows("SELECT id FROM owed"), "it is on no disk"
+            got += [json.loads(line)["type"] for line in (await loop.sock_recv(theirs, 65536)).split(b"\n")]
+            theirs.send(json.dumps({"acked": len(got)}).encode())
+        while store.rows("SELECT id FROM owed"):  # noqa: ASYNC110 # no event tells
+            await asyncio.sleep(0.01)
+    assert got == ["plugin.paused"] * 3 + ["plugin.resumed"] and not audit.lost
+    theirs.close()
+    audit.close()
+    await store.close()
 
 
 async def settled(daemon: Daemon) -> None:
