@@ -114,10 +114,10 @@ class EventVerbs(Verbs):
         change = self._debts.of_event(
             event_id, lambda one: EventReplayed(reason="operator", attempts=one.attempts, by=caller.by)
         )
-        plugins = await self._queue.replay(event_id, request.plugin, change.note)
+        with change:
+            plugins = await self._queue.replay(event_id, request.plugin, change.note)
         if not plugins:
             raise UsageError(f"event {event_id}", "no delivery of it was given up", "name a --plugin to repeat one")
-        change.pay()
         return {"id": event_id, "plugins": plugins}
 
 

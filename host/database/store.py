@@ -355,7 +355,8 @@ class Store:
         if not self._syncing and self._loop.time() - self._rescued > RESCUE_EVERY:
             self._rescued = self._loop.time()
             self._syncing = True
-            self._checkpoint = Sync([], checkpoint=True, hold=True, rescue=True)
+            self._in_sync = []
+            self._checkpoint = Sync(self._in_sync, checkpoint=True, hold=True, rescue=True)
             self._wal.begin(self._checkpoint)
 
     def _apply(self, ops: list[_Op], isolated: bool) -> list[_Op]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterable
@@ -14,13 +15,16 @@ from host.database.store import Store
 from host.delivery.dispatch import Dispatcher
 from host.delivery.health import Watches
 from host.host_api.api import HostApi
-from host.intake.intake import AUDIT_AHEAD, EventRecords
+from host.intake.intake import AUDIT_AHEAD
 from host.lifecycle.supervisor_link import SupervisorLink
 from host.plugins.logs import Logs
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import ConfigStore
+from host.queue import rows
+from host.queue.owed import AT_ONCE, Change, Debts, Owed, owed
 from host.queue.sqlite import SqliteQueue
 from isolator.audit.client import AuditClient
+from isolator.audit.schema import EventDead
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc import messages
 from isolator.ipc.body import Body
@@ -43,6 +47,12 @@ def _erase(db: sqlite3.Connection, name: str) -> None:
     db.execute("DELETE FROM kv WHERE plugin=?", (name,))
     if db.execute("SELECT 1 FROM sqlite_master WHERE name='mcp_pins'").fetchone():
         db.execute("DELETE FROM mcp_pins WHERE plugin=?", (name,))
+
+
+def _dead(name: str, ended: list[tuple[int, str, int]]) -> list[Owed]:
+    """The records of a removed plugin's deliveries, which ended with it."""
+    why = "the plugin was removed"
+    return [owed(EventDead(reason=why, attempts=attempts), name, event_id) for _, event_id, attempts in ended]
 
 
 class Membership(Protocol):
@@ -77,7 +87,7 @@ class PluginLifecycle:
     registry: Registry
     config: ConfigStore
     queue: SqliteQueue
-    records: EventRecords
+    debts: Debts
     logs: Logs
     api: HostApi
     dispatcher: Dispatcher
@@ -175,14 +185,26 @@ class PluginLifecycle:
         self.api.forget(name)
         if self.member is not None:
             self.member.forget(name)
-        dropped = self.queue.unfinished(name)
+        await self._end_deliveries(name)
         await self.queue.purge(name)
         await self.config.forget(name)
         await self.store.run(lambda db: _erase(db, name))
         self.logs.remove(name)
         self.registry.erase(name)
-        for event_id, attempts in dropped:
-            self.records.dead(name, event_id, "the plugin was removed", attempts)
+
+    async def _end_deliveries(self, name: str) -> None:
+        """End what a removed plugin never had, and record that."""
+        self.queue.drop(name)
+        last: int | None = 0
+        while last is not None:
+            with Change(self.debts, functools.partial(_dead, name)) as change:
+
+                def end(db: sqlite3.Connection, after: int = last, change: Change = change) -> int | None:
+                    ended = rows.end_unfinished(db, name, after, AT_ONCE)
+                    change.note(db, ended)
+                    return ended[-1][0] if ended else None
+
+                last = await self.store.run(end)
             if self.audit.unacknowledged > AUDIT_AHEAD:
                 await self.audit.durable(within=AUDIT_AHEAD // 2, or_blocked=True)
 

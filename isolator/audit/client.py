@@ -123,7 +123,7 @@ class AuditClient:
         ``happened_ns`` is the CLOCK_MONOTONIC of the recorded fact, where that was noticeably before this call;
         ``since_ns`` that of the first of several facts which one record sums up.
         """
-        if len(self._pending) + len(self._unacked) >= MAX_PENDING:
+        if self.room <= 0:
             self.lost += 1
             return
         if self.lost:
@@ -139,7 +139,7 @@ class AuditClient:
 
     def gauges(self, **data: Any) -> None:
         """Send present values to the writer's metrics. They are no record and are in no trail."""
-        if self.unacknowledged < MAX_PENDING:
+        if self.room > 0:
             self._pending.append(_to_json({"gauges": data}))
             self.flush()
 
@@ -147,6 +147,11 @@ class AuditClient:
     def unacknowledged(self) -> int:
         """Number of records that are not known to be on disk."""
         return len(self._pending) + len(self._unacked)
+
+    @property
+    def room(self) -> int:
+        """Number of records that can be taken now; what comes beyond is dropped."""
+        return MAX_PENDING - self.unacknowledged
 
     async def durable(self, *, within: int = 0, or_blocked: bool = False) -> None:
         """Wait until all records so far but the last ``within`` are on disk; ``or_blocked``: or none can be written."""

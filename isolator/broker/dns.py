@@ -104,12 +104,14 @@ class Answers:
         except wire.Broken:
             self._record("", "", "denied", DenialRule.DNS_FORM)
             return None
-        kind = wire.type_text(question.kind)
-        if question.plain:
-            decision = await self._decide(question.name, question.kind)
-        else:
-            decision = Decision(Code.NOTIMP, "denied", DenialRule.DNS_FORM)
-        self._record(question.name.lower(), kind, decision.verdict, decision.rule)
+        decision = Decision(Code.NOTIMP, "denied", DenialRule.DNS_FORM)
+        try:
+            if question.plain:
+                decision = Decision(Code.SERVFAIL, "failed", DenialRule.UPSTREAM)  # unless it is waited for to the end
+                decision = await self._decide(question.name, question.kind)
+        finally:
+            kind = wire.type_text(question.kind)
+            self._record(question.name.lower(), kind, decision.verdict, decision.rule)
         return question.reply(decision.code, decision.address, TTL)
 
     def refused(self, count: int) -> None:

@@ -28,7 +28,7 @@ from isolator.cage.processes import CageExit, CageProcesses
 from isolator.cage.runtime import CageRuntime
 from isolator.cage.warm_pool import Spare, not_parked
 from isolator.errors import ConfinementError, ExecError
-from isolator.ipc.packet import receive_what_is_left, send_message, send_packet
+from isolator.ipc.packet import receive_packet, send_message, send_packet
 from isolator.launcher.client import Clone, Launcher, clone_remedy
 from isolator.layers.base import CageSpec, Kept, Layer, Process
 from isolator.layers.capabilities import Capabilities
@@ -274,7 +274,7 @@ class Cage:
             # A process that has failed and ended is in no group any more; its report came before that.
             with contextlib.suppress(BlockingIOError):
                 while True:
-                    packet, fds = receive_what_is_left(spare.link)
+                    packet, fds = receive_packet(spare.link)
                     close_all(fds)
                     answer = json.loads(packet) if packet else {}
                     if answer.get("step") not in ("viewed", "caged"):
@@ -309,7 +309,7 @@ class Cage:
         """Receive the next message of the link; empty after exec (or death, which ``wait`` tells apart)."""
         while True:
             try:
-                packet, fds = receive_what_is_left(spare.link)
+                packet, fds = receive_packet(spare.link)
             except BlockingIOError:
                 await readable(spare.link.fileno())
                 continue

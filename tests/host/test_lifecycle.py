@@ -18,7 +18,7 @@ class Parts(SimpleNamespace):
     """The parts of a host that hold something of a plugin; one forgets it when ``forgetting`` is set."""
 
     def __init__(self) -> None:
-        super().__init__(forgetting=asyncio.Event(), workers={"one": None})
+        super().__init__(forgetting=asyncio.Event(), workers={"one": None}, unacknowledged=0)
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_: None
@@ -32,17 +32,14 @@ class Parts(SimpleNamespace):
 
     async def update(self, *_: object) -> None: ...
 
-    def unfinished(self, _: str) -> list[Any]:
-        return []
-
 
 def _lifecycle(folder: Path, parts: Parts) -> PluginLifecycle:
     other: Any = parts
-    quiet: Any = SimpleNamespace(forget=lambda _: None)
+    quiet: Any = SimpleNamespace(forget=lambda _: None, pay=lambda _: None)
     store = Store(folder / "host.db")
     return PluginLifecycle(
         link=other, audit=other, store=cast(Any, SimpleNamespace(run=parts.forget, close=store.close)),
-        registry=Registry(Catalogue(), store), config=other, queue=other, records=other, logs=other, api=quiet,
+        registry=Registry(Catalogue(), store), config=other, queue=other, debts=quiet, logs=other, api=quiet,
         dispatcher=other, watches=other,
     )  # fmt: skip
 

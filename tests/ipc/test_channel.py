@@ -21,6 +21,7 @@ from isolator.ipc import channel as channels
 from isolator.ipc.body import Message, WithFds, by_op
 from isolator.ipc.channel import MAX_PACKET, Channel, pair, send_packet
 from isolator.ipc.messages import ConnectRun, EnsureRun, GetEnvironment, NewAuditSocket, Running
+from tests.support.descriptors import open_descriptors
 
 
 class Faults:
@@ -32,7 +33,7 @@ class Faults:
 
 
 def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(open_descriptors())
 
 
 async def ensure(request: EnsureRun) -> Running:

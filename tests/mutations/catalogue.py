@@ -55,9 +55,15 @@ MUTATIONS = (
         ),
         (
             "each cage of a plugin has a share of its own",
-            'return leaf.partition(".")[0]',
+            'return leaf.rpartition(".")[0]',
             "return leaf",
             f"{_BACKGROUND}test_another_cage_of_one_that_computes_is_behind_at_the_first_look",
+        ),
+        (
+            "all callers of runners have one share together",
+            'return leaf.rpartition(".")[0]',
+            'return leaf.partition(".")[0]',
+            f"{_BACKGROUND}test_callers_of_runners_have_each_a_debt_of_their_own",
         ),
         (
             "a rest pays for a burst",
@@ -934,6 +940,21 @@ MUTATIONS = (
             "if plugin is None or plugin.uid != uid:",
             "if plugin is None:",
             "host/test_host_api.py::test_another_user_is_turned_away",
+        ),
+        (
+            "a plugin that goes before its answer leaves no record of its call",
+            "if self._released is None:",
+            "if False:",
+            "host/test_host_api.py::test_call_whose_plugin_does_not_wait_for_the_answer_is_on_record",
+        ),
+    ),
+    *_mutations(
+        "host/control/connection.py",
+        (
+            "a caller that goes before its answer breaks its change off",
+            "if not request.changes:",
+            "if True:",
+            "host/test_callers_gone.py::test_change_goes_on_and_is_on_record_and_what_is_read_ends",
         ),
     ),
     *_mutations(
