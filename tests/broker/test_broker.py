@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
+import subprocess
+from collections import Counter
+
 import pytest
 
+from isolator.linux import netns
 from isolator.policy.model import VIRTUAL, NetworkPolicy
 from tests.broker.conftest import MakeCage, listed
 from tests.support.internet_servers import OTHER, WEB
 from tests.support.pretend_internet import BrokerProcess, PretendInternet
+from tests.support.timeouts import seconds
 
 
 async def test_a_granted_name_is_reached_over_https_and_recorded(cages: MakeCage, broker: BrokerProcess) -> None:
@@ -111,3 +119,31 @@ async def test_address_in_the_range_for_names_is_never_dialled(cages: MakeCage, 
     assert await cage.client(f"print(attempt(tcp, {OTHER!r}, 80))") == "ECONNREFUSED"
     await broker.wait_for("net.denied", address=OTHER, port=80, rule="unallocated")
     assert await cage.client("print(get('https://hooks.example.com/'))") == "host=hooks.example.com from=45.0.0.2"
+
+
+async def test_connection_whose_forbidden_bytes_wait_as_it_is_accepted_is_refused_and_ends_once(
+    cages: MakeCage, broker: BrokerProcess
+) -> None:
+    cage = await cages(listed("hooks.example.com:8080"))
+    address = await cage.client("print(socket.gethostbyname('hooks.example.com'))")
+    refused = "b'GET / HTTP/1.1\\r\\nHost: other.example.com\\r\\n\\r\\n'"
+    script = f"s = attempt(socket.create_connection, ('{address}', 8080), 20); s.sendall({refused}); attempt(s.recv, 1)"
+
+    def unread() -> bool:
+        command = ["ss", "-Htn", "state", "established"]
+        found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return any(int(line.split()[0]) for line in found.splitlines())
+
+    os.kill(broker.process.pid, signal.SIGSTOP)
+    try:
+        client = asyncio.ensure_future(cage.client(script))
+        async with asyncio.timeout(seconds(20)):
+            while not netns.in_network(cage.network.netns_fd, unread):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)  # the kernel tells nobody of it
+    finally:
+        os.kill(broker.process.pid, signal.SIGCONT)
+    await client
+    assert (await broker.wait_for("net.denied"))["rule"] == "host-mismatch"
+    await broker.detach("r1")
+    closed = Counter(record["data"]["flow"] for record in broker.records if record["type"] == "net.closed")
+    assert list(closed.values()) == [1]
