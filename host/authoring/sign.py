@@ -17,7 +17,7 @@ import click
 
 from host.authoring.pack import written_whole
 from isolator.cli.output import AS_JSON, print_result
-from isolator.errors import IsolatorError, NotFoundError, UsageError
+from isolator.errors import IsolatorError, NotFoundError, UsageError, translated
 from isolator.ipc.folder_stream import FolderDigest, FolderWriter
 from isolator.policy.request import MANIFEST_NAME, MAX_BYTES
 from isolator.policy.trust import PAYLOAD_TYPE, statement
@@ -81,11 +81,8 @@ def sign_package(path: Path, key: Ed25519PrivateKey) -> dict[str, Any]:
     found["signatures"][0]["keyid"] = half
     others = [one for one in content.others if one.get("keyid") != half]
     found["signatures"] = [*others, *found["signatures"]][-package.MOST_SIGNATURES :]
-    try:
-        with written_whole(path) as out:
-            out.write(with_signatures(data, json.dumps(found, separators=(",", ":")).encode()))
-    except OSError as error:
-        raise IsolatorError(str(path), error.strerror or "cannot be written") from None
+    with translated(OSError, IsolatorError, str(path)), written_whole(path) as out:
+        out.write(with_signatures(data, json.dumps(found, separators=(",", ":")).encode()))
     return {"file": str(path), "name": name, "version": version, "digest": content.digest.hexdigest(), "public": half}
 
 

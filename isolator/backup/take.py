@@ -26,7 +26,7 @@ from isolator.backup.archive import Entry, Manifest, copy_sparse, open_plain
 from isolator.backup.freezer import copy_state
 from isolator.backup.left_out import left_out
 from isolator.backup.swap import REPLACED, finish
-from isolator.errors import IsolatorError, UsageError
+from isolator.errors import IsolatorError, UsageError, translated
 from isolator.linux.files import read_plain
 from isolator.paths import Paths
 from isolator.recovery import daemon as recovery
@@ -94,10 +94,8 @@ def _check_place(place: Path) -> None:
     if os.path.lexists(place):
         raise UsageError(str(place), "is there already", "name a folder that is new: each backup has its own")
     for part in (place.parent, *place.parent.parents):
-        try:
+        with translated(OSError, UsageError, str(part), "", "make it first"):
             found = part.stat()
-        except OSError as error:
-            raise UsageError(str(part), error.strerror or "cannot be read", "make it first") from None
         if not stat.S_ISDIR(found.st_mode):
             raise UsageError(str(part), "is no folder", "name a folder that is new")
         if found.st_uid != 0 or (found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX):
@@ -115,10 +113,8 @@ def _unfinished(place: Path) -> Iterator[Path]:
     try:
         if os.fstat(fd).st_uid != 0:
             raise UsageError(str(folder), "is somebody else's", "name another folder")
-        try:
+        with translated(BlockingIOError, IsolatorError, str(place), "another command is making it", "wait for it"):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise IsolatorError(str(place), "another command is making it", "wait for it") from None
         try:
             for left in folder.iterdir():
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
@@ -362,10 +358,8 @@ def _supervisor(paths: Paths) -> int:
     from isolator.linux.peer import peer_ids
 
     with socket.socket(socket.AF_UNIX) as connection:
-        try:
+        with translated(OSError, IsolatorError, str(paths.ticket_socket), "", "does the daemon run?"):
             connection.connect(str(paths.ticket_socket))
-        except OSError as error:
-            raise IsolatorError(str(paths.ticket_socket), error.strerror or "", "does the daemon run?") from None
         pid, uid, _ = peer_ids(connection)
     if uid != 0:
         raise IsolatorError(str(paths.ticket_socket), f"uid {uid} listens there, not the daemon", "find out who")

@@ -8,7 +8,7 @@ import os
 import click
 
 from isolator.cli.output import here, print_json
-from isolator.errors import IsolatorError
+from isolator.errors import IsolatorError, translated
 from isolator.paths import Paths
 
 
@@ -27,7 +27,7 @@ def gc(root: str | None, dry_run: bool, as_json: bool) -> None:
     from isolator.recovery.journal import read_unlocked
 
     paths = Paths.of(root)
-    try:
+    with translated(PermissionError, IsolatorError, "gc", "", "run it with sudo"):
         entries = read_unlocked(paths.journal)
         found = recovery.find(paths, entries) if entries is not None else []
         found += abandoned.find(paths)
@@ -43,8 +43,6 @@ def gc(root: str | None, dry_run: bool, as_json: bool) -> None:
                 private_root.clear()
             with contextlib.suppress(OSError):
                 paths.run.rmdir()
-    except PermissionError as error:
-        raise IsolatorError("gc", error.strerror or "", "run it with sudo") from None
     if as_json:
         print_json([{"kind": f.kind, "name": f.name, "detail": f.detail} for f in found])
         return

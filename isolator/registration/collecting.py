@@ -20,7 +20,7 @@ from pathlib import Path
 
 from isolator.base.lean import sha256_of_much
 from isolator.base.structs import field, struct_class
-from isolator.errors import IsolatorError, UsageError
+from isolator.errors import IsolatorError, UsageError, translated
 from isolator.ipc import folder_stream as stream
 from isolator.linux.descriptors import FdSet
 from isolator.linux.files import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, openat2
@@ -52,10 +52,8 @@ class Offer:
     def of_peer(cls, connection: socket.socket) -> Offer:
         """The offer of the process that connected; raises UsageError when it is in too many groups."""
         _, uid, gid = peer_ids(connection)
-        try:
+        with translated(OSError, UsageError, f"uid {uid}", "", "ask as another user"):
             groups = tuple(peer_groups(connection, most=MOST_GROUPS))
-        except OSError as error:
-            raise UsageError(f"uid {uid}", error.strerror or "has no groups", "ask as another user") from None
         return cls(connection, uid, gid, groups)
 
     @classmethod

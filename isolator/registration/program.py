@@ -10,7 +10,7 @@ import struct
 from pathlib import Path
 
 from isolator.base.structs import struct_class
-from isolator.errors import UsageError
+from isolator.errors import UsageError, translated
 from isolator.layers.filesystem import host_folders
 from isolator.linux.descriptors import FdSet
 from isolator.linux.elf import MACHINES
@@ -124,11 +124,9 @@ def _check_interpreter(head: bytes, view: CageView, shown: str) -> None:
 
 
 def _check_elf(head: bytes, view: CageView, shown: str) -> None:
-    try:
+    with translated((IndexError, struct.error), UsageError, f"binary {shown}", "is cut short", "build it again"):
         order = "<" if head[5] == 1 else ">"
         (machine,) = struct.unpack_from(f"{order}H", head, 18)
-    except (IndexError, struct.error):
-        raise UsageError(f"binary {shown}", "is cut short", "build it again") from None
     built_for = MACHINES.get(machine, f"machine {machine}")
     here = os.uname().machine
     if built_for != here:

@@ -12,7 +12,7 @@ import os
 import select
 import sys
 
-from isolator.errors import ConfinementError, DeniedError, IsolatorError, UsageError
+from isolator.errors import ConfinementError, DeniedError, IsolatorError, UsageError, translated
 from isolator.ipc.run_request import MAX_POLICY, OPTIONS, POLICY, POLICY_NAME, SIGNALS, SOCKET, TERMINAL, pack, unpack
 from isolator.standalone.streams import SILENT_ENDS, StreamsRestored
 
@@ -171,10 +171,8 @@ def _absolute(paths: tuple[str, ...]) -> list[str]:
 
 
 def _open(option: str, path: str, flags: int) -> int:
-    try:
+    with translated(OSError, DeniedError, f"{option} {path}", "", "name what you may read yourself"):
         return os.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC | flags)
-    except OSError as error:
-        raise DeniedError(f"{option} {path}", error.strerror or "", "name what you may read yourself") from None
 
 
 def _socket_path(root: str | None) -> str:
