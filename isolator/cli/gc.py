@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 
 import click
 
-from isolator.cli.output import here, print_json
+from isolator.cli.output import here, need_root, print_json
 from isolator.errors import IsolatorError, translated
 from isolator.paths import Paths
 
@@ -34,8 +33,7 @@ def gc(root: str | None, dry_run: bool, as_json: bool) -> None:
         if not paths.instance:
             found += private_root.find()
         if found and not dry_run:
-            if os.geteuid() != 0:
-                raise IsolatorError("gc", "what was left belongs to root", "run it with sudo")
+            need_root("gc", "what was left belongs to root")
             if entries is not None:
                 _clear_after_daemon(paths)
             abandoned.clear(paths)
