@@ -27,6 +27,7 @@ from isolator.backup.freezer import copy_state
 from isolator.backup.left_out import left_out
 from isolator.backup.swap import REPLACED, finish
 from isolator.errors import IsolatorError, UsageError, translated
+from isolator.linux.descriptors import owning
 from isolator.linux.files import read_plain
 from isolator.paths import Paths
 from isolator.recovery import daemon as recovery
@@ -109,8 +110,7 @@ def _unfinished(place: Path) -> Iterator[Path]:
     folder = place.with_name(f".{place.name}.unfinished")
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
+    with owning(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
         if os.fstat(fd).st_uid != 0:
             raise UsageError(str(folder), "is somebody else's", "name another folder")
         with translated(BlockingIOError, IsolatorError, str(place), "another command is making it", "wait for it"):
@@ -123,8 +123,6 @@ def _unfinished(place: Path) -> Iterator[Path]:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(folder)
-    finally:
-        os.close(fd)
 
 
 class _Making:
@@ -238,12 +236,9 @@ class _Making:
                 if str(parent) != "." and f"{area}/{parent}" not in folders:
                     folders.add(f"{area}/{parent}")
                     self._add(Entry(area, str(parent), "folder", _mode(places[area] / parent)))
-            fd = os.memfd_create("content", os.MFD_CLOEXEC)
-            try:
+            with owning(os.memfd_create("content", os.MFD_CLOEXEC)) as fd:
                 os.write(fd, content)
                 self._blob(area, path, fd, _mode(places[area] / path))
-            finally:
-                os.close(fd)
         store = Store(paths.plugins) if paths.plugins.is_dir() else None
         self.names = [] if store is None else [n for n in store.names() if f"plugins/{n}/plugin.state" in settled]
         for name in self.names:
@@ -286,11 +281,8 @@ class _Making:
                 self._file(area, path, Path(entry.path))
 
     def _file(self, area: str, name: str, path: Path, *, owner: int | None = None) -> None:
-        fd = open_plain(path, owner=owner)
-        try:
+        with owning(open_plain(path, owner=owner)) as fd:
             self._blob(area, name, fd, stat.S_IMODE(os.fstat(fd).st_mode))
-        finally:
-            os.close(fd)
 
     def _blob(self, area: str, name: str, source: int, mode: int, size: int | None = None) -> None:
         number = self._data / str(len(self.manifest.entries))

@@ -54,9 +54,6 @@ def _clear_after_daemon(paths: Paths) -> None:
     from isolator.recovery import daemon as recovery
     from isolator.recovery.journal import Journal
 
-    journal = Journal(paths.journal)
-    try:
+    with contextlib.closing(Journal(paths.journal)) as journal:
         recovery.clear(paths, journal)
         recovery.remove_subtree(paths)
-    finally:
-        journal.close()

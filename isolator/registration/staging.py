@@ -21,7 +21,7 @@ from typing import Literal
 
 from isolator.base.lean import sha256_of_much
 from isolator.errors import UsageError, translated
-from isolator.linux.descriptors import FdSet
+from isolator.linux.descriptors import FdSet, owning
 from isolator.linux.files import open_nofollow, openat2, remove_tree, write_all
 from isolator.policy.request import MAX_BYTES as MAX_MANIFEST
 from isolator.policy.request import synthesise_manifest
@@ -321,9 +321,6 @@ def _read_manifest(folder: Path, source: Path) -> bytes:
 def _write_new(path: Path, content: bytes, mode: int) -> None:
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    try:
+    with owning(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)) as fd:
         write_all(fd, content)
         os.fchmod(fd, mode)
-    finally:
-        os.close(fd)
