@@ -286,13 +286,13 @@ class _Making:
 
     def _blob(self, area: str, name: str, source: int, mode: int, size: int | None = None) -> None:
         number = self._data / str(len(self.manifest.entries))
-        target = os.open(number, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
+        with (
+            owning(
+                os.open(number, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            ) as target,
+            translated(OSError, IsolatorError, f"backup of {area}/{name}", "", "is the disk full?"),
+        ):
             size, digest = copy_sparse(source, target, size)
-        except OSError as error:
-            raise IsolatorError(f"backup of {area}/{name}", error.strerror or str(error), "is the disk full?") from None
-        finally:
-            os.close(target)
         self._add(Entry(area, name, "file", mode, size, digest))
 
     def _add(self, entry: Entry) -> None:

@@ -118,10 +118,8 @@ def _has_bytecode(parent: int, name: str) -> bool:
         fd = os.open(importlib.util.cache_from_source(name), os.O_RDONLY | os.O_NOFOLLOW, dir_fd=parent)
     except OSError:
         return False
-    try:
+    with owning(fd):
         head = os.read(fd, 16)
-    finally:
-        os.close(fd)
     if head[:4] != importlib.util.MAGIC_NUMBER:
         return False
     if flags := int.from_bytes(head[4:8], "little"):

@@ -208,9 +208,12 @@ def _digest(files: str, sha256: str, manifest: bytes) -> str:
 
 def _hash_in(folder: Path, path: str, *, shown: Path) -> str:
     """SHA-256 of a file in a copy; raises UsageError when there is none of that name."""
-    with FdSet() as owned, translated(OSError, UsageError, str(shown), "", "check the path"):
-        root = owned.add(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-        return hash_descriptor(owned.add(openat2(root, path, os.O_RDONLY)))
+    with (
+        translated(OSError, UsageError, str(shown), "", "check the path"),
+        owning(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as root,
+        owning(openat2(root, path, os.O_RDONLY)) as fd,
+    ):
+        return hash_descriptor(fd)
 
 
 def _hash_offered(binary: Path, offered: tuple[int, int] | None) -> str:
@@ -280,8 +283,8 @@ def _hash(fd: int) -> str:
 
 def hash_binary(path: Path) -> str:
     """SHA-256 of a binary that stays where it is; raises UsageError when others could change it."""
-    with FdSet() as owned:
-        return hash_descriptor(owned.add(open_binary(path)))
+    with owning(open_binary(path)) as fd:
+        return hash_descriptor(fd)
 
 
 def check_staged(staged: Staged, binary: str, shown: str, *, read: tuple[str, ...]) -> None:
@@ -291,8 +294,8 @@ def check_staged(staged: Staged, binary: str, shown: str, *, read: tuple[str, ..
     """
     view = CageView(staged.folder, read)
     if staged.kind == "binary":
-        with FdSet() as owned:
-            check_descriptor(owned.add(open_binary(Path(staged.binary_path))), view, shown=staged.binary_path)
+        with owning(open_binary(Path(staged.binary_path))) as fd:
+            check_descriptor(fd, view, shown=staged.binary_path)
     else:
         check_program(view, binary, shown=f"{shown}/{binary.removeprefix('./')}")
 
