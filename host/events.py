@@ -113,19 +113,8 @@ class EventType:
 
     @functools.cached_property
     def check(self) -> SchemaValidator:
-        """The check of its payloads as they come; raises UsageError when none can be made of its shape."""
-        shape = self.shape
-        if self.filled is not None:
-            optional = Property(shape.fields[self.filled].shape, False)
-            shape = Record(shape.name, {**shape.fields, self.filled: optional})
-        return check_of(self.name, shape)
-
-    def fill(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """Return the fields with the time that the host sets, in the shape's order."""
-        if self.filled is None or self.filled in fields:
-            return fields
-        now = format_time(time.time())
-        return {key: fields.get(key, now) for key in self.shape.fields if key in fields or key == self.filled}
+        """The check of its payloads, which sets ``filled``; raises UsageError when none can be made of its shape."""
+        return check_of(self.name, self.shape, self.filled, lambda: format_time(time.time()))
 
     def surprise(self, newer: EventType) -> str | None:
         """Find what a plugin that knows this type would not expect of a newer payload; None if all is as before."""
@@ -294,7 +283,7 @@ class Catalogue:
         """Check a payload and fill in the fields that the host knows; raises NotFoundError or UsageError."""
         event_type = self.need(name)
         try:
-            fields = event_type.fill(event_type.check.validate_python(payload))
+            fields = event_type.check.validate_python(payload)
         except ValidationError as error:
             raise UsageError(f"event {name}", explain(error, event_type.shape)) from None
         text = dumps(fields)

@@ -58,7 +58,7 @@ from host.plugins.logs import Logs
 from host.plugins.registry import Registry, load_event_types
 from host.plugins.secrets import ConfigStore
 from host.queue.beside_trail import compare
-from host.queue.owed import Debts
+from host.queue.owed import Debts, owed
 from host.queue.rows import newest_number
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ConfigChanged, DatabaseDamaged
@@ -120,7 +120,6 @@ class Host:
             _logger.warning(
                 "%s is gone, a new one was made: queued events, config and stored values are lost", database
             )
-            audit.record(ConfigChanged(names=[], lost=True, why=f"{database} is gone"))
         alarms = self._alarms = Alarms(audit, store, settings.audit.disk_full)
         if config.problem is not None:
             _logger.warning("%s", config.problem)
@@ -139,6 +138,8 @@ class Host:
         alarms.note_missing(compared)
         self._unrecorded = store.read(lambda db: unrecorded(db, compared, accepted_here(db))) if before is None else []
         """Records that the trail may lack."""
+        if lost:
+            self._unrecorded.append(owed(ConfigChanged(names=[], lost=True, why=f"{database} is gone"), None))
         cluster = cluster_of(settings.cluster, store)
         queue = self._queue = queue_class(cluster)(
             store,
@@ -192,7 +193,7 @@ class Host:
             registry=registry,
             config=config,
             queue=queue,
-            records=records,
+            debts=debts,
             logs=logs,
             api=api,
             dispatcher=dispatcher,
@@ -207,7 +208,7 @@ class Host:
         trail = self._trail = TrailStreams(paths.audit_log, audit)
         searches = self._searches = Searches(paths.audit_log)
         api_verbs = self._api_verbs = ApiVerbs(api)
-        registrations = RegistrationVerbs(link, catalogue, registry, config, lifecycle, audit)
+        registrations = RegistrationVerbs(link, catalogue, registry, config, lifecycle, audit, debts)
         elsewhere = Elsewhere(member.holders) if member is not None else Elsewhere()
         endpoints: list[AnyEndpoint] = [
             *EventVerbs(intake, queue, dispatcher, registry, catalogue, debts).endpoints(),
@@ -257,15 +258,16 @@ class Host:
         """The supervisor's requests and notifications, by op."""
         return by_op(
             messages.PluginChanged.on(self._plugin_changed),
-            messages.GetEnvironment.on(self._environments.answer),
-            messages.RunStarted.on_fds(self._run_started),
+            messages.PluginTurned.on_now(self._lifecycle.turn),
+            messages.GetEnvironment.on_now(self._environments.answer),
+            messages.RunStarted.on_fds_now(self._run_started),
             messages.DrainRun.on(self._drain_run),
-            messages.RunEnded.on(self._run_ended),
-            messages.InvocationBegun.on_fds(self._invocation_begun),
-            messages.InvocationEnded.on(self._invocation_ended),
+            messages.RunEnded.on_now(self._run_ended),
+            messages.InvocationBegun.on_fds_now(self._invocation_begun),
+            messages.InvocationEnded.on_now(self._invocation_ended),
             messages.GetStderrTail.on(self._stderr_tail),
             messages.NewAuditSocket.on_fds(self._audit_source),
-            messages.AlarmsChanged.on(self._alarms_changed),
+            messages.AlarmsChanged.on_now(self._alarms_changed),
             messages.ServeCallers.on(self._serve_callers),
             messages.GiveUp.on(self._give_up),
             messages.Leave.on(self._leave),
@@ -273,11 +275,7 @@ class Host:
 
     async def start(self, introduction: Introduction) -> None:
         """Take over the plugins, accept commands, and start eager plugins."""
-        self._fences.adopt(introduction.fences)
-        self._alarms.supervisor = introduction.alarms
-        unpaid, self._unrecorded = self._unrecorded, []  # they may be very many
-        if (finding := self._debts.find(unpaid)) is not None:
-            self._gate.hold(finding, OWED)
+        self._begin(introduction)
         for entry in introduction.plugins:
             await self._lifecycle.adopt(entry)
         if self._member is not None:
@@ -292,8 +290,7 @@ class Host:
 
     async def go_on(self, introduction: Introduction, state: HostState, descriptors: Descriptors) -> None:
         """Take over the plugins as another host has left them, its requests in flight, its connections."""
-        self._fences.adopt(introduction.fences)
-        self._alarms.supervisor = introduction.alarms
+        self._begin(introduction)
         # Before any plugin's line is read, which may be a call of a method that one of the callers serves.
         self._api_verbs.numbers = state.api_calls
         await self._control.take_over(state.control, descriptors)
@@ -309,11 +306,17 @@ class Host:
         if self._member is not None:
             await self._member.start()
         self._jobs.start()
-        self._debts.find()
         self._lifecycle.drop_unsettled_values()
         self._logs.take_over(state.logs, descriptors)
         await self._api.take_over(state.api, descriptors)
         self._lifecycle.take_over(state.starts)
+
+    def _begin(self, introduction: Introduction) -> None:
+        self._fences.adopt(introduction.fences)
+        self._alarms.supervisor = introduction.alarms
+        unpaid, self._unrecorded = self._unrecorded, []  # they may be very many
+        if (finding := self._debts.find(unpaid)) is not None:
+            self._gate.hold(finding, OWED)
 
     async def _give_up(self, _: messages.GiveUp) -> None:
         if self._member is not None and self._member.node is not None:
@@ -430,7 +433,7 @@ class Host:
         elif request.plugin is not None:
             await self._lifecycle.adopt(request.plugin)
 
-    async def _run_started(self, request: messages.RunStarted, fds: list[int]) -> None:
+    def _run_started(self, request: messages.RunStarted, fds: list[int]) -> None:
         name, run = request.name, request.run
         stdout, stderr, listener = fds
         fds.clear()
@@ -451,7 +454,7 @@ class Host:
             return
         await self._dispatcher.drain(request.name, request.run, request.reason)
 
-    async def _run_ended(self, request: messages.RunEnded) -> None:
+    def _run_ended(self, request: messages.RunEnded) -> None:
         name, run = request.name, request.run
         plugin = self._registry.get(name)
         if plugin is not None and plugin.run in (run, None):
@@ -460,16 +463,16 @@ class Host:
             self._servers.run_ended(name, run)
         self._dispatcher.run_ended(name, run, crashed=_is_crash(request))
 
-    async def _invocation_begun(self, begun: messages.InvocationBegun, fds: list[int]) -> None:
+    def _invocation_begun(self, begun: messages.InvocationBegun, fds: list[int]) -> None:
         self._dispatcher.invocation_begun(begun, fds)
 
-    async def _invocation_ended(self, ended: messages.InvocationEnded) -> None:
+    def _invocation_ended(self, ended: messages.InvocationEnded) -> None:
         self._dispatcher.invocation_ended(ended)
 
     async def _stderr_tail(self, request: messages.GetStderrTail) -> messages.StderrTail:
         return messages.StderrTail(stderr=tuple(await self._logs.stderr_tail(request.name, request.run)))
 
-    async def _alarms_changed(self, request: messages.AlarmsChanged) -> None:
+    def _alarms_changed(self, request: messages.AlarmsChanged) -> None:
         self._alarms.supervisor = request.alarms
 
     def _end(self, why: str) -> None:

@@ -32,21 +32,20 @@ class ConfigVerbs(Verbs):
             raise IsolatorError(f"plugin {plugin.name}", plugin.error or "its manifest cannot be read")
         keys = sorted(request.config)
         change = self._debts.of_plugin(plugin.name, lambda: ConfigChanged(names=keys, by=caller.by))
-        await self._config.set(plugin.name, plugin.manifest, request.config, beside=change.note)
-        change.pay()
+        with change:
+            await self._config.set(plugin.name, plugin.manifest, request.config, beside=change.note)
         return {"restarted": await self._lifecycle.restart_for_config(plugin, keys)}
 
     @serves(config_types.ConfigUnset)
     async def unset_value(self, request: config_types.ConfigUnset, caller: Caller) -> config_types.ConfigChange:
         plugin = self._registry.need(request.name)
         change = self._debts.of_plugin(plugin.name, lambda: ConfigChanged(names=[request.key], by=caller.by))
-        await self._config.unset(plugin.name, request.key, beside=change.note)
-        change.pay()
+        with change:
+            await self._config.unset(plugin.name, request.key, beside=change.note)
         return {"restarted": await self._lifecycle.restart_for_config(plugin, [request.key])}
 
     @serves(config_types.ConfigRotateKey)
     async def rotate_key(self, _: config_types.ConfigRotateKey, caller: Caller) -> config_types.Reencrypted:
         change = self._debts.of_plugin(None, lambda count: ConfigChanged(names=[], rotated=count, by=caller.by))
-        count = await self._config.rotate(change.note)
-        change.pay()
-        return {"values": count}
+        with change:
+            return {"values": await self._config.rotate(change.note)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from host.control.endpoints import Belonging, Caller, QuickEndpoint, may
@@ -32,6 +33,18 @@ class _NoVerbError(UsageError):
     """There is no such verb."""
 
 
+@dataclass(slots=True)
+class _Open:
+    """A request that takes a task."""
+
+    number: Any
+    line: bytes | None
+    """Its line as long as it may be made again."""
+    changes: bool
+    """It goes on although its caller has gone: a change that ended in between would be on disk, and neither in this
+    process nor on record."""
+
+
 _NO_METHOD, _FAILED = -32601, -32000
 """Codes of JSON-RPC: of a verb that does not exist, and of every other error (``data`` tells them apart)."""
 
@@ -46,9 +59,7 @@ class Connection(LineProtocol):
         super().__init__()
         self._server = server
         self._caller: Caller | None = None
-        self._tasks: dict[asyncio.Task[None], bytes | None] = {}
-        """Requests that take a task; each with its line as long as it may be made again."""
-        self._numbers: dict[asyncio.Task[None], Any] = {}
+        self._tasks: dict[asyncio.Task[None], _Open] = {}
         self._open = 0
         self._no_more = False
 
@@ -69,13 +80,18 @@ class Connection(LineProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        for task, request in self._tasks.items():
+            if not request.changes:
+                task.cancel()
         if self._caller is not None:
-            self._server.closed(self, self._caller)
+            self._caller.leave()
+        self._free_place()
+
+    def end(self) -> None:
+        """End every request, and close."""
         for task in self._tasks:
             task.cancel()
-        if self._caller is not None:
-            for callback in list(self._caller.on_close):
-                callback()
+        self.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -100,32 +116,31 @@ class Connection(LineProtocol):
             return
         task = asyncio.get_running_loop().create_task(self._serve(message))
         endpoint = self._server.endpoint(message.get("method"))
-        self._numbers[task] = message.get("id")
-        self._tasks[task] = data if endpoint is not None and endpoint.request.spec.repeatable else None
+        spec = endpoint.request.spec if endpoint is not None else None
+        again, changes = (data if spec.repeatable else None, spec.changes) if spec is not None else (None, False)
+        self._tasks[task] = _Open(message.get("id"), again, changes)
         task.add_done_callback(self._finished)
 
     @property
     def changes(self) -> bool:
         """Whether a request is open that could not be made again."""
-        return any(data is None for data in self._tasks.values())
+        return any(request.line is None for request in self._tasks.values())
 
     def pass_on_all(self, departure: Departure) -> ConnectionState | None:
         """Hand the connection on, with the requests that are not answered; None when it is closed instead."""
         caller = self._caller
-        if not self.is_open or caller is None:
-            return None
-        if caller.follows:
-            self.close()
+        if not self.is_open or caller is None or caller.follows:
+            self.end()
             return None
         again = []
-        for task, data in self._tasks.items():
+        for task, request in self._tasks.items():
             if task.done():
                 continue
             task.cancel()
-            if data is None:
-                self._answer(self._numbers[task], error=_BROKEN_OFF)
+            if request.line is None:
+                self._answer(request.number, error=_BROKEN_OFF)
             else:
-                again.append(data)
+                again.append(request.line)
         belongings = tuple(belonging() for belonging in caller.belongings)
         line = self.pass_on(departure, again=again)
         return ConnectionState(line=line, belongings=belongings)
@@ -146,8 +161,14 @@ class Connection(LineProtocol):
         return self._open > 0 or self.unread
 
     def _finished(self, task: asyncio.Task[None]) -> None:
-        del self._tasks[task], self._numbers[task]
+        del self._tasks[task]
         self._closed_one()
+        self._free_place()
+
+    def _free_place(self) -> None:
+        """Count no longer as a connection, once it is closed and none of its requests goes on."""
+        if self.transport is None and not self._tasks and self._caller is not None:
+            self._server.closed(self, self._caller)
 
     def _closed_one(self) -> None:
         self._open -= 1
@@ -170,6 +191,8 @@ class Connection(LineProtocol):
         try:
             request = endpoint.request.parse(params)
             endpoint.start(request, caller, lambda result, error: self._quick_answer(number, result, error))
+            if not self._buffer:
+                endpoint.hurry()
         except IsolatorError as error:
             self._quick_answer(number, None, error)
         return True
@@ -188,7 +211,13 @@ class Connection(LineProtocol):
         self.send(line({"jsonrpc": "2.0", "method": method, "params": dict(params)}))
 
     def _answer(self, number: Any, *, result: Any = None, error: IsolatorError | None = None) -> None:
-        self.send_soon(_answer_line(number, result=result, error=error))
+        data = _answer_line(number, result=result, error=error)
+        (self.send_soon if self._open > 1 else self.send)(data)  # with others that are awaited, or at once
+
+    @property
+    def _present(self) -> _Open:
+        """The request of the task that asks."""
+        return self._tasks[cast(asyncio.Task[None], asyncio.current_task())]
 
     async def _serve(self, message: dict[str, Any]) -> None:
         caller, number, verb = self._caller, message.get("id"), message.get("method")
@@ -215,10 +244,10 @@ class Connection(LineProtocol):
                 await endpoint.there_is_room()
                 if self._server.leaving:
                     await asyncio.Event().wait()  # pass_on_all ends it, and the successor begins it
-                self._tasks[cast(asyncio.Task[None], asyncio.current_task())] = None
+                self._present.line = None
             answer = _answer_line(number, result=await endpoint.answer(request, caller))
         except IsolatorError as error:
-            repeated = self._tasks[cast(asyncio.Task[None], asyncio.current_task())] is not None
+            repeated = self._present.line is not None
             if self._server.leaving and repeated and isinstance(error, UnavailableError):
                 await asyncio.Event().wait()  # the supervisor has broken it off, and the successor begins it anew
             verdict = error.code

@@ -47,14 +47,19 @@ class Caller:
     """Things kept for this connection that go on in no other host (a stream, a search). As long as there is one, the
     connection is not handed on: its caller connects again."""
 
+    gone: bool = False
+    """The connection has closed."""
     is_console: bool = False
     """The console's own connection: the name of whom it asks for goes into the trail."""
 
     def keep(self, end: Callable[[], None], belonging: Callable[[], Belonging] | None = None) -> Callable[[], None]:
         """Have ``end`` called when the connection closes; the returned function takes that back, once it is over.
 
-        ``belonging``: one of ``belongings`` for as long; without it, one of what it ``follows``.
+        ``belonging``: one of ``belongings`` for as long; without it, one of what it ``follows``. If the connection has
+        closed by now, ``end`` is called in the loop's next turn.
         """
+        if self.gone:
+            asyncio.get_running_loop().call_soon(end)
         self.on_close.append(end)
         if belonging is not None:
             self.belongings.append(belonging)
@@ -69,6 +74,12 @@ class Caller:
                 self.follows -= 1
 
         return over
+
+    def leave(self) -> None:
+        """End what is kept for the connection, which has closed."""
+        self.gone = True
+        for end in list(self.on_close):
+            end()
 
     @property
     def by(self) -> str:
@@ -99,6 +110,8 @@ class QuickEndpoint(Generic[R]):
     start: Callable[[R, Caller, Reply], None]
     full: Callable[[], bool]
     room: Callable[[], Awaitable[None]]
+    hurry: Callable[[], None] = lambda: None
+    """Called once a request was started that is the only one of its connection at the moment."""
 
     async def there_is_room(self) -> None:
         """Wait until ``start`` may be called."""

@@ -35,9 +35,10 @@ class EventVerbs(Verbs):
 
     def endpoints(self) -> list[AnyEndpoint]:
         """The verbs with their handlers."""
+        intake, hurry = self._intake, self._queue.store.commit_alone
         return [
             *super().endpoints(),
-            QuickEndpoint(event_types.EventEmit, self.emit, full=self._intake.full, room=self._intake.room),
+            QuickEndpoint(event_types.EventEmit, self.emit, full=intake.full, room=intake.room, hurry=hurry),
         ]
 
     def emit(self, request: event_types.EventEmit, caller: Caller, reply: Reply) -> None:
@@ -113,10 +114,10 @@ class EventVerbs(Verbs):
         change = self._debts.of_event(
             event_id, lambda one: EventReplayed(reason="operator", attempts=one.attempts, by=caller.by)
         )
-        plugins = await self._queue.replay(event_id, request.plugin, change.note)
+        with change:
+            plugins = await self._queue.replay(event_id, request.plugin, change.note)
         if not plugins:
             raise UsageError(f"event {event_id}", "no delivery of it was given up", "name a --plugin to repeat one")
-        change.pay()
         return {"id": event_id, "plugins": plugins}
 
 

@@ -51,9 +51,8 @@ class OperationVerbs(Verbs):
     async def retry(self, request: event_types.EventRetry, caller: Caller) -> event_types.ChangedEvent:
         event_id = self._resolved(request.id, request.plugin)
         change = self._recorded(EventRetried, event_id, caller)
-        with self._of_this_host(event_id, request.plugin):
+        with change, self._of_this_host(event_id, request.plugin):
             changed = await self._queue.retry(event_id, request.plugin, change.note)
-        change.pay()
         for one in changed:
             self._dispatcher.wake(one.plugin)
         return {"id": event_id, "plugins": [one.plugin for one in changed]}
@@ -78,9 +77,8 @@ class OperationVerbs(Verbs):
         caller: Caller,
     ) -> event_types.ChangedEvent:  # fmt: skip
         change = self._recorded(kind, event_id, caller)
-        with self._of_this_host(event_id, plugin):
+        with change, self._of_this_host(event_id, plugin):
             changed = await self._queue.end(event_id, plugin, result, change.note)
-        change.pay()
         return {"id": event_id, "plugins": [one.plugin for one in changed]}
 
     @serves(event_types.EventRecover)

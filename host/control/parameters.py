@@ -186,6 +186,11 @@ class Spec:
     repeatable: bool
     """Whether a call that was not answered may be made again, by the host that takes the place of this one."""
 
+    @property
+    def changes(self) -> bool:
+        """Whether a call changes something: who may do no more than read changes nothing."""
+        return self.recorded and self.role != "viewer"
+
 
 @struct_class(frozen=True)
 class Parameter:

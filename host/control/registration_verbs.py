@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 from collections import defaultdict
@@ -20,8 +21,9 @@ from host.plugins import manifest as manifests
 from host.plugins.manifest import Manifest
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import ConfigStore
+from host.queue.owed import Debts
 from isolator.audit.client import AuditClient
-from isolator.audit.schema import ConfigChanged, PackageResolved
+from isolator.audit.schema import PackageResolved
 from isolator.base.structs import struct_class
 from isolator.errors import IsolatorError, UsageError, nearest
 from isolator.ipc import messages
@@ -54,9 +56,10 @@ class RegistrationVerbs(Verbs):
         config: ConfigStore,
         lifecycle: PluginLifecycle,
         audit: AuditClient,
+        debts: Debts,
     ) -> None:
         self._link, self._catalogue, self._registry = link, catalogue, registry
-        self._config, self._lifecycle, self._audit = config, lifecycle, audit
+        self._config, self._lifecycle, self._audit, self._debts = config, lifecycle, audit, debts
         self._staged: dict[str, _Staged] = {}
         self._kept: dict[str, Callable[[], None]] = {}
         """Functions, by token, that have a connection keep no longer what was staged."""
@@ -162,14 +165,16 @@ class RegistrationVerbs(Verbs):
             if is_new and name in self._registry.known():
                 # It was removed while this process was not running: nothing of it may reach its namesake.
                 await self._lifecycle.forget(name)
-            await self._config.set(name, staged.manifest, request.config, replace=is_new)
-            try:
-                answer = await self._link.ask(messages.CommitPlugin(token=request.token, ticket=request.ticket))
-            except IsolatorError:
-                if is_new:
-                    await self._config.forget(name)
-                raise
-            return await self._registered(request, staged.manifest, answer, caller)
+            with self._debts.of_config(name, request.config, caller.by) as change:
+                note = functools.partial(change.note, waits=False)
+                await self._config.set(name, staged.manifest, request.config, replace=is_new, beside=note)
+                try:
+                    answer = await self._link.ask(messages.CommitPlugin(token=request.token, ticket=request.ticket))
+                except IsolatorError:
+                    if is_new:
+                        await self._config.forget(name, beside=change.drop)
+                    raise
+            return await self._registered(request, staged.manifest, answer)
 
     @serves(plugin_types.PluginUpdate)
     async def update(self, request: plugin_types.PluginUpdate, caller: Caller) -> plugin_types.UpdatedPlugin:
@@ -179,16 +184,19 @@ class RegistrationVerbs(Verbs):
         manifest, name = staged.manifest, staged.manifest.core.name
         async with self._locks[name]:
             self._registry.need(name)
-            await self._config.set_next(name, staged.digest, manifest, request.config)
             asked = messages.UpdatePlugin(token=request.token, ticket=request.ticket, approve=request.approve)
-            try:
-                answer = await self._link.ask(asked)
-            except IsolatorError:
-                now = self._registry.get(name)
-                if now is None or staged.digest not in now.versions:
-                    self._config.drop_next(name, staged.digest)
-                raise
-            updated = answer.to_json() | await self._registered(request, manifest, answer, caller)
+            with self._debts.of_config(name, request.config, caller.by) as change:
+                await self._config.set_next(name, staged.digest, manifest, request.config, beside=change.note)
+                try:
+                    answer = await self._link.ask(asked)
+                except IsolatorError:
+                    now = self._registry.get(name)
+                    if now is None or staged.digest not in now.versions:
+                        self._config.drop_next(name, staged.digest, beside=change.drop)
+                    raise
+                if request.config:
+                    await change.restate(waits=answer.pending)
+            updated = answer.to_json() | await self._registered(request, manifest, answer)
             if request.config and updated.get("unchanged"):
                 await self._lifecycle.restart_for_config(self._registry.need(name), sorted(request.config))
             return cast(plugin_types.UpdatedPlugin, updated)
@@ -198,13 +206,9 @@ class RegistrationVerbs(Verbs):
         request: plugin_types.PluginCommit | plugin_types.PluginUpdate,
         manifest: Manifest,
         answer: messages.OnePlugin,
-        caller: Caller,
     ) -> plugin_types.RegisteredPlugin:
         name = manifest.core.name
         self._take(request.token)
-        if request.config:
-            keys, waits = sorted(request.config), isinstance(answer, messages.UpdatedPlugin) and answer.pending
-            self._audit.record(ConfigChanged(names=keys, by=caller.by, waits=waits), plugin=name)
         plugin = await self._lifecycle.adopt(answer.plugin)
         await self._lifecycle.registered(plugin, new=isinstance(request, plugin_types.PluginCommit))
         missing = self._config.missing(name, plugin.manifest or manifest)

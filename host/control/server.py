@@ -187,7 +187,7 @@ class ControlServer:
         if self._acceptor is not None:
             self._acceptor.close()
         for connection in list(self._connections):
-            connection.close()
+            connection.end()
 
 
 _TOO_FAST = refusal("connections without a role are open, and come, in great number", "try again")

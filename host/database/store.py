@@ -86,7 +86,10 @@ class Store:
         self._loop = asyncio.get_running_loop()
         self._fatal = fatal or exit_after_failed_sync
         self._ops: list[_Op] = []
-        self._scheduled = False
+        self._scheduled: asyncio.Handle | None = None
+        """The next commit, but for that of the lazy operations."""
+        self._alone = False
+        """It is for the next turn, and nothing else of this turn can share its transaction."""
         self._lazy: asyncio.TimerHandle | None = None
         self._gathering: list[_Op] = []
         self._in_sync: list[_Op] = []
@@ -159,14 +162,20 @@ class Store:
         self._ops.append(_Op(apply, done, durable, self._loop.time() + GIVE_UP))
         if not lazy:
             self.flush_soon()
-        elif not self._scheduled and self._lazy is None:
+        elif self._scheduled is None and self._lazy is None:
             self._lazy = self._loop.call_later(LAZY, self._commit_lazy)  # not anew after each commit before it
 
     def flush_soon(self) -> None:
         """Commit all that is submitted in the loop's next turn, the lazy operations with the others."""
-        if not self._scheduled:
-            self._scheduled = True
-            self._loop.call_soon(self._commit)
+        if self._scheduled is None:
+            # asyncio has no interface for that; all that waited for this turn is in there by now.
+            self._alone = not (self._syncing or self._loop._ready)  # type: ignore[attr-defined]
+            self._scheduled = self._loop.call_soon(self._commit)
+
+    def commit_alone(self) -> None:
+        """Commit what is due a turn early, if nothing else of this turn can share it, and no sync is under way."""
+        if self._alone:
+            self._commit()
 
     async def committed(self) -> None:
         """Return once all that is submitted so far is in the log: at once, unless the database cannot be written now.
@@ -279,7 +288,9 @@ class Store:
         self._commit()
 
     def _commit(self) -> None:
-        self._scheduled = False
+        if self._scheduled is not None:
+            self._scheduled.cancel()  # or it is this one
+        self._scheduled, self._alone = None, False
         if not self._ops or self._closed or self._held:
             return None
         ops, self._ops = self._ops, []
@@ -344,7 +355,8 @@ class Store:
         if not self._syncing and self._loop.time() - self._rescued > RESCUE_EVERY:
             self._rescued = self._loop.time()
             self._syncing = True
-            self._checkpoint = Sync([], checkpoint=True, hold=True, rescue=True)
+            self._in_sync = []
+            self._checkpoint = Sync(self._in_sync, checkpoint=True, hold=True, rescue=True)
             self._wal.begin(self._checkpoint)
 
     def _apply(self, ops: list[_Op], isolated: bool) -> list[_Op]:
@@ -389,9 +401,8 @@ class Store:
         self._ops = keep + self._ops
         for done in over:  # only now: who is told may write, which comes behind what is kept
             done(None, UnavailableError(str(self.path), f"cannot be written: {why}", "free the disk or the lock"))
-        if self._ops and not self._scheduled:
-            self._scheduled = True
-            self._loop.call_later(RETRY, self._commit)
+        if self._ops and self._scheduled is None:
+            self._scheduled = self._loop.call_later(RETRY, self._commit)
 
     def _start_sync(self, *, one_has_ended: bool = False) -> None:
         """Begin the sync that operations wait for; a checkpoint that is due begins where a sync has ended.

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from host.channel.oneshot import Exchange, ExchangeState
@@ -56,8 +57,9 @@ class OneshotDelivery:
 
     def __init__(self, sidecar: SidecarLink, outcomes: Outcomes, catalogue: Catalogue) -> None:
         self._sidecar, self._outcomes, self._catalogue = sidecar, outcomes, catalogue
-        self._turn = asyncio.Lock()
-        """Held while a request is on its way: the plugin serves one connection at a time."""
+        self._free = asyncio.Event()
+        """Clear while a request is on its way or begun: the plugin serves one connection at a time."""
+        self._free.set()
         self._prepared: asyncio.Future[tuple[socket.socket, str]] | None = None
         self._current: _Request | None = None
         """The event's request on its way."""
@@ -68,16 +70,43 @@ class OneshotDelivery:
     @property
     def busy(self) -> bool:
         """Whether a request is on its way."""
-        return self._turn.locked()
+        return not self._free.is_set()
 
     async def deliver(self, plugin: Plugin, hook: str, delivery: Delivery) -> None:
         """Try a delivery and conclude it; raises NotSentError or IsolatorError when nothing could be sent."""
-        async with self._turn:
-            await self._deliver(plugin, hook, delivery)
+        async with self._turn():
+            request = self._request(plugin, hook, delivery)
+            if request is None:
+                self._outcomes.give_up(delivery, "payload_too_large")
+            else:
+                self._begin(plugin, delivery, request, *await self._connection())
+        await self.answered()
 
-    async def _deliver(self, plugin: Plugin, hook: str, delivery: Delivery) -> None:
+    def full(self) -> bool:
+        """Whether no other event can be sent before that which is on its way is answered."""
+        return self._current is not None
+
+    def deliver_now(self, plugin: Plugin, hook: str, delivery: Delivery) -> bool:
+        """Begin an attempt, which concludes by itself, if that takes no wait; returns whether it took none."""
+        if self.busy or (self._prepared is not None and self._made is None):
+            return False
+        request = self._request(plugin, hook, delivery)
+        if request is None:
+            self._outcomes.give_up(delivery, "payload_too_large")
+            return True
+        made, self._prepared = self._made, None
+        if made is not None and self._sidecar.is_over(made[1]):
+            made[0].close()
+            made = None
+        made = made or self._connect_now()
+        if made is not None:
+            self._begin(plugin, delivery, request, *made)
+        return made is not None
+
+    def _request(self, plugin: Plugin, hook: str, delivery: Delivery) -> bytes | None:
+        """The line of a request; None: it would be too long."""
         assert delivery.event is not None
-        request = oneshot_request(
+        return oneshot_request(
             delivery.event,
             hook,
             self._catalogue.get(delivery.event.name),
@@ -87,10 +116,9 @@ class OneshotDelivery:
             meta=plugin.manifest is None or plugin.manifest.transport.meta == "fit",
             epoch=delivery.epoch,
         )
-        if request is None:
-            self._outcomes.give_up(delivery, "payload_too_large")
-            return
-        sock, run = await self._connection()
+
+    def _begin(self, plugin: Plugin, delivery: Delivery, request: bytes, sock: socket.socket, run: str) -> None:
+        """Begin an attempt over a new connection, if that is the plugin's; raises NotSentError."""
         foreign = self._sidecar.check_peer(sock, plugin, run)
         if foreign is not None:
             sock.close()
@@ -103,33 +131,64 @@ class OneshotDelivery:
             raise
         exchange = Exchange(sock, request, plugin.timeout)
         self._outcomes.begin(delivery, run, request, exchange.send, exchange.give_up, exchange.listen)
-        await self._finish(_Request(plugin, delivery, run, exchange))
+        self._await(_Request(plugin, delivery, run, exchange))
 
-    async def _finish(self, request: _Request) -> None:
-        """Wait for the reply to a request, and conclude the attempt; the connection is closed or kept then."""
-        plugin, delivery, run, exchange = request.plugin, request.delivery, request.run, request.exchange
+    def _await(self, request: _Request) -> None:
+        """Conclude an attempt once the reply to its request is there, or known not to come."""
+        self._free.clear()
         self._current = request
         self._sidecar.status = "in_flight"
+        request.exchange.reply.add_done_callback(self._replied)
+
+    def _replied(self, reply: asyncio.Future[bytes]) -> None:
+        request = self._let_go()
+        if request is None or reply.cancelled():
+            return
         broken = False
         try:
-            reply = await exchange.reply
-            outcome = judged(lambda: read_reply(reply))
+            text = reply.result()
+            outcome = judged(lambda: read_reply(text))
         except LostError as error:
             outcome, broken = error.outcome, error.crash
-        finally:
+        latency = (time.perf_counter_ns() - request.exchange.sent_ns) // 1000
+        self._outcomes.conclude(request.plugin, request.delivery, request.run, outcome, latency, broken=broken)
+
+    def _let_go(self) -> _Request | None:
+        """Await the reply to the request that is on its way no more; its connection is closed or kept. Returns it."""
+        request, self._current = self._current, None
+        if request is not None:
+            exchange = request.exchange
+            exchange.reply.remove_done_callback(self._replied)
             exchange.close()
             if exchange.unused:
-                self._keep(exchange.sock, run)
+                self._keep(exchange.sock, request.run)
             else:
                 exchange.sock.close()
             self._sidecar.end_request()
-            self._current = None
-        latency = (time.perf_counter_ns() - exchange.sent_ns) // 1000
-        self._outcomes.conclude(plugin, delivery, run, outcome, latency, broken=broken)
+            if self._sidecar.status == "in_flight":
+                self._sidecar.status = "idle"
+            self._free.set()
+        return request
+
+    async def answered(self) -> None:
+        """Return once no request is on its way."""
+        await self._free.wait()
+
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Wait for the plugin, and keep others from it until the end, or until what is on its way then is answered."""
+        while self.busy:
+            await self.answered()
+        self._free.clear()
+        try:
+            yield
+        finally:
+            if self._current is None:
+                self._free.set()
 
     async def ping(self, timeout: float) -> None:
         """Send ``ping``; any JSON object is a pong. Raises LostError, NotSentError, WireError, IsolatorError."""
-        async with self._turn:
+        async with self._turn():
             sock, _ = await self._connection()
             ping = Exchange(sock, _PING, timeout)
             ping.send()
@@ -147,37 +206,53 @@ class OneshotDelivery:
             ping.close()
             ping.sock.close()
 
-    def prepare(self) -> bool:
+    def prepare(self, *, alone: bool = False) -> bool:
         """Connect for an event that is being synced; returns whether it can be sent as soon as that is done.
+
+        For a delivery that is ``alone`` only ``deliver_now`` does so, behind the answer to the event's emitter: the
+        kernel's worker that syncs waits for this process, and for the plugin that is woken. Of several no one is to
+        wait for the connections of all the others.
 
         Only to a run that was reached before, so that a start or a hang is never waited for here. A connection must
         not be closed unused, since simple scripts die of that; if the event is not accepted after all, the next
         one goes over it.
         """
-        if self._turn.locked() or not self._sidecar.reached:
+        if self.busy or not self._sidecar.reached:
             return False
         if self._prepared is None:
             loop = asyncio.get_running_loop()
             if self._sidecar.connects_at_once:
-                loop.call_soon(self._connect_ahead)  # when the sync is under way
+                if not alone:
+                    loop.call_soon(self._connect_ahead)  # when the sync is under way
             else:
                 self._prepared = loop.create_task(self._sidecar.connect())
         return True
 
     def _connect_ahead(self) -> None:
-        """Connect for the event that is being synced, in whose shadow that is; if it fails, it is tried again later."""
-        if self._prepared is None and not self._turn.locked() and self._sidecar.accepts:
-            made = self._sidecar.connect_at_once()
+        """Connect for an event that is being synced, if that takes no wait; if it fails, it is tried again later."""
+        if self._prepared is None and not self.busy and self._sidecar.accepts:
+            made = self._connect_now()
             if made is not None:
                 self._keep(*made)
+
+    def _connect_now(self) -> tuple[socket.socket, str] | None:
+        """A new connection and its run, if that takes no wait and there is a descriptor for it."""
+        try:
+            return self._sidecar.connect_at_once()
+        except OSError:
+            return None
 
     def run_ended(self, run: str) -> None:
         """Close the prepared connection if it is one to this run."""
         if self._made is not None and self._made[1] == run:
-            self.close()
+            self._drop()
 
     def close(self) -> None:
-        """Close the prepared connection, or have none made."""
+        """Await no more replies; close the prepared connection, or have none made."""
+        self._let_go()
+        self._drop()
+
+    def _drop(self) -> None:
         if self._made is not None:
             self._made[0].close()
         elif self._prepared is not None:
@@ -241,6 +316,7 @@ class OneshotDelivery:
         prepared, run = self._made or (None, "")
         number = departure.add(prepared.detach()) if prepared is not None else -1
         self._prepared = None
+        self._let_go()
         return OneshotState(request=request, prepared=number, prepared_run=run, ping=ping)
 
     @property
@@ -266,13 +342,12 @@ class OneshotDelivery:
             sock = socket.socket(fileno=descriptors.take(state.request.exchange.socket))
             self._sidecar.take_request()
             exchange = Exchange.taken_over(sock, state.request.exchange)
-            self._current = _Request(plugin, delivery, state.request.run, exchange)
+            self._await(_Request(plugin, delivery, state.request.run, exchange))
 
     async def go_on(self) -> None:
         """Wait for the reply to what another host has sent; that to a request concludes it."""
-        async with self._turn:
-            if self._ping is not None:
+        if self._ping is not None:
+            async with self._turn():
                 with contextlib.suppress(LostError):  # a watch counts its own pings
                     await self._pong(self._ping)
-            if self._current is not None:
-                await self._finish(self._current)
+        await self.answered()

@@ -9,6 +9,7 @@ that was in flight alone; when several were, none is accused, but each of them i
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection
@@ -26,6 +27,8 @@ from isolator.audit.schema import EventDead, EventQuarantined, EventResponse
 from isolator.ipc.body import Body
 from isolator.ipc.fence import Fence
 from isolator.linux.boottime import boottime
+
+_log = logging.getLogger(__name__)
 
 CRASHES_TO_QUARANTINE = 2
 UNREADABLE_REPLIES = 2
@@ -247,6 +250,14 @@ class Outcomes:
     def _conclude(
         self, plugin: Plugin, delivery: Delivery, run: str, outcome: Outcome, latency: int, *, broken: bool
     ) -> None:
+        try:
+            self._end(plugin, delivery, run, outcome, latency, broken=broken)
+        except Exception as error:  # this delivery's: those behind it go on
+            self.note_failure(plugin, delivery, error, sent=True)
+
+    def _end(
+        self, plugin: Plugin, delivery: Delivery, run: str, outcome: Outcome, latency: int, *, broken: bool
+    ) -> None:
         assert delivery.event is not None
         self._in_flight.pop(delivery.seq, None)
         alone = delivery.seq not in self._overlapped
@@ -286,12 +297,23 @@ class Outcomes:
         if not self._in_flight:
             self._died.clear()
 
-    def refuse(self, plugin: Plugin, delivery: Delivery, why: str) -> None:
-        """Count an attempt although nothing was sent, or nobody knows what became of it."""
+    def note_failure(self, plugin: Plugin | None, delivery: Delivery, error: Exception, *, sent: bool = False) -> None:
+        """Log the failure of the host's own work on a delivery; that is an attempt, if there was none that was sent."""
+        _log.error("plugin %s: a delivery failed within the host", self._name, exc_info=error)
+        why = f"it failed within the host: {type(error).__name__}"
+        if not delivery.taken or delivery.final:
+            return  # it was concluded before
+        if plugin is None:
+            self.give_up(delivery, why)
+        else:
+            self.refuse(plugin, delivery, why, sent=sent)
+
+    def refuse(self, plugin: Plugin, delivery: Delivery, why: str, *, sent: bool = False) -> None:
+        """Have an attempt fail although nothing was ``sent``, or nobody knows what became of it."""
         self._in_flight.pop(delivery.seq, None)
         self._overlapped.discard(delivery.seq)
         self._note(delivery, "failed", "refused", why)
-        delivery.attempts += 1
+        delivery.attempts += 0 if sent else 1
         self._try_again(plugin, delivery, Outcome("failed"), Result("retry", "refused", why))
 
     def _note(self, delivery: Delivery, outcome: str, status: str | None, detail: str | None) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -33,8 +32,6 @@ from isolator.ipc.fence import Fence
 from isolator.ipc.messages import InvocationBegun, InvocationEnded
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.ipc.tasks import Tasks
-
-_log = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 2.0
 """Seconds that a plugin which is to stop has to answer requests, and then ``shutdown``, before its SIGTERM."""
@@ -345,7 +342,7 @@ class Worker:
             self._sidecar.status = "idle"
             if self._sidecar.paused:
                 await self._until_resumed()
-            delivery = self._taken = await self._consumer.take(self._prepare, self._send_now)
+            delivery = self._taken = await self._consumer.take(self._prepare, self._send_now, self._oneshot.full)
             if not self._gate.is_open:
                 await self._gate.wait_open()
             if self._sidecar.leaving:
@@ -365,7 +362,7 @@ class Worker:
                 self._taken = None
                 await self._back_off(str(error))
             except Exception as error:  # this delivery's: those behind it go on
-                self._note_failure(delivery, error)
+                self._outcomes.note_failure(self._registry.get(self.name), delivery, error)
             self._taken = None
 
     async def _until_resumed(self) -> None:
@@ -381,18 +378,6 @@ class Worker:
         await self._woken.wait()
         self.blocked_on = None
 
-    def _note_failure(self, delivery: Delivery, error: Exception) -> None:
-        """Log the failure of the host's own work on a delivery, and count it as an attempt."""
-        _log.error("plugin %s: a delivery failed within the host", self.name, exc_info=error)
-        why = f"it failed within the host: {type(error).__name__}"
-        plugin = self._registry.get(self.name)
-        if not delivery.taken or delivery.final:
-            return  # it was concluded before
-        if plugin is None:
-            self._outcomes.give_up(delivery, why)
-        else:
-            self._outcomes.refuse(plugin, delivery, why)
-
     async def _back_off(self, why: str) -> None:
         self._sidecar.status, self.blocked_on = "holding", why
         self._woken.clear()
@@ -402,8 +387,7 @@ class Worker:
 
     def _send_now(self, delivery: Delivery) -> bool:
         """Begin an attempt of a delivery, or conclude it, if that takes no wait; returns whether it took none."""
-        plugin = self._registry.get(self.name)
-        if plugin is None or plugin.mode != "stream" or not self._sidecar.accepts or not self._gate.is_open:
+        if not self._sidecar.accepts or not self._gate.is_open:
             return False
         try:
             if not self._deliver_now(delivery):
@@ -411,14 +395,16 @@ class Worker:
         except (NotSentError, IsolatorError):  # ``_work`` meets it again, and backs off
             return False
         except Exception as error:
-            self._note_failure(delivery, error)
+            self._outcomes.note_failure(self._registry.get(self.name), delivery, error)
         self._backoff.reset()
         self.blocked_on = None
-        self._sidecar.status = "idle"
+        if not self._oneshot.busy:
+            self._sidecar.status = "idle"
         return True
 
     async def _deliver(self, delivery: Delivery) -> None:
         if self._deliver_now(delivery):
+            await self._oneshot.answered()
             return
         plugin, event = self._registry.get(self.name), delivery.event
         assert plugin is not None
@@ -447,15 +433,17 @@ class Worker:
         elif plugin.filtered and not plugin.sees(json.loads(event.payload)):
             # It was accepted, or is replayed, under another grant or version.
             self._outcomes.give_up(delivery, "the filters of the plugin's grant or manifest leave this event out")
+        elif plugin.mode == "stream":
+            return self._stream.deliver_now(plugin, hook, delivery)
         else:
-            return plugin.mode == "stream" and self._stream.deliver_now(plugin, hook, delivery)
+            return plugin.mode == "oneshot" and self._oneshot.deliver_now(plugin, hook, delivery)
         return True
 
-    def _prepare(self) -> bool:
+    def _prepare(self, alone: bool) -> bool:
         """Prepare for a delivery that is being synced; returns whether it can be sent as soon as that is done."""
         plugin = self._registry.get(self.name)
         if plugin is None or not self._sidecar.accepts or not self._gate.is_open:
             return False
         if plugin.mode == "stream":
             return self._stream.ready
-        return plugin.mode == "oneshot" and self._oneshot.prepare()
+        return plugin.mode == "oneshot" and self._oneshot.prepare(alone=alone)

@@ -104,7 +104,10 @@ class HostApi:
 
     def limits(self, name: str) -> Limits:
         """Return a plugin's limits, which a new run does not refill."""
-        return self._limits.setdefault(name, Limits())
+        found = self._limits.get(name)
+        if found is None:
+            found = self._limits[name] = Limits()
+        return found
 
     def forget(self, name: str) -> None:
         """Close a plugin's listener and connections."""
@@ -223,6 +226,15 @@ class HostApi:
         began = time.perf_counter_ns()
         verdict: ApiVerdict = "granted"
         permission, found = None, None
+
+        def record() -> None:
+            latency = (time.perf_counter_ns() - began) // 1000
+            # A name that is no method's is the plugin's own text.
+            called_name = method[:80] if found is not None else shown(method, self._redactor(name), 80)
+            called = ApiCalled(method=called_name, permission=permission, verdict=verdict, latency_us=latency)
+            # What the plugin has done is with the kernel, on its way to the trail, before it has its answer.
+            self._audit.record(called, plugin=name, run=run, urgent=verdict == "granted")
+
         try:
             plugin = self._registry.get(name)
             if plugin is None:
@@ -251,12 +263,11 @@ class HostApi:
         except IsolatorError as error:
             verdict = "failed"
             answer = {"error": {"code": RETRY_LATER, "message": str(error), "data": {"retry_after_ms": 1000}}}
-        latency = (time.perf_counter_ns() - began) // 1000
-        # A name that is no method's is the plugin's own text.
-        called_name = method[:80] if found is not None else shown(method, self._redactor(name), 80)
-        called = ApiCalled(method=called_name, permission=permission, verdict=verdict, latency_us=latency)
-        # What the plugin has done is with the kernel, on its way to the trail, before it has its answer.
-        self._audit.record(called, plugin=name, run=run, urgent=verdict == "granted")
+        except asyncio.CancelledError:  # its connection has closed: what it asked for may be done all the same
+            if self._released is None:  # else another host reads the call again
+                record()
+            raise
+        record()
         if verdict in ("denied", "unknown"):
             await self._pace(name)
         return answer

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import sqlite3
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,16 +15,20 @@ from host.database.store import Store
 from host.delivery.dispatch import Dispatcher
 from host.delivery.health import Watches
 from host.host_api.api import HostApi
-from host.intake.intake import AUDIT_AHEAD, EventRecords
+from host.intake.intake import AUDIT_AHEAD
 from host.lifecycle.supervisor_link import SupervisorLink
 from host.plugins.logs import Logs
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import ConfigStore
+from host.queue import rows
+from host.queue.owed import AT_ONCE, Change, Debts, Owed, owed
 from host.queue.sqlite import SqliteQueue
 from isolator.audit.client import AuditClient
+from isolator.audit.schema import EventDead
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc import messages
 from isolator.ipc.body import Body
+from isolator.ipc.tasks import Tasks
 
 EAGER_STARTS = 4
 """Eager plugins that are started at once: plugins for which events wait come first."""
@@ -41,6 +47,12 @@ def _erase(db: sqlite3.Connection, name: str) -> None:
     db.execute("DELETE FROM kv WHERE plugin=?", (name,))
     if db.execute("SELECT 1 FROM sqlite_master WHERE name='mcp_pins'").fetchone():
         db.execute("DELETE FROM mcp_pins WHERE plugin=?", (name,))
+
+
+def _dead(name: str, ended: list[tuple[int, str, int]]) -> list[Owed]:
+    """The records of a removed plugin's deliveries, which ended with it."""
+    why = "the plugin was removed"
+    return [owed(EventDead(reason=why, attempts=attempts), name, event_id) for _, event_id, attempts in ended]
 
 
 class Membership(Protocol):
@@ -75,7 +87,7 @@ class PluginLifecycle:
     registry: Registry
     config: ConfigStore
     queue: SqliteQueue
-    records: EventRecords
+    debts: Debts
     logs: Logs
     api: HostApi
     dispatcher: Dispatcher
@@ -87,19 +99,53 @@ class PluginLifecycle:
     _eager: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(EAGER_STARTS), init=False)
     _removals: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
     """Removals under way, by name."""
+    _late: Counter[str] = field(default_factory=Counter, init=False)
+    """By plugin, how many of its changes wait for the end of a removal, or are made."""
+    _queues: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock), init=False)
+    """Locks by plugin, for these to be made in the order in which they came."""
+    _tasks: Tasks = field(default_factory=Tasks, init=False)
 
     async def adopt(self, entry: messages.PluginEntry) -> Plugin:
         """Take over one plugin entry of the supervisor's; not before a removed plugin of that name is forgotten."""
-        while (removal := self._removals.get(entry.name)) is not None:
-            await asyncio.wait([removal])
-        plugin = self.registry.put(entry)
+        self._late[entry.name] += 1
+        async with self._behind(entry.name):
+            plugin = self.registry.put(entry)
+            self._follow(plugin)
+        await self.watches.update(plugin, self.dispatcher.workers[plugin.name])
+        return plugin
+
+    def turn(self, turned: messages.PluginTurned) -> None:
+        """Take over a plugin's new state; in the order of ``adopt``, which may wait."""
+        if self._late[turned.name]:
+            self._late[turned.name] += 1
+            self._tasks.run(f"state of {turned.name}", self._turn_late(turned))
+        elif (plugin := self.registry.turn(turned)) is not None:
+            self._follow(plugin)
+
+    async def _turn_late(self, turned: messages.PluginTurned) -> None:
+        async with self._behind(turned.name):
+            if (plugin := self.registry.turn(turned)) is not None:
+                self._follow(plugin)
+
+    @contextlib.asynccontextmanager
+    async def _behind(self, name: str) -> AsyncIterator[None]:
+        """Wait for the removal of a plugin of that name, behind those who wait for it; ``_late`` counts each."""
+        try:
+            async with self._queues[name]:
+                while (removal := self._removals.get(name)) is not None:
+                    await asyncio.wait([removal])
+                yield
+        finally:
+            self._late -= Counter((name,))
+            if not self._late[name]:
+                del self._queues[name]
+
+    def _follow(self, plugin: Plugin) -> None:
         if not plugin.raw.get("on_trial"):
             self.config.settle(plugin.name, plugin.digest)
         self.dispatcher.plugin_changed(plugin)
-        await self.watches.update(plugin, self.dispatcher.workers[plugin.name])
         if self.member is not None:
             self.member.serve(plugin.name)
-        return plugin
 
     async def registered(self, plugin: Plugin, *, new: bool = False) -> None:
         """Tell the cluster, if there is one, of a plugin that a command has changed here."""
@@ -139,14 +185,26 @@ class PluginLifecycle:
         self.api.forget(name)
         if self.member is not None:
             self.member.forget(name)
-        dropped = self.queue.unfinished(name)
+        await self._end_deliveries(name)
         await self.queue.purge(name)
         await self.config.forget(name)
         await self.store.run(lambda db: _erase(db, name))
         self.logs.remove(name)
         self.registry.erase(name)
-        for event_id, attempts in dropped:
-            self.records.dead(name, event_id, "the plugin was removed", attempts)
+
+    async def _end_deliveries(self, name: str) -> None:
+        """End what a removed plugin never had, and record that."""
+        self.queue.drop(name)
+        last: int | None = 0
+        while last is not None:
+            with Change(self.debts, functools.partial(_dead, name)) as change:
+
+                def end(db: sqlite3.Connection, after: int = last, change: Change = change) -> int | None:
+                    ended = rows.end_unfinished(db, name, after, AT_ONCE)
+                    change.note(db, ended)
+                    return ended[-1][0] if ended else None
+
+                last = await self.store.run(end)
             if self.audit.unacknowledged > AUDIT_AHEAD:
                 await self.audit.durable(within=AUDIT_AHEAD // 2, or_blocked=True)
 
@@ -182,7 +240,7 @@ class PluginLifecycle:
             await start
 
     async def restart_for_config(self, plugin: Plugin, keys: list[str]) -> bool:
-        """Let a plugin whose config has changed start again if it runs; returns whether it ran."""
+        """Let a plugin whose config has changed start again if it runs, or starts; returns whether it did."""
         current = self.registry.need(plugin.name)
         if current.state == "failed":
             # What failed may well have failed for want of it.
@@ -190,7 +248,7 @@ class PluginLifecycle:
         self.dispatcher.wake(plugin.name)
         if current.state == "backoff":
             self._begin(plugin.name, "operator")  # it need not wait for the end of its pause either
-        if current.run is None:
+        if current.run is None and current.state != "starting":  # one that starts may have been given those of before
             self.start_if_eager(self.registry.need(plugin.name))
             return False
         if self.dispatcher.workers[plugin.name].fence.closed:
@@ -236,3 +294,4 @@ class PluginLifecycle:
         """Wait for no eager start any more; a removal that is under way is repeated when the name is used again."""
         for task in (*self._starts, *self._removals.values()):
             task.cancel()
+        self._tasks.cancel()

@@ -95,8 +95,8 @@ class Servers(Sessions):
             raise UsageError(f"tools of {name}", "have changed since they were shown", "look at them again")
         tools = {item.name or "instructions": item.digest for item in now}
         change = self._debts.of_plugin(name, lambda: ToolsApproved(by=by, tools=tools))
-        await self.pins.approve(name, now, change.note)
-        change.pay()
+        with change:
+            await self.pins.approve(name, now, change.note)
         return now
 
     async def _now(self, name: str, bodies: list[dict[str, Any]] | None) -> tuple[Item, ...]:

@@ -23,7 +23,7 @@ class Environments:
     registry: Registry
     audit: AuditClient
 
-    async def answer(self, request: GetEnvironment) -> WithFds[Environment]:
+    def answer(self, request: GetEnvironment) -> WithFds[Environment]:
         """Answer the supervisor, which starts a run."""
         found = self._of(request.name)
         files = _apart(found)

@@ -156,8 +156,8 @@ class PluginLog:
         """Read the last ``limit`` stored lines, as JSON."""
         lines: deque[bytes] = deque()
         for path in (self.path, *(self._old(n) for n in range(1, KEPT))):
-            with contextlib.suppress(FileNotFoundError):
-                for line in reversed_lines(path):
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+                for line in reversed_lines(file):
                     if len(lines) >= limit:
                         return list(lines)
                     lines.appendleft(line)

@@ -22,7 +22,7 @@ from host.plugins.manifest import DeliverySpec, Manifest
 from host.queue.interface import Subscriber
 from isolator.audit.client import utc_now
 from isolator.errors import IsolatorError, NotFoundError, nearest
-from isolator.ipc.messages import PluginEntry
+from isolator.ipc.messages import PluginEntry, PluginTurned
 from isolator.policy.filters import passes
 from isolator.policy.model import EffectivePolicy
 from isolator.policy.names import OLDER_HOOKS
@@ -45,6 +45,8 @@ class Plugin:
     raw: dict[str, Any] = field(repr=False)
     hooks: Mapping[str, str] = field(default_factory=dict)
     """Canonical event name → the spelling that the plugin subscribed with."""
+    problem: str | None = None
+    """Why its manifest cannot be read here."""
 
     @property
     def versions(self) -> set[str]:
@@ -101,6 +103,9 @@ class Registry:
         self._catalogue = catalogue
         self._store = store
         self._plugins: dict[str, Plugin] = {}
+        rows = store.rows("SELECT name, digest, version FROM plugins")
+        self._rows = {name: (digest, version) for name, digest, version in rows if isinstance(name, str)}
+        """By name, digest and version in its row."""
         self._subscribers: dict[str, list[str]] = {}
         """Names of the plugins by event."""
         self.hears_since: str | None = None
@@ -126,10 +131,13 @@ class Registry:
         """Add or replace a plugin, from an entry of the supervisor's."""
         plugin, before = self._parse(entry), self._plugins.get(entry.name)
         self._plugins[plugin.name] = plugin
-        if before is None or (before.hooks, "found" in before.raw) != (plugin.hooks, "found" in plugin.raw):
-            self._subscribe()
-        if before is not None and (before.digest, before.version) == (plugin.digest, plugin.version):
-            return plugin  # it has its row
+        if before is None:
+            self._subscribe(plugin)
+        elif (before.hooks, "found" in before.raw) != (plugin.hooks, "found" in plugin.raw):
+            self._subscribe_all()
+        if self._rows.get(plugin.name) == (plugin.digest, plugin.version):
+            return plugin
+        self._rows[plugin.name] = plugin.digest, plugin.version
         row = (plugin.name, plugin.digest, plugin.version, time.time())
         self._store.submit(
             lambda db: db.execute(
@@ -143,23 +151,34 @@ class Registry:
     def remove(self, name: str) -> None:
         """Remove a plugin: from now on no event is addressed to it. The name stays known until ``erase``."""
         self._plugins.pop(name, None)
-        self._subscribe()
+        self._subscribe_all()
 
     def erase(self, name: str) -> None:
         """Erase the row of a removed plugin: nothing is left that its namesake must not get."""
+        self._rows.pop(name, None)
         self._store.submit(lambda db: db.execute("DELETE FROM plugins WHERE name=?", (name,)))
 
     def note_run(self, name: str, *, run: str | None, pid: int | None, state: str) -> None:
         """Note that a sidecar has started or ended."""
         plugin = self._plugins.get(name)
-        if plugin is not None:
+        if plugin is not None and (plugin.run, plugin.pid, plugin.state) != (run, pid, state):
             raw = {**plugin.raw, "run": run, "pid": pid, "state": state}
             self._plugins[name] = replace(plugin, run=run, pid=pid, state=state, raw=raw)
 
+    def turn(self, turned: PluginTurned) -> Plugin | None:
+        """Take over a plugin's state; None if it is not registered."""
+        plugin = self._plugins.get(turned.name)
+        if plugin is not None:
+            rest = {key: value for key, value in plugin.raw.items() if key != "lease"}
+            plugin = self._plugins[turned.name] = replace(
+                plugin, run=turned.run, pid=turned.pid, state=turned.state, error=turned.error or plugin.problem,
+                raw=rest | turned.to_json(),
+            )  # fmt: skip
+        return plugin
+
     def known(self) -> set[str]:
         """Return the names that have a row, registered at present or not."""
-        rows = self._store.rows("SELECT name FROM plugins")
-        return {name for (name,) in rows if isinstance(name, str)}
+        return set(self._rows)
 
     def subscribers(self, event_type: EventType, payload: Mapping[str, Any]) -> list[Subscriber]:
         """Find the plugins that get this event, each with the key that orders it there."""
@@ -182,17 +201,19 @@ class Registry:
         """Names of the plugins that receive an event, filters aside."""
         return sorted(self._subscribers.get(event, ()))
 
-    def _subscribe(self) -> None:
-        subscribers: dict[str, list[str]] = {}
-        for plugin in self._plugins.values():
+    def _subscribe_all(self) -> None:
+        self._subscribers = {}
+        self._subscribe(*self._plugins.values())
+
+    def _subscribe(self, *plugins: Plugin) -> None:
+        for plugin in plugins:
             # A plugin that was found in a folder has been granted nothing yet. A registered one keeps its subscription,
             # also while its policy is of no use: its events wait for it.
             if "found" in plugin.raw:
                 continue
             for event in plugin.hooks:
-                subscribers.setdefault(event, []).append(plugin.name)
-        self._subscribers = subscribers
-        if not any(name.startswith(OPERATIONAL) for name in subscribers):
+                self._subscribers.setdefault(event, []).append(plugin.name)
+        if not any(name.startswith(OPERATIONAL) for name in self._subscribers):
             self.hears_since = None
         elif self.hears_since is None:
             self.hears_since = utc_now()
@@ -202,7 +223,7 @@ class Registry:
         same = before is not None and all(before.raw.get(key) == raw[key] for key in ("manifest", "effective"))
         if before is not None and same:
             # Most changes are of the state alone, and they come in bursts.
-            effective, manifest, problem = before.effective, before.manifest, None
+            effective, manifest, problem = before.effective, before.manifest, before.problem
         else:
             effective = EffectivePolicy.model_validate(entry.effective) if entry.effective else None
             manifest, problem = _manifest_of(entry)
@@ -222,6 +243,7 @@ class Registry:
             manifest=manifest,
             raw=raw,
             hooks=hooks,
+            problem=problem,
         )
 
 

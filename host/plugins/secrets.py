@@ -208,7 +208,10 @@ class ConfigStore:
             self._redactors.pop(plugin, None)
             self.broken.pop(plugin, None)
 
-    async def set_next(self, plugin: str, digest: str, manifest: Manifest, values: Mapping[str, str]) -> None:
+    async def set_next(
+        self, plugin: str, digest: str, manifest: Manifest, values: Mapping[str, str], *,
+        beside: Beside = lambda _: None,
+    ) -> None:  # fmt: skip
         """Keep values for the version of that digest; those of an earlier attempt at it are dropped."""
         async with self._changing:
             if self._unusable is not None:
@@ -225,6 +228,7 @@ class ConfigStore:
             def write(db: sqlite3.Connection) -> None:
                 db.execute("DELETE FROM config_next WHERE plugin=? AND digest=?", (plugin, digest))
                 db.executemany("INSERT INTO config_next VALUES (?,?,?,?,?,?,?)", rows)
+                beside(db)
 
             await self._store.run(write)
             versions = self._next.setdefault(plugin, {})
@@ -250,13 +254,16 @@ class ConfigStore:
 
         self._store.submit(move)
 
-    def drop_next(self, plugin: str, digest: str) -> None:
+    def drop_next(self, plugin: str, digest: str, *, beside: Beside = lambda _: None) -> None:
         """Drop the values of a version that was not confirmed."""
+
+        def drop(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM config_next WHERE plugin=? AND digest=?", (plugin, digest))
+            beside(db)
+
         if self._next.get(plugin, {}).pop(digest, None) is not None:
             self._redactors.pop(plugin, None)
-            self._store.submit(
-                lambda db: db.execute("DELETE FROM config_next WHERE plugin=? AND digest=?", (plugin, digest))
-            )
+        self._store.submit(drop)
 
     def unsettled(self) -> list[tuple[str, str]]:
         """Return (plugin, digest) of the versions for which values are kept."""
@@ -276,12 +283,13 @@ class ConfigStore:
             del self._values[plugin][key]
             self._redactors.pop(plugin, None)
 
-    async def forget(self, plugin: str) -> None:
+    async def forget(self, plugin: str, *, beside: Beside = lambda _: None) -> None:
         """Delete the config of a removed plugin."""
 
         def delete(db: sqlite3.Connection) -> None:
             db.execute("DELETE FROM config WHERE plugin=?", (plugin,))
             db.execute("DELETE FROM config_next WHERE plugin=?", (plugin,))
+            beside(db)
 
         async with self._changing:
             await self._store.run(delete)

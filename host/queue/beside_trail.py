@@ -43,8 +43,8 @@ def compare(trail: Path, held: int) -> Compared:
     """
     found, left = Compared(recorded=held), _MOST
     try:
-        for path in reversed(files.trail(trail)):
-            for line in reversed_lines(path):
+        for file in files.newest_first(trail):
+            for line in reversed_lines(file):
                 left -= len(line)
                 if left < 0:
                     break
@@ -62,7 +62,8 @@ def compare(trail: Path, held: int) -> Compared:
                 elif "accepted_at" not in record.data:  # such a record comes late, and not in the order of numbers
                     found.recorded, found.since = number, 0.0
                     return found
-            found.recorded, found.since = 0, files.begun(path) or math.inf
+            file.seek(0)
+            found.recorded, found.since = 0, files.time_of(file.readline(1 << 20)) or math.inf
             if left < 0:
                 break
     except OSError:

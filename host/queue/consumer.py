@@ -43,8 +43,9 @@ class SqliteConsumer:
         self._lane = Lane()
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._on_delivery_pending: Callable[[], bool] | None = None
+        self._on_delivery_pending: Callable[[bool], bool] | None = None
         self._send_now: Callable[[Delivery], bool] | None = None
+        self._full: Callable[[], bool] = lambda: False
         self._offering = False
         """The taker that waits is being offered deliveries."""
         self._closed = False
@@ -79,10 +80,13 @@ class SqliteConsumer:
             self._rows.load(delivery, ())
         return delivery.event.id if delivery.event is not None else None
 
-    def announce(self) -> bool:
-        """Let a taker that waits for the one reserved delivery prepare; whether it will send that one at once."""
+    def announce(self, alone: bool) -> bool:
+        """Let a taker that waits for the one reserved delivery prepare; whether it will send that one at once.
+
+        ``alone``: the delivery is the only one of its event.
+        """
         hook = self._on_delivery_pending
-        return hook is not None and self.reserved == 1 and self._lane.depth == 0 and hook()
+        return hook is not None and self.reserved == 1 and self._lane.depth == 0 and hook(alone)
 
     def add(self, delivery: Delivery) -> None:
         """Let a delivery that is safe on disk enter the lane, unless everything was dropped meanwhile."""
@@ -94,9 +98,11 @@ class SqliteConsumer:
 
     async def take(
         self,
-        on_delivery_pending: Callable[[], bool] | None = None,
+        on_delivery_pending: Callable[[bool], bool] | None = None,
         send_now: Callable[[Delivery], bool] | None = None,
+        full: Callable[[], bool] = lambda: False,
     ) -> Delivery:
+        self._full = full
         loop = asyncio.get_running_loop()
         while True:
             if self._at_once == AT_ONCE:
@@ -217,7 +223,7 @@ class SqliteConsumer:
     async def _wait(
         self,
         loop: asyncio.AbstractEventLoop,
-        on_delivery_pending: Callable[[], bool] | None,
+        on_delivery_pending: Callable[[bool], bool] | None,
         send_now: Callable[[Delivery], bool] | None,
     ) -> None:
         self._waiter, self._on_delivery_pending, self._send_now = loop.create_future(), on_delivery_pending, send_now
@@ -239,7 +245,7 @@ class SqliteConsumer:
 
     def _wake(self) -> None:
         """Offer the taker that waits what may go now, or wake it."""
-        if self._waiter is None or self._waiter.done() or self._offering:
+        if self._waiter is None or self._waiter.done() or self._offering or self._full():
             return
         if self._send_now is None or not self._offer(self._send_now):
             self._waiter.set_result(None)
@@ -258,6 +264,8 @@ class SqliteConsumer:
                 if delivery.event is None or delivery.expires <= now or not send_now(delivery):
                     self._lane.put_back(delivery, delivery.due)
                     break
+                if self._full() or not self._lane.has_next:
+                    return True
         finally:
             self._offering = False
         return False

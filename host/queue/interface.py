@@ -157,15 +157,18 @@ class Consumer(Protocol):
 
     async def take(
         self,
-        on_delivery_pending: Callable[[], bool] | None = None,
+        on_delivery_pending: Callable[[bool], bool] | None = None,
         send_now: Callable[[Delivery], bool] | None = None,
+        full: Callable[[], bool] = lambda: False,
     ) -> Delivery:
         """Wait for the next delivery that may be sent now; its event is loaded.
 
-        ``on_delivery_pending`` is called while the taker waits and its next delivery is on the way to disk. It returns
-        whether that delivery will be sent as soon as it is there: then its first attempt is counted with the event.
-        ``send_now`` may be called while the taker waits, with a delivery that may be sent, and must not raise. It
-        returns whether that is begun or concluded: then the taker goes on waiting, and else it takes the delivery.
+        ``on_delivery_pending(alone)`` is called while the taker waits and its next delivery is on the way to disk;
+        ``alone``: it is the only one of its event. It returns whether that delivery will be sent as soon as it is
+        there: then its first attempt is counted with the event. ``send_now`` may be called while the taker waits,
+        with a delivery that may be sent, and must not raise. It returns whether that is begun or concluded: then the
+        taker goes on waiting, and else it takes the delivery. While it is ``full`` it goes on waiting for the end of a
+        delivery, with which it is offered the next.
         """
 
     def ack(self, delivery: Delivery, result: Result) -> None:

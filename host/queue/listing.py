@@ -13,10 +13,6 @@ class Listing:
 
     store: Store
 
-    def unfinished(self, plugin: str) -> list[tuple[str, int]]:
-        """(event id, attempts so far) of a plugin's deliveries that are not final, oldest first."""
-        return self.store.read(lambda db: rows.unfinished(db, plugin))
-
     async def list_events(
         self,
         *,

@@ -9,6 +9,7 @@ owed only where it may be missing at a start (``host.intake.unrecorded``).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import sqlite3
@@ -36,12 +37,13 @@ from isolator.audit.schema import (
     RecordData,
     ToolsApproved,
 )
+from isolator.errors import UnavailableError
 from isolator.ipc.tasks import Tasks
 
 LOOK = 20_000
 """Newest records among which those of a killed process are looked for, whatever the clock says; and all since then."""
 AT_ONCE = 1000
-"""Records of another process that are made before the trail has some of them."""
+"""Records that are made before the trail has some of them."""
 _KINDS = {
     kind.TYPE: kind
     for kind in (
@@ -92,15 +94,34 @@ class Change:
     def __init__(self, debts: Debts, make: Callable[..., list[Owed]]) -> None:
         self._debts, self._make = debts, make
         self._records: list[Owed] = []
+        self._noted: list[Owed] = []
 
-    def note(self, db: sqlite3.Connection, *found: Any) -> None:
-        """Owe them, in the transaction of the change, which may run again."""
-        self._records = self._make(*found)
+    def note(self, db: sqlite3.Connection, *found: Any, **more: Any) -> None:
+        """Owe them, in the transaction of the change, which may run again; in place of what was noted before."""
+        self.drop(db)
+        self._records = self._make(*found, **more)
+        self._noted += self._records
         self._debts.note(db, self._records)
 
-    def pay(self) -> None:
-        """Make them; the change is safe."""
-        self._debts.pay(self._records)
+    def __enter__(self) -> Change:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Make them: the change is safe. After an error, those of them that are owed all the same."""
+        if error is None:
+            self._debts.pay(self._records)
+        elif isinstance(error, Exception):
+            self._debts.pay_once_kept(lambda: self._records)
+
+    async def restate(self, *found: Any, **more: Any) -> None:
+        """Note them anew, as more is known by now; where that cannot be written, what was noted stays."""
+        with contextlib.suppress(UnavailableError):
+            await self._debts.write(lambda db: self.note(db, *found, **more))
+
+    def drop(self, db: sqlite3.Connection) -> None:
+        """Owe nothing any more, in the transaction that undoes the change."""
+        self._debts.forget(db, self._noted)
+        self._records = []
 
 
 class Debts:
@@ -111,6 +132,7 @@ class Debts:
         self._unsettled: list[Owed] = []
         self._settling = False
         self._tasks = Tasks()
+        self.write = store.run
 
     def close(self) -> None:
         """Wait for the trail no more; the process that comes next looks whether it has them."""
@@ -122,8 +144,16 @@ class Debts:
         rows = [(one.id, one.since, json.dumps(one.content)) for one in records]
         db.executemany("INSERT OR IGNORE INTO owed (id, since, record) VALUES (?,?,?)", rows)
 
+    @staticmethod
+    def forget(db: sqlite3.Connection, records: Iterable[Owed]) -> None:
+        """Owe records no more, in a transaction."""
+        db.executemany("DELETE FROM owed WHERE id=?", [(one.id,) for one in records])
+
     def pay(self, records: Sequence[Owed]) -> None:
-        """Record what was noted; its change is safe."""
+        """Record what was noted; its change is safe. Where there is no room for it, it is recorded once there is."""
+        if len(records) > self._audit.room:
+            self._tasks.run("records that wait for room", self._pay_later(records))
+            return
         for one in records:
             of_delivery = one.event_id is not None and one.plugin is not None
             delivery_id = f"{one.event_id}.{one.plugin}" if of_delivery else None
@@ -133,6 +163,17 @@ class Debts:
             self._settling = True
             self._tasks.run("records that are owed", self._settle())
 
+    def pay_once_kept(self, noted: Callable[[], Iterable[Owed]]) -> None:
+        """Record what was noted of a change that has failed behind its transaction, or waits for a disk with room."""
+
+        async def kept() -> None:
+            await self._store.committed()
+            await self._store.durable()
+            ids = {name for (name,) in self._store.rows("SELECT id FROM owed")}
+            self.pay([one for one in noted() if one.id in ids])
+
+        self._tasks.run("records of a change that has failed", kept())
+
     def of_event(self, event_id: str, record: Callable[[Changed], RecordData]) -> Change:
         """The records of one change of an event's deliveries, which are made of each that is changed."""
         return Change(self, lambda changed: [owed(record(one), one.plugin, event_id) for one in changed])
@@ -140,6 +181,14 @@ class Debts:
     def of_plugin(self, plugin: str | None, record: Callable[..., RecordData]) -> Change:
         """The one record of a change of a plugin, or of none."""
         return Change(self, lambda *found: [owed(record(*found), plugin)])
+
+    def of_config(self, plugin: str, values: Iterable[str], by: str) -> Change:
+        """The record of config values that are set with a version of a plugin; no values: no record.
+
+        It is noted with ``waits`` where that is known.
+        """
+        names = sorted(values)
+        return Change(self, lambda **more: [owed(ConfigChanged(names=names, by=by, **more), plugin)] if names else [])
 
     def find(self, more: Sequence[Owed] = ()) -> asyncio.Task[None] | None:
         """Make the records that another process has left, and ``more`` of them that are not owed yet.
@@ -150,6 +199,10 @@ class Debts:
             self._store.submit(lambda db: self.note(db, more))
         left = {one.id: one for one in (*self._left(), *more)}
         return self._tasks.run("records of another host process", self._find(list(left.values()))) if left else None
+
+    async def _pay_later(self, records: Sequence[Owed]) -> None:
+        await self._audit.durable()
+        self.pay(records)
 
     async def _settle(self) -> None:
         try:
@@ -173,8 +226,7 @@ class Debts:
             self.pay([one])
 
     async def _forget(self, settled: list[Owed]) -> None:
-        ids = [(one.id,) for one in settled]
-        await self._store.run(lambda db: db.executemany("DELETE FROM owed WHERE id=?", ids))
+        await self.write(lambda db: self.forget(db, settled))
 
     def _left(self) -> Iterator[Owed]:
         rows = self._store.read(lambda db: db.execute("SELECT id, since, record FROM owed").fetchall())
@@ -182,9 +234,11 @@ class Debts:
             try:
                 said = json.loads(text)
                 record = _KINDS[said["type"]](**said["data"])
-                yield Owed(record, said["plugin"], said["event_id"], name, since)
-            except (ValueError, TypeError, KeyError):
+                plugin, event_id = said["plugin"], said["event_id"]
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue  # a damaged row
+            if isinstance(since, str) and isinstance(plugin, str | None) and isinstance(event_id, str | None):
+                yield Owed(record, plugin, event_id, name, since)
 
 
 def _made(trail: Path, since: str) -> dict[str | None, list[Record]]:

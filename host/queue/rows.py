@@ -117,13 +117,19 @@ def dead(db: sqlite3.Connection, plugin: str | None, limit: int) -> list[Deliver
     return listed
 
 
-def unfinished(db: sqlite3.Connection, plugin: str) -> list[tuple[str, int]]:
-    """(event id, attempts so far) of a plugin's deliveries that are not final, oldest first."""
-    return db.execute(
-        "SELECT e.id, d.attempts FROM deliveries d JOIN events e ON e.seq=d.seq"
-        f" WHERE d.plugin=? AND d.state NOT IN {GIVEN_UP} AND d.state NOT IN {ENDED} ORDER BY d.seq",
-        (plugin,),
+def end_unfinished(db: sqlite3.Connection, plugin: str, after: int, limit: int) -> list[tuple[int, str, int]]:
+    """Delete the first ``limit`` of a plugin's deliveries that are not final, of events behind number ``after``.
+
+    Returns (event's number, its id, attempts so far) of each, in order.
+    """
+    ended = db.execute(
+        "SELECT d.seq, e.id, d.attempts FROM deliveries d JOIN events e ON e.seq=d.seq"
+        f" WHERE d.plugin=? AND d.seq>? AND d.state NOT IN {GIVEN_UP} AND d.state NOT IN {ENDED}"
+        " ORDER BY d.seq LIMIT ?",
+        (plugin, after, limit),
     ).fetchall()
+    db.executemany("DELETE FROM deliveries WHERE seq=? AND plugin=?", [(seq, plugin) for seq, _, _ in ended])
+    return ended
 
 
 def waiting(db: sqlite3.Connection, name: str) -> int:

@@ -163,7 +163,7 @@ class SqliteQueue(Listing):
                 entry.admitted.append((subscriber, consumer))
                 # While the event is being synced the way to an idle plugin can be prepared. Not when it may turn out
                 # to be a duplicate: a connection that is made has to be used.
-                if event.dedupe_key is None and consumer.announce():
+                if event.dedupe_key is None and consumer.announce(len(subscribers) == 1):
                     entry.counted.add(subscriber.plugin)
             else:
                 entry.overflowed.append(subscriber)
@@ -414,10 +414,14 @@ class SqliteQueue(Listing):
         """Whether a plugin never had an event of which there is no delivery here."""
         return True
 
-    async def purge(self, plugin: str) -> int:
+    def drop(self, plugin: str) -> int:
+        """Hold nothing of a removed plugin's deliveries any more; returns how many were not final."""
         self._purges[plugin] = self._purges.get(plugin, 0) + 1
         consumer = self._consumers.pop(plugin, None)
-        waiting = consumer.drop_all() if consumer is not None else 0
+        return consumer.drop_all() if consumer is not None else 0
+
+    async def purge(self, plugin: str) -> int:
+        waiting = self.drop(plugin)
         await self.store.run(lambda db: db.execute("DELETE FROM deliveries WHERE plugin=?", (plugin,)).rowcount)
         self._look_again()
         return waiting

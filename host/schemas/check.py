@@ -5,6 +5,7 @@ The models, and what makes them, would be a sixth of the host's memory and a thi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from host.schemas.shape import Choice, Many, Record, Scalar, Shape, Table
@@ -21,14 +22,20 @@ _LIMITS = {"string": {**_SIZES, "pattern": "pattern"}, "integer": _RANGE, "numbe
 _LENGTHS = {"maxItems": "max_length", "minItems": "min_length"}
 
 
-def check_of(event: str, shape: Record) -> SchemaValidator:
+def check_of(event: str, shape: Record, filled: str | None = None, value: Callable[[], Any] = str) -> SchemaValidator:
     """Make the check of an event's payload; raises UsageError for a shape that cannot be checked.
 
-    The check returns the fields that are there, in the shape's order, and raises pydantic_core's ValidationError.
+    The check returns the fields that are there, in the shape's order, and raises pydantic_core's ValidationError. The
+    field ``filled`` is always there: where it is missing or null it has the ``value``.
     """
     maker = _Maker()
     try:
         top = maker.schema(shape)
+        if filled is not None:
+            field = maker.field(shape.fields[filled].shape, False)
+            given = _after(lambda one: value() if one is None else one, field["schema"])
+            field["schema"] = {"type": "default", "default": None, "validate_default": True, "schema": given}
+            maker.records[id(shape)]["schema"]["fields"][filled] = field
         whole: Any = {"type": "definitions", "schema": top, "definitions": list(maker.records.values())}
         return SchemaValidator(whole)
     except (SchemaError, ValueError) as error:
@@ -48,7 +55,7 @@ class _Maker:
             case Record():
                 ref = f"{shape.name}:{id(shape)}"
                 if id(shape) not in self.records:
-                    fields = {key: self._field(one.shape, one.required) for key, one in shape.fields.items()}
+                    fields = {key: self.field(one.shape, one.required) for key, one in shape.fields.items()}
                     record = {"type": "typed-dict", "fields": fields, "extra_behavior": "forbid", **_STRICT}
                     self.records[id(shape)] = {**_after(_present, record), "ref": ref}
                 return {"type": "definition-ref", "schema_ref": ref}
@@ -64,7 +71,7 @@ class _Maker:
                 plain = {**kind, **_limits(shape.limits, _LIMITS.get(shape.kind, {}))}
                 return _after(shape.then, plain) if shape.then is not None else plain
 
-    def _field(self, shape: Shape, required: bool) -> dict[str, Any]:
+    def field(self, shape: Shape, required: bool) -> dict[str, Any]:
         schema = self.schema(shape)
         schema = schema if required else {"type": "nullable", "schema": schema}
         return {"type": "typed-dict-field", "schema": schema, "required": required}
@@ -82,4 +89,4 @@ def _limits(limits: Any, known: dict[str, str]) -> dict[str, Any]:
 
 
 def _present(fields: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in fields.items() if value is not None}
+    return {key: value for key, value in fields.items() if value is not None} if None in fields.values() else fields

@@ -123,7 +123,7 @@ class AuditClient:
         ``happened_ns`` is the CLOCK_MONOTONIC of the recorded fact, where that was noticeably before this call;
         ``since_ns`` that of the first of several facts which one record sums up.
         """
-        if len(self._pending) + len(self._unacked) >= MAX_PENDING:
+        if self.room <= 0:
             self.lost += 1
             return
         if self.lost:
@@ -139,7 +139,7 @@ class AuditClient:
 
     def gauges(self, **data: Any) -> None:
         """Send present values to the writer's metrics. They are no record and are in no trail."""
-        if self.unacknowledged < MAX_PENDING:
+        if self.room > 0:
             self._pending.append(_to_json({"gauges": data}))
             self.flush()
 
@@ -147,6 +147,11 @@ class AuditClient:
     def unacknowledged(self) -> int:
         """Number of records that are not known to be on disk."""
         return len(self._pending) + len(self._unacked)
+
+    @property
+    def room(self) -> int:
+        """Number of records that can be taken now; what comes beyond is dropped."""
+        return MAX_PENDING - self.unacknowledged
 
     async def durable(self, *, within: int = 0, or_blocked: bool = False) -> None:
         """Wait until all records so far but the last ``within`` are on disk; ``or_blocked``: or none can be written."""
@@ -199,35 +204,15 @@ class AuditClient:
     def pass_on(self, departure: Departure) -> SenderState:
         """Hand everything to the successor of this process, which goes on in this one's place; sends no more here."""
         self.flush()
-        state = SenderState(
-            socket=departure.copy(self._sock.fileno()) if self._sock is not None else -1,
-            session=self._session,
-            number=self._number,
-            answered=self._answered,
-            unacked=tuple(line.decode() for line in self._unacked),
-            pending=tuple(line.decode() for line in self._pending),
-            sent=self.sent,
-            acked=self.acked,
-            lost=self.lost,
-            blocked=self.blocked,
-            alarm=self.alarm,
-        )
+        copy = departure.copy(self._sock.fileno()) if self._sock is not None else -1
+        state = SenderState(socket=copy, **self._state())
         self._pending.clear()
         self.close()
         return state
 
     def take_over(self, state: SenderState, descriptors: Descriptors) -> None:
         """Go on in the place of another sender: with its socket, and the numbers of its records."""
-        self._session, self._number, self._answered = state.session, state.number, state.answered
-        self._unacked = deque(line.encode() for line in state.unacked)
-        self._pending = deque(line.encode() for line in state.pending)
-        self.sent, self.acked, self.lost = state.sent, state.acked, state.lost
-        self.blocked, self.alarm = state.blocked, state.alarm
-        if state.socket >= 0:
-            self._sock = socket.socket(fileno=descriptors.take(state.socket))
-            self._sock.setblocking(False)
-            self._loop.add_reader(self._sock, self._readable)
-            self.flush()
+        self._go_on(state, descriptors.take(state.socket) if state.socket >= 0 else -1)
 
     def reconnect(self, sock: socket.socket) -> None:
         """Continue with a new writer: what the old one did not acknowledge is sent again under the same numbers."""
@@ -258,29 +243,34 @@ class AuditClient:
         """The state of this sender before an exec; what the writer answers from now on is left in the socket."""
         from isolator.ipc.handover import AuditClientState
 
-        return AuditClientState(
-            socket=self._sock.fileno() if self._sock is not None else -1,
-            session=self._session,
-            number=self._number,
-            pending=tuple(line.decode() for line in self._pending),
-            unacked=tuple(line.decode() for line in self._unacked),
-            answered=self._answered,
-            sent=self.sent,
-            acked=self.acked,
-            lost=self.lost,
-            blocked=self.blocked,
-            alarm=self.alarm,
-        )
+        return AuditClientState(socket=self._sock.fileno() if self._sock is not None else -1, **self._state())
 
     def adopt(self, before: AuditClientState) -> None:
         """Go on as the sender that had this state: the same socket, and the numbers from where they are."""
-        self._session, self._number = before.session, before.number
-        self._pending = deque(line.encode() for line in before.pending)
+        self._go_on(before, before.socket)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "session": self._session,
+            "number": self._number,
+            "answered": self._answered,
+            "unacked": tuple(line.decode() for line in self._unacked),
+            "pending": tuple(line.decode() for line in self._pending),
+            "sent": self.sent,
+            "acked": self.acked,
+            "lost": self.lost,
+            "blocked": self.blocked,
+            "alarm": self.alarm,
+        }
+
+    def _go_on(self, before: SenderState | AuditClientState, fd: int) -> None:
+        self._session, self._number, self._answered = before.session, before.number, before.answered
         self._unacked = deque(line.encode() for line in before.unacked)
-        self._answered, self.alarm, self.blocked = before.answered, before.alarm, before.blocked
+        self._pending = deque(line.encode() for line in before.pending)
         self.sent, self.acked, self.lost = before.sent, before.acked, before.lost
-        if before.socket >= 0:
-            self._sock = socket.socket(fileno=before.socket)
+        self.blocked, self.alarm = before.blocked, before.alarm
+        if fd >= 0:
+            self._sock = socket.socket(fileno=fd)
             self._sock.setblocking(False)
             self._loop.add_reader(self._sock, self._readable)
             self.flush()

@@ -6,10 +6,13 @@ Every full file ends with a seal, and the first record of the next file continue
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import BinaryIO
 
 from isolator.audit.record import own_hash_fits, parse
 
@@ -43,6 +46,24 @@ def trail(directory: Path) -> list[Path]:
     return [*files, live] if live.exists() else files
 
 
+def newest_first(directory: Path) -> Iterator[BinaryIO]:
+    """Every file of the trail, open, the newest first; raises OSError.
+
+    The live one that becomes a full one meanwhile comes once, and one that is deleted meanwhile does not come.
+    """
+    path, last = directory / LIVE, -1
+    while True:
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
+            if inode != last:
+                yield file
+            last = inode
+        older = [one for one in rotated(directory) if one.name < path.name]
+        if not older:
+            return
+        path = older[-1]
+
+
 def seq_of(line: bytes) -> int | None:
     """The ``seq`` at the start of a line, or None."""
     match = _SEQ.match(line)
@@ -68,7 +89,12 @@ def first_line(path: Path) -> bytes:
 
 def begun(path: Path) -> float:
     """Unix time of the first record of a file; 0 when it cannot be read."""
-    record = parse(first_line(path))
+    return time_of(first_line(path))
+
+
+def time_of(line: bytes) -> float:
+    """Unix time of the record of a line; 0 when that is none."""
+    record = parse(line)
     try:
         return datetime.fromisoformat(record.time).timestamp() if record is not None else 0.0
     except ValueError:

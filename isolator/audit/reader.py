@@ -44,9 +44,10 @@ def trail_files(directory: Path) -> list[Path]:
 
 
 def backwards(directory: Path) -> Iterator[bytes]:
-    """The whole lines of the trail, newest first."""
-    for path in reversed(trail_files(directory)):
-        yield from reversed_lines(path)
+    """The whole lines of the trail, newest first; raises NotFoundError when there is none."""
+    trail_files(directory)
+    for file in files.newest_first(directory):
+        yield from reversed_lines(file)
 
 
 def tail(directory: Path, count: int) -> list[bytes]:

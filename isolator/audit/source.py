@@ -56,6 +56,8 @@ class Source:
             size = self.sock.recv_into(_ROOM)
         except (BlockingIOError, InterruptedError):
             return None
+        except ConnectionResetError:  # it has ended with answers unread: told once, ahead of the records it has sent
+            return self.receive()
         except OSError:
             size = 0
         self.open = size > 0

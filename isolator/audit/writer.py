@@ -56,7 +56,10 @@ _RETRY = 0.5
 _GATHER = 0.005
 """Seconds from one commit to the next: under load they cost more than the records do, and their syncs compete with
 those of the host's database. Nobody waits for a commit, but for the last one."""
-_REST = 2 * _GATHER
+_LULL, _LULL_RECORDS = 0.01, 16
+"""The same while each source sends fewer records from one commit to the next but one: a commit costs thirty times what
+a record does, and wakes its senders besides."""
+_REST = 2 * _LULL
 """Seconds after which such a socket is read whether the disk has answered or not."""
 _HOST_WAIT = 1.0
 _STALLED = 10.0
@@ -92,6 +95,8 @@ class Writer:
         self._worker = FileThread()
         self._work: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
+        self._gathered = asyncio.Event()
+        """It is time for the next commit."""
         self._progress = asyncio.Condition()
         self._seal_timer: asyncio.TimerHandle | None = None
         self._summary_timer: asyncio.TimerHandle | None = None
@@ -136,7 +141,7 @@ class Writer:
             assert self._intake is not None
             self._intake.sum_up(everything=True)
             target = self._intake.chain.seq
-            self._wake.set()
+            self._hurry()
             await self._progress.wait_for(lambda: self._trail.seq >= target)
 
     async def stop(self) -> None:
@@ -144,7 +149,7 @@ class Writer:
         for source in list(self._sources):
             self._drain(source)
         self._stopping.set()
-        self._wake.set()
+        self._hurry()
         if self._work is not None:
             await self._work
         for source in list(self._sources):
@@ -163,7 +168,7 @@ class Writer:
         if intake is None:
             raise IsolatorError("the audit trail", "is not open yet")
         intake.sum_up(everything=True)
-        self._wake.set()
+        self._hurry()
         async with self._progress:
             await self._progress.wait_for(lambda: self._trail.seq >= intake.chain.seq)
         # Nothing has come since: the next commit would be empty.
@@ -303,13 +308,15 @@ class Writer:
         while True:
             await self._wake.wait()
             self._wake.clear()
+            self._gathered.clear()
             if self._stopping.is_set():
                 intake.sum_up(everything=True)
                 if chain.unsealed:
                     chain.seal(utc_now())
             if not await self._commit():
                 return
-            await asyncio.sleep(_GATHER)
+            if not self._stopping.is_set():
+                await self._gather()
             for source in [one for one in self._sources if one.rest is not None]:
                 self._rested(source)
             if self._stopping.is_set():
@@ -355,6 +362,17 @@ class Writer:
         async with self._progress:
             self._progress.notify_all()
         return True
+
+    async def _gather(self) -> None:
+        """Wait until enough may have come for another commit, or somebody waits for one."""
+        lull = all(source.received - source.since < _LULL_RECORDS for source in self._sources)
+        timer = self._loop.call_later(_LULL if lull else _GATHER, self._gathered.set)
+        await self._gathered.wait()
+        timer.cancel()
+
+    def _hurry(self) -> None:
+        self._wake.set()
+        self._gathered.set()
 
     async def _pause(self) -> bool:
         """Wait before the next attempt; True when the daemon ends meanwhile, for whom nobody would wait."""

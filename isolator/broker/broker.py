@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 
 from isolator.audit.client import AuditClient, SenderState
 from isolator.broker.host_addresses import HostAddresses
 from isolator.broker.nat64 import Nat64
-from isolator.broker.outbound import CageState, Outbound, Shared
+from isolator.broker.outbound import CageState, Outbound
 from isolator.broker.relay import Scratch
 from isolator.broker.resolver import HostResolvers
+from isolator.broker.shared import Shared
 from isolator.errors import UsageError
 from isolator.ipc import messages
 from isolator.ipc.body import Body
@@ -44,6 +46,12 @@ class BrokerState(Body):
 
 
 FORMATS = Formats(BrokerState, 1)
+
+
+@lru_cache(maxsize=256)
+def _rules(plugin: str, policy: str) -> Rules:
+    """The rules of a policy, as JSON, kept for the plugin's next run; not another's: they remember what was asked."""
+    return Rules(NetworkPolicy.model_validate(json.loads(policy)))
 
 
 class Broker:
@@ -94,12 +102,11 @@ class Broker:
 
         Five of the cage's own, then a listener of the host's for each of the policy's ``listen`` rules.
         """
-        policy = NetworkPolicy.model_validate(request.policy)
-        expected = SOCKETS + len(policy.listen)
+        rules = _rules(request.plugin, json.dumps(request.policy))
+        expected = SOCKETS + len(rules.policy.listen)
         if len(fds) != expected:
             raise UsageError(request.op, f"{len(fds)} descriptors instead of {expected}")
         run = request.run
-        rules = Rules(policy)
         await self._drop(run)
         sockets = [socket.socket(fileno=fd) for fd in fds]
         fds.clear()

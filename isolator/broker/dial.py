@@ -16,6 +16,7 @@ STAGGER = 0.25
 """Seconds that one address has before the next is tried beside it (RFC 8305)."""
 TIMEOUT = 10.0
 """Seconds for all addresses together."""
+_KIND = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
 _UNDER_WAY = frozenset({errno.EINPROGRESS, errno.EALREADY})
 
 
@@ -24,47 +25,58 @@ async def dial(
 ) -> tuple[socket.socket, Address]:
     """Connect by TCP; returns the socket and the address that answered. Raises OSError, ETIMEDOUT after ``TIMEOUT``.
 
-    ``fence``: no connection is begun past this deadline. ``small``: with buffers that do not grow.
+    ``fence``: no connection is begun past this deadline. ``small``: with buffers that do not grow. Nothing is awaited
+    for an address nearby, which mostly answers at once.
     """
-    if len(addresses) == 1:
-        return await _connect(addresses[0], port, fence, small), addresses[0]
     loop = asyncio.get_running_loop()
     waiting = list(addresses)
     running: dict[asyncio.Task[socket.socket], Address] = {}
-    failure = OSError(errno.EADDRNOTAVAIL, "no address to connect to")
+    failure: OSError | None = None
     end = loop.time() + TIMEOUT
     try:
         while waiting or running:
             if waiting:
                 address = waiting.pop(0)
-                running[loop.create_task(_connect(address, port, fence, small))] = address
+                if fence.closed:
+                    await fence.opened()
+                try:
+                    sock, there = _begin(address, port, small=small)
+                except OSError as error:
+                    failure = error
+                    continue
+                if there:
+                    return sock, address
+                connecting = _established(sock, address, port, end)
+                if not (waiting or running):
+                    return await connecting, address
+                running[loop.create_task(connecting)] = address
             left = end - loop.time()
             pause = min(STAGGER, left) if waiting else left
             done, _ = await asyncio.wait(running, timeout=max(pause, 0), return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 address = running.pop(task)
-                error = task.exception()
-                if error is None:
+                failed = task.exception()
+                if failed is None:
                     return task.result(), address
-                if not isinstance(error, OSError):
-                    raise error
-                failure = error
+                if not isinstance(failed, OSError):
+                    raise failed
+                failure = failed
             if loop.time() >= end:
                 raise OSError(errno.ETIMEDOUT, "no answer in time")
-        raise failure
+        raise failure or OSError(errno.EADDRNOTAVAIL, "no address to connect to")
     finally:
         for task in running:
             task.cancel()
-        for result in await asyncio.gather(*running, return_exceptions=True):
-            if isinstance(result, socket.socket):
-                result.close()
+        if running:  # of none, a gathering would wait for the next turn of the loop
+            for result in await asyncio.gather(*running, return_exceptions=True):
+                if isinstance(result, socket.socket):
+                    result.close()
 
 
-def begin(address: Address, port: int, *, small: bool) -> tuple[socket.socket, bool]:
+def _begin(address: Address, port: int, *, small: bool) -> tuple[socket.socket, bool]:
     """A connection under way, and whether it is there already, as to one nearby it mostly is; raises OSError."""
-    sock = socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
+    sock = socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, _KIND)
     try:
-        sock.setblocking(False)
         if small:
             keep_small(sock)
         where = (str(address), port)
@@ -79,21 +91,15 @@ def begin(address: Address, port: int, *, small: bool) -> tuple[socket.socket, b
     return sock, not error
 
 
-async def established(sock: socket.socket, address: Address, port: int) -> None:
-    """Wait for a connection that is under way; raises OSError, ETIMEDOUT after ``TIMEOUT``. Closes one that fails."""
+async def _established(sock: socket.socket, address: Address, port: int, end: float) -> socket.socket:
+    """Wait for a connection that is under way; raises OSError, ETIMEDOUT at ``end``. Closes one that fails."""
     try:
-        async with asyncio.timeout(TIMEOUT):
+        await asyncio.sleep(0)  # in a task from here on (``begun``), as a time-out needs one
+        async with asyncio.timeout_at(end):
             await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
     except BaseException as error:  # cancelled too
         sock.close()
         if isinstance(error, TimeoutError) and error.errno is None:
             raise OSError(errno.ETIMEDOUT, "no answer in time") from error
         raise
-
-
-async def _connect(address: Address, port: int, fence: Fence, small: bool) -> socket.socket:
-    await fence.opened()
-    sock, there = begin(address, port, small=small)
-    if not there:
-        await established(sock, address, port)
     return sock

@@ -104,12 +104,14 @@ class Answers:
         except wire.Broken:
             self._record("", "", "denied", DenialRule.DNS_FORM)
             return None
-        kind = wire.type_text(question.kind)
-        if question.plain:
-            decision = await self._decide(question.name, question.kind)
-        else:
-            decision = Decision(Code.NOTIMP, "denied", DenialRule.DNS_FORM)
-        self._record(question.name.lower(), kind, decision.verdict, decision.rule)
+        decision = Decision(Code.NOTIMP, "denied", DenialRule.DNS_FORM)
+        try:
+            if question.plain:
+                decision = Decision(Code.SERVFAIL, "failed", DenialRule.UPSTREAM)  # unless it is waited for to the end
+                decision = await self._decide(question.name, question.kind)
+        finally:
+            kind = wire.type_text(question.kind)
+            self._record(question.name.lower(), kind, decision.verdict, decision.rule)
         return question.reply(decision.code, decision.address, TTL)
 
     def refused(self, count: int) -> None:
@@ -183,7 +185,7 @@ class NameServer:
         self._questions: set[asyncio.Task[None]] = set()
         """Answers to datagrams that are under way."""
         udp.setblocking(False)
-        self._loop.add_reader(udp, self._readable)
+        self._loop.add_reader(udp.fileno(), self._readable)
         self._accepting = AcceptLoop(tcp, lambda connection, _: self._spawn(self._stream(connection)))
 
     async def close(self) -> None:
@@ -191,7 +193,7 @@ class NameServer:
         if self._resting is not None:
             self._resting.cancel()
         self._count_drops()
-        self._loop.remove_reader(self._udp)
+        self._loop.remove_reader(self._udp.fileno())
         self._udp.close()
         self._accepting.close()
         for task in self._tasks:
@@ -203,7 +205,7 @@ class NameServer:
         if self._resting is not None:
             self._resting.cancel()
         self._count_drops()
-        self._loop.remove_reader(self._udp)
+        self._loop.remove_reader(self._udp.fileno())
         tcp = self._accepting.release()
         if self._questions:
             await asyncio.wait(self._questions, timeout=SETTLE)
@@ -229,7 +231,7 @@ class NameServer:
                 refused += 1
                 self._reply(wire.refusal(message), peer)
             if self._reading.take():
-                self._loop.remove_reader(self._udp)
+                self._loop.remove_reader(self._udp.fileno())
                 self._resting = self._loop.call_later(self._reading.until(READ_TOGETHER), self._rested)
                 break
         if refused:
@@ -238,7 +240,7 @@ class NameServer:
     def _rested(self) -> None:
         self._resting = None
         self._count_drops()
-        self._loop.add_reader(self._udp, self._readable)
+        self._loop.add_reader(self._udp.fileno(), self._readable)
 
     def _count_drops(self) -> None:
         drops = _MEMINFO.unpack(self._udp.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size))[_DROPS]

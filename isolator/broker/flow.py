@@ -7,6 +7,7 @@ carry the time at which it *began* (``happened_ns``), because a record is writte
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import itertools
 import os
@@ -21,13 +22,13 @@ from typing import Any, Literal, NotRequired, Self, TypedDict
 from isolator.audit.schema import NetClosed, NetConnect, NetDenied
 from isolator.broker.gate.gate import Gate, GateState
 from isolator.broker.guard import Denied
-from isolator.broker.relay import Pipe, PipeState, Scratch, reset
+from isolator.broker.relay import Pipe, PipeState, Scratch, reset, tune
 from isolator.broker.turns import Turns
 from isolator.broker.virtual import Entry
 from isolator.ipc.body import Body
 from isolator.ipc.fence import Fence
 from isolator.ipc.succession import Departure, Descriptors, to_bytes, to_text
-from isolator.ipc.tasks import report
+from isolator.ipc.tasks import begun, report
 from isolator.policy.addresses import Address
 
 OnEnd = Callable[["Flow", BaseException | None], None]
@@ -98,6 +99,8 @@ class Flow:
     via: str = ""
     """The proxy that it goes through."""
     recorded: bool = False
+    tuned: bool = False
+    """Whether the way out has the options of a connection that lasts."""
     left: bool = False
     """It was handed to another broker: nothing is to be closed or recorded here."""
     first: bytes = b""
@@ -206,6 +209,26 @@ class Flow:
         self.pipes = [up, down]
         return up, down
 
+    def begin(self, turns: Turns, first: bytes = b"") -> None:
+        """Carry from now on; the client's ``first`` bytes, and what either side has sent by now, go out at once."""
+        assert self.server is not None
+        began, (up, down) = time.thread_time(), self.pipes
+        up.carry(first)
+        if not down.ended:
+            down.carry()
+        turns.took_piece(time.thread_time() - began, up.total + down.total)
+        up.start()
+        down.start()
+        if not (up.ended and down.ended):
+            self.server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def tune(self) -> None:
+        """Set what matters only to a connection that lasts; most end before."""
+        if self.recorded and not self.tuned and self.server is not None:
+            self.tuned = True
+            with contextlib.suppress(OSError):  # of a connection that has just broken off
+                tune(self.server)
+
     def failed(self, error: BaseException) -> None:
         """Note the error that broke the connection off; who gave it up has said why."""
         if isinstance(error, DescribedError):
@@ -258,11 +281,25 @@ class FlowTable:
         """Forget a flow that has ended."""
         self._flows.pop(flow, None)
 
-    def open(self, flow: Flow, work: Coroutine[Any, Any, None]) -> None:
-        """Run ``work``, at whose end the flow is joined; whatever it raises ends the flow."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._flows[flow] = task
-        task.add_done_callback(partial(self._opened, flow))
+    def open(self, flow: Flow, work: Coroutine[Any, Any, None], *, at_once: bool = False) -> None:
+        """Run ``work``, at whose end the flow is joined; whatever it raises ends the flow.
+
+        ``at_once``: begin it in this call, and make a task only where something has to be waited for.
+        """
+        self.add(flow)
+        try:
+            rest = begun(work) if at_once else work
+        except Exception as error:
+            self._failed(flow, error)
+        else:
+            if rest is not None:
+                self._flows[flow] = task = asyncio.get_running_loop().create_task(rest)
+                task.add_done_callback(partial(self._opened, flow))
+
+    def tune(self) -> None:
+        """Set the options of the flows that have been opened since the last call; to be called once a second."""
+        for flow in self._flows:
+            flow.tune()
 
     def end_idle(self, before: float) -> None:
         """End every flow in which nothing has moved since ``before``, on the event loop's clock."""
@@ -316,6 +353,9 @@ class FlowTable:
             return
         self._flows[flow] = None
         if error is not None:
-            self._end(flow, error)
-        if error is not None and not isinstance(error, OSError | Denied | asyncio.CancelledError):
-            report(task.get_loop(), "a flow", error)
+            self._failed(flow, error)
+
+    def _failed(self, flow: Flow, error: BaseException) -> None:
+        self._end(flow, error)
+        if not isinstance(error, OSError | Denied | asyncio.CancelledError):
+            report(asyncio.get_running_loop(), "a flow", error)

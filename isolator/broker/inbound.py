@@ -133,9 +133,8 @@ class Inbound:
         flow.server = await self._connect(flow)
         flow.recorded = True
         self._write(flow.opened(), happened_ns=flow.began)
-        tune(flow.server)
-        for pipe in flow.join(self._scratch, self._fence, self._turns, self._end):
-            pipe.start()
+        flow.join(self._scratch, self._fence, self._turns, self._end)
+        flow.begin(self._turns)
 
     def _end(self, flow: Flow, failure: BaseException | None) -> None:
         if failure is not None:

@@ -17,40 +17,34 @@ A refusal is a reset, at once. Each decision is a record: ``net.connect`` and ``
 from __future__ import annotations
 
 import asyncio
-import errno
 import socket
 import struct
-from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Any, Self
 
-from isolator.audit.client import AuditClient
-from isolator.audit.schema import NetDenied, NetQuery, RecordData
-from isolator.broker import guard, nflog, sniff
+from isolator.broker import guard
 from isolator.broker.buffers import Buffers
-from isolator.broker.dial import begin, dial, established
-from isolator.broker.dns import QUERIES_PER_SECOND, QUERY_BURST, Answers, NameServer, NameServerState
-from isolator.broker.flow import DescribedError, Flow, FlowState, FlowTable
-from isolator.broker.gate.gate import Gate, GateState
-from isolator.broker.gate.looking import Looking
+from isolator.broker.dial import dial
+from isolator.broker.dns import Answers, NameServer, NameServerState
+from isolator.broker.first_bytes import FIRST_BYTES, FirstBytes
+from isolator.broker.flow import Flow, FlowState, FlowTable
+from isolator.broker.gate.gate import Gate
 from isolator.broker.guard import Denied
-from isolator.broker.host_addresses import HostAddresses
 from isolator.broker.inbound import Fetch, Inbound, InboundState
-from isolator.broker.nat64 import Nat64
-from isolator.broker.relay import Scratch, reset, tune
-from isolator.broker.repeats import Repeatable, RepeatCounter
-from isolator.broker.resolver import Answer, HostResolvers, ResolveError, Resolver
+from isolator.broker.reach import Reach
+from isolator.broker.records import Records
+from isolator.broker.relay import reset, tune
+from isolator.broker.resolver import Resolver
+from isolator.broker.shared import Shared
 from isolator.broker.turns import Turns
-from isolator.broker.virtual import Entry, EntryState, VirtualPool
+from isolator.broker.virtual import EntryState, VirtualPool
 from isolator.ipc.accept_loop import AcceptLoop
 from isolator.ipc.body import Body, Json
 from isolator.ipc.fence import Fence
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.linux.boottime import boottime
-from isolator.linux.netlink import parse_nflog
-from isolator.linux.readable import receive, resolve
 from isolator.policy.addresses import Address
 from isolator.policy.denial import DenialRule
 from isolator.policy.destinations import Rules
@@ -59,37 +53,10 @@ from isolator.policy.model import NetworkPolicy
 if TYPE_CHECKING:
     from isolator.broker.proxy import Proxy
 
-FIRST_BYTES = 15.0
-"""Seconds for a client to send its first bytes where they are compared before anything passes, or to end a request."""
-KERNEL_LATE = 0.1
-"""Seconds by which a refusal of the kernel may be read after the plugin felt it: record and reset leave together."""
-UNACKNOWLEDGED = 15_000
-"""Audit records under way beyond which nothing new is let out: nothing happens unrecorded."""
 APART = 0.001
 """Seconds from one connection of a cage that is opened at once to the next: a burst takes turns with other cages."""
-QUESTION_KEYS = 4 * (QUERY_BURST + QUERIES_PER_SECOND)
-"""Different questions that are counted one by one; a cage cannot ask that many between two flushes."""
 _SO_ORIGINAL_DST = 80
 _SOL_IPV6 = 41
-
-
-@dataclass(frozen=True)
-class Shared:
-    """The parts of a broker that all its cages share."""
-
-    audit: AuditClient
-    host: HostAddresses
-    resolvers: HostResolvers
-    nat64: Nat64
-    scratch: Scratch
-    audit_first: bool = True
-    """Whether nothing is let out while the trail cannot be written (``host.toml`` ``[audit] disk_full``)."""
-
-    def unrecordable(self) -> DenialRule | None:
-        """The rule that refuses everything new while it could not be recorded, or None."""
-        if self.audit.blocked is not None:
-            return DenialRule.AUDIT_UNAVAILABLE if self.audit_first else None
-        return DenialRule.AUDIT_UNAVAILABLE if self.audit.unacknowledged > UNACKNOWLEDGED else None
 
 
 class CageState(Body):
@@ -125,7 +92,8 @@ class Outbound:
         self._loop = asyncio.get_running_loop()
         self._flows = FlowTable(policy.connects_open, self._end)
         self._buffers = Buffers()
-        self._looking, self._turns = Looking(), Turns()
+        self._turns = Turns()
+        self._first_bytes = FirstBytes(policy, fence)
         self._at_once_again = 0.0
         self._pool = VirtualPool(rules, self._loop.time)
         self._resolver = Resolver(policy.resolvers, shared.resolvers, fence)
@@ -134,10 +102,11 @@ class Outbound:
             from isolator.broker.proxy import Proxy
 
             self._proxy = Proxy(policy.proxy, Resolver(policy.resolvers, shared.resolvers, fence), fence)
-        self._repeats = RepeatCounter(self._write, self._loop.time)
-        # The rate of questions bounds these: each name that is looked at has a record of its own.
-        self._questions = RepeatCounter(self._write, self._loop.time, keys=QUESTION_KEYS)
-        answers = Answers(rules, self._pool, self._resolver, self.blocked, self._query, shared.unrecordable)
+        self._reach = Reach(rules, self._pool, self._resolver, shared)
+        self._records = Records(shared.audit, plugin, run, self._loop.time)
+        answers = Answers(
+            rules, self._pool, self._resolver, self._reach.blocked, self._records.query, shared.unrecordable
+        )
         self._name_server = NameServer(answers, dns_udp, dns_tcp, drops)
         if tcp6.family != socket.AF_INET6:
             tcp6.close()  # a host without IPv6 has something else in the place of its listener
@@ -147,10 +116,10 @@ class Outbound:
         self._accepting = [AcceptLoop(listener, self._accepted) for listener in listeners]
         log.setblocking(False)
         self._nflog = log
-        self._loop.add_reader(log, self._read_refusals)
+        self._loop.add_reader(log.fileno(), self._read_refusals)
         self._inbound = Inbound(
-            zip(inbound, policy.listen, strict=True), fetch, self._write_inbound, fence, shared.scratch, self._buffers,
-            self._turns, limit=policy.connects_open, refusal=shared.unrecordable,
+            zip(inbound, policy.listen, strict=True), fetch, self._records.write_inbound, fence, shared.scratch,
+            self._buffers, self._turns, limit=policy.connects_open, refusal=shared.unrecordable,
         )  # fmt: skip
 
     async def pass_on(self, departure: Departure) -> CageState:
@@ -159,10 +128,9 @@ class Outbound:
         names = await self._name_server.pass_on(departure)
         inbound = await self._inbound.pass_on(departure)
         flows = await self._flows.pass_on(departure)
-        self._loop.remove_reader(self._nflog)
+        self._loop.remove_reader(self._nflog.fileno())
         self._read_refusals()
-        self._repeats.flush(everything=True)
-        self._questions.flush(everything=True)
+        self._records.flush(everything=True)
         return CageState(
             run=self.run,
             plugin=self.plugin,
@@ -195,10 +163,11 @@ class Outbound:
             cage._flows.add(flow)
             if flow.recorded:
                 flow.roomy = cage._buffers.take()
-                flow.entry = cage._entry(flow)
+                flow.entry = cage._reach.entry(flow)
                 if flow.entry is not None:
                     flow.entry.flows += 1
-                flow.join_again(shared.scratch, fence, cage._turns, cage._end, partial(cage._gate_again, flow))
+                gate_again = partial(cage._first_bytes.gate_again, flow)
+                flow.join_again(shared.scratch, fence, cage._turns, cage._end, gate_again)
             else:
                 cage._flows.open(flow, cage._open(flow))
         cage._inbound.take_over(state.inbound, descriptors)
@@ -215,36 +184,27 @@ class Outbound:
             await self._proxy.close()
         await self._flows.close()
         self._read_refusals()
-        self._loop.remove_reader(self._nflog)
+        self._loop.remove_reader(self._nflog.fileno())
         self._nflog.close()
-        self._repeats.flush(everything=True)
-        self._questions.flush(everything=True)
+        self._records.flush(everything=True)
 
     def tick(self) -> None:
         """Write counts that are due and end flows that stand still; to be called once a second."""
-        self._repeats.flush()
-        self._questions.flush()
-        if not (self._flows or self._inbound.flows):
+        self._records.flush()
+        both = self._flows, self._inbound.flows
+        if not any(both):
             return  # as in most cages at most times
+        for flows in both:
+            flows.tune()
         if not self._fence.closed_since(boottime() - FIRST_BYTES):
             self._flows.end_incomplete(self._loop.time() - FIRST_BYTES)
         if not self._fence.closed_since(boottime() - self._rules.policy.idle):
-            for flows in (self._flows, self._inbound.flows):
+            for flows in both:
                 flows.end_idle(self._loop.time() - self._rules.policy.idle)
 
-    def blocked(self, address: Address, port: int) -> DenialRule | None:
-        """The rule that keeps a resolved address out of reach at ``port``, or None."""
-        if self._rules.excepted(address, port):
-            return None
-        if self._rules.blocked(address, port):
-            return DenialRule.BLOCKED_ADDRESS
-        inside = self._shared.nat64.inside(address)
-        reason = None if inside is None else self.blocked(inside, port)
-        return reason or self._shared.host.owner(address)
-
-    def _accepted(self, client: socket.socket, _: object) -> None:
+    def _accepted(self, client: socket.socket, peer: Sequence[object]) -> None:
         try:
-            address, port = _original_destination(client)
+            address, port = _original_destination(client, 4 if len(peer) == 2 else 6)
         except OSError:
             reset(client)
             return
@@ -256,16 +216,10 @@ class Outbound:
             self._begin(flow)
 
     def _begin(self, flow: Flow) -> None:
-        self._flows.add(flow)
-        try:
-            rest = self._open_at_once(flow) if flow.started >= self._at_once_again else self._open(flow)
-        except Exception as failure:
-            self._end(flow, failure)
-            if not isinstance(failure, Denied | OSError):
-                raise
-        else:
-            if rest is not None:
-                self._flows.open(flow, rest)
+        at_once = flow.started >= self._at_once_again
+        if at_once:
+            self._at_once_again = flow.started + APART
+        self._flows.open(flow, self._open(flow), at_once=at_once)
 
     def _end(self, flow: Flow, failure: BaseException | None) -> None:
         if isinstance(failure, Denied):
@@ -273,57 +227,26 @@ class Outbound:
         elif failure is not None:
             flow.failed(failure)
             if flow.rule and not (flow.recorded or flow.left):  # it may have knocked at the other side
-                self._repeats.add(flow.unreachable())
+                self._records.count(flow.unreachable())
         flow.release(orderly=failure is None)
         if flow.roomy:
             self._buffers.give()
         if flow.recorded:
-            self._write(flow.closed(self._loop.time()))
+            self._records.write(flow.closed(self._loop.time()))
         self._flows.remove(flow)
 
-    def _gate_again(self, flow: Flow, state: GateState) -> Gate:
-        return Gate.taken_over(state, partial(self._judge, flow), self._looking)
-
-    def _open_at_once(self, flow: Flow) -> Coroutine[Any, Any, None] | None:
-        """Judge, dial and join, as far as nothing has to be waited for; returns what is left. Raises Denied or OSError.
-
-        Most of what a task and another turn of the loop cost would come before the first byte.
-        """
-        self._at_once_again = flow.started + APART
-        if self._fence.closed:
-            return self._open(flow)
-        self._admit(flow)
-        known = Answer((flow.address,)) if flow.name is None else self._resolver.known(flow.name)
-        compared = flow.name is not None and guard.speaks_first(flow.port)
-        if compared or self._proxy is not None or known is None or [a.version for a in known.addresses] != [4]:
-            return self._open(flow)
-        (address,) = self._usable(flow, known.addresses)
-        flow.roomy = self._buffers.take()
-        flow.server, there = begin(address, flow.port, small=not flow.roomy)
-        if not there:
-            return self._established(flow, address)
-        flow.dialled = address
-        self._join(flow)
-        return None
-
-    async def _established(self, flow: Flow, address: Address) -> None:
-        assert flow.server is not None
-        await established(flow.server, address, flow.port)
-        flow.dialled = address
-        self._join(flow)
-
     async def _open(self, flow: Flow) -> None:
-        """Judge, dial, compare and join; raises Denied or OSError."""
-        await self._fence.opened()
-        if not flow.rule:
-            self._admit(flow)
-        addresses = await self._addresses(flow)
+        """Judge, dial, compare and join; raises Denied or OSError. Nothing is awaited that is there already."""
+        if self._fence.closed:
+            await self._fence.opened()
+        self._reach.admit(flow)
+        addresses = await self._reach.addresses(flow)
         if flow.name is None or not guard.speaks_first(flow.port):
             await self._dial(flow, addresses)
             self._join(flow)
             return
-        gate = self._gate(flow)
-        hello = self._loop.create_task(self._first_bytes(flow, gate))
+        gate = self._first_bytes.gate(flow)
+        hello = self._loop.create_task(self._first_bytes.read(flow, gate))
         try:
             await self._dial(flow, addresses)
             first = await hello
@@ -335,79 +258,13 @@ class Outbound:
     def _join(self, flow: Flow, gate: Gate | None = None, first: bytes = b"") -> None:
         assert flow.server is not None
         if gate is None and flow.name is not None:
-            gate = self._gate(flow)
+            gate = self._first_bytes.gate(flow)
         flow.recorded, flow.first = True, b""
-        self._write(flow.opened(), happened_ns=flow.began, urgent=True)  # ahead of the first byte
+        self._records.write(flow.opened(), happened_ns=flow.began, urgent=True)  # ahead of the first byte
         up, down = flow.join(self._shared.scratch, self._fence, self._turns, self._end)
         if gate is not None:
             up.guard(gate, down)
-        up.start(first)
-        if not down.ended:  # behind the first bytes, which wait for neither
-            tune(flow.server)
-            down.start()
-
-    def _gate(self, flow: Flow) -> Gate:
-        return Gate(partial(self._judge, flow), strict=guard.speaks_first(flow.port), work=self._looking)
-
-    def _judge(self, flow: Flow, hello: sniff.Hello) -> None:
-        assert flow.name is not None
-        policy = self._rules.policy
-        rule = guard.objection(
-            hello, flow.name, flow.port, allow_no_sni=policy.allow_no_sni, allow_ech=policy.allow_ech
-        )
-        if rule is not None:
-            raise Denied(rule, asked=list(hello.names[:4]))
-
-    def _entry(self, flow: Flow) -> Entry | None:
-        """The name that the flow's destination stands for, if it is a virtual address that was answered."""
-        return self._pool.entry(flow.address) if isinstance(flow.address, IPv4Address) else None
-
-    def _admit(self, flow: Flow) -> None:
-        """Hold a destination to the policy, before anything is looked up; raises Denied."""
-        refusal = self._shared.unrecordable()
-        if refusal is not None:
-            entry = self._entry(flow)
-            flow.name = entry.name if entry is not None else None
-            raise Denied(refusal)
-        if not (isinstance(flow.address, IPv4Address) and flow.address in self._rules.virtual):
-            verdict = self._rules.literal(flow.address, flow.port)
-        else:
-            flow.entry = self._entry(flow)
-            if flow.entry is None:
-                raise Denied(DenialRule.UNALLOCATED)
-            flow.entry.flows += 1
-            flow.name = flow.entry.name
-            verdict = self._rules.name(flow.name, flow.port)
-        flow.rule = verdict.rule
-        if not verdict.allowed:
-            raise Denied(verdict.rule)
-
-    async def _addresses(self, flow: Flow) -> tuple[Address, ...]:
-        """The addresses that this flow may go to; none where the proxy looks its name up."""
-        found: tuple[Address, ...] = (flow.address,)
-        if flow.name is not None:
-            if self._rules.looked_up_by_proxy(flow.name):
-                return ()
-            try:
-                found = (await self._resolver.resolve(flow.name)).addresses
-            except ResolveError as error:
-                raise DescribedError(DenialRule.UPSTREAM) from error
-        if any(address.version == 6 for address in found):
-            await self._shared.nat64.refresh()
-        return self._usable(flow, found)
-
-    def _usable(self, flow: Flow, found: tuple[Address, ...]) -> tuple[Address, ...]:
-        """Addresses among them that may be dialled; raises Denied, or DescribedError when there are none at all."""
-        reasons = [self.blocked(address, flow.port) for address in found]
-        if flow.name is None and reasons[0] is DenialRule.NEIGHBOUR and flow.rule != "public":
-            return found  # whoever wrote the address, or its network, into the policy meant the neighbour
-        usable = tuple(address for address, reason in zip(found, reasons, strict=True) if reason is None)
-        if not found:
-            raise DescribedError("no-address")
-        if not usable:
-            flow.dialled = found[0]
-            raise Denied(reasons[0] or "")
-        return usable
+        flow.begin(self._turns, first)
 
     async def _dial(self, flow: Flow, addresses: tuple[Address, ...]) -> None:
         flow.roomy = self._buffers.take()
@@ -417,81 +274,17 @@ class Outbound:
             flow.via = self._proxy.where
             flow.server, flow.dialled = await self._proxy.dial(addresses, flow.name, flow.port, small=not flow.roomy)
 
-    async def _first_bytes(self, flow: Flow, gate: Gate) -> bytes:
-        """Read until the gate lets bytes pass; returns these; raises Denied or OSError."""
-        unread = [flow.first] if flow.first else []
-        while True:
-            try:
-                async with asyncio.timeout(FIRST_BYTES):
-                    return await self._until_passing(flow, gate, unread)
-            except TimeoutError:
-                if not self._fence.closed_since(boottime() - FIRST_BYTES):
-                    # To pass on half of the compared bytes after a while would be a way round the comparison.
-                    raise Denied(DenialRule.INCOMPLETE if flow.first else DenialRule.SILENT) from None
-
-    async def _until_passing(self, flow: Flow, gate: Gate, unread: list[bytes]) -> bytes:
-        """Read; ``unread``: bytes that another broker has read."""
-        first = b""
-        while not gate.passing:
-            if self._looking.spent or self._looking.over:
-                turn = self._loop.create_future()
-                self._looking.turn(partial(resolve, turn))
-                await turn
-            again = bool(unread)
-            part = unread.pop() if again else await receive(flow.client, self._looking.piece)
-            if not part:
-                if flow.first:
-                    raise Denied(DenialRule.INCOMPLETE)
-                return b""
-            flow.first += b"" if again else part
-            first = bytes(gate.feed(part))
-            if gate.pause:
-                await asyncio.sleep(gate.pause)
-        return first
-
     def _read_refusals(self) -> None:
-        """Record the packets that the ruleset refused before they reached a listener."""
-        for _ in range(64):
-            try:
-                packet = self._nflog.recv(65536)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno == errno.ENOBUFS:
-                    self._repeats.add(NetDenied(rule=DenialRule.RECORDS_LOST))
-                    continue
-                return
-            for prefix, payload in parse_nflog(packet):
-                refused = nflog.read(prefix, payload)
-                denied = nflog.describe(refused, self._rules, self._pool)
-                self._repeats.add(denied, count=refused.count, late=KERNEL_LATE)
+        self._records.read_refusals(self._nflog, self._rules, self._pool)
 
     def _deny(self, flow: Flow, rule: str, **found: Any) -> None:
         flow.reason = rule
-        self._repeats.add(flow.denied(rule, **found))
-
-    def _write_inbound(
-        self, record: RecordData, *, since_ns: int | None = None, happened_ns: int | None = None
-    ) -> None:
-        if isinstance(record, Repeatable) and "flow" not in record.data:  # many may be alike
-            self._repeats.add(record)
-        else:
-            self._write(record, since_ns=since_ns, happened_ns=happened_ns)
-
-    def _query(self, name: str, kind: str, verdict: str, rule: str, count: int = 1) -> None:
-        self._questions.add(NetQuery(name=name or None, type=kind or None, verdict=verdict, rule=rule), count=count)
-
-    def _write(
-        self, record: RecordData, *, since_ns: int | None = None, happened_ns: int | None = None, urgent: bool = False
-    ) -> None:
-        self._shared.audit.record(
-            record, plugin=self.plugin, run=self.run, since_ns=since_ns, happened_ns=happened_ns, urgent=urgent
-        )
+        self._records.count(flow.denied(rule, **found))
 
 
-def _original_destination(client: socket.socket) -> tuple[Address, int]:
+def _original_destination(client: socket.socket, version: int) -> tuple[Address, int]:
     """Read the destination of a redirected connection; raises OSError when the kernel does not know it (any more)."""
-    if client.family == socket.AF_INET:
+    if version == 4:
         raw = client.getsockopt(socket.IPPROTO_IP, _SO_ORIGINAL_DST, 16)
         port, packed = struct.unpack_from("!2xH4s", raw)
         return IPv4Address(packed), port

@@ -68,6 +68,7 @@ class Proxy:
         except OSError as error:
             raise DescribedError(f"proxy {self.where} cannot be reached: {error.strerror}") from error
         try:
+            await asyncio.sleep(0)  # in a task from here on (``begun``), as a time-out needs one
             async with asyncio.timeout(ANSWER_SECONDS):
                 request = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n"
                 await self._fence.opened()

@@ -106,20 +106,21 @@ class Pipe:
         self._queued = self._streams = False
         self._heard = -1
 
-    def start(self, first: bytes | None = None) -> None:
-        """Begin to read. ``first``: send these bytes of the source before; none of them, read what is there at once."""
-        self.touched = self._loop.time()
-        if first:
-            self._send(memoryview(first))
-        if self._rest or self.ended:
-            return
-        if first == b"" and not self._turns.over:
-            self._reading = True  # the loop learns of it only then: these bytes wait for nothing that can wait
-            self._take_turn()
-            if self._reading:
-                self._loop.add_reader(self._in, self._readable)
-        else:
-            self._go_on()
+    def carry(self, first: bytes = b"") -> None:
+        """Send ``first``, bytes of the source that were read before, or a piece of what is there; then ``start``."""
+        self.touched, self._reading = self._loop.time(), True
+        if not first:
+            if not self._turns.over:
+                self._read_some(0.0)
+        elif self._send(memoryview(first)) and self.gate is not None:
+            self._look(b"")
+
+    def start(self) -> None:
+        """Have the loop tell of bytes, unless something else is waited for by now."""
+        if not self.touched:
+            self.touched, self._reading = self._loop.time(), True
+        if self._reading:
+            self._loop.add_reader(self._in, self._readable)
 
     def guard(self, gate: Gate, back: Pipe) -> None:
         """Let pass what ``gate`` lets pass; ``back``, the other direction, tells it of the server's answers."""
@@ -203,7 +204,7 @@ class Pipe:
             self._turns.took_piece(thread_time() - began, size, streams=streams)
 
     def _read_some(self, end: float) -> None:
-        """Pass on what is there to read, until this thread's CPU time is ``end``."""
+        """Pass on what is there to read, a piece at least, until this thread's CPU time is ``end``."""
         buffer = self._scratch.buffer
         size = CHUNK if self._turns.held < SHARE and self._scratch.waiting < BUDGET else SMALL
         for _ in range(_ROUNDS if self.gate is None else 1):
@@ -234,18 +235,22 @@ class Pipe:
 
     def _look(self, data: memoryview | bytes) -> bool:
         """Pass on what the gate lets pass, and tell it of the server's bytes; False when reading must not go on."""
-        passing: memoryview | bytes = data
+        passing, gate = data, self.gate
         try:
-            if self.gate is not None:
-                passing = self.gate.feed(data)
-                if self.gate.done:
+            if gate is not None:
+                passing = gate.feed(data)
+                if gate.done:
                     self.gate = None
             elif self._answers is not None:
                 self._answered(self._answers, data)
+            goes_on = not passing or self._send(memoryview(passing))
         except Denied as denied:
             self._end(denied)
             return False
-        return (not passing or self._send(memoryview(passing))) and not self._waits()
+        finally:
+            if gate is not None:
+                gate.charge()
+        return goes_on and not self._waits()
 
     def _answered(self, pipe: Pipe, data: memoryview | bytes) -> None:
         if pipe.gate is None or not pipe.gate.answered(data):

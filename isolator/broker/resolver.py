@@ -136,16 +136,11 @@ class Resolver:
         self._cache: OrderedDict[str, tuple[float, Answer]] = OrderedDict()
         self._running: dict[str, asyncio.Task[Answer]] = {}
 
-    def known(self, name: str) -> Answer | None:
-        """The answer to ``resolve``, if nothing has to be asked."""
-        cached = self._cache.get(name)
-        return cached[1] if cached is not None and cached[0] > self._loop.time() else None
-
     async def resolve(self, name: str) -> Answer:
         """Every address of ``name``, both families; raises ResolveError. Equal questions share one lookup."""
-        cached = self.known(name)
-        if cached is not None:
-            return cached
+        cached = self._cache.get(name)
+        if cached is not None and cached[0] > self._loop.time():
+            return cached[1]
         task = self._running.get(name)
         if task is None:
             if self._work.tokens <= 0:

@@ -91,11 +91,6 @@ class Hello:
     """For ``http``."""
 
 
-def sniff(data: bytes) -> Hello | None:
-    """Read the first bytes a client sent; None when more are needed; raises Malformed."""
-    return Sniffer().feed(data)
-
-
 class Sniffer:
     """Reads the first bytes of a client, or the head of its next request. ``rest``: bytes behind what was read."""
 

@@ -28,7 +28,7 @@ from isolator.cage.processes import CageExit, CageProcesses
 from isolator.cage.runtime import CageRuntime
 from isolator.cage.warm_pool import Spare, not_parked
 from isolator.errors import ConfinementError, ExecError
-from isolator.ipc.packet import receive_what_is_left, send_message, send_packet
+from isolator.ipc.packet import receive_packet, send_message, send_packet
 from isolator.launcher.client import Clone, Launcher, clone_remedy
 from isolator.layers.base import CageSpec, Kept, Layer, Process
 from isolator.layers.capabilities import Capabilities
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from isolator.ipc.handover import CageState
     from isolator.layers.network.namespace import CageNetwork
 
-_SET_UP_SECONDS = 10.0
+_SET_UP_SECONDS = 20.0
 
 
 @struct_class(frozen=True)
@@ -149,7 +149,7 @@ class Cage:
         mark = Stopwatch(self.steps)
         spec, runtime = self.spec, self._runtime
         layers, rules = frozenset(layer.name for layer in self._layers), spec.policy.network
-        spare = self._spare = await runtime.pool.take(layers, rules)
+        spare = self._spare = await runtime.pool.take(layers, rules, self._journalled)
         self._network.network, self._cgroup.ahead = spare.network, spare.groups
         self._namespaces.parked = spare.pid
         self._proc.folder = spare.figures
@@ -161,8 +161,8 @@ class Cage:
                     self._namespaces.prepare_clocks(birth)
                 _send_to(spare, *birth.pack_clocks())
                 mark("clocks")
-                leaf = Leaf.under(runtime.subtree, spec.leaf, spec.policy.resources)
-                runtime.journal.record(Entry(spec.leaf, "leaf", tuple(map(str, leaf.folders()))))
+                if spare.name != spec.leaf:
+                    self._journalled()
                 mark("journal")
                 for layer in self._layers:
                     layer.prepare_birth(spec, birth)
@@ -174,10 +174,20 @@ class Cage:
             if self._network in self._layers:
                 self._loading = asyncio.create_task(self._load_network())
             mark("send")
-            await self._build(spare, mark)
+            async with asyncio.timeout(_SET_UP_SECONDS):
+                await self._build(spare, mark)
+        except TimeoutError:
+            why = f"not built in {_SET_UP_SECONDS:g} s"
+            raise ConfinementError(f"cage of {spec.name}", why, "the host may be overloaded") from None
         finally:
             if runtime.keep_warm:
                 runtime.pool.refill(layers)
+
+    def _journalled(self) -> Leaf:
+        """The cage's groups, on record before they are made."""
+        leaf = Leaf.under(self._runtime.subtree, self.spec.leaf, self.spec.policy.resources)
+        self._runtime.journal.record(Entry(self.spec.leaf, "leaf", tuple(map(str, leaf.folders()))))
+        return leaf
 
     async def _prepare(self, spare: Spare, birth: Birth, mark: Stopwatch) -> None:
         """Make the plan and send it; meanwhile the cage is born."""
@@ -207,12 +217,8 @@ class Cage:
             await self._handover(self.network)
 
     async def _build(self, spare: Spare, mark: Stopwatch) -> None:
-        try:
-            async with asyncio.timeout(_SET_UP_SECONDS):
-                await self._wait_caged(spare, mark)
-                await spare.ended()  # it counts as a task of the cage until then
-        except TimeoutError:
-            raise self._too_slow() from None
+        await self._wait_caged(spare, mark)
+        await spare.ended()  # it counts as a task of the cage until then
         if self._loading is not None:
             await asyncio.shield(self._loading)  # a cancelled start waits for it in ``release``
         mark("network")
@@ -224,11 +230,7 @@ class Cage:
         mark("confirm")
         self._admit()
         send_packet(spare.link, b"x")
-        try:
-            async with asyncio.timeout(_SET_UP_SECONDS):
-                answer, _ = await self._receive(spare)
-        except TimeoutError:
-            raise self._too_slow() from None
+        answer, _ = await self._receive(spare)
         if answer:
             raise self._failure(answer)
         spare.link.close()
@@ -272,7 +274,7 @@ class Cage:
             # A process that has failed and ended is in no group any more; its report came before that.
             with contextlib.suppress(BlockingIOError):
                 while True:
-                    packet, fds = receive_what_is_left(spare.link)
+                    packet, fds = receive_packet(spare.link)
                     close_all(fds)
                     answer = json.loads(packet) if packet else {}
                     if answer.get("step") not in ("viewed", "caged"):
@@ -307,15 +309,11 @@ class Cage:
         """Receive the next message of the link; empty after exec (or death, which ``wait`` tells apart)."""
         while True:
             try:
-                packet, fds = receive_what_is_left(spare.link)
+                packet, fds = receive_packet(spare.link)
             except BlockingIOError:
                 await readable(spare.link.fileno())
                 continue
             return (json.loads(packet) if packet else {}), fds
-
-    def _too_slow(self) -> ConfinementError:
-        why = f"not built in {_SET_UP_SECONDS:g} s"
-        return ConfinementError(f"cage of {self.spec.name}", why, "the host may be overloaded")
 
     def _failure(self, answer: dict[str, object]) -> ConfinementError:
         if not answer:

@@ -55,16 +55,18 @@ class Parking:
         if self.figures >= 0:
             os.close(self.figures)
         if self.groups is not None:
-            self.groups.remove()
-            self.journal.forget(self.name)
+            self.groups.remove_v1()
+            if self.name.startswith(PREFIX):
+                self.journal.forget(self.name)
 
 
-def new_parking(journal: Journal, subtree: Subtree, layers: frozenset[str]) -> Parking:
+def new_parking(journal: Journal, subtree: Subtree, layers: frozenset[str], cage: Leaf | None = None) -> Parking:
     """Make everything for one parked process; raises OSError, and nothing is left then.
 
-    What is outside a process, the v1 groups, is journalled first, under a name that no plugin can have.
+    What is outside a process, the v1 groups, is journalled first, under a name that no plugin can have; or they are
+    those of the ``cage`` that waits for it, which has journalled them.
     """
-    name = PREFIX + os.urandom(6).hex()
+    name = PREFIX + os.urandom(6).hex() if cage is None else cage.unified.name
     link, its_link = pair()
     status, its_status = os.pipe2(os.O_CLOEXEC)
     parking = Parking(name, layers, journal, link, status, None, -1, FdSet([its_link.detach(), its_status]))
@@ -75,8 +77,10 @@ def new_parking(journal: Journal, subtree: Subtree, layers: frozenset[str]) -> P
             parking.figures = new_figures()
             parking.its.add(os.dup(parking.figures))
         if "cgroup" in layers and subtree.v1:
-            groups = Leaf.under(subtree, name)
-            journal.record(Entry(name, "spare", tuple(map(str, dict.fromkeys(groups.v1.values())))))
+            groups = cage
+            if groups is None:
+                groups = Leaf.under(subtree, name)
+                journal.record(Entry(name, "spare", tuple(map(str, dict.fromkeys(groups.v1.values())))))
             parking.groups = groups
             groups.create_v1()
             groups.open_v1(parking.its)

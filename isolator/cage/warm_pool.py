@@ -5,8 +5,9 @@ the rules of the cage before: nearly all of what a start waits for. None of it b
 plugin has ever been in it; a spare is used once. ``take`` gives the one that is waiting, or makes one; ``refill`` makes
 the next one when the daemon has had a moment's rest, so that a burst of starts is not slowed by it.
 
-What is outside a process, the v1 groups, is journalled first, under a name that no plugin can have. The rest ends with
-its last descriptor: the parked process sees the end of its link, the namespace goes with its sockets.
+What is outside a process, the v1 groups, is journalled first, under a name that no plugin can have; those that are made
+for a cage which waits are its own from the first. The rest ends with its last descriptor: the parked process sees the
+end of its link, the namespace goes with its sockets.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from isolator.base.structs import struct_class
-from isolator.cage.parking import Parking, new_parking
+from isolator.cage.parking import PREFIX, Parking, new_parking
 from isolator.errors import ConfinementError, IsolatorError
 from isolator.ipc.packet import receive_packet
 from isolator.ipc.tasks import Tasks
@@ -93,9 +94,10 @@ class Spare:
         self.pidfd = -1
 
     def hand_over_groups(self) -> None:
-        """Give up the groups: they have become those of a cage."""
+        """Give up the groups: they have become, or were, those of a cage."""
         self.groups = None
-        self.journal.forget(self.name)
+        if self.name.startswith(PREFIX):
+            self.journal.forget(self.name)
 
     async def release(self) -> None:
         """End and remove every part that nobody has taken over; idempotent."""
@@ -112,7 +114,7 @@ class Spare:
 
             network_layer.release(self.network)
         if self.groups is not None:
-            self.groups.remove()
+            self.groups.remove_v1()
             self.hand_over_groups()
 
 
@@ -127,13 +129,17 @@ class WarmPool:
         self._waiting: asyncio.Task[Spare] | None = None
         self._rest: asyncio.TimerHandle | None = None
         self._closed = False
+        self._hurried = 0
+        """Spares that are being made while their takers wait."""
         self._tasks = Tasks()
         self._disposals: set[asyncio.Task[None]] = set()
 
-    async def take(self, layers: frozenset[str], network: NetworkPolicy) -> Spare:
-        """A spare for a cage with these layers: the one that waits if it fits, or a new one, without network rules.
+    async def take(self, layers: frozenset[str], network: NetworkPolicy, cage: Callable[[], Leaf]) -> Spare:
+        """A spare for a cage with these layers: the one that waits if it fits, or a new one.
 
-        The taker's own are loaded while the cage enters the rest, which is sooner than to wait for them here.
+        That has the network's rules where others are being made at the same time: one thread for both is less work.
+        Else they are loaded while the cage enters the rest, which is sooner than to wait for them here. A new one is in
+        the groups of the taker's cage, which ``cage`` journals and returns; one that waits has some of its own.
 
         Raises ConfinementError when this host cannot make it, UnavailableError while the launcher is away.
         """
@@ -145,14 +151,14 @@ class WarmPool:
                 if spare.layers == layers and spare.usable:
                     return spare
                 self._dispose(making)
-        return await self._made(self._begin(layers, hurried=True, rules=False))
+        return await self._made(self._run(self._make_for(cage(), layers, network)))
 
     async def _made(self, making: asyncio.Task[Spare]) -> Spare:
-        """Wait for one; a taker that is cancelled does not end what is being made, which the next one gets."""
+        """Wait for one. A taker that is cancelled waits until nothing is left of it: its groups may be the taker's."""
         try:
             return await asyncio.shield(making)
         except asyncio.CancelledError:
-            self._give_back(making)
+            await asyncio.shield(self._dispose(making))
             raise
 
     def adopt(self, parking: Parking) -> None:
@@ -166,7 +172,7 @@ class WarmPool:
             self._rest = None
         if self._waiting is None and not self._closed:
             # What a host or a launcher refuses, the next start tries again, and reports.
-            self._waiting = self._begin(layers, hurried=hurried)
+            self._waiting = self._run(self._make(layers, self._rules(), hurried=hurried))
 
     def refill(self, layers: frozenset[str]) -> None:
         """Make one when no start has needed anything for a moment."""
@@ -195,15 +201,20 @@ class WarmPool:
         """Make spares again after ``close``."""
         self._closed = False
 
-    def _begin(self, layers: frozenset[str], *, hurried: bool, rules: bool = True) -> asyncio.Task[Spare]:
-        return self._run(self._make(layers, hurried=hurried, rules=rules))
-
     def _run(self, work: Coroutine[Any, Any, Spare]) -> asyncio.Task[Spare]:
         return self._tasks.run("making of a spare", work, expected=_EXPECTED)
 
-    async def _make(self, layers: frozenset[str], *, hurried: bool, rules: bool = True) -> Spare:
+    async def _make(self, layers: frozenset[str], rules: NetworkPolicy, *, hurried: bool) -> Spare:
         parking = new_parking(self._journal, self._subtree, layers)
-        return await _make_spare(self._launcher(), parking, self._rules() if rules else None, hurried=hurried)
+        return await _make_spare(self._launcher(), parking, rules, hurried=hurried)
+
+    async def _make_for(self, cage: Leaf, layers: frozenset[str], rules: NetworkPolicy) -> Spare:
+        self._hurried += 1
+        try:
+            parking, others = new_parking(self._journal, self._subtree, layers, cage), self._hurried > 1
+            return await _make_spare(self._launcher(), parking, rules if others else None, hurried=True)
+        finally:
+            self._hurried -= 1
 
     def _rules(self) -> NetworkPolicy:
         """The policy whose rules a network gets ahead: the last taker's, or one that lets nothing out."""
@@ -211,13 +222,7 @@ class WarmPool:
 
         return self._network or NetworkPolicy(mode="none")
 
-    def _give_back(self, making: asyncio.Task[Spare]) -> None:
-        if self._waiting is None and not self._closed:
-            self._waiting = making
-        else:
-            self._dispose(making)
-
-    def _dispose(self, making: asyncio.Task[Spare]) -> None:
+    def _dispose(self, making: asyncio.Task[Spare]) -> asyncio.Task[None]:
         async def release() -> None:
             try:
                 spare = await making
@@ -228,6 +233,7 @@ class WarmPool:
         task = self._tasks.run("removal of a spare", release())
         self._disposals.add(task)
         task.add_done_callback(self._disposals.discard)
+        return task
 
 
 def not_parked(detail: object) -> ConfinementError:

@@ -111,7 +111,7 @@ def plugin_target(session: StandaloneSession, host: HostConfig, name: str) -> It
     from isolator.ipc.messages import Environment
     from isolator.probe.run import Target
     from isolator.registration.proposals import Proposals
-    from isolator.supervisor.cage_spec import plugin_spec
+    from isolator.supervisor.cage_spec import open_state, plugin_spec
     from isolator.volume.volume import Volume
 
     loaded = Proposals(session.paths, host).load(name)
@@ -123,8 +123,11 @@ def plugin_target(session: StandaloneSession, host: HostConfig, name: str) -> It
     state = Volume(base, name, session.runtime.journal)
 
     def spec(run: str, argv: list[str], owned: list[int]) -> CageSpec:
+        folder = open_state(loaded.registration, effective, state)
+        if folder >= 0:
+            owned.append(folder)
         return plugin_spec(
-            loaded.registration, effective, argv, session.paths, run, Environment(), state, name, owned.append
+            loaded.registration, effective, argv, session.paths, run, Environment(), folder, name, owned.append
         )
 
     try:

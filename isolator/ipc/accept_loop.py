@@ -59,7 +59,7 @@ class AcceptLoop:
         if self._resting is not None:
             self._resting.cancel()
         if self._listener.fileno() >= 0:
-            self._loop.remove_reader(self._listener)
+            self._loop.remove_reader(self._listener.fileno())
             self._listener.close()
         if self._reserve >= 0:
             os.close(self._reserve)
@@ -73,14 +73,15 @@ class AcceptLoop:
         """Accept no more, and give the listener back: callers wait in its backlog."""
         if self._resting is not None:
             self._resting.cancel()
-        self._loop.remove_reader(self._listener)
+        self._loop.remove_reader(self._listener.fileno())
         listener = socket.socket(fileno=self._listener.detach())
         self.close()
         return listener
 
     def _listen(self) -> None:
         self._resting = None
-        self._loop.add_reader(self._listener, self._readable)
+        # By its number: for the name of an object that it does not know the selector asks the kernel twice.
+        self._loop.add_reader(self._listener.fileno(), self._readable)
 
     def _readable(self) -> None:
         end = time.thread_time() + HOLD
@@ -123,7 +124,7 @@ class AcceptLoop:
         self._reserve = _open_reserve()
 
     def _rest(self, seconds: float) -> None:
-        self._loop.remove_reader(self._listener)
+        self._loop.remove_reader(self._listener.fileno())
         self._resting = self._loop.call_later(seconds, self._listen)
 
 

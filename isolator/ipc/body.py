@@ -46,6 +46,16 @@ class Message:
 Handler = Callable[[Message], Awaitable["Message | Json | None"]]
 
 
+@dataclass(frozen=True)
+class AtOnce:
+    """A handler that waits for nothing: a channel calls it as it reads, if all that came before has begun."""
+
+    handler: Handler
+
+    def __call__(self, message: Message) -> Awaitable[Message | Json | None]:
+        return self.handler(message)
+
+
 def by_op(*served: tuple[str, Handler]) -> dict[str, Handler]:
     """Handlers by operation, from ``Request.on`` and ``Request.on_fds``."""
     return dict(served)
@@ -130,13 +140,19 @@ class Request(Body, Generic[R]):
         return cls.on_fds(lambda request, _: handler(request))
 
     @classmethod
-    def on_now(cls, handler: Callable[[Self], R]) -> tuple[str, Handler]:
+    def on_now(cls, handler: Callable[[Self], R | WithFds[R]]) -> tuple[str, Handler]:
         """As ``on``, for a handler that waits for nothing."""
+        return cls.on_fds_now(lambda request, _: handler(request))
 
-        async def serve(request: Self, _: list[int]) -> R:
-            return handler(request)
+    @classmethod
+    def on_fds_now(cls, handler: Callable[[Self, list[int]], R | WithFds[R]]) -> tuple[str, Handler]:
+        """As ``on_fds``, for a handler that waits for nothing."""
 
-        return cls.on_fds(serve)
+        async def serve(request: Self, fds: list[int]) -> R | WithFds[R]:
+            return handler(request, fds)
+
+        op, served = cls.on_fds(serve)
+        return op, AtOnce(served)
 
     @classmethod
     def on_fds(cls, handler: Callable[[Self, list[int]], Awaitable[R | WithFds[R]]]) -> tuple[str, Handler]:

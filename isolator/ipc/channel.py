@@ -19,16 +19,17 @@ something else than messages is broken or was taken over: its channel is closed.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import os
 import socket
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from isolator.errors import IsolatorError, UnavailableError
-from isolator.ipc.body import Handler, Json, Message, R, Request, WithFds
+from isolator.ipc.body import AtOnce, Handler, Json, Message, R, Request, WithFds
 from isolator.ipc.packet import (
     MAX_FDS,
     MAX_PACKET,
@@ -94,6 +95,8 @@ class Channel:
         """The peer's buffer was full, and the loop calls when it has room."""
         self._tasks: dict[asyncio.Task[None], Message] = {}
         """The requests that are being served."""
+        self._to_begin: set[asyncio.Task[None]] = set()
+        """Those among their tasks whose first step is to come."""
         self._held: list[Json] = []
         self._holding = False
         """Requests are kept in ``_held`` instead of being served."""
@@ -263,26 +266,38 @@ class Channel:
         payload = _encode(message).encode()
         if len(payload) > MAX_PACKET:
             raise IsolatorError("internal message", f"{len(payload)} bytes exceed {MAX_PACKET}", "pass it as a file")
+        if not self._out and self._sent(payload, fds):
+            return
         # The caller may close its descriptors at once, so what waits in the queue is a duplicate.
         self._out.append((payload, _duplicates(fds)))
         self._out_bytes += len(payload)
         self._out_fds += len(fds)
-        self._flush()
         if self._out_bytes > MOST_WAITING or self._out_fds > MOST_WAITING_FDS:
             logger.error("%s does not read what it is sent (%d messages wait)", self.name, len(self._out))
             self.close()
 
+    def _sent(self, payload: bytes, fds: Sequence[int]) -> bool:
+        """Send a packet; False: it has to wait for the peer, and ``_flush`` is called when there is room.
+
+        Raises OSError for a descriptor that is not open.
+        """
+        try:
+            send_packet(self._sock, payload, fds)
+        except BlockingIOError:
+            if not self._full:
+                self._loop.add_writer(self._sock, self._flush)
+                self._full = True
+            return False
+        except OSError as error:
+            if error.errno == errno.EBADF:
+                raise
+            self.close()
+        return True
+
     def _flush(self) -> None:
         while self._out:
             payload, fds = self._out[0]
-            try:
-                send_packet(self._sock, payload, fds)
-            except BlockingIOError:
-                self._loop.add_writer(self._sock, self._flush)
-                self._full = True
-                return
-            except OSError:
-                self.close()
+            if not self._sent(payload, fds) or self.closed.is_set():
                 return
             self._out.popleft()
             self._out_bytes -= len(payload)
@@ -373,12 +388,27 @@ class Channel:
             self._begin(message, size)
 
     def _begin(self, message: Message, size: int) -> None:
+        if not self._to_begin and isinstance(self._handlers.get(message.fields["op"]), AtOnce):
+            self._serve_at_once(message)
+            return
         task = self._loop.create_task(self._serve(message))
         self._tasks[task] = message
+        self._to_begin.add(task)
         self._served_bytes += size
         task.add_done_callback(lambda done: self._served(done, size))
 
+    def _serve_at_once(self, message: Message) -> None:
+        """Serve a request whose handler waits for nothing: a task, its turn and its end would cost more than that."""
+        try:
+            self._serve(message).send(None)
+        except StopIteration:
+            pass
+        except Exception as error:
+            context = {"message": f"{self.name}: {message.fields['op']} failed", "exception": error}
+            self._loop.call_exception_handler(context)
+
     def _served(self, task: asyncio.Task[None], size: int) -> None:
+        self._to_begin.discard(task)
         self._tasks.pop(task).close()  # a task that is cancelled before its first step has closed nothing
         self._served_bytes -= size
 
@@ -404,6 +434,8 @@ class Channel:
             future.set_result(Message(result, message.fds))
 
     async def _serve(self, message: Message) -> None:
+        if self._to_begin:
+            self._to_begin.discard(cast(asyncio.Task[None], asyncio.current_task()))
         op, number = message.fields["op"], message.fields.get("id")
         answer: dict[str, Any]
         fds: list[int] = []
@@ -450,7 +482,7 @@ def _duplicates(fds: Sequence[int]) -> list[int]:
 
 
 def _parse(payload: bytes) -> dict[str, Any]:
-    fields = json.loads(payload)
+    fields = json.loads(payload.decode())
     if not isinstance(fields, dict):
         raise TypeError("not a JSON object")
     return fields

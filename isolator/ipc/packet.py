@@ -77,7 +77,15 @@ def receive_packet(sock: socket.socket, *, peek: bool = False) -> tuple[bytes, l
     """Receive one packet and its descriptors (close-on-exec); ``b""`` means the peer is gone.
 
     With ``peek`` the packet stays, to be taken by ``drop_packet``: one whose descriptors found no room is not lost.
+    That a peer has ended with packets unread is told ahead of what it has sent (ECONNRESET), once, and passed over.
     """
+    try:
+        return _receive_packet(sock, peek=peek)
+    except ConnectionResetError:
+        return _receive_packet(sock, peek=peek)
+
+
+def _receive_packet(sock: socket.socket, *, peek: bool) -> tuple[bytes, list[int]]:
     how = _LOOK if peek else _TAKE
     room = min(next_size(sock), MAX_PACKET) or 1
     payload, ancillary, flags, _ = sock.recvmsg(room, _ROOM_FOR_FDS, how)
@@ -90,14 +98,6 @@ def receive_packet(sock: socket.socket, *, peek: bool = False) -> tuple[bytes, l
             os.close(fd)
         raise TruncatedPacketError(b"" if flags & socket.MSG_TRUNC else payload)
     return payload, list(fds)
-
-
-def receive_what_is_left(sock: socket.socket) -> tuple[bytes, list[int]]:
-    """As ``receive_packet``, from a peer that may have ended with messages unread: that is told first (ECONNRESET)."""
-    try:
-        return receive_packet(sock)
-    except ConnectionResetError:
-        return receive_packet(sock)
 
 
 def drop_packet(sock: socket.socket) -> None:

@@ -48,19 +48,39 @@ def essential(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
 def essential_at_once(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None] | None:
     """As ``essential``, but ``work`` begins in this call; returns None if it has ended in it, and needs no task."""
     try:
-        awaited = work.send(None)
-    except StopIteration:
-        return None
+        rest = begun(work)
     except Exception as error:
         end_process(name, error)
         raise
-    return essential(_go_on(work, awaited), name)
+    return None if rest is None else essential(rest, name)
+
+
+def begun(work: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None] | None:
+    """Begin ``work`` in this call; returns what is left of it, for a task, or None. Raises what it raises.
+
+    Until it awaits something it is in no task of its own, which asyncio.timeout needs.
+    """
+    try:
+        awaited = work.send(None)
+    except StopIteration:
+        return None
+    rest = _go_on(work, awaited)
+    rest.send(None)  # so that ``work`` hears of it if its task is cancelled before its first step
+    return rest
+
+
+async def _go_on(work: Coroutine[Any, Any, None], awaited: Any) -> None:
+    await _steps(work, awaited)  # since Python 3.12 no task takes a generator
 
 
 @types.coroutine
-def _go_on(work: Coroutine[Any, Any, None], awaited: Any) -> Generator[Any, Any, None]:
-    """Go on with work that awaits something, within a task."""
+def _steps(work: Coroutine[Any, Any, None], awaited: Any) -> Generator[Any, Any, None]:
+    """Yield to ``begun``, and then whatever ``work`` awaits."""
     with contextlib.suppress(StopIteration):
+        try:
+            yield
+        except BaseException as error:
+            awaited = work.throw(error)
         while True:
             try:
                 result = yield awaited

@@ -23,7 +23,7 @@ from isolator.linux.apart import apart
 from isolator.linux.capability import last_capability
 
 _BOOT = "import sys; sys.path[:0] = sys.argv[2:]; from isolator.launcher.server import main; main()"
-
+_IMPORT_PATH = str(Path(isolator.__file__).parents[1])
 
 _END_SECONDS = 5.0
 
@@ -235,11 +235,12 @@ class Launcher:
 def _start() -> tuple[subprocess.Popen[bytes], socket.socket]:
     mine, theirs = pair()
     process = subprocess.Popen(
-        # -I -S: no environment, no user site, no .pth files; the few modules it needs are found by explicit paths.
-        [sys.executable, "-I", "-S", "-c", _BOOT, str(theirs.fileno()), *_import_paths()],
+        # -I -S: no environment, no user site, no .pth files; the few modules it needs are found by an explicit path.
+        [sys.executable, "-I", "-S", "-c", _BOOT, str(theirs.fileno()), _IMPORT_PATH],
         pass_fds=[theirs.fileno()],
         stdin=subprocess.DEVNULL,
-        env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+        # Functions of libraries are looked up now, not at their first use in each clone.
+        env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "LD_BIND_NOW": "1"},
         cwd="/",
         close_fds=True,
     )
@@ -256,10 +257,3 @@ def clone_remedy(number: int) -> str:
         errno.EAGAIN: "the host is out of process ids",
         errno.EBUSY: "the cgroup leaf distributes controllers; run 'isolator gc'",
     }.get(number, "see 'isolator check'")
-
-
-def _import_paths() -> list[str]:
-    import prctl
-
-    # prctl last: its folder is site-packages, and nothing else of it shall win over the standard library.
-    return list(dict.fromkeys([str(Path(isolator.__file__).parents[1]), str(Path(prctl.__file__).parent)]))

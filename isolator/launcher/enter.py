@@ -23,13 +23,15 @@ did ahead in the parked process (isolator.launcher.prefork). Order matters, and 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import socket
 import stat
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from isolator.ipc.packet import receive_message, send_packet
 from isolator.launcher import init
@@ -55,16 +57,20 @@ STEPS: tuple[type[Section], ...] = (
 _LAST_OF_VIEW = ProcSection
 
 
-def be_born(order: ParkOrder, link: socket.socket, status: int) -> NoReturn:
-    """Begin as the cage that a process was parked for, and enter it once its plan is there; never returns."""
+def be_born(
+    born: Sequence[tuple[str, Callable[[ParkOrder], None]]], order: ParkOrder, link: socket.socket, status: int
+) -> NoReturn:
+    """Begin as the cage that a process was parked for, and enter it once its plan is there; never returns.
+
+    ``born``: what layers do at birth, by their names.
+    """
     step = "start"
     took: dict[str, float] = {}
     try:
         mark = Stopwatch(took)
-        for kind in STEPS:
-            step = kind.kind
-            if step in order.layers:
-                kind.enter_born(order)
+        for name, enter_born in born:
+            step = name
+            enter_born(order)
         mark("born")
         step = "plan"
         packet, fds = receive_message(link)
@@ -74,8 +80,7 @@ def be_born(order: ParkOrder, link: socket.socket, status: int) -> NoReturn:
         plan = Plan.unpack(packet, fds)
         mark("plan")
     except BaseException as error:  # nothing may escape into the launcher's loop, which this process is a copy of
-        _send(link, failure(step, error), [])
-        os._exit(125)
+        fail(link, step, error)
     enter_cage(plan, link, status, took)
 
 
@@ -105,24 +110,30 @@ def enter_cage(plan: Plan, link: socket.socket, status: int, took: dict[str, flo
         if seccomp := plan.section(SeccompSection):
             seccomp.enter(plan.fds)
         mark(step)
-        _send(link, {"step": "caged", "took": took}, [plan.fds[LISTENER]] if LISTENER in plan.fds else [])
+        times = ", ".join([f'"{name}": {milliseconds}' for name, milliseconds in took.items()])
+        listener = [plan.fds[LISTENER]] if LISTENER in plan.fds else []
+        send_packet(link, f'{{"step": "caged", "took": {{{times}}}}}'.encode(), listener)
         step = "descriptors"
-        close_all_but({0, 1, 2, link.fileno(), status, *(plan.fds[name] for name in LOGS if name in plan.fds)})
+        kept = {0, 1, 2, link.fileno(), status}
+        for name in LOGS:
+            if name in plan.fds:
+                kept.add(plan.fds[name])
+        close_all_but(kept)
         step = "exec"
-        if link.recv(1) != b"x":
-            os._exit(125)  # the supervisor gave up on this cage
         init.run(plan, link, status)
     except BaseException as error:  # nothing may escape into the launcher's loop, which this process is a copy of
-        _send(link, failure(step, error), [])
-    os._exit(125)
+        fail(link, step, error)
 
 
-def failure(step: str, error: BaseException) -> dict[str, Any]:
-    """The report of a step that failed, for the supervisor."""
+def fail(link: socket.socket, step: str, error: BaseException) -> NoReturn:
+    """Report a step that failed to the supervisor, unless it went away, and end."""
+    number, detail = 0, f"{type(error).__name__}: {error}"
     if isinstance(error, OSError):
+        number = error.errno or 0
         detail = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
-        return {"step": step, "errno": error.errno or 0, "detail": detail}
-    return {"step": step, "errno": 0, "detail": f"{type(error).__name__}: {error}"}
+    with contextlib.suppress(OSError):
+        send_packet(link, json.dumps({"step": step, "errno": number, "detail": detail}).encode())
+    os._exit(125)
 
 
 def _set_stdio(plan: Plan) -> None:
@@ -132,8 +143,4 @@ def _set_stdio(plan: Plan) -> None:
         # A descriptor of a folder leads to everything around it, and one that is no more than a path to its file.
         if stat.S_ISDIR(os.fstat(fd).st_mode) or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:
             raise OSError(errno.EINVAL, "is no stream but a folder or a path", name)
-        os.dup2(fd, number, inheritable=True)
-
-
-def _send(link: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
-    send_packet(link, json.dumps(message).encode(), fds)
+        os.dup2(fd, number)

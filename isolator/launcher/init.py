@@ -50,11 +50,13 @@ def guard() -> None:
 
 
 def run(plan: Plan, report: socket.socket, status: int) -> NoReturn:
-    """Start the sidecar; reap, forward signals and report its status, until it ends."""
+    """Start the sidecar at the supervisor's word; reap, forward signals and report its status, until it ends."""
     watched = FORWARDED | {signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+    seccomp = plan.section(SeccompSection)
+    if report.recv(1) != b"x":
+        os._exit(125)  # the supervisor gave up on this cage
     try:
-        seccomp = plan.section(SeccompSection)
         sidecar = _fork(plan, seccomp, report) if seccomp and seccomp.sealing else _spawn(plan)
     except OSError as error:
         _report(report, "exec", plan, error)

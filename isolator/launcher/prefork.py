@@ -16,19 +16,17 @@ Standard library and ``isolator.linux`` only.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 from types import FunctionType
 from typing import NoReturn
 
-from isolator.base.structs import replace
 from isolator.ipc import packet as ipc
 from isolator.ipc.packet import receive_packet, send_packet
 from isolator.launcher import enter, init
 from isolator.layers.filesystem import AttachMount, FilesystemSection, FillFolder, ResizeTmpfs, SealMount
-from isolator.layers.namespaces import AT_BIRTH, enter_clocks
-from isolator.layers.plan import ParkOrder, Plan
+from isolator.layers.namespaces import AT_BIRTH, BEFORE_THE_PLAN, enter_clocks
+from isolator.layers.plan import ParkOrder, Plan, Section
 from isolator.layers.seccomp.layer import SeccompSection
 from isolator.layers.user import UserSection
 from isolator.linux import _libc, capability, landlock, mount, namespaces, seccomp
@@ -38,43 +36,58 @@ from isolator.linux.namespaces import CLONE_PARENT, NAMESPACE_FILES
 from isolator.linux.successor import become
 
 
-def park(order: ParkOrder, link: int, status: int, others: list[int]) -> NoReturn:
+class Way:
+    """An order's way to its cage. A launcher finds it out once: whatever a parked process reads, it copies."""
+
+    def __init__(self, order: ParkOrder) -> None:
+        """Begin it in the calling process, the launcher; raises OSError."""
+        self.order = order
+        kinds = [kind for kind in enter.STEPS if kind.kind in order.layers]
+        for kind in kinds:
+            kind.enter_launcher(order)
+        self.ahead = [kind.enter_ahead for kind in kinds if kind.enter_ahead is not Section.enter_ahead]
+        self.born = [(kind.kind, kind.enter_born) for kind in kinds if kind.enter_born is not Section.enter_born]
+        self.to_be_parked, self.to_be_born = (
+            CLONE_PARENT | sum(NAMESPACE_FILES[kind] for kind in new if "namespaces" in order.layers)
+            for new in (BEFORE_THE_PLAN, AT_BIRTH)
+        )
+        """Flags of the two clones."""
+
+
+def park(way: Way, sock: socket.socket, link: int, status: int, others: list[int]) -> NoReturn:
     """Wait for the order on ``link`` and become a cage; never returns.
 
+    ``sock``: the launcher's, in whose place the link is put: to make another takes as long as several system calls.
     ``status``: the pipe for pid 1's report. ``others``: the figures, if the cage has the layer proc, and ``tasks`` of
     each v1 group to be in.
     """
-    init.guard()
-    os.setpgid(0, 0)  # a clone that ends before it has told its pid is found by it
-    close_all_but({0, 1, 2, link, status, *others})
-    sock = socket.socket(fileno=link)
-    figures, groups = (others[0], others[1:]) if "proc" in order.layers and others else (-1, others)
-    order = replace(order, figures=figures)
+    os.dup2(link, sock.fileno(), False)
     try:
-        for section in enter.STEPS:
-            if section.kind in order.layers:
-                section.enter_ahead(order)
+        init.guard()
+        os.setpgid(0, 0)  # a clone that ends before it has told its pid is found by it
+        close_all_but({0, 1, 2, sock.fileno(), status, *others})
+        order = way.order
+        if "proc" in order.layers and others:
+            order.figures = others.pop(0)
+        for enter_ahead in way.ahead:
+            enter_ahead(order)
         if not order.hurried:
             _rehearse()
-        _join(groups)
-        if groups and not order.hurried:
+        for group in others:
+            os.write(group, b"0")  # the writing thread, of which there is only one
+            os.close(group)
+        if others and not order.hurried:
             send_packet(sock, b'{"step": "parked"}')
         packet, fds = receive_packet(sock)
         if packet:
             _set_clocks(packet, fds)
             packet, fds = receive_packet(sock)
         if packet:
-            _become(order, fds, sock, status)
+            _become(way, fds, sock, status)
     except Exception as error:
-        _fail(sock, "parked", error)
+        enter.fail(sock, "parked", error)
     finally:
         os._exit(0)  # whatever happened: nothing may escape into the launcher's loop, which this process is a copy of
-
-
-def _join(groups: list[int]) -> None:
-    for group in groups:
-        os.write(group, b"0")  # the writing thread, of which there is only one
-        os.close(group)
 
 
 def _rehearse() -> None:
@@ -107,26 +120,16 @@ def _touch() -> None:
 def _set_clocks(packet: bytes, fds: list[int]) -> None:
     for folder in fds:
         with contextlib.suppress(OSError):  # the layer's ``confirm`` finds the host's clocks
-            enter_clocks(folder, json.loads(packet)["offsets"])
+            enter_clocks(folder, packet)
         os.close(folder)
 
 
-def _become(order: ParkOrder, group: list[int], sock: socket.socket, status: int) -> None:
-    flags = CLONE_PARENT
-    if "namespaces" in order.layers:
-        for kind in AT_BIRTH:
-            flags |= NAMESPACE_FILES[kind]
+def _become(way: Way, group: list[int], sock: socket.socket, status: int) -> None:
     try:
-        pid, pidfd = become(flags, *group)
+        pid, pidfd = become(way.to_be_born, *group)
     except OSError as error:
-        _fail(sock, "clone3", error)
-        return
-    send_packet(sock, json.dumps({"pid": pid}).encode(), [pidfd])
+        enter.fail(sock, "clone3", error)
+    send_packet(sock, b'{"pid": %d}' % pid, [pidfd])
     os.close(pidfd)
     close_all(group)
-    enter.be_born(order, sock, status)
-
-
-def _fail(sock: socket.socket, step: str, error: Exception) -> None:
-    with contextlib.suppress(OSError):  # the supervisor went away
-        send_packet(sock, json.dumps(enter.failure(step, error)).encode())
+    enter.be_born(way.born, way.order, sock, status)

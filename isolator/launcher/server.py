@@ -1,8 +1,8 @@
 """The launcher: a small, single-threaded root process that clones the cages.
 
 The supervisor is threaded and large: a fork from it copies page tables for milliseconds and leaves other
-threads' locks held in the child. The launcher is a program of its own, imports only the standard library,
-python-prctl and modules of isolator that do the same (a test sees to it), and does one thing: clone3 a process that
+threads' locks held in the child. The launcher is a program of its own, imports only the standard library
+and modules of isolator that do the same (a test sees to it), and does one thing: clone3 a process that
 waits for a cage's plan (isolator.launcher.prefork). By CLONE_PARENT it is the *supervisor's* child, which waits for it
 by pidfd.
 
@@ -28,17 +28,15 @@ import signal
 import socket
 import sys
 
-import prctl  # noqa: F401  # the layers use it after the cage's root has replaced the one it is found in
-
 from isolator.ipc.packet import TruncatedPacketError, receive_packet, send_packet
-from isolator.launcher.prefork import park
+from isolator.launcher.prefork import Way, park
 from isolator.layers.filesystem import build_template
-from isolator.layers.namespaces import BEFORE_THE_PLAN
 from isolator.layers.plan import ParkOrder, learn_parts
+from isolator.layers.proc import layer as proc
 from isolator.linux import successor
 from isolator.linux.coredump import leave_memory_out
 from isolator.linux.descriptors import close_all, open_standard_streams
-from isolator.linux.namespaces import CLONE_PARENT, NAMESPACE_FILES, clone3
+from isolator.linux.namespaces import clone3
 from isolator.linux.priority import take_turns
 
 _ALIVE, _KEEP, _FORGET = b'{"alive": true}', b'{"keep": ', b'{"forget": '
@@ -47,7 +45,7 @@ _ALIVE, _KEEP, _FORGET = b'{"alive": true}', b'{"keep": ', b'{"forget": '
 def serve(sock: socket.socket) -> None:
     """Answer the supervisor's packets until it goes away, then kill every cage that is left."""
     cgroups: dict[bytes, int] = {}
-    orders: dict[bytes, ParkOrder] = {}  # there are few, and most are like the one before
+    ways: dict[bytes, Way] = {}  # there are few, and most are like the one before
     while True:
         try:
             packet, fds = receive_packet(sock)
@@ -70,9 +68,7 @@ def serve(sock: socket.socket) -> None:
             answer = {"step": "park", "errno": errno.EMFILE, "detail": os.strerror(errno.EMFILE)}
             send_packet(sock, json.dumps(answer).encode())
         else:
-            if packet not in orders:
-                orders[packet] = ParkOrder.of(json.loads(packet)["park"])
-            _park(sock, orders[packet], fds)
+            _park(sock, ways, packet, fds)
     sock.close()  # a full table has room for one descriptor again
     for fd in cgroups.values():
         _kill(fd)
@@ -84,20 +80,19 @@ def _forget(cgroups: dict[bytes, int], cage: bytes) -> None:
         os.close(fd)
 
 
-def _park(sock: socket.socket, order: ParkOrder, fds: list[int]) -> None:
+def _park(sock: socket.socket, ways: dict[bytes, Way], packet: bytes, fds: list[int]) -> None:
     link, status, *others = fds
-    flags = 0
-    if "namespaces" in order.layers:
-        for kind in BEFORE_THE_PLAN:
-            flags |= NAMESPACE_FILES[kind]
     try:
-        pid, pidfd = clone3(flags | CLONE_PARENT)
+        if packet not in ways:
+            ways[packet] = Way(ParkOrder.of(json.loads(packet)["park"]))
+        way = ways[packet]
+        pid, pidfd = clone3(way.to_be_parked)
     except OSError as error:
         answer = {"step": "clone3", "errno": error.errno, "detail": error.strerror}
         send_packet(sock, json.dumps(answer).encode())
     else:
         if pid == 0:
-            park(order, link, status, others)
+            park(way, sock, link, status, others)
         send_packet(sock, b'{"pid": %d}' % pid, [pidfd])
         os.close(pidfd)
     finally:
@@ -118,7 +113,7 @@ def _kill(cgroup: int) -> None:
 
 
 def main() -> None:
-    """Entry point: ``FD PATH...``; the supervisor set sys.path by its arguments (``client._BOOT``)."""
+    """Entry point: ``FD PATH``; the supervisor set sys.path by its arguments (``client._BOOT``)."""
     open_standard_streams()
     run(socket.socket(fileno=int(sys.argv[1])))
 
@@ -131,7 +126,9 @@ def run(sock: socket.socket) -> None:
     try:
         leave_memory_out()  # every cage inherits it
         take_turns()  # this, too
+        found = proc.entries("/proc")
         build_template()
+        proc.learn_covers(found)
         learn_parts()
         successor.learn()
         os.umask(0o022)

@@ -3,6 +3,8 @@
 A layer has two halves. The *layer object* belongs to one cage and to the supervisor; its *section* travels in the plan
 and is applied by the child. In the order of a cage's life:
 
+    enter_launcher section  in the launcher, at the first order for a cage with the layer: apply the part that is the
+                            same for every cage, and changes nothing for the launcher
     enter_ahead   section   in a process that is parked to become a cage, before there is a plan: apply the part that is
                             the same for every cage
     prepare_birth layer     make what must be there before the child is cloned

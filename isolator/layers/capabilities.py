@@ -1,7 +1,8 @@
 """Capabilities: none, in any of the five sets, for every number up to the kernel's last one.
 
-Two steps: the bounding set is emptied and the securebits are locked in the process that is parked to become a cage,
-while there still is CAP_SETPCAP; the other sets are emptied in the child after the uid has changed. The locked bits
+Three steps, the first two while there still is CAP_SETPCAP: the bounding set, which counts at an exec alone, is emptied
+in the launcher, which makes none; the securebits are locked in the process that is parked to become a cage; the other
+sets are emptied in the child after the uid has changed. The locked bits
 (NOROOT, NO_SETUID_FIXUP, KEEP_CAPS off, NO_CAP_AMBIENT_RAISE) mean that even uid 0 inside would gain nothing.
 """
 
@@ -28,8 +29,11 @@ class CapabilitiesSection(Section, kind="capabilities"):
     """No values: every cage has no capability."""
 
     @staticmethod
-    def enter_ahead(order: ParkOrder) -> None:
+    def enter_launcher(order: ParkOrder) -> None:
         capability.drop_bounding_set(order.last_capability)
+
+    @staticmethod
+    def enter_ahead(order: ParkOrder) -> None:
         capability.set_securebits(_SECUREBITS)
 
     def enter(self, fds: dict[str, int]) -> None:

@@ -461,10 +461,12 @@ def _place(target: str, *, is_folder: bool) -> None:
 
     A link of the template gives way: what is mounted on a link is seen at its other end.
     """
-    if os.path.islink(target):
+    try:
+        if not stat.S_ISLNK(os.lstat(target).st_mode):
+            return
         os.unlink(target)
-    elif os.path.lexists(target):
-        return
+    except (FileNotFoundError, NotADirectoryError):
+        pass
     parent = target if is_folder else os.path.dirname(target)
     if parent:
         os.makedirs(parent, 0o755, exist_ok=True)

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from isolator.policy.model import EffectivePolicy
 
 _WRITABLE = ("/tmp", "/dev/shm")
-_WRITABLE_LATER = ("/state", "/run/isolator/plugin")
-"""Mounted by the plan: each is a mount of its own, so that a right on its mount point would mean nothing."""
-
 _DEVICE = landlock.READ_FILE | landlock.WRITE_FILE | landlock.TRUNCATE | landlock.IOCTL_DEV
 
 
@@ -31,6 +28,10 @@ class WritableFolder(Part, kind="writable_folder"):
     """A folder of the host that the cage may change, as the cage sees it."""
 
     path: str
+
+
+_WRITABLE_LATER = (WritableFolder("/state"), WritableFolder("/run/isolator/plugin"))
+"""Mounted by the plan: each is a mount of its own, so that a right on its mount point would mean nothing."""
 
 
 class LandlockSection(Section, kind="landlock"):
@@ -44,13 +45,13 @@ class LandlockSection(Section, kind="landlock"):
         global _ahead
         with contextlib.suppress(OSError):  # no Landlock: then the plan has no section for it
             version = landlock.abi()
-            _ahead = _ruleset(version), os.stat("/")
+            _ahead = _ruleset(version), _root()
 
     def enter(self, fds: dict[str, int]) -> None:
-        ruleset = _ahead[0] if _ahead and os.path.samestat(_ahead[1], os.stat("/")) else _ruleset(self.abi)
-        for path in (*_WRITABLE_LATER, *(folder.path for folder in self.folders)):
-            if os.path.isdir(path):  # the child avoids importing pathlib
-                landlock.allow(ruleset, self.abi, path, landlock.READ | landlock.WRITE)
+        ruleset = _ahead[0] if _ahead and _ahead[1] == _root() else _ruleset(self.abi)
+        for folder in (*_WRITABLE_LATER, *self.folders):
+            if os.path.isdir(folder.path):  # the child avoids importing pathlib
+                landlock.allow(ruleset, self.abi, folder.path, landlock.READ | landlock.WRITE)
         if os.path.isdir("/dev/pts"):
             landlock.allow(ruleset, self.abi, "/dev/pts", _DEVICE | landlock.READ_DIR)
         landlock.restrict_self(ruleset)
@@ -97,9 +98,14 @@ class Landlock(Layer):
         """Confirm nothing: the kernel shows a process's Landlock domain nowhere. ``restrict_self`` has succeeded."""
 
 
-_ahead: tuple[int, os.stat_result] | None = None
+_ahead: tuple[int, tuple[int, int]] | None = None
 """The ruleset of the parked process and of the cage that it becomes, and the root that it is about: a policy that names
 more paths to read gives the cage another one."""
+
+
+def _root() -> tuple[int, int]:
+    root = os.stat("/")
+    return root.st_dev, root.st_ino
 
 
 def _ruleset(version: int) -> int:
@@ -108,7 +114,9 @@ def _ruleset(version: int) -> int:
     landlock.allow(ruleset, version, "/", landlock.READ)
     for path in _WRITABLE:
         landlock.allow(ruleset, version, path, landlock.READ | landlock.WRITE)
-    for name in ("null", "zero", "full", "random", "urandom", "pts"):
-        if os.path.exists(f"/dev/{name}"):
+    for name in ("null", "zero", "full", "random", "urandom"):
+        try:  # noqa: SIM105  # a start that counts does without contextlib
             landlock.allow(ruleset, version, f"/dev/{name}", _DEVICE)
+        except FileNotFoundError:  # a cage without a view of its own, on a host that lacks it
+            pass
     return ruleset

@@ -112,7 +112,7 @@ class Namespaces(Layer):
                 raise mismatch(self.name, "offset of the clocks", self._offsets, found)
 
 
-def enter_clocks(folder: int, offsets: str) -> None:
+def enter_clocks(folder: int, offsets: bytes) -> None:
     """Enter the time namespace of the calling process's children: what it becomes shares its memory, clocks included.
 
     ``folder``: that of the process in /proc, which the template does not have; ``offsets``: for ``timens_offsets``.
@@ -120,7 +120,7 @@ def enter_clocks(folder: int, offsets: str) -> None:
     """
     clocks = os.open("timens_offsets", os.O_WRONLY | os.O_CLOEXEC, dir_fd=folder)
     try:
-        os.write(clocks, offsets.encode())
+        os.write(clocks, offsets)
     finally:
         os.close(clocks)
     own = os.open("ns/time_for_children", os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from isolator.layers.base import CageSpec, Control, Kept, Layer, Process, mismatch
 from isolator.layers.plan import Plan, Section
+from isolator.linux.capability import gain_no_privileges
 
 if TYPE_CHECKING:
     from isolator.policy.model import EffectivePolicy
@@ -15,9 +16,7 @@ class NoNewPrivsSection(Section, kind="no_new_privs"):
     """No values: the bit is set in every cage."""
 
     def enter(self, fds: dict[str, int]) -> None:
-        import prctl
-
-        prctl.set_no_new_privs(1)
+        gain_no_privileges()
 
 
 class NoNewPrivs(Layer):

@@ -28,12 +28,6 @@ class Part:
 
     kind: ClassVar[str]
     _kinds: ClassVar[dict[str, type[Part]]] = {}
-    _names: ClassVar[list[str]]
-    """The fields in their order; this and the next two from ``learn_parts`` on."""
-    _wire_types: ClassVar[list[type]]
-    """The type of each field in the packet."""
-    _readers: ClassVar[list[tuple[str, Callable[[Any], Any]]]]
-    """The fields that are of another type in the packet, or need a further check, and how to read them."""
 
     def __init_subclass__(cls, *, kind: str = "") -> None:
         if not kind:
@@ -43,31 +37,35 @@ class Part:
         cls.kind, Part._kinds[kind] = kind, cls
         struct_class(frozen=True)(cls)
 
-    @classmethod
-    def _learn(cls) -> None:
-        hints = {n: hint for n, hint in get_type_hints(cls).items() if get_origin(hint) is not ClassVar}
-        types = {name: get_origin(hint) or hint for name, hint in hints.items()}
-        cls._names = list(types)
-        cls._wire_types = [str if one is bytes else list if one is tuple else one for one in types.values()]
-        cls._readers = [
-            (name, functools.partial(_read_parts, get_args(hints[name])[0]) if one is tuple else _READERS[one])
-            for name, one in types.items()
-            if one is tuple or one in _READERS
-        ]
 
-
-_learned: set[str] = set()
+_Reading = tuple[type[Part], list[type], list[str], list[type], list[tuple[str, Callable[[Any], Any]]]]
+_learned: dict[str, _Reading] = {}
+"""Reading of each kind: its class and the classes above, the fields in their order, the type of each in the packet, and
+those that are of another type there, or need a further check, with how to read them. What lies together here would be
+read in many places otherwise, and each is a page that pid 1 copies."""
 
 
 def learn_parts() -> None:
     """Find out how each kind of part is read: a launcher does it once, for every parked process."""
-    for kind in Part._kinds.keys() - _learned:
-        Part._kinds[kind]._learn()
-        _learned.add(kind)
+    for kind in Part._kinds.keys() - _learned.keys():
+        part = Part._kinds[kind]
+        hints = {n: hint for n, hint in get_type_hints(part).items() if get_origin(hint) is not ClassVar}
+        types = {name: get_origin(hint) or hint for name, hint in hints.items()}
+        wire = [str if one is bytes else list if one is tuple else one for one in types.values()]
+        readers = [
+            (name, functools.partial(_read_parts, get_args(hints[name])[0]) if one is tuple else _READERS[one])
+            for name, one in types.items()
+            if one is tuple or one in _READERS
+        ]
+        _learned[kind] = part, [*part.__mro__], [*types], wire, readers
 
 
 class Section(Part, ABC):
     """The child's half of one layer: the values of one cage, and the verbs that apply them to the calling process."""
+
+    @staticmethod  # on purpose: most layers are in force in cages alone
+    def enter_launcher(order: ParkOrder) -> None:
+        """Apply to a launcher what all its cages with the layer may inherit, at the first order for one."""
 
     @staticmethod  # on purpose: most layers begin with the plan
     def enter_ahead(order: ParkOrder) -> None:
@@ -86,7 +84,7 @@ P = TypeVar("P", bound=Part)
 S = TypeVar("S", bound=Section)
 
 
-@struct_class(frozen=True)
+@struct_class()
 class ParkOrder:
     """The order to park a process: the layers that its cage will have, and the kernel's last capability."""
 
@@ -124,7 +122,7 @@ class Birth:
 
     def pack_clocks(self) -> tuple[bytes, list[int]]:
         """The first packet to a parked process, and the descriptor that goes with it."""
-        return json.dumps({"offsets": self.offsets}).encode(), [self.folder] if self.folder >= 0 else []
+        return self.offsets.encode() or b"none", [self.folder] if self.folder >= 0 else []
 
     def pack(self) -> tuple[bytes, list[int]]:
         """The second."""
@@ -202,8 +200,9 @@ class Plan:
         """The plan with the receiver's descriptor numbers; raises ValueError for a packet that is no plan."""
         if len(_learned) != len(Part._kinds):
             learn_parts()
-        body = json.loads(packet)
-        if type(body) is not list or tuple(map(type, body)) != _WIRE_TYPES:
+        text = packet.decode()
+        body, end = _DECODER.raw_decode(text)
+        if end != len(text) or type(body) is not list or tuple(map(type, body)) != _WIRE_TYPES:
             raise ValueError("the packet is no plan")
         cage, argv, env, cwd, umask, sections, names, to_group, terminal = body
         if {*map(type, argv), *map(type, names)} - {str}:
@@ -228,6 +227,7 @@ def _wire(value: object) -> Any:
 
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"), default=_wire)
+_DECODER = json.JSONDecoder()
 
 
 def _read_parts(base: type[P], wire: list[Any]) -> tuple[P, ...]:
@@ -237,12 +237,12 @@ def _read_parts(base: type[P], wire: list[Any]) -> tuple[P, ...]:
         if type(one) is not list or len(one) != 2 or type(one[0]) is not str or type(one[1]) is not dict:
             raise ValueError("a part of the plan has no kind or no fields")
         kind, fields = one
-        part = Part._kinds.get(kind)
-        if part is None or base not in part.__mro__:
+        if kind not in _learned or base not in (reading := _learned[kind])[1]:
             raise ValueError(f"the plan has no {base.__name__} of the kind {kind}")
-        if [*fields] != part._names or [*map(type, fields.values())] != part._wire_types:
+        part, _, names, wire_types, readers = reading
+        if [*fields] != names or [*map(type, fields.values())] != wire_types:
             raise ValueError(f"the fields of {kind} are not those of a {part.__name__}")
-        for name, read in part._readers:
+        for name, read in readers:
             fields[name] = read(fields[name])
         made: Any = object.__new__(part)
         made.__dict__.update(fields)  # a third of the time of a frozen __init__

@@ -32,6 +32,8 @@ names a socket (from Linux 6.16). The launcher sees to it (``linux/coredump.py``
 limits are set.
 """
 
+_FIXED_BY_NUMBER = {getattr(resource, f"RLIMIT_{name}"): wanted for name, wanted in _FIXED.items()}
+
 _LABELS = {
     "Max core file size": "CORE",
     "Max locked memory": "MEMLOCK",
@@ -53,8 +55,8 @@ class RlimitsSection(Section, kind="rlimits"):
     @staticmethod
     def enter_ahead(order: ParkOrder) -> None:
         start_no_handler()  # upwards, where sudo has left a limit of 0
-        for name, wanted in _FIXED.items():
-            _lower(getattr(resource, f"RLIMIT_{name}"), wanted)
+        for number, wanted in _FIXED_BY_NUMBER.items():
+            _lower(number, wanted)
 
     def enter(self, fds: dict[str, int]) -> None:
         _lower(resource.RLIMIT_NOFILE, self.nofile)

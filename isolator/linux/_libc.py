@@ -6,6 +6,8 @@ import ctypes
 import os
 
 libc = ctypes.CDLL(None, use_errno=True)
+for _name in ("mount", "prctl", "pthread_sigmask", "setdomainname", "sethostname", "setns", "umount2", "unshare"):
+    getattr(libc, _name)  # looked up once: at its first use in each clone of a launcher it would be in each of them
 
 MACHINE = os.uname().machine
 

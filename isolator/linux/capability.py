@@ -9,11 +9,12 @@ from __future__ import annotations
 import ctypes
 import functools
 
-from isolator.linux._libc import call, libc, syscall
+from isolator.linux._libc import failed, libc, syscall
 
 _PR_CAPBSET_READ, _PR_CAPBSET_DROP = 23, 24
 _PR_CAP_AMBIENT, _AMBIENT_CLEAR_ALL = 47, 4
 _PR_SET_SECUREBITS = 28
+_PR_SET_NO_NEW_PRIVS = 38
 _VERSION_3 = 0x20080522
 
 
@@ -64,6 +65,12 @@ def set_securebits(bits: int) -> None:
     _prctl(_PR_SET_SECUREBITS, bits)
 
 
+def gain_no_privileges() -> None:
+    """Set no_new_privs for good (prctl(2)): no exec of this thread gains a privilege any more."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
 def _prctl(option: int, argument: int) -> None:
     zero = ctypes.c_ulong(0)
-    call(libc.prctl, f"prctl({option}, {argument})", ctypes.c_int(option), ctypes.c_ulong(argument), zero, zero, zero)
+    if libc.prctl(option, ctypes.c_ulong(argument), zero, zero, zero):
+        raise failed(f"prctl({option}, {argument})")

@@ -18,10 +18,11 @@ _CONFIGURE = 0x4C0A
 _GET_STATUS64 = 0x4C05
 _AUTOCLEAR, _DIRECT_IO = 4, 16
 _BLOCK = 4096
-_QUEUE = {"nr_requests": 4, "max_sectors_kb": 128}
-"""Queue of a narrow device: requests at a time (the least that the kernel takes), and KiB in each."""
-_REQUESTS = 128
-"""Requests at a time of any other device; how many KiB each may have the kernel knows."""
+_NARROW = {"nr_requests": 4, "max_sectors_kb": 128, "read_ahead_kb": 512}
+"""Queue of a narrow device: requests at a time (the least that the kernel takes), KiB in each, and KiB that are read
+ahead: no more than goes into it, or the reader waits for room. In this order: the second may set the third anew."""
+_WIDE = {"nr_requests": 128, "read_ahead_kb": 128}
+"""The kernel's own, for any other device; it knows how many KiB each request may have."""
 
 
 def attach(backing: int) -> tuple[int, str]:
@@ -55,7 +56,7 @@ def attach(backing: int) -> tuple[int, str]:
 
 def narrow(path: str) -> None:
     """Have little of a device's requests under way at a time; a host whose sysfs cannot be written does without."""
-    _set_queue(Path("/sys/class/block") / Path(path).name, _QUEUE)
+    _set_queue(Path("/sys/class/block") / Path(path).name, _NARROW)
 
 
 def widen(place: str) -> None:
@@ -65,7 +66,7 @@ def widen(place: str) -> None:
         device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
         if (device / "loop").exists():
             widest = int((device / "queue/max_hw_sectors_kb").read_text())
-            _set_queue(device, {"nr_requests": _REQUESTS, "max_sectors_kb": widest})
+            _set_queue(device, {**_WIDE, "max_sectors_kb": widest})
 
 
 def _set_queue(device: Path, values: dict[str, int]) -> None:

@@ -26,7 +26,7 @@ _AND_ANSWER = 2  # SECCOMP_ADDFD_FLAG_SEND, from 5.14
 
 
 class _Program(ctypes.Structure):
-    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
 @struct_class(frozen=True)
@@ -45,8 +45,7 @@ def load_filter(program: bytes, *, listener: bool) -> int:
 
     Needs no_new_privs or CAP_SYS_ADMIN.
     """
-    buffer = ctypes.create_string_buffer(program, len(program))
-    prog = _Program(len(program) // 8, ctypes.addressof(buffer))
+    prog = _Program(len(program) // 8, program)
     if not listener:
         syscall("seccomp", _SET_MODE_FILTER, 0, ctypes.byref(prog))
         return -1
@@ -60,8 +59,7 @@ def load_filter(program: bytes, *, listener: bool) -> int:
 
 def add_filter(program: bytes) -> None:
     """Install a further BPF program by prctl(2), which a filter can allow apart from seccomp(2) and its listeners."""
-    buffer = ctypes.create_string_buffer(program, len(program))
-    prog = _Program(len(program) // 8, ctypes.addressof(buffer))
+    prog = _Program(len(program) // 8, program)
     zero = ctypes.c_ulong(0)
     mode = ctypes.c_ulong(_MODE_FILTER)
     call(libc.prctl, "prctl(PR_SET_SECCOMP)", ctypes.c_int(_PR_SET_SECCOMP), mode, ctypes.byref(prog), zero, zero)

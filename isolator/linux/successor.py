@@ -32,7 +32,8 @@ _CODE = {
 """clone3, and exit_group(0) in the process that has made another; its two arguments are those of clone3."""
 _PROT_READ, _PROT_WRITE, _PROT_EXEC = 1, 2, 4
 _MAP_PRIVATE_ANONYMOUS = 0x22
-_EVERY_SIGNAL = signal.valid_signals()
+_SIGNAL_SET = 128
+_EVERY_SIGNAL = b"\xff" * _SIGNAL_SET
 
 
 @functools.cache
@@ -69,10 +70,11 @@ def become(flags: int, cgroup_fd: int = -1) -> tuple[int, int]:
     if cgroup_fd >= 0:
         args.flags |= CLONE_INTO_CGROUP
         args.cgroup = cgroup_fd
-    clone = learn()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _EVERY_SIGNAL)  # no handler of the caller's on the stack
+    clone, before = learn(), ctypes.create_string_buffer(_SIGNAL_SET)
+    # No handler of the caller's on the stack. The module signal would name each of 62 signals, for a tenth of a ms.
+    libc.pthread_sigmask(int(signal.SIG_BLOCK), _EVERY_SIGNAL, before)
     result = clone(ctypes.addressof(args), ctypes.sizeof(args))
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    libc.pthread_sigmask(int(signal.SIG_SETMASK), before, None)
     if result:
         raise OSError(-result, os.strerror(-result), "clone3")
     return pid.value, pidfd.value

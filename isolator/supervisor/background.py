@@ -89,10 +89,11 @@ class Background:
 
     def _look_at_each(self) -> dict[str, float]:
         """Seconds that each plugin has used since the last time."""
-        ended = dict(self._subtree.ended.popleft() for _ in range(len(self._subtree.ended)))
-        found = ((leaf, used_by(self._subtree, leaf)) for leaf in self._cages() if leaf not in ended)
+        found = ((leaf, used_by(self._subtree, leaf)) for leaf in self._cages())
         leaves = {leaf: used for leaf, used in found if used is not None}
-        before, self._leaves = self._leaves, leaves
+        # Behind the others: who ends is noted before it is removed, so one that is in neither was seen to its end.
+        ended = dict(self._subtree.ended.popleft() for _ in range(len(self._subtree.ended)))
+        before, self._leaves = self._leaves, leaves | ended
         self._states = {leaf: self._states[leaf] if leaf in self._states else self._is_behind(leaf) for leaf in leaves}
         if not self._knows:
             self._knows = True
@@ -119,5 +120,5 @@ class Background:
 
 
 def plugin_of(leaf: str) -> str:
-    """The name before the run's: of a plugin, or of a caller of a runner."""
-    return leaf.partition(".")[0]
+    """The name before the run's: of a plugin, or of a caller of a runner, which has a dot in it."""
+    return leaf.rpartition(".")[0]

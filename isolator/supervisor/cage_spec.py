@@ -32,11 +32,11 @@ def plugin_spec(
     paths: Paths,
     run: str,
     environment: Environment,
-    state: Volume,
+    state: int,
     api: str,
     own: Callable[[int], object],
 ) -> CageSpec:
-    """The cage of one run. ``api`` names the folder of its host API.
+    """The cage of one run. ``state``: as of ``open_state``, and the caller's; ``api`` names the folder of its host API.
 
     ``own`` takes over each descriptor that is opened, also when this fails half-way.
 
@@ -47,9 +47,9 @@ def plugin_spec(
     store = plugin_store.Store(paths.plugins)
     binds: list[Bind] = []
 
-    def bind(target: str, fd: int, *, writable: bool = False) -> None:
+    def bind(target: str, fd: int) -> None:
         own(fd)
-        binds.append(Bind(target, fd, writable=writable))
+        binds.append(Bind(target, fd))
 
     store.open_to(name, registration.release, gid)  # also of a user that was made again
     bind("/plugin", os.open(store.folder(name, registration.release), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
@@ -66,9 +66,8 @@ def plugin_spec(
     for path in effective.filesystem.read:
         bind(path, open_read_path(path))
     bind("/run/isolator/host", os.open(host_api_folder(paths, api), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-    if effective.filesystem.state:
-        fs = effective.filesystem
-        bind("/state", state.open(size=fs.state, inodes=fs.state_inodes, uid=uid, gid=gid), writable=True)
+    if state >= 0:
+        binds.append(Bind("/state", state, writable=True))
     options = {"size": "64k", "nr_inodes": "16", "mode": "0700", "uid": str(uid), "gid": str(gid)}
     attributes = mount.NOSUID | mount.NODEV | mount.NOEXEC
     directory = mount.new_filesystem("tmpfs", options, attributes=attributes)
@@ -89,6 +88,15 @@ def plugin_spec(
         mounts={SOCKET_FOLDER: directory},
         files=environment.files,
     )
+
+
+def open_state(registration: plugin_store.Registration, effective: EffectivePolicy, state: Volume) -> int:
+    """A descriptor of the folder for a plugin's state, as ``Volume.open``; -1 where it is granted none."""
+    files = effective.filesystem
+    if not files.state:
+        return -1
+    gid = plugin_gid(registration.user, registration.uid)
+    return state.open(size=files.state, inodes=files.state_inodes, uid=registration.uid, gid=gid)
 
 
 def host_api_folder(paths: Paths, name: str) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import isolator
@@ -193,8 +192,7 @@ class Handlers:
 
     def _list(self, _: messages.ListPlugins) -> messages.Plugins:
         # Without what is large and what the host has from ``plugin.changed``: this is asked for every listing.
-        small = (replace(entry, manifest=None, effective=None) for entry in self._table.entries())
-        return messages.Plugins(plugins=tuple(small))
+        return messages.Plugins(plugins=tuple(self._table.entries(whole=False)))
 
     async def _explain(self, request: messages.ExplainPolicy) -> messages.Proposal:
         return messages.Proposal(proposal=await self._updates.explain(request.name))

@@ -137,6 +137,10 @@ class HostLink:
         """Tell the host of a plugin's new state."""
         self._tell(messages.PluginChanged(plugin=entry))
 
+    def plugin_turned(self, turned: messages.PluginTurned) -> None:
+        """Tell the host of a plugin's new state alone."""
+        self._tell(turned)
+
     def plugin_removed(self, name: str) -> None:
         """Tell the host that a plugin exists no more."""
         self._tell(messages.PluginChanged(removed=name))

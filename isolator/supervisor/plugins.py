@@ -10,11 +10,19 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from isolator.audit.schema import PluginPending, PluginRejected
 from isolator.errors import DeniedError, IsolatorError, NeedsApprovalError, NotFoundError, UnavailableError
-from isolator.ipc.messages import PendingVersion, PluginEntry, PluginState, RegisteredEntry, StartInvocation
+from isolator.ipc.messages import (
+    PendingVersion,
+    PluginEntry,
+    PluginState,
+    PluginTurned,
+    RegisteredEntry,
+    StartInvocation,
+)
 from isolator.layers.ledger import EVERY_LAYER
 from isolator.registration.discovery import Discovery, Found
 from isolator.registration.proposals import Loaded
@@ -138,43 +146,61 @@ class PluginTable:
         )
 
     def announce(self, plugin: Plugin) -> None:
-        """Tell the host of a plugin's new state."""
-        self._context.host.plugin_changed(self.entry(plugin))
+        """Tell the host of a plugin's new state, and of the rest of its entry where that is new, too.
 
-    def entries(self) -> list[PluginEntry]:
-        """Every plugin, registered or found, as the host and the command line see it."""
-        return [*map(self.entry, self.plugins.values()), *(found.entry() for found in self.discovery.found.values())]
+        The rest is most of it. A host from before this process's exec knows entries alone.
+        """
+        host, told = self._context.host, plugin.told
+        same = told is not None and told[0] is plugin.registration and told[1] is plugin.effective
+        if same and not host.process.outdated:
+            host.plugin_turned(PluginTurned(**self._state(plugin)))
+        else:
+            host.plugin_changed(self.entry(plugin))
+            plugin.told = plugin.registration, plugin.effective
 
-    def entry(self, plugin: Plugin) -> RegisteredEntry:
-        """One registered plugin as the host and the command line see it."""
-        run, registration, effective = plugin.run, plugin.registration, plugin.effective
-        lease = self._context.fences.notice(plugin.name)
-        frozen = lease if lease == FROZEN else ""
+    def entries(self, *, whole: bool = True) -> list[PluginEntry]:
+        """Every plugin, registered or found, as the host and the command line see it; ``whole`` as for ``entry``."""
+        found = [one.entry() for one in self.discovery.found.values()]
+        if not whole:
+            found = [replace(one, manifest=None) for one in found]
+        return [*(self.entry(one, whole=whole) for one in self.plugins.values()), *found]
+
+    def entry(self, plugin: Plugin, *, whole: bool = True) -> RegisteredEntry:
+        """One registered plugin as the host and the command line see it; ``whole``: with its policy and manifest."""
+        registration, effective = plugin.registration, plugin.effective
         return RegisteredEntry(
-            name=plugin.name,
+            **self._state(plugin),
             version=plugin.version,
             digest=registration.digest,
-            state=plugin.state,
-            error="; ".join(filter(None, (frozen, plugin.error, plugin.notice, plugin.outdated, plugin.lacking))),
-            run=run.id if run else None,
-            pid=run.cage.pid if run and plugin.state == PluginState.RUNNING else None,
             uid=registration.uid,
-            started_at=run.started_at if run else None,
-            ready=run.socket_there.is_set() if run else False,
-            restarts=plugin.restarts,
-            effective=effective.model_dump(mode="json") if effective else None,
+            effective=effective.model_dump(mode="json") if effective and whole else None,
             effective_digest=effective.digest() if effective else None,
-            manifest=plugin.manifest,
+            manifest=plugin.manifest if whole else None,
             binary=registration.release.binary_path or None,
             previous=tuple(release.digest for release in registration.previous),
             pending=self.pending(registration),
-            on_trial=plugin.on_trial,
             source=registration.source.path or registration.source.binary,
             source_files=registration.source.files,
             source_packaged=registration.release.kind == "package",
             signer=registration.release.signer,
-            lease=lease,
         )
+
+    def _state(self, plugin: Plugin) -> dict[str, Any]:
+        """The fields of ``PluginTurned``, of a plugin's entry too."""
+        run, lease = plugin.run, self._context.fences.notice(plugin.name)
+        frozen = lease if lease == FROZEN else ""
+        return {
+            "name": plugin.name,
+            "state": plugin.state,
+            "error": "; ".join(filter(None, (frozen, plugin.error, plugin.notice, plugin.outdated, plugin.lacking))),
+            "run": run.id if run else None,
+            "pid": run.cage.pid if run and plugin.state == PluginState.RUNNING else None,
+            "started_at": run.started_at if run else None,
+            "ready": run.socket_there.is_set() if run else False,
+            "restarts": plugin.restarts,
+            "on_trial": plugin.on_trial,
+            "lease": lease,
+        }
 
     def pending(self, registration: Registration) -> PendingVersion | None:
         """The version that waits for approval; compared once with each version in use, as entries are sent often."""

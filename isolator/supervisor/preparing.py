@@ -18,10 +18,9 @@ from isolator.ipc.messages import Origin
 from isolator.ipc.tasks import report
 from isolator.layers.base import CageSpec
 from isolator.layers.network import namespace as network_layer
-from isolator.layers.user import plugin_gid
 from isolator.linux.descriptors import FdSet, check_open
 from isolator.registration.staging import hash_binary
-from isolator.supervisor.cage_spec import plugin_spec
+from isolator.supervisor.cage_spec import open_state, plugin_spec
 from isolator.supervisor.reach import SOCKET_FOLDER, find_pipe, identity
 from isolator.supervisor.run import Run, RunContext
 from isolator.volume.volume import Volume
@@ -122,14 +121,6 @@ async def prepare_run(
     ``talks``: the host speaks to it over its stdin and stdout.
     """
     name = registration.name
-    state = Volume(context.paths.state, name, context.runtime.journal)
-    files = effective.filesystem
-    if files.state and not state.ready(files.state):
-        # Formatting, checking and resizing take their time; nothing else of the daemon waits for them.
-        gid = plugin_gid(registration.user, registration.uid)
-        owner = {"uid": registration.uid, "gid": gid}
-        os.close(await asyncio.to_thread(state.open, size=files.state, inodes=files.state_inodes, **owner))
-
     if registration.release.kind == "binary":
         # Read whole, and from memory when the cage is specified.
         await asyncio.to_thread(hash_binary, Path(registration.release.binary_path))
@@ -138,6 +129,14 @@ async def prepare_run(
         await context.broker.attach(run_id, name, made, effective.network, run.terminate)
 
     with FdSet() as owned:
+        state = -1
+        if size := effective.filesystem.state:
+            volume = Volume(context.paths.state, name, context.runtime.journal)
+            state = volume.open_ready(size)
+            if state < 0:
+                # Formatting, checking and resizing take their time; nothing else of the daemon waits for them.
+                state = await asyncio.to_thread(open_state, registration, effective, volume)
+            owned.add(state)
         api = given.api if given is not None else name
         spec = plugin_spec(registration, effective, argv, context.paths, run_id, environment, state, api, owned.add)
         if given is not None:

@@ -61,18 +61,18 @@ class Volume:
         room = os.statvfs(self._place)
         return {"state_free": room.f_bavail * room.f_frsize, "state_files_free": room.f_favail}
 
-    def ready(self, size: int) -> bool:
-        """Whether the image is mounted and has this size."""
+    def open_ready(self, size: int) -> int:
+        """As ``open`` if the image is mounted and has this size, else -1: to open it will take its time."""
         granted = self._image.granted
-        return self.mounted and (granted is None or granted.size == size)
+        return self._open_state() if self.mounted and (granted is None or granted.size == size) else -1
 
     def open(self, *, size: int, inodes: int, uid: int, gid: int) -> int:
         """Make and mount what is missing; returns an O_PATH descriptor of the folder to bind into the cage.
 
         ``size`` in bytes. No cage of the plugin may run: if the size is another one than before, it is resized.
         """
-        if self.ready(size):
-            return self._open_state()
+        if (ready := self.open_ready(size)) >= 0:
+            return ready
         wanted = Size(size, inodes)
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -47,6 +47,27 @@ async def filled(daemon: Daemon, count: int, **limits: int) -> None:
     await durable(host)
 
 
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("when", ["before", "behind"])
+async def test_what_is_read_backwards_comes_once_though_its_file_becomes_full_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, call: int
+) -> None:
+    names = [files.rotated_name(1), files.LIVE]
+    for number, name in enumerate(names):
+        (tmp_path / name).write_bytes(f"{2 * number + 1}\n{2 * number + 2}\n".encode())
+    listed, calls = files.rotated, itertools.count(1)
+
+    def rotated(directory: Path) -> list[Path]:
+        found = listed(directory) if when == "behind" else []
+        if next(calls) == call:
+            (directory / files.LIVE).rename(directory / files.rotated_name(3))
+            (directory / files.LIVE).write_bytes(b"5\n")
+        return found or listed(directory)
+
+    monkeypatch.setattr(files, "rotated", rotated)
+    assert [*reader.backwards(tmp_path)][-4:] == [b"4", b"3", b"2", b"1"]
+
+
 async def test_tail_shows_the_last_ones_over_several_files(daemon: Daemon) -> None:
     await filled(daemon, 400, rotate_size=20_000)
     await daemon.stop()

@@ -17,7 +17,9 @@ from isolator.audit import files
 from isolator.audit.client import AuditClient, utc_now
 from isolator.audit.recover import HEAD_NAME
 from isolator.audit.seal import load_public
+from isolator.audit.source import Source
 from isolator.audit.verify import Report, verify
+from isolator.ipc.packet import pair
 from tests.audit.any_record import any_record
 from tests.audit.conftest import UID, Daemon
 
@@ -473,3 +475,16 @@ async def test_the_next_writer_knows_which_runs_have_no_end(daemon: Daemon, reco
     await daemon.start()
     assert daemon.hello["runs"] == {"r1": "one"}
     assert not check(daemon).misfits
+
+
+async def test_records_of_a_sender_that_ends_before_it_has_read_all_answers_are_taken() -> None:
+    """The kernel tells of the answers that it has not read ahead of the records that it has sent."""
+    ours, theirs = pair()
+    ours.setblocking(False)
+    source = Source("host", ours)
+    source.report(acked=1, blocked=None, alarm=None)
+    for packet in (b"2", b"3"):
+        theirs.send(packet)
+    theirs.close()
+    assert [source.receive() for _ in range(3)] == [b"2", b"3", None] and not source.open
+    source.close()

@@ -75,6 +75,32 @@ async def test_socket_is_read_while_the_disk_does_not_answer(
         await client.durable()
 
 
+async def test_next_commit_waits_while_few_records_come_until_somebody_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LULL", 3600.0)
+    monkeypatch.setattr(module, "_REST", 3600.0)
+    async with _written(tmp_path) as (writer, client):
+        for number in range(3):
+            client.record(any_record("event.accepted"), event_id=str(number))
+            await client.flushed()
+            await writer.flush()
+        await client.durable()
+        assert writer._trail.seq == client.acked == 3
+
+
+async def test_next_commit_comes_soon_while_many_records_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LULL", 3600.0)
+    async with _written(tmp_path) as (writer, client):
+        for number in range(3):
+            for _ in range(module._LULL_RECORDS):
+                client.record(any_record("event.accepted"), event_id=str(number))
+            if not number:
+                await client.flushed()
+                await writer.flush()
+            await client.durable()
+
+
 async def test_thread_gives_results_and_errors_in_order_and_ends_after_its_last_call() -> None:
     thread, free, called = FileThread(), threading.Event(), list[int]()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -11,6 +12,7 @@ import pytest
 from isolator.linux import netns
 from isolator.policy.model import EgressRule, NetworkPolicy
 from tests.support.pretend_internet import BrokerProcess, CageNet, PretendInternet, pretend_internet
+from tests.support.timeouts import seconds
 
 MakeCage = Callable[..., Awaitable[CageNet]]
 
@@ -24,13 +26,17 @@ def listed(*rules: str, **fields: object) -> NetworkPolicy:
     return NetworkPolicy.model_validate({"mode": "listed", "egress": tuple(parsed), **fields})
 
 
-def assert_watched(network: int, selector: str) -> None:
-    """The kernel looks every minute or sooner whether the other end of these connections is there (``ss``'s filter)."""
+async def assert_watched(network: int, selector: str) -> None:
+    """From the broker's next tick on the kernel looks every minute or sooner whether the other end of these connections
+    is there (``ss``'s filter)."""
     command = ["ss", "-Htno", "state", "established", selector]
-    found = netns.in_network(
-        network, lambda: subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    )
-    assert re.search(r"keepalive,(1min|[0-9]+sec)", found), found
+
+    def found() -> str:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    async with asyncio.timeout(seconds(10)):
+        while not re.search(r"keepalive,(1min|[0-9]+sec)", netns.in_network(network, found)):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)  # the kernel tells nobody of it
 
 
 @pytest.fixture(scope="module")

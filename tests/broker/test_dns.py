@@ -129,6 +129,19 @@ async def test_errors_of_the_upstream_server_come_through(upstream: Dns) -> None
     assert seen[-1][2:] == ("failed", "upstream")
 
 
+async def test_question_whose_answer_is_not_waited_for_is_on_record(upstream: Dns) -> None:
+    """The cage has ended, or left its connection: the name has reached the server all the same."""
+    upstream.silent = {"A", "AAAA"}
+    server, seen = name_server(listed("*.a.com:443"), upstream)
+    asking = asyncio.create_task(ask(server, "secret.a.com"))
+    async with asyncio.timeout(seconds(10)):
+        while not upstream.queries:  # noqa: ASYNC110 # it is another thread's
+            await asyncio.sleep(0.01)
+    asking.cancel()
+    await asyncio.wait({asking})
+    assert seen == [("secret.a.com", "A", "failed", "upstream")]
+
+
 async def test_the_rate_of_questions_is_capped(upstream: Dns, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("isolator.broker.dns.QUERIES_PER_SECOND", 1e-6)
     server, seen = name_server(listed("a.com:443"), upstream)

@@ -379,13 +379,17 @@ def test_half_a_hello_that_comes_in_small_pieces_is_read_less_and_less_often() -
     one, pauses = gate(80), []
     for at in range(8):
         one.feed(GET[at : at + 1])
+        one.charge()
         pauses.append(one.pause)
     assert pauses == [min(LONGEST_PAUSE, FIRST_PAUSE * 2**at) for at in range(8)]
     one.feed(b"")
+    one.charge()
     assert not one.pause, "nothing has come: it is read on"
     one.feed(GET[8:])
+    one.charge()
     assert not one.pause
     one.feed(GET[:1])
+    one.charge()
     assert one.pause == FIRST_PAUSE, "the next request is another one"
 
 
@@ -393,6 +397,7 @@ def test_half_a_hello_in_pieces_of_some_size_is_read_at_once() -> None:
     one = gate(80)
     for start in (b"GET / HTTP/1.1\r\n", *[b""] * 9):
         one.feed(start + b"A: " + b"x" * SMALLEST + b"\r\n")
+        one.charge()
         assert one.incomplete and not one.pause
 
 

@@ -288,6 +288,58 @@ def test_new_address_of_the_host_is_out_of_reach_before_any_notice_is_read() -> 
     assert run.stdout in [f"[None, None, None] [{mine}, {one}, {mine}]\n" for one in (mine, near)]
 
 
+_CHANGED = """
+import asyncio, subprocess
+from ipaddress import ip_address
+from isolator.broker.host_addresses import HostAddresses
+from isolator.linux.netlink import RouteQuery
+
+def ip(words):
+    subprocess.run(["ip", *words.split()], check=True)
+
+asked, really = [], RouteQuery.is_own
+def is_own(self, address):
+    asked.append(address)
+    return really(self, address)
+
+async def main():
+    RouteQuery.is_own = is_own
+    addresses = HostAddresses()
+    await addresses.watch()
+    await asyncio.sleep(0)  # no change is told any more from here on
+    while True:
+        del asked[:]
+        first = [addresses.owner(ip_address(text)) for text in TEXTS for _ in range(2)]
+        if len(asked) == len(TEXTS):  # and no second has passed meanwhile
+            break
+    for text, change in zip(TEXTS, CHANGES):
+        ip(change)
+        print(*first[:2], repr(addresses.owner(ip_address(text))))
+    addresses.close()
+
+TEXTS = ("1.2.3.4", "1.2.3.5", "1.2.3.6", "2a00::7")
+CHANGES = (
+    "addr add 1.2.3.4/32 dev lo",
+    "route add local 1.2.3.5/32 dev lo",
+    "rule add to 1.2.3.6/32 lookup 100",
+    "-6 rule add to 2a00::7/128 lookup 100",
+)
+ip("link set lo up")
+ip("route add local 1.2.3.6/32 dev lo table 100")
+ip("-6 route add local 2a00::7/128 dev lo table 100")
+asyncio.run(main())
+"""
+
+
+def test_address_is_asked_for_again_after_any_change_that_makes_it_the_hosts() -> None:
+    """No notice is read meanwhile: that one has come is enough."""
+    command = ["unshare", "--net", sys.executable, "-c", _CHANGED]
+    run = subprocess.run(
+        command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=seconds(60)
+    )
+    assert run.stdout.splitlines() == 4 * [f"None None {DenialRule.HOST_ADDRESS!r}"]
+
+
 _REFRESH = """
 import asyncio, subprocess
 from ipaddress import ip_address
@@ -422,8 +474,8 @@ async def test_dead_end_of_a_quiet_connection_is_looked_for_on_both_sides(
         cage.client("s = tcp('hooks.example.com', 25)\ns.recv(100)\ns.recv(100)", timeout=3600)
     )
     await broker.wait_for("net.connect")
-    assert_watched(pretend.host_fd, "dport = 25")
-    assert_watched(cage.network.netns_fd, "sport = 65053")
+    await assert_watched(pretend.host_fd, "dport = 25")
+    await assert_watched(cage.network.netns_fd, "sport = 65053")
     client.cancel()
     await asyncio.gather(client, return_exceptions=True)
 

@@ -18,9 +18,10 @@ from isolator.broker.flow import Flow, FlowTable
 from isolator.broker.gate.gate import Gate
 from isolator.broker.host_addresses import HostAddresses
 from isolator.broker.nat64 import Nat64
-from isolator.broker.outbound import Outbound, Shared
+from isolator.broker.outbound import Outbound
 from isolator.broker.relay import Scratch
 from isolator.broker.resolver import HostResolvers
+from isolator.broker.shared import Shared
 from isolator.ipc.channel import pair
 from isolator.ipc.fence import LOST, Fence
 from isolator.ipc.succession import Departure, to_bytes
@@ -99,9 +100,19 @@ async def test_connection_to_a_near_server_is_opened_in_the_turn_in_which_it_is_
     line.server, old = line.far.accept()[0], line.server
     old.close()
     assert line.server.recv(100) == b"HELO"
-    assert line.server.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0 and flow.server is not None
-    assert flow.server.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
     client.close()
+
+
+async def test_connection_notices_a_lost_end_from_the_first_tick_on_and_sends_every_piece_at_once(line: Line) -> None:
+    line.cage._flows.add(line.flow)
+    line.cage._join(line.flow)
+    assert line.flow.server is not None
+    for ticks, kept in enumerate((0, 1)):
+        if ticks:
+            line.cage.tick()
+        assert line.flow.server.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == kept
+        assert line.flow.server.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+    line.cage._flows.remove(line.flow)
 
 
 async def test_failure_to_open_is_that_when_its_cage_ends_in_the_same_turn(line: Line) -> None:
@@ -183,7 +194,7 @@ async def test_connection_that_is_given_up_under_way_is_on_record(line: Line) ->
     for flow in (admitted, waiting):
         line.cage._flows.open(flow, asyncio.sleep(3600))
     await line.cage._flows.close()
-    line.cage._repeats.flush(everything=True)
+    line.cage._records.flush(everything=True)
     line.audit.flush()
     (record,) = map(json.loads, line.trail.recv(65536).splitlines())
     data = record["data"]
@@ -199,7 +210,7 @@ async def test_bytes_that_come_while_another_broker_takes_over_are_not_lost(line
     flow = Flow(inner, IPv4Address("93.184.216.34"), 443, 0.0, name="a.com")
 
     async def compare() -> None:
-        await line.cage._first_bytes(flow, line.cage._gate(flow))
+        await line.cage._first_bytes.read(flow, line.cage._first_bytes.gate(flow))
 
     line.cage._flows.open(flow, compare())
     for _ in range(3):  # it waits for bytes from then on
@@ -222,6 +233,13 @@ async def test_bytes_that_are_there_go_out_behind_the_record_without_another_tur
     line.client.send(b"HELO")
     line.cage._join(line.flow)
     assert line.sent() == b"HELO"
+
+
+async def test_answer_that_is_there_reaches_the_client_without_another_turn(line: Line) -> None:
+    line.client.setblocking(False)
+    line.server.send(b"220 ready")
+    line.cage._join(line.flow)
+    assert line.client.recv(100) == b"220 ready"
 
 
 async def test_client_that_has_ended_before_its_first_byte_hears_the_server(line: Line) -> None:

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from isolator.broker.guard import objection
-from isolator.broker.sniff import LIMIT, RECORDS, Hello, Malformed, Sniffer, sniff
+from isolator.broker.sniff import LIMIT, RECORDS, Hello, Malformed, Sniffer
 
 
 def hello(name: str | None) -> bytes:
@@ -23,6 +23,11 @@ def hello(name: str | None) -> bytes:
     with pytest.raises(ssl.SSLWantReadError):
         client.do_handshake()
     return outgoing.read()
+
+
+def sniff(data: bytes) -> Hello | None:
+    """What is read of these first bytes; None when more are needed."""
+    return Sniffer().feed(data)
 
 
 REAL = hello("hooks.example.com")

@@ -26,7 +26,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from isolator.broker import buffers, dns, flow, guard, host_addresses, outbound, sniff
+from isolator.broker import buffers, dns, flow, guard, host_addresses, outbound, shared, sniff
 from isolator.broker.gate import gate
 from isolator.broker.service import main
 from isolator.ipc import fence
@@ -38,7 +38,7 @@ def _without_dial_check() -> None:
 
     def init(self: Any, *arguments: Any) -> None:
         made(self, *arguments)  # the name server has taken the real check by now
-        self.blocked = lambda address, port: None
+        self._reach.blocked = lambda address, port: None
 
     outbound.Outbound.__init__ = init  # type: ignore[method-assign]
 
@@ -95,7 +95,7 @@ def switch_off(check: str) -> None:
     elif check == "dns-rate":
         dns.QUERY_BURST = 1 << 30
     elif check == "recordable":
-        outbound.Shared.unrecordable = lambda self: None  # type: ignore[method-assign]
+        shared.Shared.unrecordable = lambda self: None  # type: ignore[method-assign]
     elif check == "fence":
         fence.Fence.closed = property(lambda self: False)  # type: ignore[method-assign, assignment]
     else:

@@ -34,6 +34,12 @@ prefork.become = die
 """
 
 
+_NOTHING_KNOWN_OF_PROC = """
+from isolator.layers.proc import layer
+layer.learn_covers = lambda found: None
+"""
+
+
 class _GivenUp(Cage):
     """A cage that is born, and whose plan then cannot be made."""
 
@@ -55,6 +61,32 @@ async def test_failure_of_what_a_cage_does_before_its_plan_is_named(shared_dir: 
         async with cage(shared_dir, ["true"]):
             pass
     assert not leaves(shared_dir)
+
+
+async def test_entry_of_proc_that_the_launcher_has_not_seen_is_covered(shared_dir: Path) -> None:
+    program = ["/bin/sh", "-c", "cat /proc/cmdline /proc/kallsyms; ls /proc/sys /proc/bus; cat /proc/sys/kernel/ostype"]
+    with template(_NOTHING_KNOWN_OF_PROC):
+        async with cage(shared_dir, program) as started:
+            await started.cage.wait()
+            unseen = started.text()
+    async with cage(shared_dir, program) as started:
+        await started.cage.wait()
+        assert unseen == started.text()
+    assert unseen.startswith("/proc/bus:\n\n/proc/sys:\n")  # the two files are empty
+    assert unseen.endswith("Linux\n")
+
+
+async def test_bounding_set_of_a_launcher_stays_until_a_cage_is_to_have_none(shared_dir: Path) -> None:
+    def bounding(pid: int) -> int:
+        return int(Process(pid).status["CapBnd"], 16)
+
+    own = bounding(os.getpid())
+    async with cage(shared_dir, ["sleep", "60"], without=frozenset({"capabilities"})) as started:
+        assert bounding(started.session.runtime.launcher.pid) == own
+        assert bounding(started.cage.pid) == own
+    async with cage(shared_dir, ["sleep", "60"]) as started:
+        assert bounding(started.session.runtime.launcher.pid) == 0
+        assert bounding(started.cage.pid) == 0
 
 
 async def test_cage_that_ends_before_its_pid_is_known_leaves_nothing(shared_dir: Path) -> None:

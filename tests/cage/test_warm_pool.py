@@ -16,6 +16,7 @@ import pytest
 from isolator.cage.cage import Cage, Stdio
 from isolator.cage.parking import PREFIX
 from isolator.cage.runtime import CageRuntime
+from isolator.cage.warm_pool import Spare
 from isolator.errors import ConfinementError
 from isolator.ipc.channel import pair
 from isolator.launcher.client import Launcher
@@ -60,6 +61,28 @@ async def _ahead(runtime: CageRuntime) -> int:
     return _pid((await runtime.pool._waiting).pidfd)
 
 
+async def _take(session: StandaloneSession, network: NetworkPolicy, *, once: bool = True) -> Spare:
+    """One for a cage that does not come to be, in groups of its own; nothing of it is journalled any more.
+
+    ``once``: it is cancelled once at most.
+    """
+    journal, name = session.runtime.journal, f"_test.{secrets.token_hex(5)}"
+
+    leaf = Leaf.under(session.runtime.subtree, name)
+
+    def claimed() -> Leaf:
+        journal.record(Entry(name, "leaf", tuple(map(str, leaf.folders()))))
+        return leaf
+
+    try:
+        return await session.runtime.pool.take(EVERY_LAYER, network, claimed)
+    except asyncio.CancelledError:
+        assert not once or not any(folder.exists() for folder in leaf.folders())
+        raise
+    finally:
+        journal.forget(name)
+
+
 def _pid(pidfd: int) -> int:
     lines = Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("Pid:")))
@@ -80,7 +103,7 @@ async def test_rules_of_the_last_taker_are_there_ahead_and_those_of_another_cage
     session: StandaloneSession,
 ) -> None:
     public = NetworkPolicy(mode="public")
-    await (await session.runtime.pool.take(EVERY_LAYER, public)).release()
+    await (await _take(session, public)).release()
     await _ahead(session.runtime)
     assert session.runtime.pool._waiting is not None
     network = (await session.runtime.pool._waiting).network
@@ -90,6 +113,20 @@ async def test_rules_of_the_last_taker_are_there_ahead_and_those_of_another_cage
         assert not network_layer.is_loaded(network, own)
         await cage.start()
         assert cage.network is network and network_layer.is_loaded(network, own)
+
+
+async def test_network_of_each_of_several_takers_at_once_has_its_own_rules(session: StandaloneSession) -> None:
+    policies = [NetworkPolicy(mode="none"), NetworkPolicy(mode="public"), NetworkPolicy(mode="public", connects_open=7)]
+    alone = await _take(session, policies[1])
+    spares = await asyncio.gather(*(_take(session, policy) for policy in policies))
+    try:
+        assert alone.network is not None and not network_layer.is_loaded(alone.network, policies[1])
+        for policy, spare in zip(policies[1:], spares[1:], strict=True):
+            assert spare.network is not None and network_layer.is_loaded(spare.network, policy)
+            network_layer.confirm(spare.network, policy)
+    finally:
+        for spare in (alone, *spares):
+            await spare.release()
 
 
 async def test_a_parked_process_is_in_the_groups_but_not_in_a_cage(session: StandaloneSession) -> None:
@@ -172,16 +209,38 @@ async def test_a_start_that_is_cancelled_leaves_nothing(session: StandaloneSessi
             await asyncio.wait([start])
         if done:
             break
-    await session.runtime.pool.close()  # the next start gets what is still being made
+    await session.runtime.pool.close()
     assert all(name == "subtree" for name in session.runtime.journal.open)
+
+
+async def test_groups_of_a_cancelled_taker_are_journalled_until_they_are_gone(session: StandaloneSession) -> None:
+    for turns in range(1, 200, 5):
+        taking = asyncio.create_task(_take(session, NetworkPolicy()))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        taking.cancel()
+        await asyncio.wait([taking])
+        if not taking.cancelled():
+            await taking.result().release()
+
+
+async def test_start_that_nothing_was_made_ahead_for_is_in_its_own_groups_from_the_first(
+    session: StandaloneSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Leaf, "rename_v1", lambda *_: pytest.fail("they had another name"))
+    async with _cage(session, "true") as cage:
+        await cage.start()
+        assert (await cage.wait()).exit_code == 0
+        assert [entry.kind for entry in session.runtime.journal.open.values()] == ["subtree", "leaf"]
+        assert PREFIX not in Path(f"/proc/self/fd/{session.runtime.journal.descriptor}").read_text()
 
 
 async def test_a_taker_that_is_cancelled_over_and_over_leaves_nothing(session: StandaloneSession) -> None:
     pool = session.runtime.pool
-    await (await pool.take(EVERY_LAYER, NetworkPolicy())).release()
+    await (await _take(session, NetworkPolicy())).release()
     before = open_descriptors()
     for turns in range(1, 400, 7):
-        taking = asyncio.create_task(pool.take(EVERY_LAYER, NetworkPolicy()))
+        taking = asyncio.create_task(_take(session, NetworkPolicy(), once=False))
         for _ in range(turns):
             await asyncio.sleep(0)
         for _ in range(3):
@@ -255,7 +314,7 @@ async def test_a_network_without_rules_never_gets_a_process(
 async def test_rules_that_were_not_loaded_are_noticed(
     session: StandaloneSession, monkeypatch: pytest.MonkeyPatch, left_out: str, complaint: str
 ) -> None:
-    await (await session.runtime.pool.take(EVERY_LAYER, NetworkPolicy(mode="public"))).release()
+    await (await _take(session, NetworkPolicy(mode="public"))).release()
     monkeypatch.setattr(network_layer, left_out, lambda *args, **others: None)
     await _ahead(session.runtime)
     async with _cage(session, "true") as cage:

@@ -107,8 +107,8 @@ def private_copy_of_the_host():
 isolator.launcher.server.build_template = private_copy_of_the_host
 """
 HOST_IPC = """
-import isolator.launcher.server
-isolator.launcher.server.BEFORE_THE_PLAN = ("mnt", "uts")
+import isolator.launcher.prefork
+isolator.launcher.prefork.BEFORE_THE_PLAN = ("mnt", "uts")
 """
 UNCOVERED = """
 from isolator.layers.proc import layer

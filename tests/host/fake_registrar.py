@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from isolator.errors import IsolatorError
 from isolator.ipc import messages
 from isolator.ipc.body import Handler, WithFds, by_op
 from isolator.layers.explain import proposal_json
@@ -24,6 +25,8 @@ class FakeRegistrar:
 
     def __init__(self, daemon: Daemon) -> None:
         self.staged: dict[str, tuple[messages.StagePlugin, bytes]] = {}
+        self.refuses = False
+        """Whether no version is taken over."""
         self._daemon = daemon
         self._sources: dict[str, Path] = {}
 
@@ -80,6 +83,8 @@ class FakeRegistrar:
         return messages.UpdatedPlugin(plugin=self._take_over(request.token))
 
     def _take_over(self, token: str) -> messages.PluginEntry:
+        if self.refuses:
+            raise IsolatorError("the plugin", "does not come up")
         staged, text = self.staged.pop(token)
         manifest = json.loads(text)
         sidecar = self._daemon.sidecars.get(manifest["name"]) or self._daemon.make(manifest)

@@ -29,6 +29,7 @@ from isolator.ipc import messages
 from isolator.ipc.body import WithFds, by_op
 from isolator.ipc.channel import Channel, pair
 from isolator.ipc.messages import PluginState
+from isolator.ipc.succession import Passage
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 from isolator.policy.meet.effective import meet
@@ -109,6 +110,38 @@ class Daemon(FakeAudit):
 
     async def start_host(self) -> None:
         """Start the host process and say hello, with the runs that are there."""
+        self.channel, audit = await self._spawn_host()
+        self.listen_to_audit(audit)
+        self.paths.control_socket.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(self.paths.control_socket))
+        self.paths.control_socket.chmod(0o666)
+        listener.listen(128)
+        await self.channel.ask(self._hello(), fds=[listener.fileno()], timeout=20)
+        listener.close()
+        for sidecar in self.sidecars.values():
+            if sidecar.state == "running":
+                self._announce(sidecar)
+
+    async def exchange_host(self) -> None:
+        """Put a new process in the place of the host's, which hands everything on and ends."""
+        before, old = self.host, self.channel
+        assert before is not None and old is not None
+        self.channel, audit = await self._spawn_host()
+        audit.close()
+        readable = await self.channel.ask(messages.ReadFormats(), timeout=20)
+        passage = Passage(self.channel)
+        for op, handler in by_op(messages.StatePart.on_fds(passage.part)).items():
+            old.handle(op, handler)
+        old.tell(messages.WriteFormat(formats=readable.formats))
+        left = await old.ask(messages.Leave(), timeout=20)
+        await self.channel.ask(self._hello(left.parts), timeout=20)
+        self.channel.tell(messages.ServeCallers())
+        old.close()
+        await before.wait()
+
+    async def _spawn_host(self) -> tuple[Channel, socket.socket]:
+        """Start a host process; returns the channel to it, and the audit process's end of its socket."""
         ours, theirs = pair()
         audit_ours, audit_theirs = pair()
         main = f"{self.first}\nfrom host.service import main; main()"
@@ -124,7 +157,6 @@ class Daemon(FakeAudit):
         )
         theirs.close()
         audit_theirs.close()
-        self.listen_to_audit(audit_ours)
         handlers = (
             by_op(
                 messages.EnsureRun.on(self._ensure),
@@ -138,24 +170,17 @@ class Daemon(FakeAudit):
             )
             | self.registrar.handlers()
         )
-        self.channel = Channel(ours, handlers, name="host")
-        self.paths.control_socket.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(str(self.paths.control_socket))
-        self.paths.control_socket.chmod(0o666)
-        listener.listen(128)
-        hello = messages.HostHello(
+        return Channel(ours, handlers, name="host"), audit_ours
+
+    def _hello(self, parts: int = 0) -> messages.HostHello:
+        return messages.HostHello(
             root=str(self.root),
             config=self.config.model_dump(mode="json"),
             plugins=tuple(map(self.entry, self.sidecars.values())),
             fresh=self.fresh,
+            parts=parts,
             fences=self.fences,
         )
-        await self.channel.ask(hello, fds=[listener.fileno()], timeout=20)
-        listener.close()
-        for sidecar in self.sidecars.values():
-            if sidecar.state == "running":
-                self._announce(sidecar)
 
     async def kill_host(self) -> None:
         """Kill the host process (SIGKILL), and wait for its end."""

@@ -250,29 +250,34 @@ def test_pause_that_a_plugin_asks_for_has_a_ceiling(wait: int) -> None:
     assert interpret({"result": {"status": "retry", "retry_after_ms": wait}})[3] == 600
 
 
-FAULT = """if True:
+BEFORE = """if True:
     from host.delivery.oneshot import OneshotDelivery
-    deliver = OneshotDelivery.deliver
-    async def faulty(self, plugin, hook, delivery):
-        if "poison" in delivery.event.payload:
-            raise ZeroDivisionError("of the host's own")
-        await deliver(self, plugin, hook, delivery)
-    OneshotDelivery.deliver = faulty
-
     from host.delivery.stream import StreamDelivery
-    deliver_now = StreamDelivery.deliver_now
-    def faulty_now(self, plugin, hook, delivery):
-        if "poison" in delivery.event.payload:
+    for kind in (OneshotDelivery, StreamDelivery):
+        def faulty(self, plugin, hook, delivery, now=kind.deliver_now):
+            if "poison" in delivery.event.payload:
+                raise ZeroDivisionError("of the host's own")
+            return now(self, plugin, hook, delivery)
+        kind.deliver_now = faulty
+"""
+AFTER = """if True:
+    from host.delivery.outcome import Outcomes
+    note = Outcomes._note
+    def faulty(self, delivery, outcome, status, detail):
+        if outcome == "ok" and "poison" in delivery.event.payload:
             raise ZeroDivisionError("of the host's own")
-        return deliver_now(self, plugin, hook, delivery)
-    StreamDelivery.deliver_now = faulty_now
+        note(self, delivery, outcome, status, detail)
+    Outcomes._note = faulty
 """
 
 
+@pytest.mark.parametrize("when", [BEFORE, AFTER], ids=["before it is sent", "once it is answered"])
 @pytest.mark.parametrize("mode", ["oneshot", "stream"])
-async def test_fault_of_the_host_with_one_event_keeps_those_behind_it_from_nothing(daemon: Daemon, mode: str) -> None:
+async def test_fault_of_the_host_with_one_event_keeps_those_behind_it_from_nothing(
+    daemon: Daemon, mode: str, when: str
+) -> None:
     await daemon.kill_host()
-    daemon.first = FAULT
+    daemon.first = when
     await daemon.start_host()
     script = sidecars.OK if mode == "oneshot" else sidecars.stream("if id is not None:\n    send(id=id, result={})")
     daemon.add("notifier", script, delivery={"attempts": 1}, transport={"mode": mode})
@@ -281,5 +286,6 @@ async def test_fault_of_the_host_with_one_event_keeps_those_behind_it_from_nothi
     row = await daemon.outcome(await daemon.emit(project_id="poison"))
     assert row["deliveries"][0]["state"] == "dead"
     assert "ZeroDivisionError" in row["deliveries"][0]["detail"]
+    assert row["deliveries"][0]["attempts"] == 1
     row = await daemon.outcome(await daemon.emit(project_id="good"))
     assert row["deliveries"][0]["state"] == "ok"

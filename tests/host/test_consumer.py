@@ -52,6 +52,37 @@ async def test_backlog_that_is_given_up_leaves_the_loop_to_others(tmp_path: Path
     await store.close()
 
 
+async def test_taker_that_is_full_is_offered_the_next_with_the_end_of_a_delivery(
+    tmp_path: Path,
+) -> None:
+    store = Store(tmp_path / "host.db")
+    queue = SqliteQueue(store)
+    consumer = queue.consumer("p")
+    sent: list[Delivery] = []
+
+    def send_now(delivery: Delivery) -> bool:
+        sent.append(delivery)
+        return True
+
+    def full() -> bool:
+        return bool(sent) and not sent[-1].final
+
+    taking = asyncio.create_task(consumer.take(None, send_now, full))
+    await asyncio.sleep(0)
+    for key in "abc":
+        await queue.accept(NewEvent("deploy.completed", "{}"), [Subscriber("p", key)])
+    second = consumer.find(2)
+    assert second is not None
+    assert [delivery.seq for delivery in sent] == [1]
+    assert not (second.taken or taking.done()), "it waits in its lane, where it can be skipped"
+    consumer.ack(sent[0], Result("ok"))
+    assert sent[1:] == [second] and second.taken
+    consumer.term(second, Result("dead"))
+    assert [delivery.seq for delivery in sent] == [1, 2, 3] and not taking.done()
+    taking.cancel()
+    await store.close()
+
+
 async def test_taker_that_waits_is_offered_what_may_go_and_takes_what_it_cannot_send_at_once(tmp_path: Path) -> None:
     store = Store(tmp_path / "host.db")
     queue = SqliteQueue(store)

@@ -171,14 +171,17 @@ async def test_a_caller_that_half_closes_still_gets_its_answer(daemon: Daemon) -
 
 
 async def test_answer_waits_for_others_of_its_connection_and_for_nothing_else(shared_dir: Path) -> None:
-    replies: list[Reply] = []
+    replies, hurried = list[Reply](), list[int]()
     started = asyncio.Semaphore(0)
 
     def start(_: EventEmit, __: Caller, reply: Reply) -> None:
         replies.append(reply)
         started.release()
 
-    emit = QuickEndpoint(EventEmit, start, full=lambda: False, room=lambda: asyncio.sleep(0))
+    emit = QuickEndpoint(
+        EventEmit, start, lambda: False, lambda: asyncio.sleep(0), lambda: hurried.append(len(replies))
+    )
+    request = b'{"id":1,"method":"event.emit","params":{"name":"a.b","payload":{}}}\n'
     server = ControlServer([emit], role_of=lambda _: "emitter", record=lambda *_, **__: None)
     listener, path = socket.socket(socket.AF_UNIX), str(shared_dir / "control.sock")
     listener.bind(path)
@@ -186,7 +189,7 @@ async def test_answer_waits_for_others_of_its_connection_and_for_nothing_else(sh
     with socket.socket(socket.AF_UNIX) as caller:
         caller.setblocking(False)
         await asyncio.get_running_loop().sock_connect(caller, path)
-        caller.send(b'{"id":1,"method":"event.emit","params":{"name":"a.b","payload":{}}}\n' * 2)
+        caller.send(request * 2)
         for _ in range(2):
             await started.acquire()
         replies[0]({"id": "first"}, None)
@@ -194,6 +197,12 @@ async def test_answer_waits_for_others_of_its_connection_and_for_nothing_else(sh
             caller.recv(4096)
         replies[1]({"id": "second"}, None)
         assert re.findall(rb"first|second", caller.recv(4096)) == [b"first", b"second"]
+        assert hurried == [], "what comes together shares a transaction"
+        caller.send(request)
+        await started.acquire()
+        assert hurried == [3]
+        replies[2]({"id": "third"}, None)
+        assert b"third" in caller.recv(4096)
     await server.close()
 
 

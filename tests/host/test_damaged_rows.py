@@ -15,7 +15,10 @@ from host.database.store import Store
 from host.plugins.registry import load_event_types
 from host.plugins.secrets import ConfigStore
 from host.queue.interface import NewEvent, Result, Subscriber
+from host.queue.owed import Debts, owed
 from host.queue.sqlite import SqliteQueue
+from isolator.audit.client import AuditClient
+from isolator.audit.schema import PluginPaused
 
 NO_TEXT = "CAST(x'ff00fe' AS TEXT)"
 VALUES = {"no text": NO_TEXT, "bytes": "x'00ff'", "a number": "5", "half": "'{\"n\"'"}
@@ -98,4 +101,28 @@ async def test_damaged_config_keeps_its_plugin_alone(tmp_path: Path, row: Mappin
     await store.run(lambda db: db.execute(f"INSERT INTO config VALUES ({NO_TEXT},'k',1,'string',x'00',0)"))
     config = ConfigStore(store, key)
     assert set(config.broken) == {"p"}
+    await store.close()
+
+
+OWED = json.dumps(owed(PluginPaused(by="uid:0"), "p").content)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        *({column: value} for column in ("since", "record") for value in VALUES.values()),
+        *({"record": repr(text)} for text in (OWED.replace('"p"', "[]"), OWED.replace("null", "{}"), "[" * 100_000)),
+    ],
+    ids=lambda row: "{}={:.20}".format(*next(iter(row.items()))),
+)
+async def test_damaged_debt_keeps_no_other(tmp_path: Path, row: Mapping[str, str]) -> None:
+    store = Store(tmp_path / "host.db")
+    cells = {"id": "'good'", "since": "'2026-01-02T03:04:05.000006Z'", "record": repr(OWED)}
+    for each in (cells, cells | {"id": "'damaged'"} | dict(row)):
+        values = ",".join(each.values())
+        await store.run(lambda db, values=values: db.execute(f"INSERT INTO owed VALUES ({values})"))  # type: ignore[misc]
+    found = list(Debts(store, AuditClient(None), tmp_path)._left())
+    assert "good" in {one.id for one in found}
+    assert all(isinstance(one.since, str) for one in found), "they are sought by the first time of all"
+    assert all(isinstance(text, str | None) for one in found for text in (one.plugin, one.event_id))
     await store.close()

@@ -33,6 +33,13 @@ def call(method, params=None, id=1):
     host.sendall(json.dumps({"jsonrpc": "2.0", "method": method, "params": params, "id": id}).encode() + b"\\n")
     return json.loads(lines.readline())
 """
+HASTY = """
+def ask(sock):
+    for method, params in ("kv.set", {"key": "a", "value": 1}), ("projects.list", {}):
+        sock.sendall(json.dumps({"jsonrpc": "2.0", "method": method, "params": params, "id": method}).encode() + b"\\n")
+    sock.close()
+"""
+"""Calls whose answers the plugin does not wait for."""
 
 
 def _caller(body: str) -> str:
@@ -321,6 +328,33 @@ async def test_a_platform_that_dies_fails_its_calls_at_once(daemon: Daemon) -> N
     (delivery,) = (await daemon.outcome(emitted))["deliveries"]
     error = json.loads(delivery["reply"])["result"]["error"]
     assert (error["code"], error["message"]) == (-31000, "the platform went away")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        sidecars.oneshot('call("whoami")\nask(host)\nlines.close()\nreturn {"status": "ok"}', first=CALLER + HASTY),
+        sidecars.stream("ask(connection)\nos._exit(0)", first=HASTY),
+    ],
+    ids=["oneshot", "stream"],
+)
+async def test_call_whose_plugin_does_not_wait_for_the_answer_is_on_record(
+    daemon: Daemon, script: str, request: pytest.FixtureRequest
+) -> None:
+    async def never(plugin: str, params: dict[str, Any]) -> Any:
+        await asyncio.Event().wait()
+
+    mode = request.node.callspec.id
+    daemon.add("hasty", script, permissions=["kv", "read:projects"], transport={"mode": mode})
+    async with PluginHost.connect(daemon.root) as host:
+        await host.serve("projects.list", "read:projects", never)
+        await daemon.emit()
+        for method in ("kv.set", "projects.list"):
+            await daemon.until(lambda: ("granted", method) in _called(daemon))  # noqa: B023
+
+
+def _called(daemon: Daemon) -> list[tuple[str, str]]:
+    return [(one["data"]["verdict"], one["data"]["method"]) for one in daemon.of_type("api.called")]
 
 
 async def test_library_without_a_daemon_reports_that_it_is_not_running(tmp_path: Any) -> None:

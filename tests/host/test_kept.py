@@ -78,9 +78,7 @@ async def test_log_that_is_followed_twice_comes_once(tmp_path: Path) -> None:
 async def test_what_was_staged_and_is_no_more_is_kept_no_longer(how: str) -> None:
     discarded: list[str] = []
     connection, nobody = Open(), cast(Any, None)
-    verbs = RegistrationVerbs(
-        cast(Any, SimpleNamespace(discard=discarded.append)), nobody, nobody, nobody, nobody, nobody
-    )
+    verbs = RegistrationVerbs(cast(Any, SimpleNamespace(discard=discarded.append)), *([nobody] * 6))
     staged = _Staged(cast(Any, None), "digest", b"{}", "name")
     for token in ("one", "two"):
         verbs._keep(connection.caller, token, staged)

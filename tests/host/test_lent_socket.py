@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import resource
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -234,6 +236,46 @@ async def test_connection_for_an_event_that_is_being_synced_is_made_and_kept(plu
     sock, run = await oneshot._connection()
     sock.send(b"event")
     assert (end.recv(9), run) == (b"event", "run")
+    sock.close(), end.close()
+    link.forget_run()
+
+
+@contextlib.contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            os.dup(0)
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_connection_for_the_only_delivery_of_an_event_is_not_made_while_that_is_synced(
+    plugin: SimpleNamespace,
+) -> None:
+    link = SidecarLink("x", cast("Any", plugin.supervisor), ABSENT, Fence())
+    oneshot = OneshotDelivery(link, ABSENT, ABSENT)
+    (await link.connect())[0].close()
+    plugin.server.accept()[0].close()
+    plugin.supervisor.answer()
+    await asyncio.sleep(0)
+    assert oneshot.prepare(alone=True), "it is sent at once, and so its attempt is counted with the event"
+    await asyncio.sleep(0)
+    plugin.server.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        plugin.server.accept()
+    with no_descriptor_left():
+        assert oneshot._connect_now() is None
+    made = oneshot._connect_now()
+    assert made is not None
+    sock, _ = made
+    end, _ = plugin.server.accept()
+    sock.send(b"event")
+    assert end.recv(9) == b"event"
     sock.close(), end.close()
     link.forget_run()
 

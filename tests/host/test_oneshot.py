@@ -27,6 +27,9 @@ from isolator.linux.boottime import boottime
 from tests.host.test_runs import Supervisor
 
 ABSENT: Any = None
+ITS = {"name": "x", "version": "1", "hooks": {"x.y": "x.y"}}
+PLUGIN: Any = SimpleNamespace(**ITS, timeout=5.0, major=1, manifest=None, uid=os.getuid())
+EVENT = Event(1, "e", "x.y", "2026-01-01T00:00:00Z", 0.0, 1.0, "{}")
 
 
 class Plugin:
@@ -77,10 +80,7 @@ def made() -> tuple[OneshotDelivery, SidecarLink, Plugin, Outcomes]:
 
 
 async def deliver(delivery: OneshotDelivery | StreamDelivery) -> None:
-    event = Event(1, "e", "x.y", "2026-01-01T00:00:00Z", 0.0, 1.0, "{}")
-    its = {"name": "x", "version": "1", "hooks": {"x.y": "x.y"}}
-    plugin: Any = SimpleNamespace(**its, timeout=5.0, major=1, manifest=None, uid=os.getuid())
-    await delivery.deliver(plugin, "x.y", Delivery(1, "x", None, event=event))
+    await delivery.deliver(PLUGIN, "x.y", Delivery(1, "x", None, event=EVENT))
 
 
 async def answered(delivery: OneshotDelivery, plugin: Plugin) -> None:
@@ -93,6 +93,31 @@ async def answered(delivery: OneshotDelivery, plugin: Plugin) -> None:
     await task
     assert await loop.sock_recv(end, 1) == b"", "it stayed open"
     end.close()
+
+
+async def test_request_is_begun_without_a_wait_where_a_connection_is_there_and_no_other_is_on_its_way() -> None:
+    delivery, _, plugin, outcomes = made()
+    first, second = Delivery(1, "x", None, event=EVENT), Delivery(2, "x", None, event=EVENT)
+    assert delivery.deliver_now(PLUGIN, "x.y", first) is False, "nothing is connected"
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    delivery._keep(near, "run")
+    assert delivery.deliver_now(PLUGIN, "x.y", first) is True
+    assert delivery.full() and not delivery.deliver_now(PLUGIN, "x.y", second)
+    waiting = asyncio.create_task(delivery.ping(60.0))
+    await asyncio.sleep(0)
+    assert not (plugin.ends or waiting.done()), "the plugin serves one at a time"
+    assert b'"method":"x.y"' in far.recv(4096)
+    far.sendall(b'{"jsonrpc":"2.0","id":1,"result":{"status":"ok"}}\n')
+    await delivery.answered()
+    assert outcomes.concluded == ["ok"] and far.recv(1) == b""
+    while not plugin.ends:  # noqa: ASYNC110 # a turn or two
+        await asyncio.sleep(0)
+    assert not (delivery.full() or delivery.deliver_now(PLUGIN, "x.y", second)), "nothing ends with which it is offered"
+    plugin.ends[0].sendall(b"{}\n")
+    await waiting
+    for end in (far, *plugin.ends):
+        end.close()
 
 
 async def test_connection_is_kept_if_the_deadline_passes_before_the_request_is_written() -> None:

@@ -43,6 +43,38 @@ async def test_many_accepts_share_few_syncs(store: Store) -> None:
     assert store.syncs <= 20
 
 
+@pytest.mark.parametrize(("together", "at_once"), [(1, [1]), (3, [0, 0, 0])])
+async def test_event_that_comes_alone_is_committed_in_its_turn(store: Store, together: int, at_once: list[int]) -> None:
+    queue, loop = SqliteQueue(store), asyncio.get_running_loop()
+    before, commits, over = store.commits, list[int](), loop.create_future()
+
+    def emit() -> None:
+        queue.submit(_event(), [], lambda *_: over.done() or over.set_result(None))
+        store.commit_alone()
+        commits.append(store.commits - before)
+
+    for _ in range(together):
+        loop.call_soon(emit)
+    await over
+    assert (commits, store.commits - before) == (at_once, 1)
+
+
+async def test_commit_that_fails_is_tried_again_once_however_many_events_come_alone(store: Store) -> None:
+    queue, loop = SqliteQueue(store), asyncio.get_running_loop()
+    accepted = list[object]()
+    with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for _ in range(3):
+            queue.submit(_event(), [], lambda one, _: accepted.append(one))
+            store.commit_alone()
+            await asyncio.sleep(0)
+        due = [timer for timer in loop._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]
+        assert [timer._callback for timer in due] == [store._commit]
+        other.execute("ROLLBACK")
+    await store.run(lambda _: None)
+    assert len(accepted) == 3 and None not in accepted
+
+
 async def test_answer_that_fails_keeps_no_other_emitter_from_its_own(store: Store) -> None:
     failures: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context["exception"]))
@@ -92,7 +124,7 @@ async def test_event_accepted_during_a_removal_is_not_for_the_namesake(store: St
     await queue.purge("p")
     accepted = await accept
     assert queue.consumer("p").depth == 0
-    assert queue.unfinished("p") == []
+    assert queue.store.read(lambda db: rows.end_unfinished(db, "p", 0, 1)) == []
     assert queue.show(accepted.event.id).deliveries == ()
 
 

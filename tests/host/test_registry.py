@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from host.database.store import Store
 from host.events import Catalogue
 from host.plugins.registry import Registry
-from isolator.ipc.messages import PluginState, RegisteredEntry
+from isolator.ipc.messages import PluginState, PluginTurned, RegisteredEntry
 
 EVENT = "deploy.completed"
 OTHER = "deploy.failed"
@@ -55,6 +56,52 @@ async def test_change_of_a_plugins_state_writes_no_row_and_one_of_its_version_do
         assert written == 4
         await store.run(lambda _: None)  # behind the others
         assert registry.known() == {"one"}
+        after = Registry(Catalogue(), store)
+        assert after.known() == {"one"}
+        written = 0
+        after.put(_entry("one", version="2.0.0"))
+        assert written == 0, "its row is that of before"
+        after.put(_entry("one"))
+        assert written == 1
+    finally:
+        await store.close()
+
+
+async def test_turn_of_a_plugin_leaves_all_but_its_state_as_it_was(tmp_path: Path) -> None:
+    store = Store(tmp_path / "host.db")
+    registry = Registry(Catalogue(), store)
+    state: dict[str, Any] = {"run": "r1", "pid": 7, "started_at": "now", "ready": True, "restarts": 2, "on_trial": True}
+    turned = PluginTurned(name="one", state=PluginState.RUNNING, error="frozen", lease="frozen", **state)
+    try:
+        assert registry.turn(turned) is None and registry.get("one") is None
+        before = registry.put(_entry("one"))
+        now = registry.turn(turned)
+        assert now is registry.get("one") is not None
+        assert (now.run, now.pid, now.state, now.error) == ("r1", 7, "running", "frozen")
+        assert (now.manifest, now.hooks, now.digest) == (before.manifest, before.hooks, before.digest)
+        assert now.raw == before.raw | turned.to_json()
+        assert _names(registry, EVENT) == ["one"]
+        over = PluginTurned(**{**turned.to_json(), "state": PluginState.RUNNING, "error": "", "lease": ""})
+        thawed = registry.turn(over)
+        assert thawed is not None and thawed.error is None and "lease" not in thawed.raw
+        assert thawed.raw == registry.put(RegisteredEntry(**before.raw | state | {"state": PluginState.RUNNING})).raw
+    finally:
+        await store.close()
+
+
+async def test_fault_of_a_manifest_shows_whatever_else_of_the_plugin_has_changed(tmp_path: Path) -> None:
+    store = Store(tmp_path / "host.db")
+    registry = Registry(Catalogue(), store)
+    state: dict[str, Any] = {"run": None, "pid": None, "started_at": None, "restarts": 0}
+    try:
+        entry = _entry("one")
+        broken = replace(entry, manifest={**(entry.manifest or {}), "transport": {"mode": "pigeon"}})
+        before = registry.put(broken)
+        assert before.error
+        assert registry.put(replace(broken, state=PluginState.DISABLED)).error == before.error
+        more: dict[str, Any] = {"ready": False, "on_trial": False}
+        turned = registry.turn(PluginTurned(name="one", state=PluginState.STOPPED, error="", **state, **more))
+        assert turned is not None and turned.error == before.error
     finally:
         await store.close()
 

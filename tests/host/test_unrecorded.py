@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from host.queue.interface import NewEvent, Subscriber
 from host.queue.owed import Owed
 from host.queue.sqlite import SqliteQueue
 from tests.host.fake_supervisor import Daemon
-from tests.host.test_owed import settled
+from tests.host.test_owed import SILENT, owes, settled
 from tests.support import sidecars
 
 KILLED = """
@@ -36,11 +34,6 @@ def accepted(self, event, accepted):
         os.kill(os.getpid(), 9)
 EventRecords.accepted = accepted
 """
-SILENT = """
-from isolator.audit.client import AuditClient
-AuditClient.flush = lambda self: None
-"""
-"""Nothing reaches the audit process: what the host has of records dies with it."""
 ACCEPTS = sidecars.oneshot('return {"status": "ok"}')
 
 
@@ -57,12 +50,6 @@ async def kill_after_answer(daemon: Daemon, *, behind: bool = False) -> dict[str
     await daemon.until(lambda: len(daemon.of_type("event.accepted")) == 1 + behind)
     daemon.first = ""
     return event
-
-
-async def owes(daemon: Daemon) -> None:
-    """Wait until the host has written down what it owes."""
-    with contextlib.closing(sqlite3.connect(f"file:{daemon.paths.host_database}?mode=ro", uri=True)) as db:
-        await daemon.poll(lambda: db.execute("SELECT 1 FROM owed").fetchall())
 
 
 def accepted(daemon: Daemon, event: dict[str, Any]) -> list[dict[str, Any]]:
@@ -89,6 +76,27 @@ async def test_event_whose_host_was_killed_behind_its_answer_is_on_record_before
     sent = next(one for one in daemon.of_type("event.dispatched") if one["event_id"] == event["id"])
     assert daemon.records.index(record) < daemon.records.index(sent)
     assert [one["state"] for one in row["deliveries"]] == ["ok"]
+
+
+async def test_event_is_on_record_before_a_host_that_was_put_in_place_delivers_it(daemon: Daemon) -> None:
+    daemon.add("one", ACCEPTS)
+    await daemon.ask("plugin.pause", name="one")
+    event = await kill_after_answer(daemon)
+    daemon.write_trail(daemon.paths.audit_log)
+    daemon.audit_acks = False
+    await daemon.start_host()
+    await owes(daemon)
+    daemon.first = "import host.composition.host as composed; composed.OWED = 600.0"
+    await daemon.exchange_host()
+    await daemon.ask("plugin.resume", name="one")
+    for _ in range(3):
+        await daemon.ask("plugin.list")
+    assert not daemon.ensured, "nothing is sent before the trail has told what it lacks"
+    daemon.acknowledge()
+    await daemon.outcome(event)
+    (record,) = accepted(daemon, event)
+    sent = next(one for one in daemon.of_type("event.dispatched") if one["event_id"] == event["id"])
+    assert daemon.records.index(record) < daemon.records.index(sent)
 
 
 async def test_event_whose_record_was_handed_over_gets_no_other_one(daemon: Daemon) -> None:

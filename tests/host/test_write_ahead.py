@@ -13,6 +13,7 @@ from host.database.store import Store
 from host.queue.interface import NewEvent
 from host.queue.sqlite import SqliteQueue
 from isolator.linux.aio import FileSync
+from tests.support.timeouts import seconds
 
 
 @pytest.fixture
@@ -78,3 +79,10 @@ async def test_disk_that_takes_its_time_is_given_nothing_ahead_for_a_while(
     clock[0] += wal.AVOID
     await _accept(queue)
     assert steps[3:] == ["write_out", "begin"]
+
+
+async def test_who_waits_for_the_disk_while_a_full_one_is_given_room_is_answered(store: Store) -> None:
+    await _accept(SqliteQueue(store))
+    store._rescue()
+    async with asyncio.timeout(seconds(20)):
+        await store.durable()

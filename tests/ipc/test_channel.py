@@ -21,6 +21,7 @@ from isolator.ipc import channel as channels
 from isolator.ipc.body import Message, WithFds, by_op
 from isolator.ipc.channel import MAX_PACKET, Channel, pair, send_packet
 from isolator.ipc.messages import ConnectRun, EnsureRun, GetEnvironment, NewAuditSocket, Running
+from tests.support.descriptors import open_descriptors
 
 
 class Faults:
@@ -32,7 +33,7 @@ class Faults:
 
 
 def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(open_descriptors())
 
 
 async def ensure(request: EnsureRun) -> Running:
@@ -459,3 +460,15 @@ async def test_channel_that_goes_on_serves_what_it_held() -> None:
     assert (await asked).run == "run of x"
     channel.close()
     peer.close()
+
+
+async def test_descriptor_that_is_not_open_is_refused_and_the_channel_goes_on() -> None:
+    mine, theirs = pair()
+    ours, other = Channel(mine), Channel(theirs, by_op(EnsureRun.on(ensure)))
+    closed = os.open("/dev/null", os.O_RDONLY)
+    os.close(closed)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        ours.notify("anything", fds=[closed])
+    assert (await ours.ask(EnsureRun(name="echo", reason="event"))).run
+    ours.close()
+    other.close()

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from isolator.ipc.packet import MAX_PACKET, TruncatedPacketError, pair, receive_packet, send_packet
+from isolator.ipc.packet import MAX_PACKET, TruncatedPacketError, drop_packet, pair, receive_packet, send_packet
 from isolator.linux.descriptors import close_all
 from tests.support.timeouts import seconds
 
@@ -44,6 +44,21 @@ def test_a_peer_that_has_gone_is_an_empty_packet() -> None:
         assert [receive_packet(there), receive_packet(there)] == [(b"last", []), (b"", [])]
         there.setblocking(False)
         assert receive_packet(there) == (b"", [])
+
+
+@pytest.mark.parametrize("peek", [False, True])
+def test_last_packets_of_a_peer_that_ends_before_it_has_read_everything_arrive(peek: bool) -> None:
+    """The kernel tells of what the peer has not read ahead of what it has sent."""
+    ours, theirs = pair()
+    ours.send(b"unread")
+    for packet in (b"1", b"2"):
+        theirs.send(packet)
+    theirs.close()
+    for packet in (b"1", b"2", b""):
+        assert receive_packet(ours, peek=peek) == (packet, [])
+        if peek and packet:
+            drop_packet(ours)
+    ours.close()
 
 
 def test_nothing_to_receive_does_not_block() -> None:

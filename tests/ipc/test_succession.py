@@ -14,6 +14,7 @@ from isolator.ipc.channel import Channel, pair
 from isolator.ipc.formats import Formats
 from isolator.ipc.messages import ReadFormats, StatePart, WriteFormat
 from isolator.ipc.succession import PART_FDS, Departure, Passage, Succession, to_bytes, to_text
+from tests.support.descriptors import open_descriptors
 
 
 class Sample(Body):
@@ -68,7 +69,7 @@ async def _hand_over(way: Way, count: int, kind: type[Body] = Sample) -> int:
 
 @pytest.mark.parametrize("count", [0, 1, PART_FDS - 1, PART_FDS, 5 * PART_FDS + 1])
 async def test_state_arrives_whole_with_its_descriptors_in_their_order(count: int) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     way = Way()
     parts = await _hand_over(way, count)
     assert parts == way.passage.parts == (count + 1 + PART_FDS - 1) // PART_FDS
@@ -83,7 +84,7 @@ async def test_state_arrives_whole_with_its_descriptors_in_their_order(count: in
             descriptors.take(count)
     way.close()
     await asyncio.sleep(0)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_descriptors()) == before
 
 
 @pytest.mark.parametrize(
@@ -93,14 +94,14 @@ async def test_state_arrives_whole_with_its_descriptors_in_their_order(count: in
 async def test_state_of_another_format_or_not_whole_is_refused_and_closed(
     more: int, reads: Formats[Any], why: str
 ) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     way = Way(reads)
     parts = await _hand_over(way, 2)
     with pytest.raises(IsolatorError, match=why):
         way.arrival.unpack(parts + more)
     way.close()
     await asyncio.sleep(0)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_descriptors()) == before
 
 
 async def test_old_process_hears_that_the_new_one_has_died() -> None:

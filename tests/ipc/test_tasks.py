@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import types
 from typing import Any
 
 import pytest
@@ -99,6 +100,13 @@ async def test_work_that_begins_at_once_needs_a_task_only_where_it_waits() -> No
     assert done == ["begun", "begun", "first", "second"]
 
 
+async def test_rest_of_work_that_has_begun_is_a_coroutine() -> None:
+    """No task of Python 3.12 takes a generator."""
+    rest = tasks.begun(asyncio.sleep(0))
+    assert isinstance(rest, types.CoroutineType)
+    await asyncio.create_task(rest)
+
+
 async def test_work_that_began_at_once_is_cancelled_where_it_waits() -> None:
     ended: list[BaseException] = []
 
@@ -109,7 +117,7 @@ async def test_work_that_began_at_once_is_cancelled_where_it_waits() -> None:
             ended.append(error)
             raise
 
-    for turns in (1, 2):
+    for turns in range(3):
         task = tasks.essential_at_once(work(asyncio.get_running_loop().create_future()), "work")
         assert task is not None
         for _ in range(turns):
@@ -117,4 +125,4 @@ async def test_work_that_began_at_once_is_cancelled_where_it_waits() -> None:
         task.cancel()
         await asyncio.wait([task])
         assert task.cancelled()
-    assert len(ended) == 2
+    assert len(ended) == 3

@@ -1,4 +1,4 @@
-"""The launcher, and with it every cage's pid 1, holds the standard library, python-prctl and light modules alone."""
+"""The launcher, and with it every cage's pid 1, holds the standard library and light modules alone."""
 
 from __future__ import annotations
 
@@ -19,12 +19,10 @@ print(json.dumps({name: getattr(sys.modules[name], "__file__", None) for name in
 """
 LAUNCHERS: dict[str, set[str]] = {"isolator.launcher.server": set(), "isolator.standalone.launcher": {"standalone"}}
 """The launcher of a daemon, and the one that ``isolator run`` forks after this import; with their own packages."""
-FURTHER = {"prctl", "_prctl"}
-"""python-prctl: the one dependency of the launcher."""
 
 
 def _loaded(module: str) -> dict[str, str | None]:
-    command = [sys.executable, "-I", "-S", "-c", LOADED, module, *client._import_paths()]
+    command = [sys.executable, "-I", "-S", "-c", LOADED, module, client._IMPORT_PATH]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, str | None] = json.loads(done.stdout)
     return found
@@ -33,7 +31,7 @@ def _loaded(module: str) -> dict[str, str | None]:
 @pytest.mark.parametrize("module", LAUNCHERS)
 def test_the_launcher_imports_the_standard_library_and_light_modules_alone(module: str) -> None:
     loaded = {name.partition(".")[0] for name in _loaded(module)}
-    assert loaded - set(sys.stdlib_module_names) == FURTHER | {"isolator"}
+    assert loaded - set(sys.stdlib_module_names) == {"isolator"}
     assert not loaded & {"pathlib", "urllib", "ipaddress", "dataclasses", "asyncio"}, (
         "a sixth of its memory, for a path"
     )

@@ -20,6 +20,7 @@ from isolator.layers.network.layer import Network
 from isolator.linux import netlink, netns
 from isolator.policy.model import EffectivePolicy, EgressRule, NetworkPolicy
 from tests.broker.conftest import listed
+from tests.support.descriptors import open_descriptors
 from tests.support.timeouts import seconds
 
 PUBLIC = NetworkPolicy(mode="public")
@@ -354,21 +355,21 @@ def test_a_port_below_1024_needs_no_privilege_inside(make: Make) -> None:
 
 
 def test_the_callers_namespace_is_untouched_and_nothing_leaks() -> None:
-    before = os.readlink("/proc/self/ns/net"), len(os.listdir("/proc/self/fd"))
+    before = os.readlink("/proc/self/ns/net"), len(open_descriptors())
     for _ in range(5):
         cage = network.prepare(PUBLIC)
         network.confirm(cage, PUBLIC)
         network.release(cage)
         network.release(cage)
-    assert (os.readlink("/proc/self/ns/net"), len(os.listdir("/proc/self/fd"))) == before
+    assert (os.readlink("/proc/self/ns/net"), len(open_descriptors())) == before
 
 
 def test_a_failed_prepare_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     monkeypatch.setattr(network, "RESOLVER", "999.1.1.1")
     with pytest.raises(ConfinementError):
         network.prepare(PUBLIC)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_descriptors()) == before
 
 
 def test_rules_of_two_cages_with_one_policy_are_the_same(make: Make) -> None:
@@ -397,14 +398,14 @@ def test_rules_that_somebody_has_changed_are_not_taken_for_loaded(make: Make) ->
 
 
 def test_rules_that_cannot_be_loaded_ahead_are_refused_when_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     monkeypatch.setattr(network, "_ruleset", lambda policy: "add nonsense")
     cage = network.make(PUBLIC)
     assert not network.is_loaded(cage, PUBLIC)
     with pytest.raises(ConfinementError, match="syntax"):
         network.load(cage, PUBLIC)
     network.release(cage)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_descriptors()) == before
 
 
 def test_a_rule_that_makes_no_sense_stops_the_start() -> None:

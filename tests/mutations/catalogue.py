@@ -55,9 +55,15 @@ MUTATIONS = (
         ),
         (
             "each cage of a plugin has a share of its own",
-            'return leaf.partition(".")[0]',
+            'return leaf.rpartition(".")[0]',
             "return leaf",
             f"{_BACKGROUND}test_another_cage_of_one_that_computes_is_behind_at_the_first_look",
+        ),
+        (
+            "all callers of runners have one share together",
+            'return leaf.rpartition(".")[0]',
+            'return leaf.partition(".")[0]',
+            f"{_BACKGROUND}test_callers_of_runners_have_each_a_debt_of_their_own",
         ),
         (
             "a rest pays for a burst",
@@ -584,20 +590,20 @@ MUTATIONS = (
             "pass",
             "standalone/test_run.py::test_nothing_survives_when_the_launcher_is_killed_too",
         ),
+        (
+            "a cage runs although it was not confirmed",
+            'if report.recv(1) != b"x":',
+            'if report.recv(1) == b"y":',
+            "launcher/test_enter.py::test_cage_that_is_given_up_runs_nothing",
+        ),
     ),
     *_mutations(
         "isolator/launcher/enter.py",
         (
             "inherited descriptors stay open",
-            "close_all_but({0, 1, 2, link.fileno(), status, *(plan.fds[name] for name in LOGS if name in plan.fds)})",
+            "close_all_but(kept)",
             "pass",
             f"{_CAGE}test_pid_1_is_root_s_to_look_into_and_holds_nothing_of_the_launcher",
-        ),
-        (
-            "a cage runs although it was not confirmed",
-            'if link.recv(1) != b"x":',
-            'if link.recv(1) == b"y":',
-            "launcher/test_enter.py::test_cage_that_is_given_up_runs_nothing",
         ),
     ),
     *_mutations(
@@ -677,6 +683,12 @@ MUTATIONS = (
             "item in self._own",
             "broker/test_guarantees.py::test_new_address_of_the_host_is_out_of_reach_before_any_notice_is_read",
         ),
+        (
+            "an address that has become the host's is believed to be nobody's",
+            " or self._notices.poll(0)",
+            "",
+            "broker/test_guarantees.py::test_address_is_asked_for_again_after_any_change_that_makes_it_the_hosts",
+        ),
     ),
     *_mutations(
         "isolator/broker/relay.py",
@@ -712,7 +724,7 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
-        "isolator/broker/outbound.py",
+        "isolator/broker/reach.py",
         (
             "addresses of the host itself can be reached",
             "return reason or self._shared.host.owner(address)",
@@ -725,6 +737,9 @@ MUTATIONS = (
             "if True)",
             "broker/test_guarantees.py::test_a_name_that_changes_its_address_after_the_answer_is_refused",
         ),
+    ),
+    *_mutations(
+        "isolator/broker/shared.py",
         (
             "connections go out that cannot be recorded",
             "return DenialRule.AUDIT_UNAVAILABLE if self.audit_first else None",
@@ -925,6 +940,21 @@ MUTATIONS = (
             "if plugin is None or plugin.uid != uid:",
             "if plugin is None:",
             "host/test_host_api.py::test_another_user_is_turned_away",
+        ),
+        (
+            "a plugin that goes before its answer leaves no record of its call",
+            "if self._released is None:",
+            "if False:",
+            "host/test_host_api.py::test_call_whose_plugin_does_not_wait_for_the_answer_is_on_record",
+        ),
+    ),
+    *_mutations(
+        "host/control/connection.py",
+        (
+            "a caller that goes before its answer breaks its change off",
+            "if not request.changes:",
+            "if True:",
+            "host/test_callers_gone.py::test_change_goes_on_and_is_on_record_and_what_is_read_ends",
         ),
     ),
     *_mutations(

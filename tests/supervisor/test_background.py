@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from isolator.layers.cgroup.layer import Cgroup
-from isolator.layers.cgroup.leaf import IDLE, Leaf, read_file
+from isolator.layers.cgroup.leaf import IDLE, Leaf, read_file, used_by
 from isolator.layers.cgroup.subtree import Subtree, open_subtree
 from isolator.linux.files import write_file
 from isolator.supervisor.background import SHARE, Background
@@ -126,6 +126,13 @@ def test_another_cage_of_one_that_computes_is_behind_at_the_first_look(subtree: 
             assert looked(later, subtree, "busy.3"), "a reloaded daemon has forgotten it"
 
 
+def test_callers_of_runners_have_each_a_debt_of_their_own(subtree: Subtree) -> None:
+    with waiting(subtree, "_run.1001.a"), computing(subtree, "_run.1000.b"):
+        background = Background(subtree, lambda: ["_run.1000.b", "_run.1001.a"])
+        wait_for(lambda: looked(background, subtree, "_run.1000.b"))
+        assert not is_behind(subtree, "_run.1001.a") and subtree.behind == {"_run.1000"}
+
+
 def test_who_computes_in_bursts_has_its_share_in_the_foreground_and_no_more(subtree: Subtree) -> None:
     with program(subtree, "bursts.1", BURSTS) as process:
         assert process.stdin is not None and process.stdout is not None
@@ -174,3 +181,15 @@ def test_the_background_has_what_the_foreground_leaves(subtree: Subtree, behind:
             os.kill(second, signal.SIGSTOP)
             before = used(first), used(second)
             wait_for(lambda: used(first) - before[0] >= 20, what="it has no processor that nobody else wants")
+
+
+def test_cage_that_has_ended_and_is_not_removed_yet_is_charged_once(subtree: Subtree) -> None:
+    with program(subtree, "short.1", BURSTS) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(b"x")
+        process.stdout.read(1)
+        background = Background(subtree, lambda: ["short.1"])
+        background.look()
+        subtree.ended.append(("short.1", read := used_by(subtree, "short.1") or 0.0))
+        background._look_at_each()
+        assert read > 0 and sum(background._look_at_each().values()) < read / 2

@@ -134,7 +134,7 @@ class BrokerProcess:
     records: list[dict[str, Any]] = field(default_factory=list)
     acknowledge: bool = True
     gather: float = 0.0
-    """Seconds of records that one acknowledgement is for."""
+    """Seconds from one commit to the next, if they are read and acknowledged as the writer does: once a commit."""
     cages: dict[str, CageNet] = field(default_factory=dict)
     fences: dict[str, float] = field(default_factory=dict)
     """Deadlines that the next process is told of."""
@@ -175,14 +175,26 @@ class BrokerProcess:
         with contextlib.suppress(BlockingIOError, ConnectionError):
             while packet := self.audit.recv(200_000):
                 self.records += [json.loads(line) for line in packet.splitlines()]
-                if self.acknowledge and self.gather and self._owed is None:
-                    self._owed = asyncio.get_running_loop().call_later(self.gather, self._acknowledge)
-                elif self.acknowledge and not self.gather:
+                if self.acknowledge and not self.gather:
                     self._acknowledge()
             asyncio.get_running_loop().remove_reader(self.audit)
+        if self.gather and self._owed is None:
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self.audit)
+            self._owed = loop.call_later(self.gather, self._commit, len(self.records))
+
+    def _commit(self, before: int) -> None:
+        """Read again what has come since ``before`` records were there; nothing: be woken by the next."""
+        self._record()
+        if self.acknowledge:
+            self._acknowledge()
+        loop, self._owed = asyncio.get_running_loop(), None
+        if len(self.records) > before:
+            self._owed = loop.call_later(self.gather, self._commit, len(self.records))
+        else:
+            loop.add_reader(self.audit, self._record)
 
     def _acknowledge(self) -> None:
-        self._owed = None
         with contextlib.suppress(OSError):
             self.audit.send(json.dumps({"acked": len(self.records)}).encode())
 
@@ -239,6 +251,8 @@ class BrokerProcess:
             self.process.kill()
             await self.process.wait()
             raise
+        if self._owed is not None:
+            self._owed.cancel()
         asyncio.get_running_loop().remove_reader(self.audit)
         self.audit.close()
         assert code == 0 or code < 0, f"the broker ended with {code}"

@@ -21,6 +21,7 @@ from isolator.paths import Paths
 from isolator.recovery.daemon import clear
 from isolator.recovery.journal import Journal
 from isolator.volume.volume import Volume
+from tests.system.daemon import wait_for
 
 MIB = 1 << 20
 UID = 65533
@@ -48,6 +49,11 @@ class World:
     def close(self) -> None:
         self.state.remove()
         self.journal.close()
+
+    def detach(self) -> None:
+        """Unmount it, and wait until no process has a copy of the mount: until then the image is in use."""
+        self.state.close()
+        wait_for(lambda: loop.device_of(self.image) is None)
 
     def superblock(self, offset: int, value: int) -> None:
         with self.image.open("r+b") as file:
@@ -157,7 +163,7 @@ def test_it_is_mended_after_a_crash_of_the_host(world: World) -> None:
 
 def test_what_cannot_be_mended_is_told(world: World) -> None:
     world.ready(4 * MIB)
-    world.state.close()
+    world.detach()
     world.superblock(56, 0)
     with pytest.raises(ConfinementError, match="the image is damaged"):
         world.ready(4 * MIB)
@@ -194,15 +200,29 @@ def test_image_that_is_still_held_is_mounted_again_from_its_device(
     assert subprocess.run(["e2fsck", "-f", "-n", world.image], capture_output=True, check=False).returncode == 0
 
 
-def queue(device: str) -> tuple[int, int]:
-    """Requests at a time, and KiB in each."""
+def queue(device: str) -> tuple[int, ...]:
+    """Requests at a time, KiB in each, and KiB that are read ahead."""
     folder = Path("/sys/class/block") / Path(device).name / "queue"
-    return int((folder / "nr_requests").read_text()), int((folder / "max_sectors_kb").read_text())
+    return tuple(int((folder / name).read_text()) for name in ("nr_requests", "max_sectors_kb", "read_ahead_kb"))
+
+
+def fresh_queue(folder: Path) -> tuple[int, ...]:
+    """The same of a device that nobody has touched."""
+    with (folder / "fresh").open("w+b") as file:
+        file.truncate(MIB)
+        held, device = loop.attach(file.fileno())
+        try:
+            return queue(device)
+        finally:
+            os.close(held)
 
 
 @pytest.mark.parametrize("crashed", [False, True])
 def test_a_device_is_narrow_and_past_the_cache_for_as_long_as_it_is_mounted(shared_dir: Path, crashed: bool) -> None:
-    """Else a plugin that writes as fast as it can fills the disk's queue, and others' syncs wait behind all of that."""
+    """Else a plugin that writes as fast as it can fills the disk's queue, and others' syncs wait behind all of that.
+
+    What it reads ahead fits into its queue: else the reader waits for room there, and reads half as fast.
+    """
     paths = Paths.of(shared_dir)
     paths.state.parent.mkdir(parents=True)
     with contextlib.ExitStack() as stack:
@@ -213,14 +233,13 @@ def test_a_device_is_narrow_and_past_the_cache_for_as_long_as_it_is_mounted(shar
         stack.callback(os.close, held[0])
         device = held[1]
         assert (Path("/sys/class/block") / Path(device).name / "loop/dio").read_text().strip() == "1"
-        assert queue(device) == (4, 128)
+        assert queue(device) == (4, 128, 512)
         if crashed:
             clear(paths, world.journal)
         else:
             world.state.close()
         assert not world.state.mounted
-        widest = Path("/sys/class/block") / Path(device).name / "queue/max_hw_sectors_kb"
-        assert queue(device) == (128, int(widest.read_text()))
+        assert queue(device) == fresh_queue(shared_dir)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from isolator_client import address, calls, tickets
 from isolator_client.calls import Call, Delivered, Emitted, Health, Staged
 from isolator_client.errors import DeniedError, IsolatorError, UnavailableError, UsageError
 from isolator_client.link import Link, connect, lost
-from isolator_client.protocol import Notification, encode, pauses
+from isolator_client.protocol import TICKETED, Notification, encode, pauses
 from isolator_client.trail import Recorded, Trail
 
 T = TypeVar("T")
@@ -116,9 +116,9 @@ class AsyncClient:
         is no connection or when it ends before the answer. Verbs that add or change a plugin take a ticket, which is
         fetched here: files that the parameters name are opened by this process, with its rights.
         """
-        name = tickets.updated(method, params)
-        shown = None if name is None else await self._ask("plugin.show", {"name": name})
-        if method.startswith("plugin."):
+        if method in TICKETED:
+            name = tickets.updated(method, params)
+            shown = None if name is None else await self._ask("plugin.show", {"name": name})
             params = await asyncio.to_thread(tickets.with_ticket, self.path, method, params, shown)
         return await self._ask(method, params)
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from isolator_client import address
 from isolator_client.errors import DeniedError, UnavailableError
-from isolator_client.protocol import Lines, Message, Notification, Reply, pauses, request
+from isolator_client.protocol import TICKETED, Lines, Message, Notification, Reply, pauses, request
 
 if TYPE_CHECKING:
     from isolator_client.calls import Call, Delivered, Emitted, Health, Staged
@@ -80,7 +80,7 @@ class Client:
         Verbs that add or change a plugin take a ticket, which is fetched here: files that the parameters name are
         opened by this process, with its rights.
         """
-        if method.startswith("plugin."):
+        if method in TICKETED:
             from isolator_client import tickets
 
             name = tickets.updated(method, params)

@@ -27,6 +27,18 @@ COMMA_LIMIT = 100_000
 ANSWER_LIMIT = 256 << 20
 """Longest line in bytes that is accepted from the daemon: a guard against a line without end, not against an answer."""
 
+TICKETED = {
+    "plugin.stage": (),
+    "plugin.commit": ("token",),
+    "plugin.update": ("token", "approve"),
+    "plugin.approve": ("name", "digest"),
+    "plugin.rollback": ("name", "to"),
+    "plugin.reject": ("name",),
+    "plugin.remove": ("name",),
+    "plugin.enable": ("name",),
+}
+"""Verbs that take a ticket, with the parameters that make its purpose; of ``plugin.stage`` it is the files."""
+
 # Made once: what json.dumps and json.loads do besides takes as long as a short message itself.
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 _decode = json.JSONDecoder().raw_decode
@@ -59,6 +71,8 @@ class Lines:
 
     def feed(self, data: bytes) -> list[Message]:
         """Take the next bytes; returns the messages that they complete. Raises IsolatorError for anything else."""
+        if not self._held and 0 < data.find(b"\n") == len(data) - 1:  # as nearly always: one complete line
+            return [message_of(data)]
         searched = len(self._held)
         self._held += data
         end = self._held.rfind(b"\n", searched)

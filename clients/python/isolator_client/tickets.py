@@ -25,7 +25,7 @@ from typing import Any
 
 from isolator_client import address
 from isolator_client.errors import UsageError
-from isolator_client.protocol import error_of, request
+from isolator_client.protocol import TICKETED, error_of, request
 
 SOCKET = "ticket.sock"
 """Name of the socket, in the folder of the control socket."""
@@ -33,16 +33,6 @@ SOCKET = "ticket.sock"
 PATIENCE = 30
 """Seconds for a place in the socket's backlog, and again for the answer."""
 
-_AGREEING = {
-    "plugin.commit": ("token",),
-    "plugin.update": ("token", "approve"),
-    "plugin.approve": ("name", "digest"),
-    "plugin.rollback": ("name", "to"),
-    "plugin.reject": ("name",),
-    "plugin.remove": ("name",),
-    "plugin.enable": ("name",),
-}
-"""Parameters that make the purpose of a ticket, by verb."""
 _MANIFEST = "plugin.json"
 _PACKAGE = (257, b"ustar")
 """Place and value of bytes that every package has (a tar archive, POSIX ustar), and no program."""
@@ -95,7 +85,7 @@ def with_ticket(
     shown: Mapping[str, Any] | None = None,
     opened: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Return the parameters with a ticket, and absolute paths, if the verb takes one. May wait.
+    """Return the parameters of a ticketed verb with a ticket, and absolute paths. May wait.
 
     ``shown`` describes the plugin that ``updated`` named; ``opened`` are the descriptors that ``handed`` made for these
     parameters, which are closed. Raises UsageError for files that cannot be handed over. Without a ticket, for want of
@@ -110,10 +100,8 @@ def with_ticket(
             files, descriptors = _opened(made if shown is None else _source(shown))
             if shown is None:
                 made |= files
-        elif method in _AGREEING:
-            about = purpose(method, params)
         else:
-            return made
+            about = purpose(method, params)
     try:
         ticket = _ask(os.path.join(os.path.dirname(control), SOCKET), descriptors, about)
     finally:
@@ -128,7 +116,7 @@ def purpose(method: str, params: Mapping[str, Any]) -> bytes:
     A word is a parameter, "" when it is missing; ``approve`` is its own name when it is set.
     """
     words = [method]
-    for key in _AGREEING[method]:
+    for key in TICKETED[method]:
         value = params.get(key)
         words.append(key if value is True else str(value or ""))
     return hashlib.sha256("\0".join(words).encode("utf-8", "surrogatepass")).digest()

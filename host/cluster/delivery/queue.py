@@ -61,8 +61,9 @@ class ClusterConsumer(SqliteConsumer):
 
     async def take(
         self,
-        on_delivery_pending: Callable[[], bool] | None = None,
+        on_delivery_pending: Callable[[bool], bool] | None = None,
         send_now: Callable[[Delivery], bool] | None = None,
+        full: Callable[[], bool] = lambda: False,
     ) -> Delivery:
         """As ``SqliteConsumer.take``, but nothing is offered: a cursor notes a delivery before that can end."""
         return await super().take(on_delivery_pending)

@@ -58,6 +58,7 @@ class Gate:
         self.pause = 0.0
         """Seconds before more is to be read."""
         self._next_pause = FIRST_PAUSE
+        self._cost = 0.0, 0
 
     def pass_on(self) -> GateState:
         """The state for another broker, of a gate that is not done."""
@@ -96,7 +97,7 @@ class Gate:
         return bool((self._held if self._watch is None else self._watch.held).strip(b"\r\n\t "))
 
     def feed(self, data: bytes | memoryview) -> bytes | memoryview:
-        """The bytes that may pass now, some of which may have been held before; raises Denied."""
+        """The bytes that may pass now, some of which may have been held before; raises Denied. Then ``charge``."""
         if self.done:
             return data
         began = time.thread_time()
@@ -105,11 +106,13 @@ class Gate:
         except Malformed as error:
             raise Denied(DenialRule.MALFORMED, detail=str(error)) from None
         finally:
-            if self.work is not None:
-                self.work.took(time.thread_time() - began, len(data))
-            self._pace(len(data))
+            self._cost = time.thread_time() - began, len(data)
 
-    def _pace(self, size: int) -> None:
+    def charge(self) -> None:
+        """Count what reading the last piece has cost, once what may pass of it has gone."""
+        (seconds, size), self._cost = self._cost, (0.0, 0)
+        if self.work is not None and seconds:
+            self.work.took(seconds, size)
         self.pause = 0.0
         if not self.incomplete:
             self._next_pause = FIRST_PAUSE

@@ -30,8 +30,8 @@ DIRECTIONS: dict[str, tuple[type[Request[Any]], ...]] = {
     "S → W": (ConsoleHello,),
     "S ↔ old and new": (ReadFormats, WriteFormat, Leave, StatePart),
     "S → H": (
-        HostHello, AlarmsChanged, ServeCallers, PluginChanged, GetEnvironment, RunStarted, DrainRun, RunEnded,
-        InvocationBegun, InvocationEnded, GetStderrTail, NewAuditSocket,
+        HostHello, AlarmsChanged, ServeCallers, PluginChanged, PluginTurned, GetEnvironment, RunStarted,
+        DrainRun, RunEnded, InvocationBegun, InvocationEnded, GetStderrTail, NewAuditSocket,
         GiveUp,
     ),
     "H → S": (

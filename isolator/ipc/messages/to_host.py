@@ -53,6 +53,21 @@ class PluginChanged(Request[None], op="plugin.changed"):
     """its name, in place of `plugin`"""
 
 
+class PluginTurned(Request[None], op="plugin.turned"):
+    """Take over a plugin's state: nothing else of its entry has changed since H was told of it."""
+
+    name: str
+    state: PluginState
+    error: str
+    run: str | None
+    pid: int | None
+    started_at: str | None
+    ready: bool
+    restarts: int
+    on_trial: bool
+    lease: str = omitted(default="")
+
+
 class Environment(Body):
     """Config of a plugin as its run gets it."""
 

@@ -5,7 +5,7 @@ cgroup v2 keeps membership, ``cgroup.kill`` and, where it has the controllers, t
 (controllers bound to v1 hierarchies) each controller is found where it is mounted and enforced there; nothing above
 this module knows. One leaf per run, ``BASE/NAME.RUN``: a v2 leaf that has once seen ``cgroup.kill`` kills
 every later CLONE_INTO_CGROUP child at once. A cage is born in all of its groups: in the v2 leaf by CLONE_INTO_CGROUP,
-in the v1 ones because the process that clones it was put there ahead, when they did not have the cage's name yet.
+in the v1 ones because the process that clones it was put there ahead, often before they had the cage's name.
 
 Everything is made below the daemon's own groups (isolator.layers.cgroup.subtree).
 """
@@ -99,7 +99,7 @@ class Cgroup(Layer):
             disks = disk.devices([*(bind.fd for bind in spec.binds if bind.tree is None), "/usr"])
             disks += disk.disks_of(bind.tree.device for bind in spec.binds if bind.tree is not None)
             self._disks = list(dict.fromkeys(disks))
-        if self.ahead is not None:
+        if self.ahead is not None and self.ahead.unified != self.leaf.unified:
             self.ahead.rename_v1(self.leaf)
         self.leaf.limit_v1(self._limits)
         self._caps = self.leaf.values(self._limits)

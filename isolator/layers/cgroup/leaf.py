@@ -21,6 +21,8 @@ from isolator.linux.files import write_file
 from isolator.policy.units import NO_CAP
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from isolator.layers.cgroup.subtree import Subtree
     from isolator.linux.descriptors import FdSet
     from isolator.policy.model import ResourcePolicy
@@ -241,17 +243,11 @@ class Leaf:
 
     def remove(self) -> None:
         """Remove the groups; they must be empty. A v1 group may stay busy for a moment after its last process."""
-        for folder in self.folders():
-            for _ in range(50):
-                try:
-                    os.rmdir(folder)
-                    break
-                except FileNotFoundError:
-                    break
-                except OSError as error:
-                    if error.errno != errno.EBUSY:
-                        raise
-                    time.sleep(0.002)  # no event tells when a v1 group has become idle
+        _remove(self.folders())
+
+    def remove_v1(self) -> None:
+        """Remove the groups in the v1 hierarchies alone; as ``remove``."""
+        _remove(dict.fromkeys(self.v1.values()))
 
     def events(self) -> Events:
         """Deaths by memory and forks refused so far, from the kernel's counters."""
@@ -269,6 +265,20 @@ class Leaf:
     def open_folder(self) -> int:
         """A descriptor of the v2 leaf, for CLONE_INTO_CGROUP."""
         return os.open(self.unified, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        for _ in range(50):
+            try:
+                os.rmdir(folder)
+                break
+            except FileNotFoundError:
+                break
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                time.sleep(0.002)  # no event tells when a v1 group has become idle
 
 
 _FROZEN = "trusted.isolator.frozen"

@@ -15,8 +15,9 @@ a controller in which the cage has no group of its own is not there.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from isolator.layers.base import CageSpec, Control, Kept, Layer, Process, mismatch
@@ -85,26 +86,39 @@ class ProcSection(Section, kind="proc"):
 
 def _cover() -> None:
     """Cover the entries of /proc; the working directory has what covers them."""
-    figures, template = set(os.listdir(f"{VIEW}/proc")), set(os.listdir("."))
-    for name, is_folder in _entries("/proc"):
-        if name in figures:
-            cover = f"{VIEW}/proc/{name}"
-        elif name in template:
-            cover = name
-        else:
-            cover = FOLDER if is_folder else FILE
-        mount.bind(cover, f"/proc/{name}", recursive=is_folder)
+    for name, is_folder in entries("/proc"):
+        mount.bind_again(_cover_of(name, is_folder))
 
 
-def _entries(folder: str | int) -> list[tuple[str, bool]]:
+@functools.cache
+def _cover_of(name: str, is_folder: bool) -> mount.Bind:
+    """The cover of an entry, found out in the working directory: the template of /proc, or what is mounted over it."""
+    if f"proc/{name}" in FILES:
+        cover = f"{VIEW}/proc/{name}"
+    elif os.path.lexists(name):
+        cover = name
+    else:
+        cover = FOLDER if is_folder else FILE
+    return mount.new_bind(cover, f"/proc/{name}", recursive=is_folder)
+
+
+def learn_covers(found: Iterable[tuple[str, bool]]) -> None:
+    """Find out in the template what covers the host's ``entries``: a launcher does it once, for all its cages."""
+    os.chdir("/proc")
+    for name, is_folder in found:
+        _cover_of(name, is_folder)
+    os.chdir("/")
+
+
+def entries(folder: str | int) -> list[tuple[str, bool]]:
     """The entries of a /proc that are to be covered, and whether each is a folder.
 
     A link shows a path, and leads to what is covered or shown.
     """
-    with os.scandir(folder) as entries:
+    with os.scandir(folder) as found:
         return [
-            (entry.name, entry.is_dir(follow_symlinks=False))
-            for entry in entries
+            (entry.name, entry.is_dir())
+            for entry in found
             if not entry.name.isdigit() and entry.name not in SHOWN and not entry.is_symlink()
         ]
 
@@ -182,7 +196,7 @@ class Proc(Layer):
         if " - proc " not in (own := mounts.get("/proc", "")) or _OPTIONS not in own:
             raise mismatch(self.name, "/proc", f"its own processes, {_OPTIONS}", "another")
         with _proc_of(process) as proc:
-            names = [name for name, _ in _entries(proc)]
+            names = [name for name, _ in entries(proc)]
         if bare := [name for name in names if f"/proc/{name}" not in mounts]:
             raise mismatch(self.name, "/proc", "covered", f"open at {', '.join(bare)}")
         device = os.fstat(self.folder).st_dev
@@ -196,7 +210,7 @@ class Proc(Layer):
         """Return which entry of the cage's /proc is not covered; empty: none."""
         with _proc_of(process) as proc:
             device = os.fstat(proc).st_dev
-            for name, _ in _entries(proc):
+            for name, _ in entries(proc):
                 try:
                     if os.stat(name, dir_fd=proc, follow_symlinks=False).st_dev == device:
                         return f"/proc/{name} of the host is there"

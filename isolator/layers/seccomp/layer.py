@@ -136,17 +136,17 @@ def fingerprint() -> str:
 
 
 def _kept(name: str, source: str, cache: Path, make: Callable[[], bytes]) -> bytes:
-    import hashlib
+    if source not in _compiled:
+        import hashlib
 
-    digest = hashlib.sha256(source.encode()).hexdigest()[:32]
-    if digest not in _compiled:
+        digest = hashlib.sha256(source.encode()).hexdigest()[:32]
         path = cache / f"seccomp-{name}-{digest}.filter"
         program = _stored(path)
         if program is None:
             program = make()
             _store(path, program)
-        _compiled[digest] = program
-    return _compiled[digest]
+        _compiled[source] = program
+    return _compiled[source]
 
 
 def _stored(path: Path) -> bytes | None:

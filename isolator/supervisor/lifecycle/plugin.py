@@ -24,7 +24,7 @@ from isolator.audit.schema import Resources
 from isolator.cage.processes import CageExit
 from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError
 from isolator.ipc.messages import Origin, PluginState, StartInvocation
-from isolator.ipc.tasks import Tasks, report
+from isolator.ipc.tasks import report
 from isolator.supervisor.ends import Ends
 from isolator.supervisor.invocations import MODE as EXEC
 from isolator.supervisor.invocations import Invocation, Invocations
@@ -65,14 +65,15 @@ class Plugin:
         """Layers that its run, which is older than this image of the daemon, came without."""
         self.on_trial = False
         """Whether the version in use is not judged yet."""
+        self.told: tuple[Registration, EffectivePolicy | None] | None = None
+        """What the host was told of beyond its state."""
         self.invocations = Invocations(context, loaded.registration.name)
         self.fence = context.fences.of(loaded.registration.name)
         """Until when it may act."""
         self._context, self._on_change = context, changed
         self._life = Life(self, context)
-        self._tasks = Tasks()
-        self._settled = asyncio.Condition()
-        """Notified after each change of state."""
+        self._turn = asyncio.Event()
+        """Set at the next change of state, when another takes its place."""
         self.adopt(loaded)
 
     @property
@@ -120,8 +121,8 @@ class Plugin:
         Starts that fail for a reason of the daemon's or the operator's are tried for ever; whoever waits is answered
         after as many of them as a plugin's own would have.
         """
-        async with self._settled:
-            await self._settled.wait_for(lambda: self.state not in _PASSING or self._fails_to_start())
+        while self.state in _PASSING and not self._fails_to_start():
+            await self._turn.wait()
         if self.state != PluginState.RUNNING or self.run is None:
             raise UnavailableError(
                 f"plugin {self.name}", self.error or f"is {self.state}", "see 'isolator plugin show'"
@@ -348,7 +349,8 @@ class Plugin:
         """Take a state, and notify whoever waits for one."""
         self.state = state
         self.announce_change()
-        self._tasks.run(f"waiters for plugin {self.name}", self._notify())
+        self._turn.set()
+        self._turn = asyncio.Event()
 
     def announce_change(self) -> None:
         """Call ``changed``; that it fails is its owner's fault, and does not end this plugin's life."""
@@ -356,10 +358,6 @@ class Plugin:
             self._on_change(self)
         except Exception as error:
             report(asyncio.get_running_loop(), f"announcement of plugin {self.name}", error)
-
-    async def _notify(self) -> None:
-        async with self._settled:
-            self._settled.notify_all()
 
 
 _PASSING = frozenset({PluginState.STARTING, PluginState.BACKOFF, PluginState.STOPPING})
