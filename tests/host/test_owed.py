@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import sqlite3
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +336,46 @@ async def test_record_for_which_there_is_no_room_is_owed_until_there_is(
         while store.rows("SELECT id FROM owed"):  # noqa: ASYNC110 # no event tells
             await asyncio.sleep(0.01)
     assert got == ["plugin.paused"] * 3 + ["plugin.resumed"] and not audit.lost
+    theirs.close()
+    audit.close()
+    await store.close()
+
+
+@pytest.mark.parametrize("undone", [False, True], ids=["restated", "undone"])
+async def test_what_could_not_be_restated_or_undone_is_on_record_as_it_was_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undone: bool
+) -> None:
+    monkeypatch.setattr("host.database.store.GIVE_UP", 0.0)
+    store, audit = Store(tmp_path / "host.db"), AuditClient(None)
+    debts = Debts(store, audit, tmp_path)
+    ours, theirs = pair()
+    theirs.setblocking(False)
+    audit.reconnect(ours)
+
+    async def fail(work: Awaitable[None]) -> None:
+        """Have work's transaction find the database full behind it."""
+        task = asyncio.ensure_future(work)
+        await asyncio.sleep(0)
+        store.submit(fill, lambda _, error: None)
+        await task
+
+    def fill(db: sqlite3.Connection) -> None:
+        db.execute(f"PRAGMA max_page_count={db.execute('PRAGMA page_count').fetchone()[0]}")
+        db.execute("CREATE TABLE full AS SELECT randomblob(1000000)")
+
+    with contextlib.ExitStack() as stack:
+        if undone:
+            stack.enter_context(pytest.raises(UnavailableError, match="full"))
+        with debts.of_config("one", ["colour"], "uid:0") as change:
+            await store.run(change.note)
+            await fail(store.run(change.drop) if undone else change.restate(waits=True))
+    store.read(lambda db: db.execute("PRAGMA max_page_count=1000000"))
+    async with asyncio.timeout(seconds(20)):
+        (line,) = (await asyncio.get_running_loop().sock_recv(theirs, 65536)).split(b"\n")
+        assert json.loads(line)["data"] == {"names": ["colour"], "by": "uid:0"}
+        theirs.send(json.dumps({"acked": 1}).encode())
+        while store.rows("SELECT id FROM owed"):  # noqa: ASYNC110 # no event tells
+            await asyncio.sleep(0.01)
     theirs.close()
     audit.close()
     await store.close()
