@@ -19,6 +19,7 @@ from isolator.audit.client import AuditClient
 from isolator.audit.schema import PluginPaused, PluginResumed
 from isolator.errors import IsolatorError, UnavailableError
 from isolator.ipc import messages
+from isolator.ipc.messages import PluginState
 from isolator.ipc.packet import pair
 from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
@@ -237,6 +238,48 @@ async def test_config_of_a_version_that_was_not_taken_over_is_not_on_record(
         assert "error" in await register(session, folder, verb)
     await settled(daemon)
     assert not daemon.of_type("config.changed")
+
+
+TURNS_MEANWHILE = """
+import asyncio
+from host.lifecycle.lifecycle import PluginLifecycle
+from host.queue.owed import Change
+turned, turn, restate = asyncio.Event(), PluginLifecycle.turn, Change.restate
+def turns(self, told):
+    turn(self, told)
+    turned.set()
+async def restates(self, **more):
+    await turned.wait()
+    await restate(self, **more)
+PluginLifecycle.turn, Change.restate = turns, restates
+"""
+"""The news behind the answer to an update come while the record of its config is written."""
+
+
+async def test_news_of_a_plugin_that_come_while_its_config_is_noted_are_not_undone(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    await daemon.kill_host()
+    daemon.first = TURNS_MEANWHILE
+    await daemon.start_host()
+    channel, folder = daemon.channel, write_package(tmp_path / "one")
+    assert channel is not None
+    turned = messages.PluginTurned(
+        name="one", state=PluginState.DISABLED, error="it ended", run=None, pid=None, started_at=None, ready=False,
+        restarts=5, on_trial=False,
+    )  # fmt: skip
+
+    async def update(request: messages.UpdatePlugin) -> messages.UpdatedPlugin:
+        asyncio.get_running_loop().call_soon(channel.tell, turned)
+        return await daemon.registrar._update(request)
+
+    channel.handle(*messages.UpdatePlugin.on(update))
+    async with Session(daemon) as session:
+        await register(session, folder, "plugin.commit")
+        write_package(folder, "2.0.0")
+        assert "plugin" in await register(session, folder, "plugin.update")
+    (shown,) = [one for one in (await daemon.ask("plugin.list"))["plugins"] if one["name"] == "one"]
+    assert (shown["version"], shown["error"]) == ("2.0.0", "it ended")
 
 
 async def test_events_that_a_removed_plugin_never_had_are_on_record_as_dead(daemon: Daemon) -> None:
