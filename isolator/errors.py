@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
+    _Types = type[Exception] | tuple[type[Exception], ...]
+
 
 _RIGHT_TO_LEFT = {"R", "AL", "AN", "RLE", "RLO", "RLI", "LRE", "LRO", "LRI", "FSI", "PDF", "PDI", "BN"}
 # Letters and symbols that are printed as nothing: Hangul fillers, Mongolian separators, Braille blank.
@@ -112,6 +114,26 @@ class UnavailableError(IsolatorError):
     """Another process of the daemon is away for the moment; trying again is right."""
 
     code, exit_code = "unavailable", 1
+
+
+class translated:
+    """Context in which an error of these types becomes one of ours; without ``why`` with its own reason.
+
+    ``what``, ``why`` and ``remedy`` are those of IsolatorError. The reason of an OSError is the system's text.
+    """
+
+    def __init__(
+        self, raised: _Types, kind: type[IsolatorError], what: str, why: str = "", remedy: str = ""
+    ) -> None:  # fmt: skip
+        self._raised, self._kind, self._what, self._why, self._remedy = raised, kind, what, why, remedy
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, self._raised):
+            why = self._why or getattr(error, "strerror", None) or str(error)
+            raise self._kind(self._what, why, self._remedy) from None
 
 
 _BY_CODE: dict[str, type[IsolatorError]] = {

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import click
 
 from isolator.cli.output import AS_JSON, print_json
-from isolator.errors import IsolatorError, NotFoundError, UsageError
+from isolator.errors import IsolatorError, NotFoundError, UsageError, translated
 from isolator.ipc.folder_stream import MAX_BYTES, MAX_DEPTH, MAX_FILES, chunks
 from isolator.reader import package
 
@@ -167,10 +167,8 @@ class _Writer:
             self._write(package.padding(info.st_size))
 
     def _header(self, path: bytes, size: int, *, folder: bool = False, executable: bool = False) -> bytes:
-        try:
+        with translated(ValueError, UsageError, self._shown(path), "", "use shorter names, or fewer folders"):
             return package.header(path, size, folder=folder, executable=executable)
-        except ValueError as error:
-            raise UsageError(self._shown(path), str(error), "use shorter names, or fewer folders") from None
 
     def _write(self, data: bytes) -> None:
         self._digest.update(data)

@@ -17,7 +17,7 @@ import click
 
 from host.authoring.pack import written_whole
 from isolator.cli.output import AS_JSON, print_result
-from isolator.errors import IsolatorError, NotFoundError, UsageError
+from isolator.errors import IsolatorError, NotFoundError, UsageError, translated
 from isolator.ipc.folder_stream import FolderDigest, FolderWriter
 from isolator.policy.request import MANIFEST_NAME, MAX_BYTES
 from isolator.policy.trust import PAYLOAD_TYPE, statement
@@ -59,18 +59,11 @@ def sign(file: str | None, key: str | None, new_key: str | None, public: bool, a
 
 def sign_package(path: Path, key: Ed25519PrivateKey) -> dict[str, Any]:
     """Put a signature into a package; returns what was signed. Raises IsolatorError for a file that is no package."""
-    try:
+    why = "the library securesystemslib is not installed"
+    with translated(ImportError, IsolatorError, "sign", why, "pip install 'isolator[signing]'"):
         from securesystemslib.dsse import Envelope
         from securesystemslib.signer import CryptoSigner
-    except ImportError:
-        remedy = "pip install 'isolator[signing]'"
-        raise IsolatorError("sign", "the library securesystemslib is not installed", remedy) from None
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise NotFoundError(str(path), "no such file", "make it with 'isolator pack'") from None
-    except OSError as error:
-        raise IsolatorError(str(path), error.strerror or "cannot be read") from None
+    data = read_given(path, "make it with 'isolator pack'")
     content = _read(path, data)
     name, version = _named(path, content.manifest)
     payload = statement(name, version, content.digest.hexdigest())
@@ -81,11 +74,8 @@ def sign_package(path: Path, key: Ed25519PrivateKey) -> dict[str, Any]:
     found["signatures"][0]["keyid"] = half
     others = [one for one in content.others if one.get("keyid") != half]
     found["signatures"] = [*others, *found["signatures"]][-package.MOST_SIGNATURES :]
-    try:
-        with written_whole(path) as out:
-            out.write(with_signatures(data, json.dumps(found, separators=(",", ":")).encode()))
-    except OSError as error:
-        raise IsolatorError(str(path), error.strerror or "cannot be written") from None
+    with translated(OSError, IsolatorError, str(path)), written_whole(path) as out:
+        out.write(with_signatures(data, json.dumps(found, separators=(",", ":")).encode()))
     return {"file": str(path), "name": name, "version": version, "digest": content.digest.hexdigest(), "public": half}
 
 
@@ -110,19 +100,26 @@ def _signatures_at(data: bytes, end: int) -> int:
     return end
 
 
+def read_given(path: Path, absent: str = "", *, most: int = -1) -> bytes:
+    """The bytes of a file that a person names, not more than ``most``; raises NotFoundError or IsolatorError."""
+    try:
+        with path.open("rb") as file:
+            return file.read(most)
+    except FileNotFoundError:
+        raise NotFoundError(str(path), "no such file", absent) from None
+    except OSError as error:
+        raise IsolatorError(str(path), error.strerror or "cannot be read") from None
+
+
 def read_key(path: Path) -> Ed25519PrivateKey:
     """A private key; raises NotFoundError or UsageError."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    try:
-        key = load_pem_private_key(path.read_bytes(), None)
-    except FileNotFoundError:
-        raise NotFoundError(str(path), "no such file", f"make one: isolator sign --new-key {path}") from None
-    except OSError as error:
-        raise IsolatorError(str(path), error.strerror or "cannot be read") from None
-    except (ValueError, TypeError):
-        raise UsageError(str(path), "is no private key in PEM, or has a passphrase", "name another --key") from None
+    data = read_given(path, f"make one: isolator sign --new-key {path}")
+    why = "is no private key in PEM, or has a passphrase"
+    with translated((ValueError, TypeError), UsageError, str(path), why, "name another --key"):
+        key = load_pem_private_key(data, None)
     if not isinstance(key, Ed25519PrivateKey):
         raise UsageError(str(path), "is no key of Ed25519", "make one: isolator sign --new-key FILE")
     return key

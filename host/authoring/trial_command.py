@@ -14,7 +14,7 @@ import click
 from host.authoring.options import of_a_plugin, recorder_of
 from host.cli.output import safe
 from isolator.cli.output import here, print_json
-from isolator.errors import IsolatorError, UsageError
+from isolator.errors import IsolatorError, UsageError, translated
 
 if TYPE_CHECKING:
     from host.authoring.runner.trials import RunnerTrials
@@ -94,7 +94,5 @@ def _repeat(folder: str, policy: Path | None, work: Callable[[], int]) -> int:
 
 
 def _write(write: Callable[[], None], name: str) -> None:
-    try:
+    with translated(OSError, UsageError, f"--junit {name}", "", "name another file"):
         write()
-    except OSError as error:
-        raise UsageError(f"--junit {name}", error.strerror or "cannot be written", "name another file") from None

@@ -93,9 +93,5 @@ class TappedLink(SidecarLink):
     async def _tap(self, ours: socket.socket, theirs: socket.socket, family: socket.AddressFamily, run: str) -> None:
         near, far = await Peer.over(ours), await Peer.over(theirs)
         kind = Lasting if self.stage.scene().mode == "stream" else Single
-        conversation = kind(self, near, far, family, run)
-        try:
-            with contextlib.suppress(OSError):  # one of the two has gone
-                await conversation.hold()
-        finally:
-            conversation.close()
+        with contextlib.closing(kind(self, near, far, family, run)) as conversation, contextlib.suppress(OSError):
+            await conversation.hold()  # until one of the two has gone

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from isolator.errors import DeniedError, NotFoundError, UsageError
+from isolator.errors import DeniedError, NotFoundError, UsageError, translated
 
 _LIMIT = 1 << 20
 
@@ -31,10 +31,8 @@ def read_file(name: str) -> str:
         raise UsageError(name, f"cannot be read: {error.strerror}") from None
     if len(data) > _LIMIT:
         raise UsageError(name, f"is larger than {_LIMIT} bytes")
-    try:
+    with translated(UnicodeDecodeError, UsageError, name, "is not UTF-8 text"):
         return data.decode()
-    except UnicodeDecodeError:
-        raise UsageError(name, "is not UTF-8 text") from None
 
 
 class Config(NamedTuple):
@@ -87,9 +85,7 @@ def json_object(argument: str | None) -> dict[str, Any]:
 def absolute(path: str) -> str:
     """Resolve a path for the daemon; its links are followed with the caller's rights. Raises NotFoundError."""
     resolved = os.path.realpath(path)
-    try:
+    with translated(PermissionError, DeniedError, path, "", "let this user read it, or use sudo"):
         if not Path(resolved).exists():
             raise NotFoundError(path, "no such file or folder")
-    except PermissionError as error:
-        raise DeniedError(path, error.strerror or "", "let this user read it, or use sudo") from None
     return resolved

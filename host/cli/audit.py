@@ -6,6 +6,7 @@ are read in the files. A record that follows another and does not continue it is
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -239,16 +240,13 @@ def _from_files(directory: Path, shown: _Shown, lines: int, after: int | None, *
             return
     elif after > last:
         raise IsolatorError("audit trail", f"ends at record {last}: it was cut, or {after} is of another one")
-    follower = reader.Follower(directory, last if after is None else after)
-    try:
+    with contextlib.closing(reader.Follower(directory, last if after is None else after)) as follower:
         while True:
             while fresh := readable(follower.available):
                 shown.show(fresh)
             # The end of our own reader (``| head``) ends us even when nothing is written any more.
             if not follow or follower.wait(None, sys.stdout.fileno()):
                 return
-    finally:
-        follower.close()
 
 
 def _output_closed() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 import sys
 from pathlib import Path
@@ -10,9 +9,9 @@ from pathlib import Path
 import click
 
 from host.cli.output import size
-from isolator.cli.output import here, print_json
+from isolator.cli.output import here, need_root, print_json
 from isolator.cli.progress import Progress
-from isolator.errors import IsolatorError, UsageError
+from isolator.errors import UsageError
 from isolator.paths import Paths
 
 _PASSPHRASE = click.option(
@@ -20,6 +19,7 @@ _PASSPHRASE = click.option(
     help="Read the passphrase from FILE's first line (default: ask).",
 )  # fmt: skip
 _SNAPSHOT_SECONDS = 150.0
+_WHY_ROOT = "it reads and writes what is root's"
 
 
 @click.command(
@@ -43,7 +43,7 @@ def backup(root: str | None, directory: Path, passphrase_file: Path | None, as_j
     from host.client.client import Client
     from isolator.backup.take import take
 
-    _need_root("backup")
+    need_root("backup", _WHY_ROOT)
     passphrase = _passphrase(passphrase_file, new=True)
 
     def snapshot(backup_id: str) -> str:
@@ -80,7 +80,7 @@ def restore(root: str | None, directory: Path, passphrase_file: Path | None, rep
 
     from isolator.backup.restore import restore as put_back
 
-    _need_root("restore")
+    need_root("restore", _WHY_ROOT)
     passphrase = _passphrase(passphrase_file, new=False)
     with Progress("restoring", quiet=as_json):
         done = put_back(Paths.of(root), directory, passphrase, replace_data=replace)
@@ -113,8 +113,3 @@ def _passphrase(file: Path | None, *, new: bool) -> str:
     if not sys.stdin.isatty():
         raise UsageError("passphrase", "there is no terminal to ask on", "use --passphrase-file FILE")
     return str(click.prompt("Passphrase", hide_input=True, confirmation_prompt=new, err=True))
-
-
-def _need_root(command: str) -> None:
-    if os.geteuid() != 0:
-        raise IsolatorError(command, "it reads and writes what is root's", f"run it with sudo: sudo isolator {command}")

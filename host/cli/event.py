@@ -13,7 +13,7 @@ from host.cli import arguments, examples
 from host.cli.complete import event_ids, event_names
 from host.cli.many import Aliased
 from host.cli.options import SINCE, of_plugin
-from host.cli.output import ago, latency, newest, paragraph, result_in, safe, table
+from host.cli.output import ago, latency, listing, newest, paragraph, result_in, safe, table
 from host.client.client import Client, ask
 from host.schemas.flat import fields
 from isolator.cli.audit import moment
@@ -113,19 +113,15 @@ def list_events(
     if (begin := moment(since)) is not None:
         request["since"] = datetime.fromisoformat(begin).timestamp()
     events = ask(root, "event.list", **request)["events"]
-    if as_json:
-        print_json(events)
-        return
-    rows = []
-    for row in events:
-        of = [d for d in row["deliveries"] if plugin in (None, d["plugin"]) and state in (None, d["state"])]
+
+    def row(one: dict[str, Any]) -> list[Any]:
+        of = [d for d in one["deliveries"] if plugin in (None, d["plugin"]) and state in (None, d["state"])]
         states = [f"{d['plugin']} {d['state']}" for d in of]
-        rows.append([row["id"], row["name"], row["subject"], ago(row["accepted"]), ", ".join(states) or "nobody here"])
-    if rows:
-        table(["id", "event", "subject", "ago", "deliveries"], rows)
-    else:
-        narrowed = any(one is not None for one in (name, plugin, state, since))
-        click.echo("no such events" if narrowed else "no events; emit one with 'isolator event emit'", err=True)
+        return [one["id"], one["name"], one["subject"], ago(one["accepted"]), ", ".join(states) or "nobody here"]
+
+    narrowed = any(one is not None for one in (name, plugin, state, since))
+    nothing = "no such events" if narrowed else "no events; emit one with 'isolator event emit'"
+    listing(events, ["id", "event", "subject", "ago", "deliveries"], row, nothing, as_json=as_json)
 
 
 @event.command()
@@ -137,7 +133,8 @@ def show(root: str | None, event_id: str, as_json: bool) -> None:
     if as_json:
         print_json(row)
         return
-    _show(row)
+    click.echo(f"{row['id']}  {row['name']}  {row['time'][:19]}Z  {safe(row['subject'])}")
+    _show_deliveries(row)
     for key, value in row["payload"].items():
         click.echo(f"  {key}: {safe(value)}")
 
@@ -231,19 +228,16 @@ def _wait_for_job(client: Client, job: str, *, quiet: bool) -> str:
 @here
 def jobs(root: str | None, as_json: bool) -> None:
     """List the recovery jobs and how far they are."""
-    found = ask(root, "event.jobs")["jobs"]
-    if as_json:
-        print_json(found)
-    elif found:
-        kinds = {(True, True): "all", (True, False): "dead", (False, True): "missed"}
-        rows = [
-            [j["id"], j["plugin"], kinds[j["dead"], j["missed"]], j["state"], f"{j['done']}/{j['total']}",
-             f"{j['rate']:g}/s", ago(j["created"]), j["by"]]
-            for j in found
-        ]  # fmt: skip
-        table(["id", "plugin", "which", "state", "queued", "rate", "ago", "by"], rows)
-    else:
-        click.echo("no recovery jobs; see 'isolator event recover --help'", err=True)
+    kinds = {(True, True): "all", (True, False): "dead", (False, True): "missed"}
+    listing(
+        ask(root, "event.jobs")["jobs"],
+        ["id", "plugin", "which", "state", "queued", "rate", "ago", "by"],
+        lambda j: [
+            j["id"], j["plugin"], kinds[j["dead"], j["missed"]], j["state"], f"{j['done']}/{j['total']}",
+            f"{j['rate']:g}/s", ago(j["created"]), j["by"],
+        ],
+        "no recovery jobs; see 'isolator event recover --help'", as_json=as_json,
+    )  # fmt: skip
 
 
 @event.command()
@@ -252,18 +246,12 @@ def jobs(root: str | None, as_json: bool) -> None:
 @here
 def dead(root: str | None, plugin: str | None, limit: int, as_json: bool) -> None:
     """List deliveries that were given up, with the reason."""
-    deliveries = ask(root, "event.dead", plugin=plugin, limit=limit)["deliveries"]
-    if as_json:
-        print_json(deliveries)
-        return
-    rows = [
-        [d["event_id"], d["event"], d["plugin"], d["state"], d["attempts"], ago(d["updated"]), d["detail"]]
-        for d in deliveries
-    ]
-    if rows:
-        table(["id", "event", "plugin", "state", "attempts", "ago", "reason"], rows)
-    else:
-        click.echo("no dead letters", err=True)
+    listing(
+        ask(root, "event.dead", plugin=plugin, limit=limit)["deliveries"],
+        ["id", "event", "plugin", "state", "attempts", "ago", "reason"],
+        lambda d: [d["event_id"], d["event"], d["plugin"], d["state"], d["attempts"], ago(d["updated"]), d["detail"]],
+        "no dead letters", as_json=as_json,
+    )  # fmt: skip
 
 
 @event.command(
@@ -311,11 +299,6 @@ def _kind(rule: Mapping[str, Any]) -> str:
         if option.get("type") not in (None, "null"):
             return str(option["type"])
     return "any"
-
-
-def _show(row: dict[str, Any]) -> None:
-    click.echo(f"{row['id']}  {row['name']}  {row['time'][:19]}Z  {safe(row['subject'])}")
-    _show_deliveries(row)
 
 
 def _say_kept_back(accepted: dict[str, Any]) -> None:

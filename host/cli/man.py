@@ -10,7 +10,7 @@ import click
 
 from host.cli.help import VARIABLES, exit_codes
 from isolator import __version__
-from isolator.errors import IsolatorError
+from isolator.errors import IsolatorError, translated
 
 NAMES = "isolator*.1"
 """The files that belong to this program."""
@@ -27,15 +27,13 @@ def man(ctx: click.Context, folder: Path) -> None:
     made = dict(
         pages(root.command, click.Context(root.command, info_name="isolator", help_option_names=["-h", "--help"]))
     )
-    try:
+    with translated(OSError, IsolatorError, str(folder), "", "name a folder of your own"):
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob(NAMES):
             if old.name not in made:
                 old.unlink()
         for name, text in made.items():
             (folder / name).write_text(text)
-    except OSError as error:
-        raise IsolatorError(str(folder), error.strerror or "cannot be written", "name a folder of your own") from None
     click.echo(f"wrote {len(made)} pages to {folder}")
 
 

@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 
 import click
 
-from isolator.cli.output import styled
+from isolator.cli.output import print_json, styled
 from isolator.errors import printable
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 _NARROWEST, _BELOW = 24, "    "
 """Columns that a table's last column has to have, and the indentation of what stands below its row instead."""
 
@@ -80,6 +81,18 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
             shown = "; ".join(one for one in below if not one.endswith(": -"))
             if shown:
                 click.echo(_filled(shown, columns, _BELOW, _BELOW))
+
+
+def listing(
+    found: Sequence[T], headings: Sequence[str], row: Callable[[T], Sequence[Any]], nothing: str, *, as_json: bool
+) -> None:
+    """Print what a command lists: JSON, or a table with a row for each; ``nothing``, on stderr, where that is empty."""
+    if as_json:
+        print_json(found)
+    elif found:
+        table(headings, [row(one) for one in found])
+    else:
+        click.echo(nothing, err=True)
 
 
 def _filled(text: str, width: int, first: str, others: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from host.cli.add import add, update
 from host.cli.grants import grant, revoke
 from host.cli.many import Aliased, each
 from host.cli.options import NAME, NAMES, Manner, registering, yes
-from host.cli.output import ago, safe, show_alarms, table
+from host.cli.output import ago, listing, safe, show_alarms, table
 from host.cli.registration import (
     AS_LONG_AS_STARTS_TAKE,
     HISTORY_HINT,
@@ -25,9 +24,9 @@ from host.cli.registration import (
 from host.client.client import Client, ask
 from isolator.base.pacing import Backoff
 from isolator.cli.audit import moment
-from isolator.cli.output import here, print_json, print_result
+from isolator.cli.output import confirm, here, print_json, print_result
 from isolator.cli.progress import Progress
-from isolator.errors import IsolatorError, NeedsApprovalError, NotFoundError, UsageError
+from isolator.errors import IsolatorError, NotFoundError, UsageError
 from isolator.policy import units
 
 if TYPE_CHECKING:
@@ -61,20 +60,16 @@ def list_plugins(root: str | None, failed: bool, as_json: bool) -> None:
     answer = ask(root, "plugin.list")
     plugins = [p for p in answer["plugins"] if not failed or notes.fails(p)]
     show_alarms(answer["alarms"])
-    if as_json:
-        print_json(plugins)
-        return
-    if not plugins:
-        hint = "no plugin fails" if failed else "no plugins; add one with 'isolator plugin add DIR'"
-        click.echo(hint, err=True)
-        return
-    rows = []
-    for p in plugins:
+
+    def row(p: Mapping[str, Any]) -> list[Any]:
         up = ago(p.get("started_at")) if p.get("pid") else None
         version = p["version"] if len(p["version"]) <= _SHORT else p["version"][: _SHORT - 1] + "…"
         note = "; ".join(notes.all_notes(p))
-        rows.append([p["name"], version, p["state"], p.get("pid"), up, p["restarts"], p["queue"], note])
-    table(["name", "version", "state", "pid", "up", "restarts", "queue", "note"], rows)
+        return [p["name"], version, p["state"], p.get("pid"), up, p["restarts"], p["queue"], note]
+
+    nothing = "no plugin fails" if failed else "no plugins; add one with 'isolator plugin add DIR'"
+    headings = ["name", "version", "state", "pid", "up", "restarts", "queue", "note"]
+    listing(plugins, headings, row, nothing, as_json=as_json)
 
 
 @plugin.command()
@@ -318,9 +313,7 @@ def remove(root: str | None, names: tuple[str, ...], yes: bool, cluster: bool, a
         for name in names if not cluster else ():
             client.call("plugin.show", name=name)
         if not yes:
-            if not sys.stdin.isatty():
-                raise NeedsApprovalError("plugin remove", "nobody is there to agree", "add --yes")
-            click.confirm(f"Remove {', '.join(names)} and delete everything stored there?", abort=True)
+            confirm("plugin remove", f"Remove {', '.join(names)} and delete everything stored there?")
 
         def one(name: str) -> dict[str, Any]:
             more = {"cluster": True} if cluster else {}

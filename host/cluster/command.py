@@ -12,7 +12,7 @@ import click
 from host.cli.output import safe, table
 from host.client.client import Client, ask
 from isolator.cli.output import here, print_json, print_result
-from isolator.errors import IsolatorError, UnavailableError, UsageError
+from isolator.errors import IsolatorError, UnavailableError, UsageError, translated
 from isolator.policy.cluster import parse_name, parse_server
 
 _SERVERS = click.option(
@@ -283,7 +283,5 @@ def _remedy(error: Exception) -> str:
 
 
 def _parsed(parse: Any, text: str, option: str) -> str:
-    try:
+    with translated(ValueError, UsageError, option):
         return str(parse(text))
-    except ValueError as error:
-        raise UsageError(option, str(error)) from None

@@ -125,12 +125,18 @@ class Replay:
 
 
 @dataclass(frozen=True, slots=True, config=_CHECKED)
-class Position:
-    """How far a holder is with a shard: the last number that it read of each sender, and what it has open of them."""
+class OfHolder:
+    """What the holder of a shard writes, in the epoch in which it holds that."""
 
     plugin: Name
     shard: Whole
     epoch: Whole
+
+
+@dataclass(frozen=True, slots=True, config=_CHECKED)
+class Position(OfHolder):
+    """How far a holder is with a shard: the last number that it read of each sender, and what it has open of them."""
+
     read: Annotated[tuple[EventRef, ...], Field(max_length=MAX_READ)] = ()
     open: Annotated[tuple[Opened, ...], Field(max_length=MAX_OPEN)] = ()
 
@@ -176,34 +182,25 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True, config=_CHECKED)
-class Release:
+class Release(OfHolder):
     """The end of a holder's work on a shard."""
 
-    plugin: Name
-    shard: Whole
-    epoch: Whole
     kind: Literal["release"] = "release"
 
 
 @dataclass(frozen=True, slots=True, config=_CHECKED)
-class KeyValue:
+class KeyValue(OfHolder):
     """A value that a plugin keeps (``kv.set``); None removes it."""
 
-    plugin: Name
-    shard: Whole
-    epoch: Whole
     key: Name
     value: str | None
     kind: Literal["kv"] = "kv"
 
 
 @dataclass(frozen=True, slots=True, config=_CHECKED)
-class Ended:
+class Ended(OfHolder):
     """A delivery that was given up, with its reason."""
 
-    plugin: Name
-    shard: Whole
-    epoch: Whole
     event: EventRef
     state: Name
     why: Name
@@ -211,12 +208,9 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True, config=_CHECKED)
-class Lost:
+class Lost(OfHolder):
     """Events behind which a holder goes on although the plugin never got them: nobody whom it can ask has them."""
 
-    plugin: Name
-    shard: Whole
-    epoch: Whole
     events: Annotated[tuple[Range, ...], Field(max_length=MAX_LOST)]
     kind: Literal["lost"] = "lost"
 

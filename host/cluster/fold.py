@@ -21,7 +21,6 @@ from host.cluster.entries import (
     NOTHING,
     Beat,
     Claim,
-    Ended,
     Entry,
     Event,
     EventRef,
@@ -30,6 +29,7 @@ from host.cluster.entries import (
     Lost,
     Message,
     Number,
+    OfHolder,
     Plugin,
     Position,
     Range,
@@ -210,7 +210,7 @@ class _Folding:
                 self._member.beat = replace(entry, positions=())
             case Claim():
                 return self._claim(entry)
-            case Release() | KeyValue() | Ended() | Lost():
+            case OfHolder():
                 if void := self._not_held(entry):
                     return void
                 if isinstance(entry, Release):
@@ -229,7 +229,7 @@ class _Folding:
                     self._free(shard, drained=False)
         return ""
 
-    def _not_held(self, entry: Position | Release | KeyValue | Ended | Lost) -> str:
+    def _not_held(self, entry: OfHolder) -> str:
         lease = self._state.leases.get((entry.plugin, entry.shard))
         if lease is None or lease.holder != self._host:
             return "not its holder"

@@ -12,8 +12,7 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from host.cluster.agreement import Agreement
-from host.cluster.beats import Beats
+from host.cluster.beats import Agreement, Beats
 from host.cluster.decisions import Decisions
 from host.cluster.entries import (
     Beat,

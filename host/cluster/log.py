@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, NoReturn, Protocol
 
 QUESTION: Final = 4096
 """Bytes of a question of another host that is answered."""
@@ -95,21 +95,10 @@ class UnusableLog:
     def __init__(self, why: str) -> None:
         self._why = why
 
-    async def append(self, subject: str, body: bytes) -> None:
-        """See ``Log``, as for the others."""
+    async def _refuse(self, *_: object) -> NoReturn:
         raise UnusableSettingsError(self._why)
 
-    async def after(self, place: int) -> Entered | None:
-        raise UnusableSettingsError(self._why)
-
-    async def wait(self, seconds: float) -> None:
-        raise UnusableSettingsError(self._why)
-
-    async def facts(self) -> Facts:
-        raise UnusableSettingsError(self._why)
-
-    async def ask(self, subject: str, body: bytes) -> bytes:
-        raise UnusableSettingsError(self._why)
+    append = after = wait = facts = ask = _refuse
 
     def answer(self, subject: str, handler: Callable[[bytes], bytes | None]) -> None:
         """Nobody asks."""

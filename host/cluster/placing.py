@@ -9,7 +9,7 @@ from typing import Literal
 from host.cluster.entries import Plugin
 from host.cluster.log import LogUnavailableError
 from host.cluster.node import Node
-from isolator.errors import UnavailableError, UsageError
+from isolator.errors import UnavailableError, UsageError, translated
 from isolator.policy.cluster import parse_label
 
 Placement = Literal["one", "all"]
@@ -37,10 +37,8 @@ async def place(
     if known is None and here is None:
         raise UsageError(f"plugin {name}", "is none of the cluster", "isolator plugin add it on a host of the cluster")
     before = known.plugin if known is not None else Plugin(name, here or "", hooks=tuple(hooks))
-    try:
+    with translated(ValueError, UsageError, "labels"):
         found = before.labels if labels is None else tuple(sorted({parse_label(label) for label in labels}))
-    except ValueError as error:
-        raise UsageError("labels", str(error)) from None
     parts = before.shards if shards is None else shards
     wanted = replace(before, placement=placement or before.placement, shards=parts, labels=found)
     if wanted.placement == "all" and wanted.shards > 1:

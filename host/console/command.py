@@ -14,7 +14,7 @@ import click
 
 from host.wire.strict_json import parse_object
 from isolator.cli.output import here, print_json
-from isolator.errors import IsolatorError, UnavailableError
+from isolator.errors import IsolatorError, UnavailableError, translated
 from isolator.paths import Paths
 
 _HINT = (
@@ -91,10 +91,8 @@ async def _serve(paths: Paths, port: int, *, as_json: bool) -> None:
     from host.console.serving import Serving
     from host.console.sessions import Sessions
 
-    try:
+    with translated(OSError, UnavailableError, f"port {port}", "", "choose another with --port"):
         listener = socket.create_server(("127.0.0.1", port), backlog=64)
-    except OSError as error:
-        raise UnavailableError(f"port {port}", error.strerror or str(error), "choose another with --port") from None
     serving = Serving(paths, [listener], Sessions())
     try:
         await serving.start()

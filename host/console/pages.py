@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping
@@ -140,8 +141,7 @@ class Pages:
 
 def _with_seal(trail: Path, seq: int) -> tuple[bytes, Record | None]:
     """The line of a record, and the next seal after it if there is one."""
-    follower = reader.Follower(trail, max(seq - 1, 0))
-    try:
+    with contextlib.closing(reader.Follower(trail, max(seq - 1, 0))) as follower:
         lines = follower.available(1)
         if not lines or files.seq_of(lines[0]) != seq:
             raise NotFoundError(f"record {seq}", "there is none, or it is no longer kept", "isolator audit verify")
@@ -154,8 +154,6 @@ def _with_seal(trail: Path, seq: int) -> tuple[bytes, Record | None]:
             seen += len(lines)
             lines = follower.available(1)
         return wanted, None
-    finally:
-        follower.close()
 
 
 _CHARTS: tuple[tuple[str, str, int, Callable[[float], str]], ...] = (

@@ -23,7 +23,7 @@ from isolator.audit import schema
 from isolator.audit.reader import Query, query
 from isolator.audit.record import Record
 from isolator.cli.audit import moment, readable
-from isolator.errors import IsolatorError, UnavailableError
+from isolator.errors import IsolatorError, UnavailableError, translated
 from isolator.paths import Paths
 
 POINTS = 240
@@ -164,10 +164,10 @@ def report(root: str | None, since: str, output: str) -> None:
     if output == "-":
         click.echo(text)
         return
-    try:
-        # As the trail, it is not for everybody: whoever makes the file decides who else reads it.
-        with open(output, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-            file.write(text)
-    except OSError as error:
-        raise IsolatorError(output, error.strerror or str(error), "choose another file with -o") from None
+    # As the trail, it is not for everybody: whoever makes the file decides who else reads it.
+    with (
+        translated(OSError, IsolatorError, output, "", "choose another file with -o"),
+        open(output, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file,
+    ):
+        file.write(text)
     click.echo(f"{output}: records: {summary.records}, plugins: {len(summary.plugins)}", err=True)

@@ -29,7 +29,7 @@ from host.queue.owed import Debts
 from host.wire import mcp as protocol
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ToolCalled, ToolsApproved, ToolStarted
-from isolator.errors import DeniedError, UnavailableError, UsageError
+from isolator.errors import DeniedError, UnavailableError, UsageError, translated
 from isolator.ipc.body import Body
 from isolator.ipc.channel import Channel
 from isolator.ipc.succession import Departure, Descriptors
@@ -333,9 +333,7 @@ class Servers(Sessions):
 def _items(name: str, bodies: list[dict[str, Any]]) -> tuple[Item, ...]:
     """The items with these bodies, as a server would offer them; raises UsageError for what none offers."""
     texts = [body["instructions"] for body in bodies if [*body] == ["instructions"]]
-    try:
+    with translated(ValueError, UsageError, f"tools of {name}", "", "take what 'isolator mcp tools --json' shows"):
         if len(texts) > 1 or not all(isinstance(text, str) for text in texts):
             raise ValueError("there is more than one text of instructions")
         return offered("".join(texts), (body for body in bodies if [*body] != ["instructions"]))
-    except ValueError as error:
-        raise UsageError(f"tools of {name}", str(error), "take what 'isolator mcp tools --json' shows") from None

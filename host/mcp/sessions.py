@@ -20,7 +20,7 @@ from host.plugins.secrets import Redactor
 from host.wire import mcp as protocol
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import PluginHealth
-from isolator.errors import IsolatorError, UnavailableError
+from isolator.errors import IsolatorError, UnavailableError, translated
 from isolator.ipc.channel import Channel
 from isolator.ipc.messages import ConnectRun, EnsureRun, RunReady, StopRun
 from isolator.ipc.tasks import Tasks
@@ -120,10 +120,8 @@ class Sessions:
             return present
         run = await self._ensure(name)
         if (end := self._ends.get(run)) is not None:  # its session is over before the supervisor knows
-            try:
+            with translated(TimeoutError, UnavailableError, f"plugin {name}", "its last run does not end", "try again"):
                 await asyncio.wait_for(end.wait(), protocol.PATIENCE)
-            except TimeoutError:
-                raise UnavailableError(f"plugin {name}", "its last run does not end", "try again") from None
             run = await self._ensure(name)
         present = self._sessions.get(name)
         if present is not None and present.run == run and present.open:

@@ -11,6 +11,7 @@ import stat
 from pathlib import Path
 
 from isolator.errors import IsolatorError
+from isolator.linux.descriptors import owning
 from isolator.registration.durable import replace_file
 
 
@@ -29,7 +30,7 @@ class KeyFile:
             return False
         except OSError as error:
             raise IsolatorError(str(self.path), f"cannot be opened: {error.strerror}", "restore the key file") from None
-        try:
+        with owning(fd):
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
                 raise IsolatorError(
@@ -41,8 +42,6 @@ class KeyFile:
                 self.keys = [base64.b64decode(key, validate=True) for key in json.loads(os.read(fd, 4096))["keys"]]
             except (ValueError, KeyError, TypeError, RecursionError):
                 self.keys = []
-        finally:
-            os.close(fd)
         if not self.keys or any(len(key) != 32 for key in self.keys):
             self.keys = []
             raise IsolatorError(str(self.path), "is damaged", "restore it from a backup")

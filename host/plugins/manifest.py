@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from isolator.errors import UsageError
+from isolator.errors import UsageError, translated
 from isolator.policy.filters import MOST, parse_filter
 from isolator.policy.frozen import Frozen, fresh
 from isolator.policy.parse.strict import Table, printable, prose
@@ -202,10 +202,8 @@ def check_value(field: ConfigField, text: str) -> str:
         raise UsageError(subject, f"is longer than {limit} bytes", remedy)
     if "\0" in text:
         raise UsageError(subject, "contains a NUL character")
-    try:
+    with translated(UnicodeEncodeError, UsageError, subject, "is not valid UTF-8"):
         text.encode()
-    except UnicodeEncodeError:
-        raise UsageError(subject, "is not valid UTF-8") from None
     if field.type == "file":
         return text
     text = text.removesuffix("\n")

@@ -40,7 +40,7 @@ from host.plugins.manifest import (
     environment_names,
 )
 from isolator.base.structs import field, struct_class
-from isolator.errors import IsolatorError, NotFoundError, UsageError
+from isolator.errors import IsolatorError, NotFoundError, UsageError, translated
 from isolator.policy.parse.strict import did_you_mean
 
 FILES_AT = "/run/isolator/config"
@@ -167,10 +167,8 @@ class ConfigStore:
         checked = {}
         for key, text in values.items():
             if manifest.config is None:
-                try:
+                with translated(ValueError, UsageError, f"config {key}"):
                     spec = ConfigField(key=check_key(key), secret=True)
-                except ValueError as error:
-                    raise UsageError(f"config {key}", str(error)) from None
             else:
                 found = manifest.field(key) or _by_variable(manifest, key)
                 if found is None:

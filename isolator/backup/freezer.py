@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from isolator.errors import IsolatorError
 from isolator.layers.cgroup.leaf import keep_frozen
+from isolator.linux.descriptors import owning
 from isolator.linux.files import sync_filesystem
 from isolator.paths import Paths
 from isolator.recovery.journal import read_entries
@@ -80,13 +81,10 @@ def _signs(image: Path) -> tuple[int, int, int, int] | None:
 
 def _sync(folder: Path) -> None:
     """Flush the file system that the daemon has mounted in a plugin's folder; none: nothing is to be flushed."""
-    with contextlib.suppress(FileNotFoundError):
-        fd = os.open(folder / "mnt", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            if os.fstat(fd).st_dev != folder.stat().st_dev:
-                sync_filesystem(fd)
-        finally:
-            os.close(fd)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    with contextlib.suppress(FileNotFoundError), owning(os.open(folder / "mnt", flags)) as fd:
+        if os.fstat(fd).st_dev != folder.stat().st_dev:
+            sync_filesystem(fd)
 
 
 @contextlib.contextmanager

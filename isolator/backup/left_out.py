@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from pathlib import Path
 
-from isolator.errors import IsolatorError
 from isolator.paths import Paths
-from isolator.registration.store import Store
+from isolator.registration.store import readable
 
 
 def left_out(paths: Paths) -> tuple[str, ...]:
@@ -20,13 +18,11 @@ def left_out(paths: Paths) -> tuple[str, ...]:
     size = sum(log.stat().st_size for log in _logs(paths))
     if size:
         lines.append(f"not in it: the logs of plugins, {-(-size >> 10)} KiB in {paths.plugin_log}")
-    store = Store(paths.plugins) if paths.plugins.is_dir() else None
-    for name in store.names() if store is not None else ():
-        assert store is not None
-        with contextlib.suppress(IsolatorError):
-            release = store.load(name).release
-            if release.kind == "binary":
-                lines.append(f"not in it: {release.binary_path}, the program of {name}, registered by its path")
+    lines += [
+        f"not in it: {plugin.release.binary_path}, the program of {plugin.name}, registered by its path"
+        for plugin in readable(paths.plugins)
+        if plugin.release.kind == "binary"
+    ]
     return tuple(lines)
 
 

@@ -18,13 +18,14 @@ from isolator.backup.left_out import mount_points
 from isolator.errors import ConfinementError, IsolatorError, UsageError
 from isolator.layers.user import add_service_user, add_user, plugin_gid, remove_user, user_name
 from isolator.linux import loop, mount
+from isolator.linux.descriptors import owning
 from isolator.linux.files import openat2
 from isolator.paths import Paths
 from isolator.policy.parse.trusted import load_host_config
 from isolator.recovery import daemon as recovery
 from isolator.recovery.journal import Journal
 from isolator.registration.durable import sync_tree
-from isolator.registration.store import Registration, Store
+from isolator.registration.store import Registration, Store, readable
 from isolator.volume.ext4 import TOOLS, Ext4Image
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY
@@ -55,12 +56,11 @@ def restore(paths: Paths, place: Path, passphrase: str, *, replace_data: bool = 
     place = place.resolve()
     for folder in (paths.etc, paths.lib, paths.log):
         folder.mkdir(parents=True, exist_ok=True)
-    journal = Journal(paths.journal)  # refused while a daemon runs here
-    try:
+    with contextlib.closing(Journal(paths.journal)) as journal:  # refused while a daemon runs here
         recovery.clear(paths, journal)
         swap.finish(paths)
         manifest, keys = archive.read(place, passphrase)
-        present = _present(paths)
+        present = {plugin.name: plugin for plugin in readable(paths.plugins)}
         trail = any(paths.audit_log.glob("audit*.jsonl"))
         if not replace_data and (present or os.path.lexists(paths.host_database) or trail):
             raise UsageError(
@@ -68,19 +68,6 @@ def restore(paths: Paths, place: Path, passphrase: str, *, replace_data: bool = 
                 "--replace puts them aside, and keeps them",
             )  # fmt: skip
         return _Restoring(paths, place, manifest, present).run(keys)
-    finally:
-        journal.close()
-
-
-def _present(paths: Paths) -> dict[str, Registration]:
-    """The plugins that are registered now, as far as they can be read."""
-    found: dict[str, Registration] = {}
-    if paths.plugins.is_dir():
-        store = Store(paths.plugins)
-        for name in store.names():
-            with contextlib.suppress(IsolatorError):
-                found[name] = store.load(name)
-    return found
 
 
 class _Restoring:
@@ -173,28 +160,19 @@ class _Restoring:
     def _one(self, area: int, entry: Entry, blob: Path) -> None:
         """Make one entry below the folder ``area``, beyond which no name leads."""
         above, _, name = entry.path.rpartition("/")
-        parent = openat2(area, above or ".", _FOLDER)
-        try:
+        with owning(openat2(area, above or ".", _FOLDER)) as parent:
             if entry.kind == "folder":
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(name, entry.mode & 0o777, dir_fd=parent)
             elif entry.kind == "link":
                 os.symlink(entry.goal, name, dir_fd=parent)
             else:
-                target = openat2(parent, name, _NEW, mode=0o600)
-                try:
-                    source = open_plain(blob)
-                    try:
+                with owning(openat2(parent, name, _NEW, mode=0o600)) as target:
+                    with owning(open_plain(blob)) as source:
                         found = copy_sparse(source, target)
-                    finally:
-                        os.close(source)
                     if found != (entry.size, entry.sha256):
                         raise IsolatorError(str(blob), "is damaged: it is not what was backed up", "use another backup")
                     os.fchmod(target, entry.mode & 0o777)
-                finally:
-                    os.close(target)
-        finally:
-            os.close(parent)
 
     # --- users and owners ------------------------------------------------------------------------------------
 
@@ -263,11 +241,8 @@ def _folders(places: Mapping[str, Path]) -> Iterator[dict[str, int]]:
 def _change_owner(image: Path, name: str, old: int, uid: int, gid: int) -> None:
     """Give every file of a plugin's state to its user of here. The mount is attached nowhere; no link is followed."""
     Ext4Image(image, name).check()
-    backing = os.open(image, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
+    with owning(os.open(image, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)) as backing:
         device, path = loop.attach(backing)
-    finally:
-        os.close(backing)
     try:
         fd = mount.new_filesystem("ext4", {"source": path}, attributes=mount.NOSUID | mount.NODEV | mount.NOEXEC)
     finally:

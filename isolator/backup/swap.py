@@ -7,7 +7,6 @@ start. The other content of the places is kept in ``replaced-TIME``.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -17,7 +16,7 @@ from isolator.layers.user import remove_user
 from isolator.linux.files import read_plain, remove_tree
 from isolator.paths import Paths
 from isolator.registration.durable import replace_file, sync_folder
-from isolator.registration.store import Store
+from isolator.registration.store import readable
 
 STAGED, REPLACED = ".restore", "replaced-"
 _MOST = 1 << 20
@@ -86,12 +85,7 @@ def _discard(paths: Paths) -> None:
     """Remove what a restore that was killed before its decision has made."""
     users = paths.lib / STAGED / USERS
     if users.exists():
-        in_use = set[str]()
-        if paths.plugins.is_dir():
-            store = Store(paths.plugins)
-            for name in store.names():
-                with contextlib.suppress(IsolatorError):
-                    in_use.add(store.load(name).user)
+        in_use = {plugin.user for plugin in readable(paths.plugins)}
         for user in users.read_text().split():
             if user not in in_use:
                 remove_user(user)

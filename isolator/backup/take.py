@@ -26,7 +26,8 @@ from isolator.backup.archive import Entry, Manifest, copy_sparse, open_plain
 from isolator.backup.freezer import copy_state
 from isolator.backup.left_out import left_out
 from isolator.backup.swap import REPLACED, finish
-from isolator.errors import IsolatorError, UsageError
+from isolator.errors import IsolatorError, UsageError, translated
+from isolator.linux.descriptors import owning
 from isolator.linux.files import read_plain
 from isolator.paths import Paths
 from isolator.recovery import daemon as recovery
@@ -94,10 +95,8 @@ def _check_place(place: Path) -> None:
     if os.path.lexists(place):
         raise UsageError(str(place), "is there already", "name a folder that is new: each backup has its own")
     for part in (place.parent, *place.parent.parents):
-        try:
+        with translated(OSError, UsageError, str(part), "", "make it first"):
             found = part.stat()
-        except OSError as error:
-            raise UsageError(str(part), error.strerror or "cannot be read", "make it first") from None
         if not stat.S_ISDIR(found.st_mode):
             raise UsageError(str(part), "is no folder", "name a folder that is new")
         if found.st_uid != 0 or (found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX):
@@ -111,14 +110,11 @@ def _unfinished(place: Path) -> Iterator[Path]:
     folder = place.with_name(f".{place.name}.unfinished")
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
+    with owning(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
         if os.fstat(fd).st_uid != 0:
             raise UsageError(str(folder), "is somebody else's", "name another folder")
-        try:
+        with translated(BlockingIOError, IsolatorError, str(place), "another command is making it", "wait for it"):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise IsolatorError(str(place), "another command is making it", "wait for it") from None
         try:
             for left in folder.iterdir():
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
@@ -127,8 +123,6 @@ def _unfinished(place: Path) -> Iterator[Path]:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(folder)
-    finally:
-        os.close(fd)
 
 
 class _Making:
@@ -242,12 +236,9 @@ class _Making:
                 if str(parent) != "." and f"{area}/{parent}" not in folders:
                     folders.add(f"{area}/{parent}")
                     self._add(Entry(area, str(parent), "folder", _mode(places[area] / parent)))
-            fd = os.memfd_create("content", os.MFD_CLOEXEC)
-            try:
+            with owning(os.memfd_create("content", os.MFD_CLOEXEC)) as fd:
                 os.write(fd, content)
                 self._blob(area, path, fd, _mode(places[area] / path))
-            finally:
-                os.close(fd)
         store = Store(paths.plugins) if paths.plugins.is_dir() else None
         self.names = [] if store is None else [n for n in store.names() if f"plugins/{n}/plugin.state" in settled]
         for name in self.names:
@@ -290,21 +281,18 @@ class _Making:
                 self._file(area, path, Path(entry.path))
 
     def _file(self, area: str, name: str, path: Path, *, owner: int | None = None) -> None:
-        fd = open_plain(path, owner=owner)
-        try:
+        with owning(open_plain(path, owner=owner)) as fd:
             self._blob(area, name, fd, stat.S_IMODE(os.fstat(fd).st_mode))
-        finally:
-            os.close(fd)
 
     def _blob(self, area: str, name: str, source: int, mode: int, size: int | None = None) -> None:
         number = self._data / str(len(self.manifest.entries))
-        target = os.open(number, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
+        with (
+            owning(
+                os.open(number, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            ) as target,
+            translated(OSError, IsolatorError, f"backup of {area}/{name}", "", "is the disk full?"),
+        ):
             size, digest = copy_sparse(source, target, size)
-        except OSError as error:
-            raise IsolatorError(f"backup of {area}/{name}", error.strerror or str(error), "is the disk full?") from None
-        finally:
-            os.close(target)
         self._add(Entry(area, name, "file", mode, size, digest))
 
     def _add(self, entry: Entry) -> None:
@@ -362,10 +350,8 @@ def _supervisor(paths: Paths) -> int:
     from isolator.linux.peer import peer_ids
 
     with socket.socket(socket.AF_UNIX) as connection:
-        try:
+        with translated(OSError, IsolatorError, str(paths.ticket_socket), "", "does the daemon run?"):
             connection.connect(str(paths.ticket_socket))
-        except OSError as error:
-            raise IsolatorError(str(paths.ticket_socket), error.strerror or "", "does the daemon run?") from None
         pid, uid, _ = peer_ids(connection)
     if uid != 0:
         raise IsolatorError(str(paths.ticket_socket), f"uid {uid} listens there, not the daemon", "find out who")

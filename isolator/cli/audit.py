@@ -17,7 +17,7 @@ import click
 
 from isolator.cli.output import here, print_json, styled
 from isolator.cli.progress import Progress
-from isolator.errors import IsolatorError, NotFoundError, UsageError, nearest, printable
+from isolator.errors import IsolatorError, NotFoundError, UsageError, nearest, printable, translated
 from isolator.paths import Paths
 
 if TYPE_CHECKING:
@@ -67,10 +67,8 @@ def verify(root: str | None, file: Path | None, key: Path | None, anchors: tuple
     if not place.exists():
         raise NotFoundError("audit trail", f"there is none at {place}", "start the daemon, or check --root")
     directory = place if place.is_dir() else place.parent
-    try:
+    with translated(ValueError, UsageError, "--anchor"):
         known = anchors_of(list(anchors))
-    except ValueError as error:
-        raise UsageError("--anchor", str(error)) from None
     if directory.resolve() == paths.audit_log and (place.is_dir() or place.name == LIVE):
         try:
             head = read_head(paths.audit_lib / HEAD_NAME)

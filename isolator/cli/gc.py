@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 
 import click
 
-from isolator.cli.output import here, print_json
-from isolator.errors import IsolatorError
+from isolator.cli.output import here, need_root, print_json
+from isolator.errors import IsolatorError, translated
 from isolator.paths import Paths
 
 
@@ -27,15 +26,14 @@ def gc(root: str | None, dry_run: bool, as_json: bool) -> None:
     from isolator.recovery.journal import read_unlocked
 
     paths = Paths.of(root)
-    try:
+    with translated(PermissionError, IsolatorError, "gc", "", "run it with sudo"):
         entries = read_unlocked(paths.journal)
         found = recovery.find(paths, entries) if entries is not None else []
         found += abandoned.find(paths)
         if not paths.instance:
             found += private_root.find()
         if found and not dry_run:
-            if os.geteuid() != 0:
-                raise IsolatorError("gc", "what was left belongs to root", "run it with sudo")
+            need_root("gc", "what was left belongs to root")
             if entries is not None:
                 _clear_after_daemon(paths)
             abandoned.clear(paths)
@@ -43,8 +41,6 @@ def gc(root: str | None, dry_run: bool, as_json: bool) -> None:
                 private_root.clear()
             with contextlib.suppress(OSError):
                 paths.run.rmdir()
-    except PermissionError as error:
-        raise IsolatorError("gc", error.strerror or "", "run it with sudo") from None
     if as_json:
         print_json([{"kind": f.kind, "name": f.name, "detail": f.detail} for f in found])
         return
@@ -58,9 +54,6 @@ def _clear_after_daemon(paths: Paths) -> None:
     from isolator.recovery import daemon as recovery
     from isolator.recovery.journal import Journal
 
-    journal = Journal(paths.journal)
-    try:
+    with contextlib.closing(Journal(paths.journal)) as journal:
         recovery.clear(paths, journal)
         recovery.remove_subtree(paths)
-    finally:
-        journal.close()

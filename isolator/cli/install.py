@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import click
 
-from isolator.errors import IsolatorError, NeedsApprovalError
+from isolator.cli.output import confirm, need_root
+from isolator.errors import IsolatorError
 from isolator.paths import Paths
 
 PACKAGE = Path("/usr/lib/isolator/dist")
@@ -49,7 +49,7 @@ def install(root: str | None, start: bool, print_unit: bool) -> None:
     if print_unit:
         click.echo(unit(program, paths), nl=False)
         return
-    _need_root("install")
+    need_root("install", "it changes the system")
     if PACKAGE.exists():
         why = "the Debian package isolator is installed, and this would be a second service"
         raise IsolatorError("install", why, "upgrade that, or 'apt-get remove isolator' (plugins and trail stay)")
@@ -84,15 +84,13 @@ def install(root: str | None, start: bool, print_unit: bool) -> None:
 @click.pass_obj
 def uninstall(root: str | None, purge: bool, yes: bool) -> None:
     """Remove the service; with --purge everything that this root holds."""
-    _need_root("uninstall")
+    need_root("uninstall", "it changes the system")
     paths = Paths.of(root)
     if PACKAGE.exists() and not paths.instance:
         remedy = f"apt-get {'purge' if purge else 'remove'} isolator"
         raise IsolatorError("uninstall", "this service is the Debian package isolator's", remedy)
     if purge and not yes:
-        if not sys.stdin.isatty():
-            raise NeedsApprovalError("uninstall --purge", "nobody is there to agree", "add --yes")
-        click.confirm(f"Delete every plugin, its state and the audit trail below {paths.root}?", abort=True)
+        confirm("uninstall --purge", f"Delete every plugin, its state and the audit trail below {paths.root}?")
     place = _unit_path(paths)
     if place.exists():
         _systemctl("disable", "--now", "--quiet", place.name, check=False)
@@ -223,8 +221,3 @@ def _remove_program() -> None:
         LINK.unlink()
     for place in environment.remove_all():
         click.echo(f"removed {place}")
-
-
-def _need_root(what: str) -> None:
-    if os.geteuid() != 0:
-        raise IsolatorError(what, "it changes the system", f"run it with sudo: sudo isolator {what}")

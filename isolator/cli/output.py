@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import click
+
+from isolator.errors import IsolatorError, NeedsApprovalError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,6 +36,19 @@ def print_result(value: Any, text: str, *, as_json: bool) -> None:
         print_json(value)
     else:
         click.echo(text)
+
+
+def need_root(command: str, why: str) -> None:
+    """Raise IsolatorError unless root calls the command; ``why``: what it does that takes root."""
+    if os.geteuid() != 0:
+        raise IsolatorError(command, why, f"run it with sudo: sudo isolator {command}")
+
+
+def confirm(command: str, question: str) -> None:
+    """Ask the person at the terminal, whose no ends the command; raises NeedsApprovalError where there is none."""
+    if not sys.stdin.isatty():
+        raise NeedsApprovalError(command, "nobody is there to agree", "add --yes")
+    click.confirm(question, abort=True)
 
 
 def styled(text: str, fg: str | None = None, *, bold: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pwd
 import shutil
 from pathlib import Path
@@ -19,13 +20,10 @@ def purge_root(paths: Paths) -> list[Path]:
     from isolator.recovery.journal import Journal
     from isolator.registration.store import Store
 
-    journal = Journal(paths.journal)  # refused while a daemon runs here
-    try:
+    with contextlib.closing(Journal(paths.journal)) as journal:  # refused while a daemon runs here
         recovery.clear(paths, journal)
         abandoned.clear(paths)
         recovery.remove_subtree(paths)
-    finally:
-        journal.close()
     users = [paths.named(f"isolator-{name}") for name in (*SERVICES, "console")]
     if paths.plugins.exists():
         store = Store(paths.plugins)

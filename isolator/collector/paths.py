@@ -25,6 +25,7 @@ from isolator.errors import ConfinementError, DeniedError, IsolatorError, UsageE
 from isolator.ipc.packet import receive_message, send_packet
 from isolator.ipc.run_request import error_fields, pack
 from isolator.layers.filesystem import map_ids
+from isolator.linux.descriptors import owning
 from isolator.linux.files import check_access
 from isolator.linux.namespaces import exchange, new_user_namespace
 from isolator.linux.own_view import clone_in_own_view
@@ -99,10 +100,8 @@ def _give(tree: int, what: str, path: str, caller: tuple[int, int], cage: int) -
     except OSError as error:
         remedy = "allow user namespaces to root: sysctl user.max_user_namespaces"
         raise ConfinementError(what, f"{error.strerror} ({error.filename})", remedy) from None
-    try:
+    with owning(ids):
         map_ids(tree, ids, path)
-    finally:
-        os.close(ids)
 
 
 def _reason(error: OSError) -> str:

@@ -10,7 +10,7 @@ import stat
 
 from isolator.errors import UsageError
 from isolator.ipc.folder_stream import MAX_BYTES, MAX_DEPTH, MAX_FILES, FolderWriter, chunks
-from isolator.linux.descriptors import FdSet
+from isolator.linux.descriptors import owning
 from isolator.linux.files import openat2
 
 
@@ -34,8 +34,7 @@ class _Survey:
                 if self._files > MAX_FILES:
                     raise UsageError("", f"more than {MAX_FILES} files", "leave out what the plugin does not need")
                 if entry.is_dir(follow_symlinks=False) and entry.name != ".git":
-                    with FdSet() as owned:
-                        below = owned.add(_open(folder, entry.name, f"{prefix}{entry.name}", os.O_DIRECTORY))
+                    with owning(_open(folder, entry.name, f"{prefix}{entry.name}", os.O_DIRECTORY)) as below:
                         self.folder(below, depth + 1, f"{prefix}{entry.name}/")
                 elif entry.is_file(follow_symlinks=False):
                     self._size += entry.stat(follow_symlinks=False).st_size
@@ -52,17 +51,15 @@ def _write(folder: int, writer: FolderWriter, depth: int, prefix: str) -> None:
         if stat.S_ISDIR(info.st_mode):
             if name == ".git":
                 continue
-            with FdSet() as owned:
-                below = owned.add(_open(folder, name, path, os.O_DIRECTORY))
+            with owning(_open(folder, name, path, os.O_DIRECTORY)) as below:
                 writer.enter(encoded)
                 _write(below, writer, depth + 1, f"{path}/")
                 writer.leave()
         elif stat.S_ISLNK(info.st_mode):
             writer.link(encoded, os.fsencode(os.readlink(name, dir_fd=folder)))
         elif stat.S_ISREG(info.st_mode):
-            with FdSet() as owned:
-                # O_NONBLOCK: what was a file a moment ago may be a FIFO now, and opening it would block for ever.
-                fd = owned.add(_open(folder, name, path, os.O_NONBLOCK))
+            # O_NONBLOCK: what was a file a moment ago may be a FIFO now, and opening it would block for ever.
+            with owning(_open(folder, name, path, os.O_NONBLOCK)) as fd:
                 info = os.fstat(fd)
                 if not stat.S_ISREG(info.st_mode):
                     raise UsageError(path, "changed while it was being read", "try again")

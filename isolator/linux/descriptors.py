@@ -21,6 +21,19 @@ def close_all(fds: Iterable[int]) -> None:
         fds.clear()
 
 
+class owning:
+    """Context of one descriptor, which is closed at its end."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __enter__(self) -> int:
+        return self._fd
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+
 def check_open(fds: Iterable[int]) -> None:
     """Raise OSError, OverflowError or ValueError for what is no open descriptor; waits for nothing that it leads to."""
     import fcntl

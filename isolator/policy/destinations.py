@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 from isolator.base.patterns import pattern
 from isolator.base.structs import struct_class
-from isolator.errors import UsageError
+from isolator.errors import UsageError, translated
 from isolator.policy.addresses import (
     BLOCKED,
     Address,
@@ -206,10 +206,8 @@ def parse_destination(host: str, ports: Iterable[int]) -> Destination:
     allowed = frozenset(ports)
     if not allowed or not all(0 < port < 65536 for port in allowed):
         raise UsageError(f"egress {host}", "needs ports between 1 and 65535", "write it as NAME:PORT")
-    try:
+    with translated(ValueError, UsageError, f"egress {host!r}", "", "write hooks.example.com or *.example.com"):
         return Destination(parse_host(host), allowed)
-    except ValueError as error:
-        raise UsageError(f"egress {host!r}", str(error), "write hooks.example.com or *.example.com") from None
 
 
 _KEPT = 1024

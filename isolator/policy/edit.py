@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from isolator.errors import UsageError
+from isolator.errors import UsageError, translated
 
 if TYPE_CHECKING:
     from isolator.policy.meet.proposal import Line
@@ -87,10 +87,8 @@ def _opened(text: str, section: str = "grant") -> tuple[Any, Any]:
     import tomlkit
     from tomlkit.exceptions import TOMLKitError
 
-    try:
+    with translated(TOMLKitError, UsageError, "policy", "", "see 'isolator policy check'"):
         document = tomlkit.parse(text.removeprefix(_MARK))
-    except TOMLKitError as error:
-        raise UsageError("policy", str(error), "see 'isolator policy check'") from None
     table = document.get(section)
     if table is None:
         document[section] = tomlkit.table()

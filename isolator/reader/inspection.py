@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 
 from isolator.base.structs import field, struct_class
+from isolator.linux.descriptors import owning
 from isolator.reader.libraries import Elf, NotUnderstoodError, library_folders, missing_libraries
 
 MOST_FINDINGS = 12
@@ -84,11 +85,8 @@ def _entries(folder: int, prefix: str, depth: int, count: list[int]) -> Iterator
         path = f"{prefix}{entry.name}"
         if entry.is_dir(follow_symlinks=False):
             if depth < _MOST_DEPTH:
-                below = os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
-                try:
+                with owning(os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)) as below:
                     yield from _entries(below, f"{path}/", depth + 1, count)
-                finally:
-                    os.close(below)
         else:
             yield path, folder, entry
 
@@ -120,10 +118,8 @@ def _has_bytecode(parent: int, name: str) -> bool:
         fd = os.open(importlib.util.cache_from_source(name), os.O_RDONLY | os.O_NOFOLLOW, dir_fd=parent)
     except OSError:
         return False
-    try:
+    with owning(fd):
         head = os.read(fd, 16)
-    finally:
-        os.close(fd)
     if head[:4] != importlib.util.MAGIC_NUMBER:
         return False
     if flags := int.from_bytes(head[4:8], "little"):

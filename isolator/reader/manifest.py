@@ -70,7 +70,7 @@ def parse_manifest(
         api_version=api,
         binary=_binary(top),
         hooks=top.strings("hooks", names.parse_hook) or (),
-        args=_arguments(top),
+        args=top.items("args", _argument, limit=MAX_ARGUMENTS) or (),
         description=top.parsed("description", prose, ""),
         permissions=top.strings("permissions", names.parse_permission) or (),
         sandbox=_sandbox(top.table("sandbox"), requested),
@@ -100,21 +100,10 @@ def _binary(top: Table) -> str:
     return "./" + "/".join(parts)
 
 
-def _arguments(top: Table) -> tuple[str, ...]:
-    def one(value: Any) -> str:
-        if not isinstance(value, str) or "\0" in value or len(value) > MAX_ARGUMENT:
-            raise ValueError(f"must be text of at most {MAX_ARGUMENT} characters without NUL")
-        return value
-
-    value = top.take("args", [])
-    if not isinstance(value, list) or len(value) > MAX_ARGUMENTS:
-        top.fail("args", f"must be a list of at most {MAX_ARGUMENTS} texts")
-    for index, item in enumerate(value):
-        try:
-            one(item)
-        except ValueError as error:
-            top.fail(("args", index), str(error))
-    return tuple(value)
+def _argument(value: Any) -> str:
+    if not isinstance(value, str) or "\0" in value or len(value) > MAX_ARGUMENT:
+        raise ValueError(f"must be text of at most {MAX_ARGUMENT} characters without NUL")
+    return value
 
 
 class _Requested:
@@ -136,15 +125,13 @@ def _sandbox(top: Table, requested: _Requested) -> SandboxRequest:
     if isinstance(top.data.get("syscalls"), dict):
         inner = top.table("syscalls")
         syscalls = inner.choice("profile", ("default", "strict"), None)
-        inner.finish()
     else:
         syscalls = top.choice("syscalls", ("default", "strict"), None)
     filesystem, resources = top.table("filesystem"), top.table("resources")
     requested.take(filesystem)
     request = SandboxRequest(network=network, read=_read(filesystem), syscalls=syscalls)
     requested.take(resources)
-    for table in (filesystem, resources, top):
-        table.finish()
+    top.finish()
     return request
 
 
@@ -153,68 +140,49 @@ def _network(top: Table, requested: _Requested) -> NetworkRequest:
     if top.data.get("egress") == "public":
         top.take("egress")
     else:
-        entries = top.tables("egress")
-        if entries is not None:
-            egress = tuple(_egress(top, entry, index) for index, entry in enumerate(entries))
-    listen: list[ListenRequest] = []
-    wanted = top.tables("listen", limit=16)
-    for index, entry in enumerate(wanted or ()):
-        if isinstance(entry, Table):
-            if "port" not in entry:
-                entry.text("port")
-            listen.append(
-                ListenRequest(port=entry.parsed("port", names.parse_port, 0), reason=entry.parsed("reason", prose, ""))
-            )
-            entry.finish()
-        else:
-            try:
-                listen.append(ListenRequest(port=names.parse_port(entry)))
-            except ValueError as error:
-                top.fail(("listen", index), str(error))
+        egress = top.tables("egress", _egress, _egress_table)
+    listen = top.tables("listen", lambda port: ListenRequest(port=names.parse_port(port)), _listen_table, limit=16)
     requested.take(top)
-    top.finish()
-    return NetworkRequest(egress=egress, listen=None if wanted is None else tuple(listen))
+    return NetworkRequest(egress=egress, listen=listen)
 
 
-def _egress(top: Table, entry: Table | Any, index: int) -> EgressRequest:
-    if isinstance(entry, str):
-        try:
-            rule = names.parse_egress(printable(entry, 512))
-        except ValueError as error:
-            top.fail(("egress", index), str(error))
-        return EgressRequest(host=rule.host, ports=rule.ports)
-    if not isinstance(entry, Table):
-        top.fail(("egress", index), "must be an object", 'write {"host": "hooks.slack.com", "ports": [443]}')
+def _egress(value: Any) -> EgressRequest:
+    if not isinstance(value, str):
+        raise ValueError('must be an object like {"host": "hooks.slack.com", "ports": [443]}')
+    rule = names.parse_egress(printable(value, 512))
+    return EgressRequest(host=rule.host, ports=rule.ports)
+
+
+def _egress_table(entry: Table) -> EgressRequest:
     if "host" not in entry:
         entry.text("host")
     host = entry.parsed("host", lambda value: str(parse_host(printable(value, 300))), "")
     ports = entry.items("ports", names.parse_port, limit=32)
     if ports == ():
         entry.fail("ports", "is empty", "name the ports, or leave the key out for 443")
-    request = EgressRequest(
+    return EgressRequest(
         host=host,
         ports=names.sorted_ports(ports if ports is not None else (443,)),
         reason=entry.parsed("reason", prose, ""),
     )
-    entry.finish()
-    return request
+
+
+def _listen_table(entry: Table) -> ListenRequest:
+    if "port" not in entry:
+        entry.text("port")
+    return ListenRequest(port=entry.parsed("port", names.parse_port, 0), reason=entry.parsed("reason", prose, ""))
 
 
 def _read(filesystem: Table) -> tuple[str, ...] | None:
     """Absolute paths, each plain or as ``{"path", "reason"}``."""
-    entries = filesystem.tables("read", limit=32)
-    if entries is None:
-        return None
-    paths = []
-    for index, entry in enumerate(entries):
-        if isinstance(entry, Table):
-            paths.append(entry.parsed("path", lambda value: names.parse_read_path(printable(value, 1024)), ""))
-            entry.text("path")
-            entry.parsed("reason", prose, "")
-            entry.finish()
-        else:
-            try:
-                paths.append(names.parse_read_path(printable(entry, 1024)))
-            except ValueError as error:
-                filesystem.fail(("read", index), str(error))
-    return tuple(paths)
+
+    def path(value: Any) -> str:
+        return names.parse_read_path(printable(value, 1024))
+
+    def in_table(entry: Table) -> str:
+        found = entry.parsed("path", path, "")
+        entry.text("path")
+        entry.parsed("reason", prose, "")
+        return found
+
+    return filesystem.tables("read", path, in_table, limit=32)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from isolator.base.structs import field, struct_class
-from isolator.errors import IsolatorError
+from isolator.errors import IsolatorError, translated
 from isolator.linux.lock import lock_file
 
 KINDS = frozenset({"leaf", "service", "spare", "mount", "subtree"})
@@ -96,10 +96,8 @@ def read_unlocked(path: Path) -> dict[str, Entry] | None:
 
 def _open_locked(path: Path, *, wait: bool) -> int:
     """Open (or make) the file and take its lock; raises IsolatorError when another daemon has it."""
-    try:
+    with translated(OSError, IsolatorError, str(path), "", "remove it, and start again"):
         fd = lock_file(path, wait=wait)
-    except OSError as error:
-        raise IsolatorError(str(path), error.strerror or "cannot be opened", "remove it, and start again") from None
     if fd is None:
         raise IsolatorError(
             f"daemon on {path.parent}", "another one is running there",

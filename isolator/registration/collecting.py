@@ -20,9 +20,9 @@ from pathlib import Path
 
 from isolator.base.lean import sha256_of_much
 from isolator.base.structs import field, struct_class
-from isolator.errors import IsolatorError, UsageError
+from isolator.errors import IsolatorError, UsageError, translated
 from isolator.ipc import folder_stream as stream
-from isolator.linux.descriptors import FdSet
+from isolator.linux.descriptors import owning
 from isolator.linux.files import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, openat2
 from isolator.linux.peer import peer_groups, peer_ids
 
@@ -52,10 +52,8 @@ class Offer:
     def of_peer(cls, connection: socket.socket) -> Offer:
         """The offer of the process that connected; raises UsageError when it is in too many groups."""
         _, uid, gid = peer_ids(connection)
-        try:
+        with translated(OSError, UsageError, f"uid {uid}", "", "ask as another user"):
             groups = tuple(peer_groups(connection, most=MOST_GROUPS))
-        except OSError as error:
-            raise UsageError(f"uid {uid}", error.strerror or "has no groups", "ask as another user") from None
         return cls(connection, uid, gid, groups)
 
     @classmethod
@@ -122,10 +120,8 @@ def receive(process: subprocess.Popen[bytes], target: Path, shown: str, *, by: s
     """
     assert process.stdout is not None
     try:
-        with FdSet() as owned:
-            root = owned.add(os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-            copy = _Copy(stream.FolderReader(process.stdout.fileno(), _SECONDS), shown)
-            return copy.whole(root)
+        with owning(os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as root:
+            return _Copy(stream.FolderReader(process.stdout.fileno(), _SECONDS), shown).whole(root)
     except EOFError:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(5)
@@ -215,8 +211,7 @@ class _Copy:
     def _enter(self, target: int, name: str, path: str, depth: int) -> None:
         self.digest.folder(path)
         os.mkdir(name, 0o755, dir_fd=target)
-        with FdSet() as owned:
-            below = owned.add(openat2(target, name, os.O_RDONLY | os.O_DIRECTORY))
+        with owning(openat2(target, name, os.O_RDONLY | os.O_DIRECTORY)) as below:
             os.fchmod(below, 0o755)
             self._folder(below, f"{path}/", depth + 1)
 

@@ -23,6 +23,7 @@ from isolator.base.structs import field, struct_class
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.messages import FoundEntry, PluginState
 from isolator.ipc.tasks import Tasks
+from isolator.linux.descriptors import owning
 from isolator.linux.files import openat2
 from isolator.linux.folder_watch import FolderWatch
 from isolator.policy.request import MAX_BYTES, ManifestCore
@@ -203,7 +204,7 @@ def _candidates(folder: str) -> Iterable[tuple[str, int]]:
         base = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
         return
-    try:
+    with owning(base):
         real = os.path.realpath(folder)
         for name in sorted(os.listdir(base))[:MAX_ENTRIES]:
             if name.startswith("."):
@@ -212,8 +213,6 @@ def _candidates(folder: str) -> Iterable[tuple[str, int]]:
             with contextlib.suppress(OSError):
                 child = openat2(base, name, os.O_RDONLY | os.O_NONBLOCK | kind)
                 yield os.path.join(real, name), child
-    finally:
-        os.close(base)
 
 
 def _manifest_of(child: int, place: str, uid_range: tuple[int, int]) -> bytes | None:
@@ -246,15 +245,13 @@ def _manifest(child: int, shown: str) -> bytes | None:
     except OSError as error:
         why = "a symbolic link" if error.errno == errno.ELOOP else error.strerror or "cannot be opened"
         raise UsageError(shown, why, "put the file itself there") from None
-    try:
+    with owning(fd):
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise UsageError(shown, "not a regular file", "put a JSON file there")
         data = bytearray()
         while len(data) <= MAX_BYTES and (chunk := os.read(fd, MAX_BYTES)):
             data += chunk
         return bytes(data)
-    finally:
-        os.close(fd)
 
 
 def _watched(folders: Iterable[str]) -> list[str]:

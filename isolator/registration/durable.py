@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from isolator.errors import IsolatorError
+from isolator.errors import IsolatorError, translated
+from isolator.linux.descriptors import owning
 from isolator.linux.files import sync_filesystem
 
 
@@ -34,10 +35,8 @@ def sync_tree(folder: Path) -> None:
 
 
 def _sync(folder: Path, sync: Callable[[int], object]) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with (
+        owning(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as fd,
+        translated(OSError, IsolatorError, str(folder), "", "check the disk"),
+    ):
         sync(fd)
-    except OSError as error:
-        raise IsolatorError(str(folder), error.strerror or "cannot be synced", "check the disk") from None
-    finally:
-        os.close(fd)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from isolator.errors import IsolatorError
+from isolator.linux.descriptors import owning
 from isolator.policy.parse.strict import prose
 from isolator.registration.processes import leased, next_chunk, running
 
@@ -40,16 +41,16 @@ def inspect_folder(folder: Path, uid_range: tuple[int, int]) -> tuple[str, ...]:
 
 def _answer(folder: Path, uid: int) -> tuple[str, ...]:
     """Sentences of the inspector. Raises ValueError, TypeError or TimeoutError when it gave no answer to speak of."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with _shown(fd, uid), running(_MODULE, uid, fds={"folder": fd}) as process:
-            text, end = b"", time.monotonic() + _SECONDS
-            while chunk := next_chunk(process, end):
-                text += chunk
-                if len(text) > _LARGEST_ANSWER:
-                    raise ValueError("too much")
-    finally:
-        os.close(fd)
+    with (
+        owning(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as fd,
+        _shown(fd, uid),
+        running(_MODULE, uid, fds={"folder": fd}) as process,
+    ):
+        text, end = b"", time.monotonic() + _SECONDS
+        while chunk := next_chunk(process, end):
+            text += chunk
+            if len(text) > _LARGEST_ANSWER:
+                raise ValueError("too much")
     sentences = json.loads(text)
     if not isinstance(sentences, list) or len(sentences) > _MOST_SENTENCES:
         raise ValueError("no list of sentences")

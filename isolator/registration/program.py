@@ -10,9 +10,9 @@ import struct
 from pathlib import Path
 
 from isolator.base.structs import struct_class
-from isolator.errors import UsageError
+from isolator.errors import UsageError, translated
 from isolator.layers.filesystem import host_folders
-from isolator.linux.descriptors import FdSet
+from isolator.linux.descriptors import FdSet, owning
 from isolator.linux.elf import MACHINES
 from isolator.linux.files import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, openat2
 from isolator.policy.names import path_covers
@@ -35,11 +35,10 @@ class CageView:
     def has(self, path: str) -> bool:
         """Whether there is something at an absolute path of the cage, every link followed as the cage does."""
         if path_covers("/plugin", os.path.normpath(path)):
-            with FdSet() as owned:
-                root = owned.add(os.open(self.plugin, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+            inside = os.path.relpath(path, "/plugin")
+            with owning(os.open(self.plugin, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as root:
                 try:
-                    inside = os.path.relpath(path, "/plugin")
-                    owned.add(openat2(root, inside, os.O_PATH, resolve=RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS))
+                    os.close(openat2(root, inside, os.O_PATH, resolve=RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS))
                 except OSError:
                     return False
                 return True
@@ -124,11 +123,9 @@ def _check_interpreter(head: bytes, view: CageView, shown: str) -> None:
 
 
 def _check_elf(head: bytes, view: CageView, shown: str) -> None:
-    try:
+    with translated((IndexError, struct.error), UsageError, f"binary {shown}", "is cut short", "build it again"):
         order = "<" if head[5] == 1 else ">"
         (machine,) = struct.unpack_from(f"{order}H", head, 18)
-    except (IndexError, struct.error):
-        raise UsageError(f"binary {shown}", "is cut short", "build it again") from None
     built_for = MACHINES.get(machine, f"machine {machine}")
     here = os.uname().machine
     if built_for != here:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Literal
 
 from isolator.base.lean import sha256_of_much
-from isolator.errors import UsageError
-from isolator.linux.descriptors import FdSet
+from isolator.errors import UsageError, translated
+from isolator.linux.descriptors import FdSet, owning
 from isolator.linux.files import open_nofollow, openat2, remove_tree, write_all
 from isolator.policy.request import MAX_BYTES as MAX_MANIFEST
 from isolator.policy.request import synthesise_manifest
@@ -208,12 +208,12 @@ def _digest(files: str, sha256: str, manifest: bytes) -> str:
 
 def _hash_in(folder: Path, path: str, *, shown: Path) -> str:
     """SHA-256 of a file in a copy; raises UsageError when there is none of that name."""
-    with FdSet() as owned:
-        try:
-            root = owned.add(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-            return hash_descriptor(owned.add(openat2(root, path, os.O_RDONLY)))
-        except OSError as error:
-            raise UsageError(str(shown), error.strerror or "cannot be opened", "check the path") from None
+    with (
+        translated(OSError, UsageError, str(shown), "", "check the path"),
+        owning(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as root,
+        owning(openat2(root, path, os.O_RDONLY)) as fd,
+    ):
+        return hash_descriptor(fd)
 
 
 def _hash_offered(binary: Path, offered: tuple[int, int] | None) -> str:
@@ -221,10 +221,8 @@ def _hash_offered(binary: Path, offered: tuple[int, int] | None) -> str:
     with FdSet() as owned:
         if offered is None:
             raise UsageError(str(binary), "was not handed over", "hand it over with the request, open for reading")
-        try:
+        with translated(OSError, UsageError, str(binary), "", "check the path"):
             fd = owned.add(open_binary(binary))
-        except OSError as error:
-            raise UsageError(str(binary), error.strerror or "cannot be opened", "check the path") from None
         info = os.fstat(fd)
         if (info.st_dev, info.st_ino) != offered:
             raise UsageError(str(binary), "is not the file that was handed over", "name the file itself, not a link")
@@ -250,10 +248,8 @@ def open_binary(path: Path) -> int:
             )  # fmt: skip
     if not path.stat().st_mode & 0o111:
         raise UsageError(str(path), "not executable", f"chmod +x {path}")
-    try:
+    with translated(OSError, UsageError, str(path), "", "name the file itself, not a link to it"):
         return open_nofollow(str(path), os.O_RDONLY)
-    except OSError as error:
-        raise UsageError(str(path), error.strerror or "", "name the file itself, not a link to it") from None
 
 
 def hash_descriptor(fd: int) -> str:
@@ -287,8 +283,8 @@ def _hash(fd: int) -> str:
 
 def hash_binary(path: Path) -> str:
     """SHA-256 of a binary that stays where it is; raises UsageError when others could change it."""
-    with FdSet() as owned:
-        return hash_descriptor(owned.add(open_binary(path)))
+    with owning(open_binary(path)) as fd:
+        return hash_descriptor(fd)
 
 
 def check_staged(staged: Staged, binary: str, shown: str, *, read: tuple[str, ...]) -> None:
@@ -298,8 +294,8 @@ def check_staged(staged: Staged, binary: str, shown: str, *, read: tuple[str, ..
     """
     view = CageView(staged.folder, read)
     if staged.kind == "binary":
-        with FdSet() as owned:
-            check_descriptor(owned.add(open_binary(Path(staged.binary_path))), view, shown=staged.binary_path)
+        with owning(open_binary(Path(staged.binary_path))) as fd:
+            check_descriptor(fd, view, shown=staged.binary_path)
     else:
         check_program(view, binary, shown=f"{shown}/{binary.removeprefix('./')}")
 
@@ -328,9 +324,6 @@ def _read_manifest(folder: Path, source: Path) -> bytes:
 def _write_new(path: Path, content: bytes, mode: int) -> None:
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    try:
+    with owning(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)) as fd:
         write_all(fd, content)
         os.fchmod(fd, mode)
-    finally:
-        os.close(fd)

@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 
 from isolator.base.typed import read
 from isolator.errors import IsolatorError, NotFoundError
+from isolator.linux.descriptors import owning
 from isolator.linux.files import read_plain, remove_tree
 from isolator.registration.durable import replace_file, sync_folder, sync_tree
 from isolator.registration.staging import MANIFEST, NAME, PREFIX, Kind, Source, Staged
@@ -233,14 +234,11 @@ class Store:
         """Let a plugin's group, and nobody else, enter the folder of a version and the one above it."""
         folder = self.folder(name, release)
         for place in (folder, folder.parent):
-            fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
+            with owning(os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
                 info = os.fstat(fd)
                 if (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) != (0, gid, _MODE):
                     os.fchown(fd, 0, gid)
                     os.fchmod(fd, _MODE)
-            finally:
-                os.close(fd)
 
     def prune(self, name: str, kept: Iterable[Release]) -> None:
         """Delete the files of every version that is not to be kept."""
@@ -341,6 +339,15 @@ def _as_before(content: Any) -> Any:
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
+
+
+def readable(base: Path) -> Iterator[Registration]:
+    """The registrations of a store that can be read; none where there is no store."""
+    if base.is_dir():
+        store = Store(base)
+        for name in store.names():
+            with contextlib.suppress(IsolatorError):
+                yield store.load(name)
 
 
 def _is_forgotten(folder: Path) -> bool:

@@ -12,8 +12,9 @@ import os
 import select
 import sys
 
-from isolator.errors import ConfinementError, DeniedError, IsolatorError, UsageError
+from isolator.errors import ConfinementError, DeniedError, IsolatorError, UsageError, translated
 from isolator.ipc.run_request import MAX_POLICY, OPTIONS, POLICY, POLICY_NAME, SIGNALS, SOCKET, TERMINAL, pack, unpack
+from isolator.linux.descriptors import owning
 from isolator.standalone.streams import SILENT_ENDS, StreamsRestored
 
 TYPE_CHECKING = False  # typing, which has it too, takes longer to import than all else here; mypy goes by the name
@@ -154,13 +155,9 @@ def _fields(options: RunOptions) -> list[tuple[str, str]]:
 
 def _policy(path: str) -> str:
     """The content of a policy file, which the daemon has read by a process without any right."""
-    fd = _open("--policy", path, os.O_NONBLOCK)
-    try:
+    failing = translated(OSError, DeniedError, f"--policy {path}", "", "name a TOML file")
+    with failing, owning(_open("--policy", path, os.O_NONBLOCK)) as fd:
         text = os.read(fd, MAX_POLICY + 1)
-    except OSError as error:
-        raise DeniedError(f"--policy {path}", error.strerror or "", "name a TOML file") from None
-    finally:
-        os.close(fd)
     if len(text) > MAX_POLICY:
         raise UsageError(f"--policy {path}", f"larger than {MAX_POLICY >> 10} KiB", "shorten it")
     return os.fsdecode(text)
@@ -171,10 +168,8 @@ def _absolute(paths: tuple[str, ...]) -> list[str]:
 
 
 def _open(option: str, path: str, flags: int) -> int:
-    try:
+    with translated(OSError, DeniedError, f"{option} {path}", "", "name what you may read yourself"):
         return os.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC | flags)
-    except OSError as error:
-        raise DeniedError(f"{option} {path}", error.strerror or "", "name what you may read yourself") from None
 
 
 def _socket_path(root: str | None) -> str:
@@ -184,24 +179,19 @@ def _socket_path(root: str | None) -> str:
 
 def _connect(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    folder = -1
     try:
-        folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        sock.connect(f"/proc/self/fd/{folder}/{SOCKET}")  # however long the path is
-    except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
-        sock.close()
-        remedy = "use sudo, or have the daemon started with your uid in [roles] runner of host.toml"
-        raise ConfinementError("isolator run", f"building a cage needs root, or a daemon at {path}", remedy) from None
-    except PermissionError:
-        sock.close()
-        remedy = "use sudo, or have the uid added to [roles] runner in host.toml and the daemon started again"
-        raise DeniedError("isolator run", f"uid {os.getuid()} is no runner", remedy) from None
+        with owning(os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
+            sock.connect(f"/proc/self/fd/{folder}/{SOCKET}")  # however long the path is
     except OSError as error:
         sock.close()
-        raise ConfinementError("isolator run", f"{path}: {error.strerror}", "try again") from None
-    finally:
-        if folder >= 0:
-            os.close(folder)
+        what, why, remedy = "isolator run", f"{path}: {error.strerror}", "try again"
+        if isinstance(error, PermissionError):
+            remedy = "use sudo, or have the uid added to [roles] runner in host.toml and the daemon started again"
+            raise DeniedError(what, f"uid {os.getuid()} is no runner", remedy) from None
+        if isinstance(error, (FileNotFoundError, NotADirectoryError, ConnectionRefusedError)):
+            why = f"building a cage needs root, or a daemon at {path}"
+            remedy = "use sudo, or have the daemon started with your uid in [roles] runner of host.toml"
+        raise ConfinementError(what, why, remedy) from None
     return sock
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from isolator.errors import UsageError
+from isolator.errors import UsageError, translated
 
 if TYPE_CHECKING:
     from isolator.audit.schema import RecordData
@@ -26,10 +26,8 @@ class Records:
         self._out: IO[str] | None = None
         self._shown: dict[str, int] = {}
         if path is not None:
-            try:
+            with translated(OSError, UsageError, f"--audit {path}", "", "name a file that can be written"):
                 self._out = path.open("a")
-            except OSError as error:
-                raise UsageError(f"--audit {path}", error.strerror or "", "name a file that can be written") from None
 
     @property
     def keeps_all(self) -> bool:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from isolator.errors import UsageError
+from isolator.errors import UsageError, translated
 
 
 def variables(options: Iterable[str], files: Iterable[Path]) -> dict[str, str]:
@@ -17,10 +17,8 @@ def variables(options: Iterable[str], files: Iterable[Path]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for file in files:
-        try:
+        with translated(OSError, UsageError, f"--env-file {file}", "", "name a file that can be read"):
             lines = file.read_text(errors="surrogateescape").split("\n")
-        except OSError as error:
-            raise UsageError(f"--env-file {file}", error.strerror or "", "name a file that can be read") from None
         for number, line in enumerate(lines, 1):
             if line.strip() and not line.startswith("#"):
                 found.update([_variable(line, f"{file}:{number}")])

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from host.authoring.certify.certifier import Report
 from host.authoring.pack import written_whole
-from host.authoring.sign import public_half
-from isolator.errors import IsolatorError, NotFoundError
+from host.authoring.sign import public_half, read_given
+from isolator.errors import IsolatorError, translated
 from isolator.policy.request import MAX_BYTES
 from isolator.policy.trust import CERTIFICATE_TYPE, certified, signed_bytes
 
@@ -46,19 +46,10 @@ def write(report: Report, path: Path, key: Ed25519PrivateKey | None) -> None:
         "payloadType": CERTIFICATE_TYPE, "payload": base64.b64encode(payload).decode(), "signatures": signatures,
         "report": to_json(report),
     }  # fmt: skip
-    try:
-        with written_whole(path) as out:
-            out.write(json.dumps(envelope, indent=2).encode() + b"\n")
-    except OSError as error:
-        raise IsolatorError(str(path), error.strerror or "cannot be written") from None
+    with translated(OSError, IsolatorError, str(path)), written_whole(path) as out:
+        out.write(json.dumps(envelope, indent=2).encode() + b"\n")
 
 
 def read(path: Path) -> bytes:
     """The bytes of a certificate from elsewhere; raises IsolatorError. What they say is for a reader to find out."""
-    try:
-        with path.open("rb") as file:
-            return file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise NotFoundError(str(path), "no such file") from None
-    except OSError as error:
-        raise IsolatorError(str(path), error.strerror or "cannot be read") from None
+    return read_given(path, most=MAX_BYTES + 1)

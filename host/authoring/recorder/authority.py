@@ -20,6 +20,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from isolator.linux.descriptors import owning
+
 CERTIFICATES = Path("/etc/ssl/certs")
 BUNDLE = "ca-certificates.crt"
 VARIABLES = {
@@ -130,9 +132,6 @@ def _load(context: ssl.SSLContext, certificate: x509.Certificate, key: ec.Ellipt
     both = certificate.public_bytes(serialization.Encoding.PEM) + key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain
     )
-    fd = os.memfd_create("server", os.MFD_CLOEXEC)
-    try:
+    with owning(os.memfd_create("server", os.MFD_CLOEXEC)) as fd:
         os.write(fd, both)
         context.load_cert_chain(f"/proc/self/fd/{fd}")
-    finally:
-        os.close(fd)

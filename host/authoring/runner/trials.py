@@ -15,7 +15,7 @@ from host.cli.examples import example_of
 from host.events import Catalogue, format_time, from_schema
 from host.plugins.manifest import Manifest, parse
 from host.queue.interface import Event
-from isolator.errors import NotFoundError
+from isolator.errors import NotFoundError, translated
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 from isolator.policy.meet.effective import meet
@@ -40,10 +40,9 @@ class RunnerTrials:
     def round(self) -> Trial:
         """Send every event to the folder as it is now; raises IsolatorError for what cannot run."""
         plan, folder = self._plan, Path(self._plan.folder)
-        try:
-            manifest = parse((folder / "plugin.json").read_bytes(), name=str(folder / "plugin.json"))
-        except FileNotFoundError:
-            raise NotFoundError(str(folder / "plugin.json"), "not there", "write one (see 'isolator new')") from None
+        name = str(folder / "plugin.json")
+        with translated(FileNotFoundError, NotFoundError, name, "not there", "write one (see 'isolator new')"):
+            manifest = parse((folder / "plugin.json").read_bytes(), name=name)
         core, mode = manifest.core, manifest.transport.mode
         sender = sender_of(mode)
         grant = None

@@ -19,7 +19,7 @@ from host.wire import mcp as protocol
 from host.wire.mcp import Call, Id
 from host.wire.strict_json import WireError
 from isolator import __version__
-from isolator.errors import IsolatorError, UnavailableError
+from isolator.errors import IsolatorError, UnavailableError, translated
 from isolator_client.link import Link, connect
 from isolator_client.protocol import Notification
 
@@ -199,10 +199,8 @@ class Front:
     async def _ask(self, method: str, params: Mapping[str, Any]) -> dict[str, Any]:
         with our_errors():
             if self._link is None or self._link.over:
-                try:
+                with translated(OSError, UnavailableError, "the daemon", "", "try again"):
                     self._link = await connect(self._path)
-                except OSError as error:
-                    raise UnavailableError("the daemon", error.strerror or str(error), "try again") from None
                 self._reader = asyncio.get_running_loop().create_task(self._attend(self._link))
             return await self._link.ask(method, params)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from isolator.errors import IsolatorError
+from isolator.linux.descriptors import owning
 from isolator.standalone.options import RunOptions
 
 _TAIL = 16 << 10
@@ -72,11 +73,8 @@ class Caged:
         return self._code, b"".join(self._errors)[-_TAIL:].decode("utf-8", "replace").splitlines()
 
     def _ends_in(self, seconds: float) -> bool:
-        pidfd = os.pidfd_open(self._pid)
-        try:
+        with owning(os.pidfd_open(self._pid)) as pidfd:
             return bool(select.select([pidfd], [], [], seconds)[0])
-        finally:
-            os.close(pidfd)
 
 
 @contextlib.contextmanager

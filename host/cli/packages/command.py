@@ -15,7 +15,7 @@ from host.cli.packages import fetch
 from host.cli.packages.package import Package, Wishes, parse
 from host.cli.registration import AS_LONG_AS_STARTS_TAKE, register_plugin, update_plugin
 from host.client.client import Client, ask
-from isolator.errors import IsolatorError, NeedsApprovalError, UsageError
+from isolator.errors import IsolatorError, NeedsApprovalError, UsageError, translated
 from isolator.paths import Paths
 from isolator.policy.names import parse_egress
 from isolator.policy.parse.trusted import load_host_config
@@ -95,7 +95,5 @@ def _other_tools(client: Client, name: str) -> dict[str, list[str]]:
 
 
 def _check_destination(text: str) -> None:
-    try:
+    with translated(ValueError, UsageError, "--egress"):
         parse_egress(text)
-    except ValueError as error:
-        raise UsageError("--egress", str(error)) from None

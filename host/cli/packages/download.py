@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from host.cli.packages.caged import GRACE
 from host.cli.packages.fetch import MOST_BYTES, fetching, folder_for, reason
-from isolator.errors import IsolatorError, UsageError
+from isolator.errors import IsolatorError, UsageError, translated
 from isolator.policy.host import HostConfig
 
 SCHEME = "https://"
@@ -35,15 +35,13 @@ class Address:
         """Parse an address; raises UsageError."""
         from isolator.policy.names import format_egress, parse_egress
 
-        try:
+        with translated(ValueError, UsageError, ascii(text)[1:-1][:200], "", "name the package's own address"):
             parts = urlsplit(text)
             if not text.isascii() or not text.isprintable() or " " in text:
                 raise ValueError("has characters that an address cannot have")
             if not parts.hostname or "*" in parts.hostname or parts.username is not None or parts.fragment:
                 raise ValueError("is not https://HOST/PATH")
             return cls(text, format_egress(parse_egress(f"{parts.hostname}:{parts.port or 443}")))
-        except ValueError as error:
-            raise UsageError(ascii(text)[1:-1][:200], str(error), "name the package's own address") from None
 
 
 @contextlib.contextmanager
@@ -71,12 +69,10 @@ def _fetch(root: str | None, address: Address, config: HostConfig, file: IO[byte
     """Fetch into a file; returns the SHA-256. Raises IsolatorError."""
     digest, egress = hashlib.sha256(), (address.destination,)
     with fetching(root, address.url, ("inside_download.py", address.url), egress, config, MOST_BYTES) as running:
-        try:
+        with translated(OSError, IsolatorError, address.url, "", "is the disk full?"):
             while chunk := running.stdout.read(1 << 16):
                 digest.update(chunk)
                 file.write(chunk)
-        except OSError as error:
-            raise IsolatorError(address.url, error.strerror or "cannot be kept", "is the disk full?") from None
         code, lines = running.end(GRACE)
     if code != 0:
         raise IsolatorError(address.url, reason(code, lines), "check the address")

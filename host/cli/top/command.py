@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -47,16 +48,13 @@ def top(root: str | None, once: bool, sort: str, interval: float, as_json: bool)
     """
     from host.cli.top.figures import Figures
 
-    figures = Figures(root)
-    try:
+    with contextlib.closing(Figures(root)) as figures:
         if as_json and not once:
             _stream(figures, sort, interval)
         elif as_json:
             print_json(_document(_look(figures, interval), sort))
         else:
             _show(figures, sort, interval, once=once)
-    finally:
-        figures.close()
 
 
 def _look(figures: Figures, interval: float) -> Moment:

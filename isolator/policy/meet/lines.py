@@ -77,35 +77,16 @@ class _Explainer:
             yield self._line("env", None, setting, setting, "granted", key=f"env.{name}")
 
     def _line(
-        self,
-        field: str,
-        requested: str | None,
-        granted: str | None,
-        effective: str,
-        verdict: Verdict,
-        *,
-        key: str,
-        source: str | None = None,
-        add: str = "",
-        reason: str = "",
-    ) -> Line:
+        self, field: str, requested: str | None, granted: str | None, effective: str, verdict: Verdict, *, key: str,
+        source: str | None = None, add: str = "", reason: str = "",
+    ) -> Line:  # fmt: skip
         """A line; ``key`` is the dotted key of the policy file that decides about it."""
         if source is None:
             source = self.grant.where.get(key) or (DEFAULT_GRANT if self.grant.source == DEFAULT_GRANT else DEFAULT)
-        if verdict != "pending":
-            add = ""
-        return Line(
-            field=field,
-            requested=requested,
-            granted=granted,
-            effective=effective,
-            verdict=verdict,
-            source=source,
-            add=add,
-            section=key.partition(".")[0] if add else "",
-            at=self.grant.where.get(key.partition("[")[0], self._file) if add else "",
-            reason=reason,
-        )
+        section = at = ""
+        if add:
+            section, at = key.partition(".")[0], self.grant.where.get(key.partition("[")[0], self._file)
+        return Line(field, requested, granted, effective, verdict, source, add, section, at, reason)
 
     def _ceiling_source(self, key: str) -> str:
         return self.host.where.get(f"ceiling.{key}") or "ceiling"

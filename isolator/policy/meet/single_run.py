@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from isolator.base.structs import replace
-from isolator.errors import UsageError
+from isolator.errors import UsageError, translated
 from isolator.policy import names
 from isolator.policy.grant import PluginPolicy
 from isolator.policy.host import HostConfig
@@ -57,14 +57,10 @@ def policy_for_run(
     flags: dict[str, float] = {}
     for name, value in (("memory", memory), ("cpu", cpu), ("tasks", tasks), ("nofile", nofile), ("tmp", tmp)):
         if value is not None:
-            try:
+            with translated(ValueError, UsageError, f"--{name}"):
                 flags[name] = BY_NAME[name].check(value)
-            except ValueError as error:
-                raise UsageError(f"--{name}", str(error)) from None
-    try:
+    with translated(ValueError, UsageError, "--egress"):
         rules = tuple(names.parse_egress(text) for text in egress)
-    except ValueError as error:
-        raise UsageError("--egress", str(error)) from None
     paths, changed = _paths("--read", read), _paths("--write", write)
     # What the flags alone grant is checked first, so that the error names them and not the file.
     flagged = PluginPolicy(
@@ -96,10 +92,8 @@ def policy_for_run(
 
 
 def _paths(option: str, texts: Iterable[str]) -> tuple[str, ...]:
-    try:
+    with translated(ValueError, UsageError, option):
         return tuple(names.parse_read_path(text) for text in texts)
-    except ValueError as error:
-        raise UsageError(option, str(error)) from None
 
 
 def _without_effect(grant: PluginPolicy) -> Iterator[str]:

@@ -118,8 +118,7 @@ def host_config_of(top: Table) -> HostConfig:
         where=where_of(top),
     )
     config = config.model_copy(update={"runner": _runners(runner, config)})
-    for table in (ceiling, defaults, network, inbound, events, roles, audit, metrics, restart, runner, top):
-        table.finish()
+    top.finish()
     return config
 
 
@@ -205,18 +204,13 @@ def _trust(table: Table) -> Trust:
         if not key or not covered:
             publishers.fail(name, f"has no {'names' if key else 'key'}", 'key = "HEX", names = ["acme-*"]')
         found[name] = Publisher(key=key, names=covered)
-        one.finish()
     certifiers = table.table("certifiers")
-    keys = {name: certifiers.parsed(name, _key, "") for name in _shown(certifiers)}
-    certifiers.finish()
-    made = Trust(
+    return Trust(
         require=table.boolean("require", False),
         withdrawn=table.strings("withdrawn", trust.parse_withdrawn, limit=1000) or (),
         publishers=found,
-        certifiers=keys,
+        certifiers={name: certifiers.parsed(name, _key, "") for name in _shown(certifiers)},
     )
-    table.finish()
-    return made
 
 
 def _key(value: Any) -> str:
@@ -248,12 +242,9 @@ def _console(top: Table) -> Console | None:
             missing = "secret_file" if not file else "events"
             ingress.fail(name, f"has no {missing}", f'secret_file = "/etc/isolator/ingress/{name}", events = ["NAME"]')
         found[name] = Ingress(secret_file=file, events=events)
-        table.finish()
-    made = Console(
+    return Console(
         port=console.parsed("port", names.parse_port, None), emit=console.boolean("emit", False), ingress=found
     )
-    console.finish()
-    return made
 
 
 def _cluster(top: Table) -> Cluster | None:
@@ -276,20 +267,17 @@ def _cluster(top: Table) -> Cluster | None:
     )
     if made.ca and not made.tls:
         table.fail("ca", "certificates are not looked at without tls", "remove one of both")
-    table.finish()
     return made
 
 
 def _packages(table: Table) -> Packages:
     base = Packages()
-    made = Packages(
+    return Packages(
         npm=table.strings("npm", _registry, limit=8) or base.npm,
         pypi=table.strings("pypi", _registry, limit=8) or base.pypi,
         ca=table.parsed("ca", lambda value: _absolute(printable(value, 4096)), base.ca),
         timeout=table.parsed("timeout", duration_between(1, 3600), base.timeout),
     )
-    table.finish()
-    return made
 
 
 def _registry(text: str) -> str:

@@ -74,8 +74,7 @@ def policy_of(top: Table) -> PluginPolicy:
         env=_variables(env),
         where=where_of(top),
     )
-    for table in tables:
-        table.finish()
+    top.finish()
     return policy
 
 

@@ -78,6 +78,7 @@ class Table:
     def __init__(self, data: Mapping[str, Any], *, name: str, lines: Lines, path: Path = ()) -> None:
         self.data, self.name, self.lines, self.path = data, name, lines, path
         self._taken: set[str] = set()
+        self._inner: list[Table] = []
 
     def __contains__(self, key: str) -> bool:
         """Whether the key is there; it counts as known from now on."""
@@ -194,22 +195,29 @@ class Table:
             value = {}
         elif not isinstance(value, dict):
             self.fail(key, "must be a table" if self.name.endswith(".toml") else "must be an object")
-        return Table(value, name=self.name, lines=self.lines, path=(*self.path, key))
+        return self._nested(value, key)
 
-    def tables(self, key: str, *, limit: int = 64) -> tuple[Table | Any, ...] | None:
-        """A list whose objects come back as tables and whose other elements as they are; None when absent."""
+    def _nested(self, value: Mapping[str, Any], *key: str | int) -> Table:
+        inner = Table(value, name=self.name, lines=self.lines, path=(*self.path, *key))
+        self._inner.append(inner)
+        return inner
+
+    def tables(
+        self, key: str, plain: Callable[[Any], T], of_table: Callable[[Table], T], *, limit: int = 64
+    ) -> tuple[T, ...] | None:
+        """A list, its objects read by ``of_table`` and its other elements parsed by ``plain``; None when absent."""
         items: tuple[Any, ...] | None = self.items(key, lambda item: item, limit=limit)
         if items is None:
             return None
         return tuple(
-            Table(item, name=self.name, lines=self.lines, path=(*self.path, key, index))
-            if isinstance(item, dict)
-            else item
+            of_table(self._nested(item, key, index)) if isinstance(item, dict) else self._parse(plain, item, key, index)
             for index, item in enumerate(items)
         )
 
     def finish(self) -> None:
-        """Refuse every key that nobody took: a typo in a security setting must not pass in silence."""
+        """Refuse every key that nobody took, of inner tables too: no typo in a security setting passes in silence."""
+        for inner in self._inner:
+            inner.finish()
         for key in self.data:
             if key not in self._taken:
                 self.fail(key, "unknown key", did_you_mean(key, self._taken))

@@ -137,8 +137,7 @@ class _Scanner:
         start = self.at
         keys = self._key()
         end, self.at = self.at, start
-        for length in range(1, len(keys) + 1):
-            self._note(table + keys[:length])
+        self._note_all(table + keys)
         self.at = end + 1  # the equals sign
         self._value(table + keys)
 
