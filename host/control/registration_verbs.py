@@ -174,7 +174,8 @@ class RegistrationVerbs(Verbs):
                     if is_new:
                         await self._config.forget(name, beside=change.drop)
                     raise
-            return await self._registered(request, staged.manifest, answer)
+            plugin = await self._adopted(request.token, answer)
+            return await self._registered(staged.manifest, plugin, new=True)
 
     @serves(plugin_types.PluginUpdate)
     async def update(self, request: plugin_types.PluginUpdate, caller: Caller) -> plugin_types.UpdatedPlugin:
@@ -194,24 +195,24 @@ class RegistrationVerbs(Verbs):
                     if now is None or staged.digest not in now.versions:
                         self._config.drop_next(name, staged.digest, beside=change.drop)
                     raise
+                plugin = await self._adopted(request.token, answer)
                 if request.config:
                     await change.restate(waits=answer.pending)
-            updated = answer.to_json() | await self._registered(request, manifest, answer)
+            updated = answer.to_json() | await self._registered(manifest, plugin)
             if request.config and updated.get("unchanged"):
                 await self._lifecycle.restart_for_config(self._registry.need(name), sorted(request.config))
             return cast(plugin_types.UpdatedPlugin, updated)
 
+    async def _adopted(self, token: str, answer: messages.OnePlugin) -> Plugin:
+        """The plugin as an answer has it; to be called before anything is waited for, as newer news may come then."""
+        self._take(token)
+        return await self._lifecycle.adopt(answer.plugin)
+
     async def _registered(
-        self,
-        request: plugin_types.PluginCommit | plugin_types.PluginUpdate,
-        manifest: Manifest,
-        answer: messages.OnePlugin,
+        self, manifest: Manifest, plugin: Plugin, *, new: bool = False
     ) -> plugin_types.RegisteredPlugin:
-        name = manifest.core.name
-        self._take(request.token)
-        plugin = await self._lifecycle.adopt(answer.plugin)
-        await self._lifecycle.registered(plugin, new=isinstance(request, plugin_types.PluginCommit))
-        missing = self._config.missing(name, plugin.manifest or manifest)
+        await self._lifecycle.registered(plugin, new=new)
+        missing = self._config.missing(plugin.name, plugin.manifest or manifest)
         self._lifecycle.start_if_eager(plugin)
         return {"plugin": _shown(plugin), "missing": missing}
 

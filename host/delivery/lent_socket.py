@@ -41,7 +41,10 @@ class LentSocketFile:
         """Connect to the run without waiting, on a non-blocking socket; None if the supervisor has to be asked."""
         if not self.leads_to(run):
             return None
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        except OSError:
+            return None  # no descriptor is free; nor is one for the supervisor's answer, which tells that
         try:
             if os.fstat(self._fd).st_ctime_ns == self._changed_ns:
                 connection.connect(f"/proc/self/fd/{self._fd}")

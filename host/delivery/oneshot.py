@@ -98,7 +98,7 @@ class OneshotDelivery:
         if made is not None and self._sidecar.is_over(made[1]):
             made[0].close()
             made = None
-        made = made or self._connect_now()
+        made = made or self._sidecar.connect_at_once()
         if made is not None:
             self._begin(plugin, delivery, request, *made)
         return made is not None
@@ -231,16 +231,9 @@ class OneshotDelivery:
     def _connect_ahead(self) -> None:
         """Connect for an event that is being synced, if that takes no wait; if it fails, it is tried again later."""
         if self._prepared is None and not self.busy and self._sidecar.accepts:
-            made = self._connect_now()
+            made = self._sidecar.connect_at_once()
             if made is not None:
                 self._keep(*made)
-
-    def _connect_now(self) -> tuple[socket.socket, str] | None:
-        """A new connection and its run, if that takes no wait and there is a descriptor for it."""
-        try:
-            return self._sidecar.connect_at_once()
-        except OSError:
-            return None
 
     def run_ended(self, run: str) -> None:
         """Close the prepared connection if it is one to this run."""

@@ -57,8 +57,8 @@ AT_REST = 2.0
 """Seconds between two looks while no plugin is granted an operational event; one that is hears of all since then."""
 HIGH, LOW = 0.8, 0.5
 """Parts of a queue's limit: from the one on it is high, and below the other it is so no longer."""
-MOST_BACK = 1024
-"""Records that are read backwards for the begin of what a first receiver is granted."""
+MOST_BACK = 4096
+"""Records that are read backwards for the begin of what a first receiver is granted: 2000 a second of ``AT_REST``."""
 MOST_CONDITIONS = 16_384
 """Conditions that are remembered; beyond that all are forgotten and begin anew."""
 
@@ -176,7 +176,7 @@ class OperationalEvents:
     async def _run(self) -> None:
         try:
             while True:
-                await asyncio.sleep(BEAT if self._begun else AT_REST)
+                await asyncio.sleep(AT_REST if self._registry.hears_since is None else BEAT)
                 try:
                     await self._look()
                 except (OSError, IsolatorError) as error:

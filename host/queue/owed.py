@@ -9,7 +9,6 @@ owed only where it may be missing at a start (``host.intake.unrecorded``).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import sqlite3
@@ -95,6 +94,7 @@ class Change:
         self._debts, self._make = debts, make
         self._records: list[Owed] = []
         self._noted: list[Owed] = []
+        """All that was noted so far, also by a transaction that has failed: the database tells which are owed."""
 
     def note(self, db: sqlite3.Connection, *found: Any, **more: Any) -> None:
         """Owe them, in the transaction of the change, which may run again; in place of what was noted before."""
@@ -111,17 +111,19 @@ class Change:
         if error is None:
             self._debts.pay(self._records)
         elif isinstance(error, Exception):
-            self._debts.pay_once_kept(lambda: self._records)
+            self._debts.pay_once_kept(self._noted)
 
     async def restate(self, *found: Any, **more: Any) -> None:
         """Note them anew, as more is known by now; where that cannot be written, what was noted stays."""
-        with contextlib.suppress(UnavailableError):
+        before = self._records
+        try:
             await self._debts.write(lambda db: self.note(db, *found, **more))
+        except UnavailableError:
+            self._records = before
 
     def drop(self, db: sqlite3.Connection) -> None:
-        """Owe nothing any more, in the transaction that undoes the change."""
+        """Owe nothing any more, in the transaction that undoes the change, and is followed by the error."""
         self._debts.forget(db, self._noted)
-        self._records = []
 
 
 class Debts:
@@ -163,14 +165,17 @@ class Debts:
             self._settling = True
             self._tasks.run("records that are owed", self._settle())
 
-    def pay_once_kept(self, noted: Callable[[], Iterable[Owed]]) -> None:
-        """Record what was noted of a change that has failed behind its transaction, or waits for a disk with room."""
+    def pay_once_kept(self, noted: Iterable[Owed]) -> None:
+        """Record what was noted of a change that has failed behind its transaction, or waits for a disk with room.
+
+        What it notes until then is among it.
+        """
 
         async def kept() -> None:
             await self._store.committed()
             await self._store.durable()
             ids = {name for (name,) in self._store.rows("SELECT id FROM owed")}
-            self.pay([one for one in noted() if one.id in ids])
+            self.pay([one for one in noted if one.id in ids])
 
         self._tasks.run("records of a change that has failed", kept())
 

@@ -95,8 +95,8 @@ class Channel:
         """The peer's buffer was full, and the loop calls when it has room."""
         self._tasks: dict[asyncio.Task[None], Message] = {}
         """The requests that are being served."""
-        self._to_begin: set[asyncio.Task[None]] = set()
-        """Those among their tasks whose first step is to come."""
+        self._to_begin: set[asyncio.Future[Any]] = set()
+        """What comes before all that is read now: tasks whose first step is to come, answers not yet heard of."""
         self._held: list[Json] = []
         self._holding = False
         """Requests are kept in ``_held`` instead of being served."""
@@ -427,11 +427,14 @@ class Channel:
             raise TypeError("neither a result nor an error")
         if future is None or future.done():
             message.close()
-        elif error is not None:
+            return
+        if error is not None:
             message.close()
             future.set_exception(IsolatorError.from_json(error))
         else:
             future.set_result(Message(result, message.fds))
+        self._to_begin.add(future)
+        future.add_done_callback(self._to_begin.discard)  # the last of them: who waited has been woken by then
 
     async def _serve(self, message: Message) -> None:
         if self._to_begin:

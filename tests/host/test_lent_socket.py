@@ -269,8 +269,8 @@ async def test_connection_for_the_only_delivery_of_an_event_is_not_made_while_th
     with pytest.raises(BlockingIOError):
         plugin.server.accept()
     with no_descriptor_left():
-        assert oneshot._connect_now() is None
-    made = oneshot._connect_now()
+        assert link.connect_at_once() is None, "the supervisor is asked, and the delivery waits: it is no attempt"
+    made = link.connect_at_once()
     assert made is not None
     sock, _ = made
     end, _ = plugin.server.accept()

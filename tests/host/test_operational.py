@@ -184,6 +184,8 @@ async def test_receiver_hears_of_all_from_its_grant_on_however_late_the_first_lo
     watched.time = "2100-01-31T12:00:00.000000Z"
     watched.audit.blocked = blocked
     watched.write("plugin.failed", "plain", reason="")
+    for _ in range(4000):  # a busy host, between two looks
+        watched.write("event.accepted")
     watched.time = "2000-01-31T12:00:00.000000Z"
     watched.write("host.started")  # of another process, and late
     if blocked is not None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import sqlite3
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from isolator.audit.client import AuditClient
 from isolator.audit.schema import PluginPaused, PluginResumed
 from isolator.errors import IsolatorError, UnavailableError
 from isolator.ipc import messages
+from isolator.ipc.messages import PluginState
 from isolator.ipc.packet import pair
 from tests.host.fake_supervisor import Daemon
 from tests.support import sidecars
@@ -238,6 +240,48 @@ async def test_config_of_a_version_that_was_not_taken_over_is_not_on_record(
     assert not daemon.of_type("config.changed")
 
 
+TURNS_MEANWHILE = """
+import asyncio
+from host.lifecycle.lifecycle import PluginLifecycle
+from host.queue.owed import Change
+turned, turn, restate = asyncio.Event(), PluginLifecycle.turn, Change.restate
+def turns(self, told):
+    turn(self, told)
+    turned.set()
+async def restates(self, **more):
+    await turned.wait()
+    await restate(self, **more)
+PluginLifecycle.turn, Change.restate = turns, restates
+"""
+"""The news behind the answer to an update come while the record of its config is written."""
+
+
+async def test_news_of_a_plugin_that_come_while_its_config_is_noted_are_not_undone(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    await daemon.kill_host()
+    daemon.first = TURNS_MEANWHILE
+    await daemon.start_host()
+    channel, folder = daemon.channel, write_package(tmp_path / "one")
+    assert channel is not None
+    turned = messages.PluginTurned(
+        name="one", state=PluginState.DISABLED, error="it ended", run=None, pid=None, started_at=None, ready=False,
+        restarts=5, on_trial=False,
+    )  # fmt: skip
+
+    async def update(request: messages.UpdatePlugin) -> messages.UpdatedPlugin:
+        asyncio.get_running_loop().call_soon(channel.tell, turned)
+        return await daemon.registrar._update(request)
+
+    channel.handle(*messages.UpdatePlugin.on(update))
+    async with Session(daemon) as session:
+        await register(session, folder, "plugin.commit")
+        write_package(folder, "2.0.0")
+        assert "plugin" in await register(session, folder, "plugin.update")
+    (shown,) = [one for one in (await daemon.ask("plugin.list"))["plugins"] if one["name"] == "one"]
+    assert (shown["version"], shown["error"]) == ("2.0.0", "it ended")
+
+
 async def test_events_that_a_removed_plugin_never_had_are_on_record_as_dead(daemon: Daemon) -> None:
     await daemon.kill_host()
     daemon.first = KILLED.format(behind=False, change=1)
@@ -335,6 +379,46 @@ async def test_record_for_which_there_is_no_room_is_owed_until_there_is(
         while store.rows("SELECT id FROM owed"):  # noqa: ASYNC110 # no event tells
             await asyncio.sleep(0.01)
     assert got == ["plugin.paused"] * 3 + ["plugin.resumed"] and not audit.lost
+    theirs.close()
+    audit.close()
+    await store.close()
+
+
+@pytest.mark.parametrize("undone", [False, True], ids=["restated", "undone"])
+async def test_what_could_not_be_restated_or_undone_is_on_record_as_it_was_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undone: bool
+) -> None:
+    monkeypatch.setattr("host.database.store.GIVE_UP", 0.0)
+    store, audit = Store(tmp_path / "host.db"), AuditClient(None)
+    debts = Debts(store, audit, tmp_path)
+    ours, theirs = pair()
+    theirs.setblocking(False)
+    audit.reconnect(ours)
+
+    async def fail(work: Awaitable[None]) -> None:
+        """Have work's transaction find the database full behind it."""
+        task = asyncio.ensure_future(work)
+        await asyncio.sleep(0)
+        store.submit(fill, lambda _, error: None)
+        await task
+
+    def fill(db: sqlite3.Connection) -> None:
+        db.execute(f"PRAGMA max_page_count={db.execute('PRAGMA page_count').fetchone()[0]}")
+        db.execute("CREATE TABLE full AS SELECT randomblob(1000000)")
+
+    with contextlib.ExitStack() as stack:
+        if undone:
+            stack.enter_context(pytest.raises(UnavailableError, match="full"))
+        with debts.of_config("one", ["colour"], "uid:0") as change:
+            await store.run(change.note)
+            await fail(store.run(change.drop) if undone else change.restate(waits=True))
+    store.read(lambda db: db.execute("PRAGMA max_page_count=1000000"))
+    async with asyncio.timeout(seconds(20)):
+        (line,) = (await asyncio.get_running_loop().sock_recv(theirs, 65536)).split(b"\n")
+        assert json.loads(line)["data"] == {"names": ["colour"], "by": "uid:0"}
+        theirs.send(json.dumps({"acked": 1}).encode())
+        while store.rows("SELECT id FROM owed"):  # noqa: ASYNC110 # no event tells
+            await asyncio.sleep(0.01)
     theirs.close()
     audit.close()
     await store.close()

@@ -56,3 +56,28 @@ async def test_fault_of_a_handler_that_waits_for_nothing_is_told_and_the_channel
         assert "ValueError" in json.dumps(answer["error"]) and len(faults) == 1
         assert not channel.closed.is_set()
         channel.close()
+
+
+async def test_who_waits_for_an_answer_has_it_before_what_came_behind_it_is_served() -> None:
+    served: list[str] = []
+    mine, theirs = pair()
+    with theirs:
+
+        def environment(request: GetEnvironment) -> Environment:
+            served.append(request.name)
+            return Environment(env={})
+
+        async def ensure() -> None:
+            served.append((await channel.ask(EnsureRun(name="one"))).run)
+
+        channel = Channel(mine, by_op(GetEnvironment.on_now(environment)))
+        async with asyncio.TaskGroup() as group:
+            group.create_task(ensure())
+            await asyncio.sleep(0)
+            number = json.loads(theirs.recv(MAX_PACKET))["id"]
+            send_packet(theirs, json.dumps({"re": number, "ok": Running(run="r", pid=7).to_json()}).encode())
+            send_packet(theirs, json.dumps({"op": GetEnvironment.op, "id": 1, "name": "behind"}).encode())
+            channel._readable()
+        await asyncio.sleep(0)
+        assert served == ["r", "behind"]
+        channel.close()
