@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from host.cli.output import show_alarms
 from host.cli.root import cli
 from isolator.cli.audit import print_lines
 from isolator.errors import UsageError
+from isolator.linux.descriptors import owning
 
 REPO = Path(__file__).parents[2]
 WIDTH = 80
@@ -102,10 +104,11 @@ def test_colours_are_on_a_terminal_and_off_with_no_color(
                 work.join()
             else:
                 COLOURED[name]()
-            terminal.flush()
-            text = os.read(reader, 65536).decode()
-        os.close(reader)
-        return text
+        text = b""
+        with owning(reader), contextlib.suppress(OSError):  # at its end, as nobody else has the terminal
+            while part := os.read(reader, 65536):
+                text += part
+        return text.decode()
 
     monkeypatch.delenv("NO_COLOR", raising=False)
     coloured = shown()
