@@ -126,7 +126,7 @@ class Replay:
 
 @dataclass(frozen=True, slots=True, config=_CHECKED)
 class OfHolder:
-    """What the holder of a shard writes, in the epoch in which it holds that."""
+    """An entry that the holder of a shard writes, in the epoch in which it holds that."""
 
     plugin: Name
     shard: Whole

@@ -41,8 +41,8 @@ class _Open:
     line: bytes | None
     """Its line as long as it may be made again."""
     changes: bool
-    """It goes on although its caller has gone: a change that ended in between would be on disk, and neither in this
-    process nor on record."""
+    """Whether it goes on although its caller has gone: a change that ended in between would be on disk, and neither in
+    this process nor on record."""
 
 
 _NO_METHOD, _FAILED = -32601, -32000

@@ -89,7 +89,7 @@ class Store:
         self._scheduled: asyncio.Handle | None = None
         """The next commit, but for that of the lazy operations."""
         self._alone = False
-        """It is for the next turn, and nothing else of this turn can share its transaction."""
+        """Whether that commit is for the next turn, and nothing else of this turn can share its transaction."""
         self._lazy: asyncio.TimerHandle | None = None
         self._gathering: list[_Op] = []
         self._in_sync: list[_Op] = []

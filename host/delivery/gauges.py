@@ -24,7 +24,7 @@ class Gauges:
         self._queue, self._registry, self._dispatcher, self._audit = queue, registry, dispatcher, audit
         self._sent: dict[str, int] | None = None
         self._plugins: dict[str, tuple[Plugin, bool, float | None]] = {}
-        """What was sent is of: each entry, whether it is paused, when its oldest event was accepted."""
+        """The sources of what was sent: each entry, whether it is paused, when its oldest event was accepted."""
         self._task = essential(self._run(), "gauges")
 
     def repeat(self) -> None:

@@ -100,7 +100,7 @@ class PluginLifecycle:
     _removals: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
     """Removals under way, by name."""
     _late: Counter[str] = field(default_factory=Counter, init=False)
-    """By plugin, how many of its changes wait for the end of a removal, or are made."""
+    """Numbers of a plugin's changes that wait for the end of a removal, or are made, by plugin."""
     _queues: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock), init=False)
     """Locks by plugin, for these to be made in the order in which they came."""
     _tasks: Tasks = field(default_factory=Tasks, init=False)

@@ -105,7 +105,7 @@ class Registry:
         self._plugins: dict[str, Plugin] = {}
         rows = store.rows("SELECT name, digest, version FROM plugins")
         self._rows = {name: (digest, version) for name, digest, version in rows if isinstance(name, str)}
-        """By name, digest and version in its row."""
+        """Digest and version in each plugin's row, by name."""
         self._subscribers: dict[str, list[str]] = {}
         """Names of the plugins by event."""
         self.hears_since: str | None = None

@@ -207,7 +207,7 @@ _OF_THE_KERNEL = frozenset((
     "memory.swap.current", "io.stat", "blkio.throttle.io_service_bytes", "cpu.pressure", "memory.pressure",
     "io.pressure",
 ))  # fmt: skip
-"""Those that change while no process runs (memory is taken back, pages are written later), and those that tell it."""
+"""Files that change while no process runs (memory is taken back, pages are written later), or tell whether one has."""
 
 
 def _count(pid: int, what: str) -> int:

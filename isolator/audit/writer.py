@@ -96,7 +96,7 @@ class Writer:
         self._work: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._gathered = asyncio.Event()
-        """It is time for the next commit."""
+        """Set when it is time for the next commit."""
         self._progress = asyncio.Condition()
         self._seal_timer: asyncio.TimerHandle | None = None
         self._summary_timer: asyncio.TimerHandle | None = None

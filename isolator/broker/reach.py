@@ -1,4 +1,4 @@
-"""Where the connections of one cage may lead: names and addresses against its policy, the lists and the host's own."""
+"""Reach of one cage's connections: names and addresses against its policy, the lists and the host's own."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ class Channel:
         self._tasks: dict[asyncio.Task[None], Message] = {}
         """The requests that are being served."""
         self._to_begin: set[asyncio.Future[Any]] = set()
-        """What comes before all that is read now: tasks whose first step is to come, answers not yet heard of."""
+        """Futures that come before all that is read: tasks whose first step is to come, answers not yet heard of."""
         self._held: list[Json] = []
         self._holding = False
         """Requests are kept in ``_held`` instead of being served."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,27 @@ def leaf() -> Iterator[Leaf]:
         subtree.remove()
 
 
+@contextlib.contextmanager
+def running(leaf: Leaf, work: str) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], bytes]]]:
+    """A Python process in the groups, and what gives it a line and returns its next one; it is killed at the end."""
+    with subprocess.Popen([sys.executable, "-c", work], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        given, told = process.stdin, process.stdout
+
+        def go_on() -> bytes:
+            given.write(b"\n")
+            given.flush()
+            return told.readline()
+
+        try:
+            for folder in leaf.folders():
+                (folder / "cgroup.procs").write_text(str(process.pid))
+            yield process, go_on
+        finally:
+            process.kill()
+            process.wait()
+
+
 def test_use_of_a_process_in_a_control_group(leaf: Leaf) -> None:
     """A process that fills memory, burns processor time and opens files has all of it in its snapshot, and no more."""
     work = (
@@ -191,18 +213,9 @@ def test_use_of_a_process_in_a_control_group(leaf: Leaf) -> None:
         "print('ready', flush=True)\n"
         "sys.stdin.readline()\n"
     )
-    with subprocess.Popen([sys.executable, "-c", work], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        try:
-            for folder in leaf.folders():
-                (folder / "cgroup.procs").write_text(str(process.pid))
-            assert process.stdin is not None and process.stdout is not None
-            process.stdin.write(b"\n")
-            process.stdin.flush()
-            assert process.stdout.readline() == b"ready\n"
-            figures = snapshot(leaf.folders(), [process.pid])
-        finally:
-            process.kill()
-            process.wait()
+    with running(leaf, work) as (process, go_on):
+        assert go_on() == b"ready\n"
+        figures = snapshot(leaf.folders(), [process.pid])
     assert 20 << 20 <= figures["memory"] <= 64 << 20
     assert figures["memory_peak"] >= figures["memory"] * 0.9
     assert 100_000 <= figures["cpu_us"] <= 5_000_000
@@ -217,32 +230,23 @@ def test_use_of_a_process_in_a_control_group(leaf: Leaf) -> None:
 def test_what_a_process_can_change_is_read_again_once_it_has_run(leaf: Leaf) -> None:
     """A snapshot of one that sleeps repeats the one before, and tells of it whatever it does next."""
     work = (
-        "import sys, threading\nprint(flush=True)\nsys.stdin.readline()\n"
+        "import sys, threading\nsys.stdin.readline()\nprint(flush=True)\nsys.stdin.readline()\n"
         "files = [open('/dev/null') for _ in range(10)]\n"
         "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
         "print(flush=True)\nsys.stdin.readline()\n"
     )
-    with subprocess.Popen([sys.executable, "-c", work], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        try:
-            for folder in leaf.folders():
-                (folder / "cgroup.procs").write_text(str(process.pid))
-            assert process.stdin is not None and process.stdout is not None
-            process.stdout.readline()
-            before = asleep(leaf, process.pid)
-            assert (again := refreshed(before, leaf.folders(), process.pid)) is not None
-            read = snapshot(leaf.folders(), [process.pid])
-            assert {**again, "memory": 0} == {**read, "memory": 0}
-            process.stdin.write(b"\n")
-            process.stdin.flush()
-            process.stdout.readline()
-            assert refreshed(before, leaf.folders(), process.pid) is None
-            after = asleep(leaf, process.pid)
-            assert (after["threads"], after["open_files"]) == (before["threads"] + 1, before["open_files"] + 10)
-            assert refreshed({}, leaf.folders(), process.pid) is None
-            assert refreshed({"memory": 1}, [], process.pid) is None, "nobody knows whether it has run"
-        finally:
-            process.kill()
-            process.wait()
+    with running(leaf, work) as (process, go_on):
+        go_on()
+        before = asleep(leaf, process.pid)
+        assert (again := refreshed(before, leaf.folders(), process.pid)) is not None
+        read = snapshot(leaf.folders(), [process.pid])
+        assert {**again, "memory": 0} == {**read, "memory": 0}
+        go_on()
+        assert refreshed(before, leaf.folders(), process.pid) is None
+        after = asleep(leaf, process.pid)
+        assert (after["threads"], after["open_files"]) == (before["threads"] + 1, before["open_files"] + 10)
+        assert refreshed({}, leaf.folders(), process.pid) is None
+        assert refreshed({"memory": 1}, [], process.pid) is None, "nobody knows whether it has run"
     assert refreshed(after, leaf.folders(), process.pid) is None
 
 

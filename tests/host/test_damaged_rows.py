@@ -7,6 +7,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Mapping
+from operator import methodcaller
 from pathlib import Path
 
 import pytest
@@ -119,8 +120,8 @@ async def test_damaged_debt_keeps_no_other(tmp_path: Path, row: Mapping[str, str
     store = Store(tmp_path / "host.db")
     cells = {"id": "'good'", "since": "'2026-01-02T03:04:05.000006Z'", "record": repr(OWED)}
     for each in (cells, cells | {"id": "'damaged'"} | dict(row)):
-        values = ",".join(each.values())
-        await store.run(lambda db, values=values: db.execute(f"INSERT INTO owed VALUES ({values})"))  # type: ignore[misc]
+        insert = f"INSERT INTO owed VALUES ({','.join(each.values())})"
+        await store.run(methodcaller("execute", insert))
     found = list(Debts(store, AuditClient(None), tmp_path)._left())
     assert "good" in {one.id for one in found}
     assert all(isinstance(one.since, str) for one in found), "they are sought by the first time of all"

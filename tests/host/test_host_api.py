@@ -349,8 +349,7 @@ async def test_call_whose_plugin_does_not_wait_for_the_answer_is_on_record(
     async with PluginHost.connect(daemon.root) as host:
         await host.serve("projects.list", "read:projects", never)
         await daemon.emit()
-        for method in ("kv.set", "projects.list"):
-            await daemon.until(lambda: ("granted", method) in _called(daemon))  # noqa: B023
+        await daemon.until(lambda: {("granted", "kv.set"), ("granted", "projects.list")} <= set(_called(daemon)))
 
 
 def _called(daemon: Daemon) -> list[tuple[str, str]]:

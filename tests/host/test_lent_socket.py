@@ -218,13 +218,18 @@ async def test_file_is_asked_for_where_connections_follow(plugin: SimpleNamespac
         assert not link.connects_at_once and not is_open(fd)
 
 
-async def test_connection_for_an_event_that_is_being_synced_is_made_and_kept(plugin: SimpleNamespace) -> None:
-    link = SidecarLink("x", cast("Any", plugin.supervisor), ABSENT, Fence())
-    oneshot = OneshotDelivery(link, ABSENT, ABSENT)
+async def reach(link: SidecarLink, plugin: SimpleNamespace) -> None:
+    """Connect once, and have the file of the plugin's socket lent with the answer."""
     (await link.connect())[0].close()
     plugin.server.accept()[0].close()
     plugin.supervisor.answer()
     await asyncio.sleep(0)
+
+
+async def test_connection_for_an_event_that_is_being_synced_is_made_and_kept(plugin: SimpleNamespace) -> None:
+    link = SidecarLink("x", cast("Any", plugin.supervisor), ABSENT, Fence())
+    oneshot = OneshotDelivery(link, ABSENT, ABSENT)
+    await reach(link, plugin)
     for _ in range(3):
         assert oneshot.prepare()
         await asyncio.sleep(0)
@@ -259,10 +264,7 @@ async def test_connection_for_the_only_delivery_of_an_event_is_not_made_while_th
 ) -> None:
     link = SidecarLink("x", cast("Any", plugin.supervisor), ABSENT, Fence())
     oneshot = OneshotDelivery(link, ABSENT, ABSENT)
-    (await link.connect())[0].close()
-    plugin.server.accept()[0].close()
-    plugin.supervisor.answer()
-    await asyncio.sleep(0)
+    await reach(link, plugin)
     assert oneshot.prepare(alone=True), "it is sent at once, and so its attempt is counted with the event"
     await asyncio.sleep(0)
     plugin.server.setblocking(False)
@@ -284,10 +286,7 @@ async def test_connection_for_the_only_delivery_of_an_event_is_not_made_while_th
 async def test_no_connection_is_made_for_an_event_that_may_not_be_sent(plugin: SimpleNamespace, why: str) -> None:
     link = SidecarLink("x", cast("Any", plugin.supervisor), ABSENT, Fence(boottime() + 600))
     oneshot = OneshotDelivery(link, ABSENT, ABSENT)
-    (await link.connect())[0].close()
-    plugin.server.accept()[0].close()
-    plugin.supervisor.answer()
-    await asyncio.sleep(0)
+    await reach(link, plugin)
     assert oneshot.prepare()
     if why == "it is paused":
         link.paused = True

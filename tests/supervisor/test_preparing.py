@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from isolator.ipc import messages
 from isolator.layers.network import namespace as network_layer
 from isolator.supervisor import preparing
 from isolator.supervisor.broker_link import BrokerLink
@@ -26,7 +27,8 @@ async def _prepare(monkeypatch: pytest.MonkeyPatch, opened: Callable[[], int]) -
     monkeypatch.setattr(Volume, "__init__", lambda *_: None)
     registration: Any = SimpleNamespace(name="echo", release=SimpleNamespace(kind="folder"))
     effective: Any = SimpleNamespace(filesystem=SimpleNamespace(state=1 << 20))
-    await prepare_run(context, registration, effective, [], "r1", SimpleNamespace())  # type: ignore[arg-type]
+    given: Any = SimpleNamespace()
+    await prepare_run(context, registration, effective, [], "r1", given)
 
 
 async def _connect(monkeypatch: pytest.MonkeyPatch, opened: Callable[[], int]) -> None:
@@ -34,7 +36,7 @@ async def _connect(monkeypatch: pytest.MonkeyPatch, opened: Callable[[], int]) -
     link = BrokerLink.__new__(BrokerLink)
     attached: Any = SimpleNamespace(policy=SimpleNamespace(listen=("one",)), network=None)
     link._attached = {"r1": attached}
-    await link._cage_sockets(SimpleNamespace(run="r1", count=1, version=4, op="cage.sockets"))  # type: ignore[arg-type]
+    await link._cage_sockets(messages.CageSockets(run="r1", count=1, version=4))
 
 
 @pytest.mark.parametrize("work", [_prepare, _connect])
