@@ -163,8 +163,9 @@ class Launcher:
                     self._room = self._loop.create_future()
                     self._loop.add_writer(self._sock, self._has_room)
                 await asyncio.shield(self._room)
-            except OSError:
-                self._lost()
+            except OSError as error:
+                if error.errno not in (errno.EPIPE, errno.ECONNRESET):  # else its end comes behind its last answers
+                    self._lost()
                 raise UnavailableError("launcher", "it has died", "the supervisor starts it again") from None
 
     def _has_room(self) -> None:
