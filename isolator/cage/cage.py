@@ -246,7 +246,7 @@ class Cage:
             raise self._failure(answer)
         spare.link.close()
         mark("exec")
-        self.processes.started = time.monotonic()
+        self.processes.started, self._process = time.monotonic(), Process(self.pid)  # without what was read of it
 
     async def _wait_caged(self, spare: Spare, mark: Stopwatch) -> None:
         """Wait for three messages of the cage's, in this order: its pid, "viewed" and "caged"."""
@@ -443,7 +443,7 @@ class Cage:
             if self._cgroup in self._layers:
                 self._cgroup.confirm_again(self._process)
             if self._proc in self._layers:
-                return self._proc.detect_drift(self._process)
+                return self._proc.detect_drift(self._process, self._runtime.proc_watch)
         except (ConfinementError, OSError) as error:
             return "" if self.processes.ended.is_set() else str(error)
         return ""
@@ -461,6 +461,7 @@ class Cage:
             self._loading = None
         if self._spare is not None and self._processes is None:
             await self._reap_late_clone(self._spare)
+        self._proc.unwatch()
         if self._processes is not None:
             await self._processes.reap()
             self._processes = None
