@@ -73,6 +73,8 @@ class Requests(Generic[A]):
         self._sidecar, self._judge = sidecar, judge
         self._requests: dict[str, PendingRequest[A]] = {}
         """Requests in flight, by number."""
+        self._most = 0
+        """How many may be in flight, as was last asked."""
         self._waiter: asyncio.Future[None] | None = None
         """Future of whoever waits for room."""
 
@@ -84,7 +86,12 @@ class Requests(Generic[A]):
 
     def has_room(self, plugin: Plugin) -> bool:
         """Whether one more may be in flight; during isolated retries, if none is."""
-        return len(self._requests) < (1 if self.outcomes.isolated_retries else plugin.most_in_flight)
+        self._most = 1 if self.outcomes.isolated_retries else plugin.most_in_flight
+        return len(self._requests) < self._most
+
+    def full(self) -> bool:
+        """Whether another has to wait for the end of one that is in flight."""
+        return 0 < self._most <= len(self._requests)
 
     async def slot(self, plugin: Plugin) -> None:
         """Wait until there is room; for one taker."""
