@@ -10,14 +10,14 @@ recorded, and ends the connection. Requests in flight then have an unknown outco
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from host.channel.calls import OpenCalls
 from host.channel.reply import STREAM_MESSAGE, UNSUPPORTED_PROTOCOL, LostError, NotSentError, shown
+from host.events import random_hex
 from host.wire.lines import LineProtocol, LineState
 from host.wire.strict_json import WireError, line, parse_object
 from isolator import __version__
@@ -110,7 +110,7 @@ class StreamConnection(LineProtocol):
 
         Raises NotSentError when the connection has ended before, LostError when it ends later.
         """
-        number = new_number()
+        number = random_hex()
         reply: asyncio.Future[Read] = self._loop.create_future()
         self.write(number, _request(method, params, number), timeout, reply)
         self.flush()
@@ -196,7 +196,7 @@ class StreamConnection(LineProtocol):
             "hooks": list(hooks),
             "limits": dict(limits),
         }
-        number, reply = new_number(), self._loop.create_future()
+        number, reply = random_hex(), self._loop.create_future()
         self.write(number, _request("host.hello", offer, number), HELLO_TIMEOUT, reply)
         self.flush()
         return number, reply
@@ -327,17 +327,6 @@ class StreamConnection(LineProtocol):
             if one is not None and not one.reply.done():
                 one.reply.set_exception(LostError(self.why or "connection lost", crash=True))
         self._calls.cancel()
-
-
-def _numbers() -> Iterator[str]:
-    while True:
-        drawn = os.urandom(512).hex()
-        for start in range(0, len(drawn), 16):
-            yield drawn[start : start + 16]
-
-
-new_number = _numbers().__next__
-"""The number of a request, which nobody can guess: 64 bits of the kernel's, drawn for many at a time."""
 
 
 def _request(method: str, params: Mapping[str, Any], number: str) -> bytes:

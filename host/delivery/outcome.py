@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec
 
 from host.channel.reply import Outcome, shown
 from host.delivery.attempts import Attempt, Attempts
@@ -28,6 +28,7 @@ from isolator.ipc.body import Body
 from isolator.ipc.fence import Fence
 from isolator.linux.boottime import boottime
 
+P = ParamSpec("P")
 _log = logging.getLogger(__name__)
 
 CRASHES_TO_QUARANTINE = 2
@@ -53,13 +54,13 @@ class Attempted(NamedTuple):
     at: float
 
 
-def judged(judge: Callable[[], Outcome]) -> Outcome:
+def judged(judge: Callable[P, Outcome], *answer: P.args, **more: P.kwargs) -> Outcome:
     """Judge an answer; where ``judge`` fails, that is reported, and the attempt has failed.
 
     An attempt without an outcome would be in flight for good, and hold back all that follow in the order of its key.
     """
     try:
-        return judge()
+        return judge(*answer, **more)
     except Exception as error:
         context = {"message": "an answer could not be judged", "exception": error}
         asyncio.get_running_loop().call_exception_handler(context)
