@@ -120,7 +120,7 @@ class Outcomes:
         self.attempts, self._fence = attempts, fence
         self._deferred: list[_Ended] = []
         """Attempts that have ended past the plugin's deadline."""
-        self.last: Attempted | None = None
+        self._last: tuple[str, str, str | None, str | None, float] | None = None
         self.failing_since: float | None = None
         """Unix time of the first failed attempt since the last that succeeded, or since this process started."""
         self.ended = 0
@@ -136,6 +136,11 @@ class Outcomes:
         """The run, the delivery that was alone in flight as its connection broke, and when that was."""
         self._isolated_retries: dict[int, Delivery] = {}
         """Deliveries that were in flight together when the plugin crashed, by event number."""
+
+    @property
+    def last(self) -> Attempted | None:
+        """The newest attempt that has ended."""
+        return Attempted(*self._last) if self._last is not None else None
 
     @property
     def isolated_retries(self) -> bool:
@@ -172,7 +177,7 @@ class Outcomes:
 
         To be called before the first of them can conclude.
         """
-        self.last = Attempted(**state.last.to_json()) if state.last is not None else None
+        self._last = Attempted(**state.last.to_json()) if state.last is not None else None
         self.failing_since = state.failing_since
         self._in_flight = {seq: state.in_flight[str(seq)] for seq in resumed if str(seq) in state.in_flight}
         self._overlapped = {seq for seq in state.overlapped if seq in self._in_flight}
@@ -320,7 +325,7 @@ class Outcomes:
     def _note(self, delivery: Delivery, outcome: str, status: str | None, detail: str | None) -> None:
         assert delivery.event is not None
         now = time.time()
-        self.last = Attempted(delivery.event.id, outcome, status, detail, now)
+        self._last = (delivery.event.id, outcome, status, detail, now)
         if outcome in ("ok", "skipped"):
             self.failing_since = None
         elif outcome != "busy" and self.failing_since is None:
