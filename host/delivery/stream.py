@@ -19,13 +19,12 @@ from host.channel.stream import (
     StreamConnection,
     StreamState,
     event_request,
-    new_number,
     open_stream,
 )
 from host.delivery.outcome import Outcomes
 from host.delivery.requests import Requests, RequestState
 from host.delivery.sidecar import SidecarLink
-from host.events import Catalogue
+from host.events import Catalogue, random_hex
 from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
 from host.wire.lines import CPU_A_SECOND, CPU_AT_ONCE
@@ -98,6 +97,7 @@ class StreamDelivery:
         self._redact = redact
         self._session: _Session | None = None
         self._requests = Requests[Read](sidecar, outcomes, lambda reply: judge_reply(*reply))
+        self.full = self._requests.full
         self.connecting = False
         """A connection is being made, and not greeted yet."""
         self._tasks = Tasks()
@@ -149,7 +149,7 @@ class StreamDelivery:
             return False
         event_type = self._catalogue.get(event.name)
         params = event_params(event, event_type, plugin.major, delivery.attempts + 1, plugin.timeout, delivery.epoch)
-        number = new_number()
+        number = random_hex()
         request = event_request(hook, params, number)
         if len(request) > STREAM_MESSAGE:
             self._outcomes.give_up(delivery, "payload_too_large")

@@ -41,5 +41,5 @@ class Accepting:
         """The answer to the caller, once it is safe."""
         if self.earlier is not None:
             return Accepted(self.earlier, (), duplicate=True)
-        overflowed = tuple(s.plugin for s in self.overflowed)
-        return Accepted(self.event, (*(s.plugin for s, _ in self.admitted), *overflowed, *self.others), overflowed)
+        overflowed = tuple([s.plugin for s in self.overflowed])
+        return Accepted(self.event, (*[s.plugin for s, _ in self.admitted], *overflowed, *self.others), overflowed)

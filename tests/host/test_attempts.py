@@ -17,6 +17,7 @@ from host.delivery.attempts import Attempt, Attempts
 from host.intake.intake import EventRecords
 from host.queue.interface import Delivery, NewEvent, Result, Subscriber
 from host.queue.sqlite import SqliteQueue
+from host.queue.states import States
 from isolator.audit.client import AuditClient
 from isolator.ipc.channel import pair
 from tests.audit.any_record import any_record
@@ -220,6 +221,26 @@ async def test_attempt_of_a_taker_that_waits_is_counted_with_the_event(store: St
     again = await consumers["c"].take()
     await queue.sent([again])
     assert _rows(store)["c"] == ("in_flight", 1)
+
+
+async def test_delivery_has_the_last_of_its_states_in_one_transaction(store: Store) -> None:
+    queue = SqliteQueue(store)
+    first, second, third = await _taken(queue)
+    for delivery in (first, second, third):
+        delivery.attempts = 1
+    states = States()
+    states.begin([first, second])
+    states.end(first, Result("ok", "ok"), 0.0)
+    states.end(third, Result("retry", "busy", "not now"), 7.0)
+    states.begin([third])
+    for _ in range(2):  # a transaction may be tried again
+        await store.run(states.write)
+        found = store.rows("SELECT plugin, state, attempts, due, status, detail FROM deliveries ORDER BY plugin")
+        assert found == [
+            ("a", "ok", 1, 0.0, "ok", None),
+            ("b", "in_flight", 1, 0.0, None, None),
+            ("c", "in_flight", 1, 0.0, None, None),
+        ]
 
 
 async def test_taker_that_prepares_knows_whether_its_delivery_is_the_only_one_of_its_event(store: Store) -> None:
