@@ -71,6 +71,7 @@ class _Op:
     done: Callable[[Any, Exception | None], None] | None
     durable: bool
     deadline: float
+    meanwhile: Callable[[], None] = lambda: None
     result: Any = None
 
 
@@ -107,7 +108,7 @@ class Store:
         self._reserve.release()
         self._connection = self._open()
         self._reserve.hold()
-        self._wal = WriteAheadLog[_Op](path, self._reserve, self._synced, self._release)
+        self._wal = WriteAheadLog[_Op](path, self._reserve, self._synced, self._release, self._writing)
         self._wal_high = self._wal.high()
 
     def _open(self) -> sqlite3.Connection:
@@ -161,13 +162,15 @@ class Store:
         *,
         durable: bool = False,
         lazy: bool = False,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         """Run ``apply`` in the next transaction; ``lazy`` waits a moment (``LAZY``) for others to share it with.
 
-        ``done(result, error)`` is called on the loop: after the commit, or when ``durable``, once it is on disk.
-        An operation without ``done`` never fails: it is retried until the database can be written.
+        ``done(result, error)`` is called on the loop: after the commit, or when ``durable``, once it is on disk, and
+        ``meanwhile`` before that, for ``wal.WRITING`` seconds, where it delays nothing. An operation without ``done``
+        never fails: it is retried until the database can be written.
         """
-        self._ops.append(_Op(apply, done, durable, self._loop.time() + GIVE_UP))
+        self._ops.append(_Op(apply, done, durable, self._loop.time() + GIVE_UP, meanwhile))
         if not lazy:
             self.flush_soon()
         elif self._scheduled is None and self._lazy is None:
@@ -324,8 +327,7 @@ class Store:
         for op in failed:
             if op.done is not None:
                 op.done(None, op.result)
-        if waiting:
-            self._gathering += waiting
+        self._gathering += waiting
         if waiting or self._checkpoint_due:
             self._start_sync()
         return None
@@ -417,6 +419,11 @@ class Store:
             job.hold = self._wal.size > self._wal_high
             self._checkpoint = job
         self._wal.begin(job, alone=not one_has_ended)
+
+    @staticmethod
+    def _writing(ops: list[_Op]) -> None:
+        for op in ops:
+            op.meanwhile()
 
     def _start_checkpoint(self) -> None:
         if not self._closed:

@@ -28,7 +28,7 @@ from typing import Any
 from host.database.store import Store
 from host.events import format_time, new_event_id
 from host.queue import rows
-from host.queue.accepting import Accepting, Answer
+from host.queue.accepting import Accepting, Answer, prepare_requests
 from host.queue.consumer import SqliteConsumer
 from host.queue.interface import (
     FINAL,
@@ -148,12 +148,13 @@ class SqliteQueue(Listing):
             subject=event.subject,
             trace=event.trace,
         )
-        entry = Accepting(event, stored, [], set(), [], done)
+        entry = Accepting(event, stored, [], {}, [], done)
         if self._accepting is None:
             batch = self._accepting = [entry]
             self.store.submit(
-                lambda db: self._insert(db, batch), lambda _, error: self._inserted(batch, error), durable=True
-            )
+                lambda db: self._insert(db, batch), lambda _, error: self._inserted(batch, error), durable=True,
+                meanwhile=lambda: prepare_requests(batch),
+            )  # fmt: skip
         else:
             self._accepting.append(entry)
         # Before the transaction, which is for the loop's next turn; what is prepared here begins behind it.
@@ -164,8 +165,8 @@ class SqliteQueue(Listing):
                 entry.admitted.append((subscriber, consumer))
                 # While the event is being synced the way to an idle plugin can be prepared. Not when it may turn out
                 # to be a duplicate: a connection that is made has to be used.
-                if event.dedupe_key is None and consumer.announce(len(subscribers) == 1):
-                    entry.counted.add(subscriber.plugin)
+                if event.dedupe_key is None and (prepare := consumer.announce(len(subscribers) == 1)) is not None:
+                    entry.counted[subscriber.plugin] = prepare
             else:
                 entry.overflowed.append(subscriber)
 
