@@ -261,8 +261,8 @@ async def _make_spare(launcher: Launcher, parking: Parking, rules: NetworkPolicy
         spare = _spare(launcher, parking, parked)
         if "cgroup" in parking.layers:
             kill_first(spare.pid)
-            if spare.groups is not None and not hurried:
-                await _parked(spare, spare.groups)
+        if not hurried:
+            await _parked(spare)
         if making is not None:
             spare.network = await making
         undo.pop_all()
@@ -278,10 +278,11 @@ async def _ask(launcher: Launcher, parking: Parking, *, hurried: bool) -> Clone:
         parking.its.close()
 
 
-async def _parked(spare: Spare, groups: Leaf) -> None:
-    """Wait until the parked process has put itself into its groups, and confirm it: one that has not is never taken.
+async def _parked(spare: Spare) -> None:
+    """Wait until the parked process has done all that can be done ahead: one that could not is never taken.
 
-    Where its taker waits, that is left to the cage, which is born in the same groups and confirmed to be in its own.
+    That it is in its groups is confirmed. Where its taker waits, all that is left to the cage, which is born in the
+    same groups and confirmed to be in its own.
     """
     while True:
         try:
@@ -292,7 +293,8 @@ async def _parked(spare: Spare, groups: Leaf) -> None:
     answer = json.loads(packet) if packet else {"detail": "it died"}
     if "detail" in answer:
         raise not_parked(answer["detail"])
-    groups.confirm_in(spare.pid)
+    if spare.groups is not None:
+        spare.groups.confirm_in(spare.pid)
 
 
 def _spare(launcher: Launcher, parking: Parking, parked: Clone) -> Spare:

@@ -130,6 +130,23 @@ async def test_network_of_each_of_several_takers_at_once_has_its_own_rules(sessi
             await spare.release()
 
 
+async def test_spare_without_groups_is_ready_too_once_it_waits(session: StandaloneSession) -> None:
+    layers = EVERY_LAYER - {"cgroup", "network"}  # nothing else takes its time meanwhile
+    for _ in range(10):
+        session.runtime.pool.begin(layers)
+        await session.runtime.pool.filled()
+        spare = await session.runtime.pool.take(layers, NetworkPolicy(mode="none"), _no_leaf)
+        try:
+            mounts = Path(f"/proc/{spare.pid}/mountinfo").read_text()
+            assert " /run/isolator " in mounts and " /sys/devices/system/cpu " in mounts, "its own view is made"
+        finally:
+            await spare.release()
+
+
+def _no_leaf() -> Leaf:
+    raise AssertionError("the one that waits fits")
+
+
 async def test_a_parked_process_is_in_the_groups_but_not_in_a_cage(session: StandaloneSession) -> None:
     pid = await _ahead(session.runtime)
     groups = Path(f"/proc/{pid}/cgroup").read_text()
