@@ -90,7 +90,7 @@ class Cgroup(Layer):
     def prepare_birth(self, spec: CageSpec, birth: Birth) -> None:
         self._plugin, self._limits = spec.name, spec.policy.resources
         self.leaf = Leaf.under(self._subtree, spec.leaf, self._limits)
-        self.leaf.create(self._limits)
+        self.leaf.create()
         birth.cgroup = self.leaf.open_folder()
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
@@ -101,8 +101,7 @@ class Cgroup(Layer):
             self._disks = list(dict.fromkeys(disks))
         if self.ahead is not None and self.ahead.unified != self.leaf.unified:
             self.ahead.rename_v1(self.leaf)
-        self.leaf.limit_v1(self._limits)
-        self._caps = self.leaf.values(self._limits)
+        self._caps = self.leaf.limit(self._limits)
 
     def hand_over(self) -> Kept:
         return Kept({"disks": self._disks})
