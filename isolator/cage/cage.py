@@ -218,7 +218,6 @@ class Cage:
 
     async def _build(self, spare: Spare, mark: Stopwatch) -> None:
         await self._wait_caged(spare, mark)
-        await spare.ended()  # it counts as a task of the cage until then
         if self._loading is not None:
             await asyncio.shield(self._loading)  # a cancelled start waits for it in ``release``
         mark("network")
@@ -252,6 +251,7 @@ class Cage:
                 mark("view")
                 self._confirm_early("view", spare)
                 mark("confirm view")
+                await spare.ended()  # it counts as a task of the cage until then
             elif answer.get("step") == "caged":
                 caged = True
                 self.listener = fds[0] if fds else -1
@@ -442,7 +442,11 @@ class Cage:
         self._proc.refresh(usage, self.processes.uptime)
 
     async def release(self) -> None:
-        """Kill what is left and undo every layer, in reverse order; idempotent."""
+        """Kill what is left and undo every layer, in reverse order; idempotent.
+
+        The groups are the last: only they have to be empty. What else there is is let go of while the kernel ends pid 1
+        and takes its memory and namespaces down, which is most of a removal.
+        """
         if self._loading is not None:
             await asyncio.wait([self._loading])
             if not self._loading.cancelled():
@@ -450,22 +454,26 @@ class Cage:
             self._loading = None
         if self._spare is not None and self._processes is None:
             await self._reap_late_clone(self._spare)
-        if self._processes is not None:
-            await self._processes.reap()
-            self._processes = None
+        if self._processes is not None and not self._processes.exited.is_set():
+            self._processes.kill()
         if self._kept_by is not None:
             self._kept_by.forget(self.spec.leaf)
             self._kept_by = None
         if self.listener >= 0:
             os.close(self.listener)
             self.listener = -1
+        for layer in reversed(self._layers):
+            if layer is not self._cgroup:
+                layer.release()
+        if self._processes is not None:
+            await self._processes.reap()
+            self._processes = None
         if self._spare is not None:
             await self._spare.release()
             self._spare = None
-        for layer in reversed(self._layers):
-            if layer is self._cgroup and self._cgroup.leaf is not None:
-                await _empty(self._cgroup.leaf)
-            layer.release()
+        if self._cgroup.leaf is not None:
+            await _empty(self._cgroup.leaf)
+        self._cgroup.release()
         self._runtime.journal.forget(self.spec.leaf)
 
 
@@ -482,8 +490,9 @@ def _reap_group(leader: int) -> None:
 
 
 async def _empty(leaf: Leaf) -> None:
-    """Wait without blocking the loop until a killed leaf has no process, zombie included, left."""
+    """Kill what is left without pid 1, and wait without blocking the loop until no process, zombie included, is."""
     if leaf.populated():
+        leaf.kill()
         await asyncio.to_thread(leaf.wait_empty, 5.0)
 
 

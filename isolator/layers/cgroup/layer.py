@@ -176,9 +176,8 @@ class Cgroup(Layer):
                 raise mismatch(self.name, path, wanted, found)
 
     def release(self) -> None:
+        """Remove the groups, which the cage has emptied."""
         if self.leaf is not None:
-            self.leaf.kill()
-            self.leaf.wait_empty(5.0)
             name = self.leaf.unified.name
             if (used := used_by(self._subtree, name)) is not None:
                 self._subtree.ended.append((name, used))

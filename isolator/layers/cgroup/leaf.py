@@ -180,10 +180,15 @@ class Leaf:
 
     def processes(self) -> list[int]:
         """The pids in the leaf, as seen from our pid namespace."""
-        try:
-            return [int(pid) for pid in (self.unified / "cgroup.procs").read_text().split()]
-        except FileNotFoundError:
-            return []
+        found = b""
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(f"{self.unified}/cgroup.procs", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                while some := os.read(fd, 4096):
+                    found += some
+            finally:
+                os.close(fd)
+        return [*map(int, found.split())]
 
     def kill(self) -> None:
         """Kill every process of the leaf at once; no error when it is empty, removed, or a v1 group."""
