@@ -478,7 +478,7 @@ class Cage:
 
 
 def _send_to(spare: Spare, packet: bytes, fds: list[int]) -> None:
-    with contextlib.suppress(BrokenPipeError):  # it has died, as the end of its link will show
+    with contextlib.suppress(ConnectionError):  # it has died, as the end of its link will show
         send_message(spare.link, packet, fds)
 
 
