@@ -44,6 +44,7 @@ from isolator.errors import IsolatorError, UnavailableError
 from isolator.ipc.formats import TABLES
 
 T = TypeVar("T")
+Apply = Callable[[sqlite3.Connection], Any]
 _log = logging.getLogger(__name__)
 
 CHECKPOINT_COMMITS = 250
@@ -66,7 +67,7 @@ _NOTHING_LOST = "make room on its disk, or mend that, then it starts by itself; 
 class _Op:
     """An operation that waits for a transaction, or for the sync of its own."""
 
-    apply: Callable[[sqlite3.Connection], Any]
+    apply: Apply
     done: Callable[[Any, Exception | None], None] | None
     durable: bool
     deadline: float
@@ -76,8 +77,9 @@ class _Op:
 class Store:
     """Database of one host process; all methods belong to the event loop's thread."""
 
-    def __init__(self, path: Path, *, fatal: Callable[[str], None] | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, fatal: Callable[[str], None] | None = None, made: Apply | None = None) -> None:
+        """Open a database, or make one; ``made`` is called in the transaction that makes its tables."""
+        self.path, self._made = path, made
         self.blocked: str | None = None
         """Why the database cannot be written at the moment, else None."""
         self.unblocked = asyncio.Event()
@@ -128,7 +130,13 @@ class Store:
             if version < TABLES:
                 steps = SCHEMA if version == 0 else "".join(MIGRATIONS[v] for v in range(version, TABLES))
                 # One transaction: interrupted at any instant, it is the old version or the new one.
-                connection.executescript(f"BEGIN IMMEDIATE;{steps}PRAGMA user_version={TABLES};COMMIT;")
+                connection.execute("BEGIN IMMEDIATE")
+                for step in steps.split(";"):
+                    connection.execute(step)
+                if version == 0 and self._made is not None:
+                    self._made(connection)
+                connection.execute(f"PRAGMA user_version={TABLES}")
+                connection.execute("COMMIT")
             found = connection.execute("SELECT sql FROM sqlite_master WHERE name='deliveries_given_up'").fetchone()
             if found != (INDEX,):
                 connection.executescript(f"BEGIN IMMEDIATE;DROP INDEX IF EXISTS deliveries_given_up;{INDEX};COMMIT;")
@@ -148,7 +156,7 @@ class Store:
 
     def submit(
         self,
-        apply: Callable[[sqlite3.Connection], Any],
+        apply: Apply,
         done: Callable[[Any, Exception | None], None] | None = None,
         *,
         durable: bool = False,
@@ -172,6 +180,10 @@ class Store:
             self._alone = not (self._syncing or self._loop._ready)  # type: ignore[attr-defined]
             self._scheduled = self._loop.call_soon(self._commit)
 
+    def commit(self) -> None:
+        """Commit all that is submitted; what cannot be written now is tried again until it can."""
+        self._commit()
+
     def commit_alone(self) -> None:
         """Commit what is due a turn early, if nothing else of this turn can share it, and no sync is under way."""
         if self._alone:
@@ -186,13 +198,9 @@ class Store:
         written = not self._ops
         while not written:
             future: asyncio.Future[bool] = self._loop.create_future()
-
-            def done(_: Any, error: Exception | None, future: asyncio.Future[bool] = future) -> None:
-                if not future.done():
-                    future.set_result(error is None)
-
-            self.submit(lambda _: None, done)
-            written = await future
+            self.submit(lambda _: True, _into(future))
+            with contextlib.suppress(UnavailableError):
+                written = await future
 
     async def durable(self) -> None:
         """Return once every durable operation that is committed by now is on disk; nothing is written for that.
@@ -203,27 +211,13 @@ class Store:
         if waiting is None:
             return
         future: asyncio.Future[None] = self._loop.create_future()
-
-        def done(_: Any, error: Exception | None) -> None:
-            if not future.done():
-                future.set_exception(error) if error is not None else future.set_result(None)
-
-        waiting.append(_Op(lambda _: None, done, True, math.inf))
+        waiting.append(_Op(lambda _: None, _into(future), True, math.inf))
         await future
 
     async def run(self, apply: Callable[[sqlite3.Connection], T]) -> T:
         """Run ``apply`` in a transaction and wait until it is on disk."""
         future: asyncio.Future[T] = self._loop.create_future()
-
-        def done(result: Any, error: Exception | None) -> None:
-            if future.done():
-                return
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(result)
-
-        self.submit(apply, done, durable=True)
+        self.submit(apply, _into(future), durable=True)
         return await future
 
     def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
@@ -485,6 +479,16 @@ class Store:
         await self._wal.close()
         self._connection.close()
         return written
+
+
+def _into(future: asyncio.Future[Any]) -> Callable[[Any, Exception | None], None]:
+    """Return what gives the outcome of an operation to a future, unless nobody awaits it any more."""
+
+    def done(result: Any, error: Exception | None) -> None:
+        if not future.done():
+            future.set_exception(error) if error is not None else future.set_result(result)
+
+    return done
 
 
 def exit_after_failed_sync(why: str) -> None:

@@ -91,7 +91,8 @@ class AuditClient:
         """Called with the new value each time ``alarm`` changes."""
         self.sent = self.acked = self.lost = 0
         self._loop = asyncio.get_running_loop()
-        self._session = os.urandom(4).hex()
+        self.session = os.urandom(4).hex()
+        """Part of each record's origin: of this sender, and of those that go on in its place."""
         self._number = 0
         self._pending: deque[bytes] = deque()
         self._unacked: deque[bytes] = deque()
@@ -251,7 +252,7 @@ class AuditClient:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "session": self._session,
+            "session": self.session,
             "number": self._number,
             "answered": self._answered,
             "unacked": tuple(line.decode() for line in self._unacked),
@@ -264,7 +265,7 @@ class AuditClient:
         }
 
     def _go_on(self, before: SenderState | AuditClientState, fd: int) -> None:
-        self._session, self._number, self._answered = before.session, before.number, before.answered
+        self.session, self._number, self._answered = before.session, before.number, before.answered
         self._unacked = deque(line.encode() for line in before.unacked)
         self._pending = deque(line.encode() for line in before.pending)
         self.sent, self.acked, self.lost = before.sent, before.acked, before.lost
@@ -295,7 +296,7 @@ class AuditClient:
             "event_id": event_id,
             "delivery_id": delivery_id,
             "data": record.data,
-            "n": f"{self._session}:{self._number}",
+            "n": f"{self.session}:{self._number}",
             "mono": time.monotonic_ns() if happened is None else happened,
         }
         if since is not None:

@@ -29,7 +29,7 @@ from isolator.cage.runtime import CageRuntime
 from isolator.cage.warm_pool import Spare, not_parked
 from isolator.errors import ConfinementError, ExecError
 from isolator.ipc.packet import receive_packet, send_message, send_packet
-from isolator.launcher.client import Clone, Launcher, clone_remedy
+from isolator.launcher.client import Clone, Launcher, clone_remedy, exec_remedy
 from isolator.layers.base import CageSpec, Kept, Layer, Process
 from isolator.layers.capabilities import Capabilities
 from isolator.layers.cgroup.layer import Cgroup
@@ -102,6 +102,7 @@ class Cage:
             Landlock(), Seccomp(), self._network,
         ]  # fmt: skip
         self._layers = [layer for layer in every if layer.name not in without]
+        self._names = frozenset(layer.name for layer in self._layers)
         self._handover, self._admit = handover, admit
         self._spare: Spare | None = None
         self._kept_by: Launcher | None = None
@@ -144,12 +145,22 @@ class Cage:
     async def __aexit__(self, *_: object) -> None:
         await self.release()
 
+    async def reserve(self) -> bool:
+        """Take a parked process for the cage, before ``start`` does; True. Nothing of a plugin runs in it.
+
+        It may take as long as the launcher hangs. Who is cancelled waits no longer: what comes of it is removed then.
+        """
+        if self._spare is None:
+            self._spare = await self._runtime.pool.take(self._names, self.spec.policy.network, self._journalled)
+        return True
+
     async def start(self) -> None:
         """Build the cage and exec; returns when exec has happened."""
         mark = Stopwatch(self.steps)
         spec, runtime = self.spec, self._runtime
-        layers, rules = frozenset(layer.name for layer in self._layers), spec.policy.network
-        spare = self._spare = await runtime.pool.take(layers, rules, self._journalled)
+        await self.reserve()
+        spare = self._spare
+        assert spare is not None
         self._network.network, self._cgroup.ahead = spare.network, spare.groups
         self._namespaces.parked = spare.pid
         self._proc.folder = spare.figures
@@ -181,7 +192,7 @@ class Cage:
             raise ConfinementError(f"cage of {spec.name}", why, "the host may be overloaded") from None
         finally:
             if runtime.keep_warm:
-                runtime.pool.refill(layers)
+                runtime.pool.refill(self._names)
 
     def _journalled(self) -> Leaf:
         """The cage's groups, on record before they are made."""
@@ -326,7 +337,7 @@ class Cage:
             remedy = clone_remedy(number if isinstance(number, int) else 0)
             return ConfinementError(f"clone of the cage of {self.spec.name}", detail, remedy)
         if step == "exec":
-            return ExecError(f"start of {self.spec.name}", detail, _exec_remedy(answer.get("errno")))
+            return ExecError(f"start of {self.spec.name}", detail, exec_remedy(answer.get("errno")))
         if step == "parked":
             return not_parked(detail)
         remedy = "see 'isolator check'"
@@ -462,23 +473,24 @@ class Cage:
         if self.listener >= 0:
             os.close(self.listener)
             self.listener = -1
+        if self._spare is None:
+            return  # nothing was made, or it is the pool's
         for layer in reversed(self._layers):
             if layer is not self._cgroup:
                 layer.release()
         if self._processes is not None:
             await self._processes.reap()
             self._processes = None
-        if self._spare is not None:
-            await self._spare.release()
-            self._spare = None
+        await self._spare.release()
         if self._cgroup.leaf is not None:
             await _empty(self._cgroup.leaf)
         self._cgroup.release()
         self._runtime.journal.forget(self.spec.leaf)
+        self._spare = None
 
 
 def _send_to(spare: Spare, packet: bytes, fds: list[int]) -> None:
-    with contextlib.suppress(ConnectionError):  # it has died, as the end of its link will show
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died, as the end of its link will show
         send_message(spare.link, packet, fds)
 
 
@@ -494,14 +506,3 @@ async def _empty(leaf: Leaf) -> None:
     if leaf.populated():
         leaf.kill()
         await asyncio.to_thread(leaf.wait_empty, 5.0)
-
-
-def _exec_remedy(number: object) -> str:
-    import errno
-
-    return {
-        errno.ENOENT: "check the name; it sees /usr, a plugin's files, and what its policy, --read or --write names",
-        errno.EACCES: "make it executable (chmod +x) and readable by everyone",
-        errno.E2BIG: "the kernel takes 2 MiB of arguments and variables, and 128 KiB in one of them",
-        errno.ENOEXEC: "it is neither a program of this architecture nor a script that starts with #!",
-    }.get(number if isinstance(number, int) else 0, "check the program")

@@ -9,6 +9,9 @@ from isolator.launcher.client import Launcher
 from isolator.layers.cgroup.subtree import Subtree
 from isolator.recovery.journal import Journal
 
+_HANGS = 10.0
+"""Seconds in which a launcher that does not hang has answered what the pool has asked it."""
+
 
 class CageRuntime:
     """Shared by every cage of one process. ``keep_warm``: refill the pool after each start."""
@@ -46,6 +49,15 @@ class CageRuntime:
     def launch(self) -> None:
         """Start the launcher ahead of a cage that is expected: it loads meanwhile."""
         _ = self.launcher
+
+    async def close(self) -> None:
+        """Remove what waits in the pool, and end the launcher, also one that hangs; there is no cage any more."""
+        closing = asyncio.ensure_future(self.pool.close())
+        await asyncio.wait([closing], timeout=_HANGS)
+        if not closing.done() and self._launcher is not None:
+            self._launcher.kill()
+        await closing
+        self.close_launcher()
 
     def close_launcher(self) -> None:
         """End the launcher if there is one, whichever it is by then."""

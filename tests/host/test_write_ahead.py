@@ -51,12 +51,18 @@ async def test_event_that_comes_alone_is_written_ahead_of_its_sync(store: Store,
 
 
 async def test_events_behind_a_sync_are_written_by_the_next_one(store: Store, steps: list[str]) -> None:
-    queue = SqliteQueue(store)
+    queue, loop, direct = SqliteQueue(store), asyncio.get_running_loop(), store._wal._direct
+    assert direct is not None
+    loop.remove_reader(direct.fileno())  # however quick the sync is: nobody hears of its end yet
     first = asyncio.create_task(_accept(queue))
     await asyncio.sleep(0)  # it is submitted
     await asyncio.sleep(0)  # it is committed
     assert steps == ["write_out", "begin"]
-    await asyncio.gather(first, *(_accept(queue) for _ in range(3)))
+    others = [asyncio.create_task(_accept(queue)) for _ in range(3)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    loop.add_reader(direct.fileno(), store._wal._direct_ended)
+    await asyncio.gather(first, *others)
     assert steps == ["write_out", "begin", "begin"]
 
 
