@@ -24,11 +24,11 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from isolator.base.structs import struct_class
-from isolator.cage.processes import CageExit, CageProcesses
+from isolator.cage.processes import CageExit, CageProcesses, empty, reap_group
 from isolator.cage.runtime import CageRuntime
 from isolator.cage.warm_pool import Spare, not_parked
 from isolator.errors import ConfinementError, ExecError
-from isolator.ipc.packet import receive_packet, send_message, send_packet
+from isolator.ipc.packet import receive_packet, send_packet
 from isolator.launcher.client import Clone, Launcher, clone_remedy, exec_remedy
 from isolator.layers.base import CageSpec, Kept, Layer, Process
 from isolator.layers.capabilities import Capabilities
@@ -170,14 +170,14 @@ class Cage:
             try:
                 if self._namespaces in self._layers:
                     self._namespaces.prepare_clocks(birth)
-                _send_to(spare, *birth.pack_clocks())
+                spare.send(*birth.pack_clocks())
                 mark("clocks")
                 if spare.name != spec.leaf:
                     self._journalled()
                 mark("journal")
                 for layer in self._layers:
                     layer.prepare_birth(spec, birth)
-                _send_to(spare, *birth.pack())
+                spare.send(*birth.pack())
                 mark("birth")
                 await self._prepare(spare, birth, mark)
             finally:
@@ -214,7 +214,7 @@ class Cage:
                 self._proc.leaf = self._cgroup.leaf
             if spare.groups is not None:
                 spare.hand_over_groups()
-            _send_to(spare, *plan.pack())
+            spare.send(*plan.pack())
             if birth.cgroup >= 0:
                 self._kept_by = launcher
                 await launcher.keep(spec.leaf, birth.cgroup)
@@ -229,7 +229,6 @@ class Cage:
 
     async def _build(self, spare: Spare, mark: Stopwatch) -> None:
         await self._wait_caged(spare, mark)
-        await spare.ended()  # it counts as a task of the cage until then
         if self._loading is not None:
             await asyncio.shield(self._loading)  # a cancelled start waits for it in ``release``
         mark("network")
@@ -263,6 +262,7 @@ class Cage:
                 mark("view")
                 self._confirm_early("view", spare)
                 mark("confirm view")
+                await spare.ended()  # it counts as a task of the cage until then
             elif answer.get("step") == "caged":
                 caged = True
                 self.listener = fds[0] if fds else -1
@@ -313,7 +313,7 @@ class Cage:
                 if not answer:
                     break
         if self._processes is None:
-            await apart(lambda: _reap_group(spare.pid))
+            await apart(lambda: reap_group(spare.pid))
         await spare.ended()
 
     async def _receive(self, spare: Spare) -> tuple[dict[str, object], list[int]]:
@@ -453,7 +453,11 @@ class Cage:
         self._proc.refresh(usage, self.processes.uptime)
 
     async def release(self) -> None:
-        """Kill what is left and undo every layer, in reverse order; idempotent."""
+        """Kill what is left and undo every layer, in reverse order; idempotent.
+
+        The groups are the last: only they have to be empty. What else there is is let go of while the kernel ends pid 1
+        and takes its memory and namespaces down, which is most of a removal.
+        """
         if self._loading is not None:
             await asyncio.wait([self._loading])
             if not self._loading.cancelled():
@@ -462,9 +466,8 @@ class Cage:
         if self._spare is not None and self._processes is None:
             await self._reap_late_clone(self._spare)
         self._proc.unwatch()
-        if self._processes is not None:
-            await self._processes.reap()
-            self._processes = None
+        if self._processes is not None and not self._processes.exited.is_set():
+            self._processes.kill()
         if self._kept_by is not None:
             self._kept_by.forget(self.spec.leaf)
             self._kept_by = None
@@ -473,28 +476,15 @@ class Cage:
             self.listener = -1
         if self._spare is None:
             return  # nothing was made, or it is the pool's
-        await self._spare.release()
         for layer in reversed(self._layers):
-            if layer is self._cgroup and self._cgroup.leaf is not None:
-                await _empty(self._cgroup.leaf)
-            layer.release()
+            if layer is not self._cgroup:
+                layer.release()
+        if self._processes is not None:
+            await self._processes.reap()
+            self._processes = None
+        await self._spare.release()
+        if self._cgroup.leaf is not None:
+            await empty(self._cgroup.leaf)
+        self._cgroup.release()
         self._runtime.journal.forget(self.spec.leaf)
         self._spare = None
-
-
-def _send_to(spare: Spare, packet: bytes, fds: list[int]) -> None:
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died, as the end of its link will show
-        send_message(spare.link, packet, fds)
-
-
-def _reap_group(leader: int) -> None:
-    """Wait for the end of every child of this process that is in a process group."""
-    with contextlib.suppress(ChildProcessError):
-        while True:
-            os.waitid(os.P_PGID, leader, os.WEXITED)
-
-
-async def _empty(leaf: Leaf) -> None:
-    """Wait without blocking the loop until a killed leaf has no process, zombie included, left."""
-    if leaf.populated():
-        await asyncio.to_thread(leaf.wait_empty, 5.0)

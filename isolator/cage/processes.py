@@ -179,17 +179,17 @@ class CageProcesses:
         return "signal" if number is not None else "exit"
 
     async def silence(self) -> None:
-        """Kill the rest; returns when nothing of the plugin's runs any more. Pid 1, which is ours, may still end.
+        """Kill what is left; returns when nothing of the plugin's runs any more. Pid 1, which is ours, may still end.
 
-        The kernel takes a process out of its group's list when it ends (css_task_iter_advance in kernel/cgroup).
+        The kernel takes a process out of its group's list when it ends, and a new one is the last of the list
+        (css_task_iter_advance and css_set_move_task in kernel/cgroup): none that forks and ends is passed by.
         """
-        self.kill()
         if self._leaf is None or {*self._leaf.processes()} - {self.pid}:
+            self.kill()
             await self.exited.wait()
 
     async def reap(self) -> None:
-        """Kill the rest, wait for pid 1, and close all descriptors."""
-        self.kill()
+        """Wait for pid 1, which has ended or was killed, and close all descriptors."""
         await self.exited.wait()
         with contextlib.suppress(ChildProcessError):
             os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
@@ -198,3 +198,18 @@ class CageProcesses:
         if self._oom >= 0:
             self._loop.remove_reader(self._oom)
             os.close(self._oom)
+
+
+def reap_group(leader: int) -> None:
+    """Wait for the end of every child of this process that is in a process group."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitid(os.P_PGID, leader, os.WEXITED)
+
+
+async def empty(leaf: Leaf) -> None:
+    """Kill what is left without pid 1, and wait without blocking the loop until no process, zombie included, is."""
+    if leaf.populated():
+        leaf.kill()
+        await asyncio.to_thread(leaf.wait_empty, 5.0)
+

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from isolator.base.structs import struct_class
 from isolator.cage.parking import PREFIX, Parking, new_parking
 from isolator.errors import ConfinementError, IsolatorError
-from isolator.ipc.packet import receive_packet
+from isolator.ipc.packet import receive_packet, send_message
 from isolator.ipc.tasks import Tasks
 from isolator.layers.cgroup.leaf import kill_first
 from isolator.linux.apart import apart
@@ -78,6 +78,11 @@ class Spare:
     def usable(self) -> bool:
         """Whether the parked process and the launcher that made it still run."""
         return not self.launcher.closed.is_set() and not is_readable(self.pidfd)
+
+    def send(self, packet: bytes, fds: list[int]) -> None:
+        """Send a message to the parked process, or to the cage that it has become; its link shows the end of either."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            send_message(self.link, packet, fds)
 
     async def ended(self) -> None:
         """Wait for the end of the parked process: it ends once it has cloned the cage, or lost its link."""
@@ -266,8 +271,8 @@ async def _make_spare(launcher: Launcher, parking: Parking, rules: NetworkPolicy
         spare = _spare(launcher, parking, parked)
         if "cgroup" in parking.layers:
             kill_first(spare.pid)
-            if spare.groups is not None and not hurried:
-                await _parked(spare, spare.groups)
+        if not hurried:
+            await _parked(spare)
         if making is not None:
             spare.network = await making
         undo.pop_all()
@@ -283,10 +288,11 @@ async def _ask(launcher: Launcher, parking: Parking, *, hurried: bool) -> Clone:
         parking.its.close()
 
 
-async def _parked(spare: Spare, groups: Leaf) -> None:
-    """Wait until the parked process has put itself into its groups, and confirm it: one that has not is never taken.
+async def _parked(spare: Spare) -> None:
+    """Wait until the parked process has done all that can be done ahead: one that could not is never taken.
 
-    Where its taker waits, that is left to the cage, which is born in the same groups and confirmed to be in its own.
+    That it is in its groups is confirmed. Where its taker waits, all that is left to the cage, which is born in the
+    same groups and confirmed to be in its own.
     """
     while True:
         try:
@@ -297,7 +303,8 @@ async def _parked(spare: Spare, groups: Leaf) -> None:
     answer = json.loads(packet) if packet else {"detail": "it died"}
     if "detail" in answer:
         raise not_parked(answer["detail"])
-    groups.confirm_in(spare.pid)
+    if spare.groups is not None:
+        spare.groups.confirm_in(spare.pid)
 
 
 def _spare(launcher: Launcher, parking: Parking, parked: Clone) -> Spare:

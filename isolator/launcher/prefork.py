@@ -76,7 +76,7 @@ def park(way: Way, sock: socket.socket, link: int, status: int, others: list[int
         for group in others:
             os.write(group, b"0")  # the writing thread, of which there is only one
             os.close(group)
-        if others and not order.hurried:
+        if not order.hurried:
             send_packet(sock, b'{"step": "parked"}')
         packet, fds = receive_packet(sock)
         if packet:

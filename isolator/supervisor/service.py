@@ -325,7 +325,7 @@ class ChildProcess:
             process: Child | None = None
             try:
                 self._journal.record(Entry(leaf.unified.name, "service", tuple(map(str, leaf.folders()))))
-                leaf.create(None)
+                leaf.create()
                 leaf.prefer()
                 process = zygote.fork(spec, inherited)
                 (leaf.unified / "cgroup.procs").write_text(str(process.pid))

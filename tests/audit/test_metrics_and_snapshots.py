@@ -168,9 +168,9 @@ def leaf() -> Iterator[Leaf]:
     subtree = open_subtree(f"isolator-test-{os.getpid()}")
     leaf = Leaf.under(subtree, "snapshot")
     limits = ResourcePolicy(memory=64 << 20, cpu=50)
-    leaf.create(limits)
+    leaf.create()
     leaf.create_v1()
-    leaf.limit_v1(limits)
+    leaf.limit(limits)
     leaf.cap_processor(limits)
     try:
         yield leaf

@@ -258,6 +258,25 @@ async def test_nothing_of_it_runs_once_it_is_silent(shared_dir: Path) -> None:
     assert started.out.stat().st_size == written
 
 
+_SUCCESSORS = """
+import os, sys
+if os.fork() == 0:
+    os.setsid()
+    while True:
+        if os.fork():
+            os._exit(0)
+"""
+
+
+async def test_silence_ends_processes_that_fork_and_end_all_the_time(shared_dir: Path) -> None:
+    """Pid 1 ends as the first does: until then, none may be passed by that makes way for the next."""
+    for _ in range(5):
+        async with cage(shared_dir, ["python3", "-c", _SUCCESSORS]) as one:
+            assert (await one.cage.wait()).exit_code == 0
+            await one.cage.processes.silence()
+            assert {*one.cage.leaf.processes()} <= {one.cage.pid}
+
+
 async def test_pid_1_of_the_cage_is_killed(shared_dir: Path) -> None:
     async with cage(shared_dir, ["sleep", "300"]) as one:
         leaf = one.cage.leaf

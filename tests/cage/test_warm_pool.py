@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import pytest
 
-from isolator.cage import cage as cages
 from isolator.cage.cage import Cage, Stdio
 from isolator.cage.parking import PREFIX
 from isolator.cage.runtime import CageRuntime
@@ -124,6 +123,23 @@ async def test_network_of_each_of_several_takers_at_once_has_its_own_rules(sessi
     finally:
         for spare in (alone, *spares):
             await spare.release()
+
+
+async def test_spare_without_groups_is_ready_too_once_it_waits(session: StandaloneSession) -> None:
+    layers = EVERY_LAYER - {"cgroup", "network"}  # nothing else takes its time meanwhile
+    for _ in range(10):
+        session.runtime.pool.begin(layers)
+        await session.runtime.pool.filled()
+        spare = await session.runtime.pool.take(layers, NetworkPolicy(mode="none"), _no_leaf)
+        try:
+            mounts = Path(f"/proc/{spare.pid}/mountinfo").read_text()
+            assert " /run/isolator " in mounts and " /sys/devices/system/cpu " in mounts, "its own view is made"
+        finally:
+            await spare.release()
+
+
+def _no_leaf() -> Leaf:
+    raise AssertionError("the one that waits fits")
 
 
 async def test_a_parked_process_is_in_the_groups_but_not_in_a_cage(session: StandaloneSession) -> None:
@@ -234,7 +250,7 @@ async def test_link_to_a_parked_process_that_has_died_of_a_packet_is_written_to_
     send_packet(link, b"unread")
     its.close()
     for _ in range(2):  # ECONNRESET, then EPIPE
-        cages._send_to(cast(Any, SimpleNamespace(link=link)), b"x", [])
+        Spare.send(cast(Any, SimpleNamespace(link=link)), b"x", [])
     link.close()
 
 

@@ -151,7 +151,7 @@ def test_pages_that_a_successor_touches_are_charged_to_its_group() -> None:
         os._exit(0)
 
     try:
-        leaf.create(None)
+        leaf.create()
         leaf.create_v1()
         leaf.open_v1(groups)
         into = leaf.open_folder()

@@ -48,7 +48,7 @@ def subtree() -> Iterator[Subtree]:
 def program(subtree: Subtree, name: str, text: str) -> Iterator[subprocess.Popen[bytes]]:
     """A program in Python, in a leaf of its own."""
     leaf = Leaf.under(subtree, name)
-    leaf.create(None)
+    leaf.create()
     leaf.create_v1()
     pipe = subprocess.PIPE
     process = subprocess.Popen([sys.executable, "-I", "-c", text], stdin=pipe, stdout=pipe, bufsize=0)

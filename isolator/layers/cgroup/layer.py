@@ -93,7 +93,7 @@ class Cgroup(Layer):
     def prepare_birth(self, spec: CageSpec, birth: Birth) -> None:
         self._plugin, self._limits = spec.name, spec.policy.resources
         self.leaf = Leaf.under(self._subtree, spec.leaf, self._limits)
-        self.leaf.create(self._limits)
+        self.leaf.create()
         birth.cgroup = self.leaf.open_folder()
 
     def prepare(self, spec: CageSpec, plan: Plan) -> None:
@@ -104,8 +104,7 @@ class Cgroup(Layer):
             self._disks = list(dict.fromkeys(disks))
         if self.ahead is not None and self.ahead.unified != self.leaf.unified:
             self.ahead.rename_v1(self.leaf)
-        self.leaf.limit_v1(self._limits)
-        self._caps = self.leaf.values(self._limits)
+        self._caps = self.leaf.limit(self._limits)
 
     def hand_over(self) -> Kept:
         return Kept({"disks": self._disks})
@@ -195,9 +194,8 @@ class Cgroup(Layer):
         return found.decode()
 
     def release(self) -> None:
+        """Remove the groups, which the cage has emptied."""
         if self.leaf is not None:
-            self.leaf.kill()
-            self.leaf.wait_empty(5.0)
             name = self.leaf.unified.name
             if (used := used_by(self._subtree, name)) is not None:
                 self._subtree.ended.append((name, used))

@@ -83,18 +83,18 @@ class Leaf:
         shown = {**self.v1, **({"cpuset": self.cpuset} if self.cpuset is not None else {})}
         return [(place, str(path)) for place, path in shown.items()]
 
-    def create(self, limits: ResourcePolicy | None) -> None:
-        """Make the v2 group, with its limits but the processor's, before a process of the cage is in it."""
+    def create(self) -> None:
+        """Make the v2 group."""
         with contextlib.suppress(FileExistsError):
             os.mkdir(self.unified)
-        if limits is not None:
-            _write_all(self._values_v2(limits))
 
-    def limit_v1(self, limits: ResourcePolicy) -> None:
-        """Write the limits but the processor's of the v1 groups, which are there already."""
+    def limit(self, limits: ResourcePolicy) -> dict[str, str]:
+        """Write the limits but the processor's of the groups, which are there already; returns each file's value."""
         if self.blkio is not None:
             self.blkio.mkdir(exist_ok=True)
-        _write_all(self._values_v1(limits))
+        values = self.values(limits)
+        _write_all(values)
+        return values
 
     def cap_processor(self, limits: ResourcePolicy) -> dict[str, str]:
         """Write the limits of the processor; returns the value of each file."""
@@ -130,9 +130,6 @@ class Leaf:
 
         The processor's cap is apart, in ``cpu_values``.
         """
-        return self._values_v2(limits) | self._values_v1(limits)
-
-    def _values_v2(self, limits: ResourcePolicy) -> dict[str, str]:
         values: dict[str, str] = {}
         if "memory" in self.on_v2:
             values[f"{self.unified}/memory.max"] = str(limits.memory)
@@ -144,10 +141,6 @@ class Leaf:
             values[f"{self.unified}/memory.oom.group"] = "1"
         if "pids" in self.on_v2:
             values[f"{self.unified}/pids.max"] = _tasks(limits)
-        return values
-
-    def _values_v1(self, limits: ResourcePolicy) -> dict[str, str]:
-        values: dict[str, str] = {}
         if "memory" in self.v1:
             memory = self.v1["memory"]
             values[f"{memory}/memory.limit_in_bytes"] = str(limits.memory)
@@ -187,10 +180,15 @@ class Leaf:
 
     def processes(self) -> list[int]:
         """The pids in the leaf, as seen from our pid namespace."""
-        try:
-            return [int(pid) for pid in (self.unified / "cgroup.procs").read_text().split()]
-        except FileNotFoundError:
-            return []
+        found = b""
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(f"{self.unified}/cgroup.procs", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                while some := os.read(fd, 4096):
+                    found += some
+            finally:
+                os.close(fd)
+        return [*map(int, found.split())]
 
     def kill(self) -> None:
         """Kill every process of the leaf at once; no error when it is empty, removed, or a v1 group."""
