@@ -126,11 +126,8 @@ class RegistrationVerbs(Verbs):
         for hook in hooks:
             if self._catalogue.get(self._catalogue.canonical(hook)) is None:
                 near = nearest(hook, known)
-                raise UsageError(
-                    f"hook {hook!r}",
-                    f"no such event; did you mean {near!r}?" if near else "no such event",
-                    f"known: {', '.join(known)}",
-                )
+                why = f"no such event; did you mean {near!r}?" if near else "no such event"
+                raise UsageError(f"hook {hook!r}", why, f"known: {', '.join(known)}")
 
     def _check_calls(self, manifest: Manifest) -> None:
         """Refuse arguments of a tool that use a field which the event does not have."""

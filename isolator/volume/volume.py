@@ -151,9 +151,8 @@ class Volume:
             finally:
                 os.close(fd)
         except OSError as error:
-            raise ConfinementError(
-                self._name, f"mount: {error.strerror}", f"check it with 'e2fsck {self._image.path}'"
-            ) from None
+            why = f"mount: {error.strerror}"
+            raise ConfinementError(self._name, why, f"check it with 'e2fsck {self._image.path}'") from None
         finally:
             os.close(device)
 

@@ -39,10 +39,8 @@ def update_package(
     package = parse(text)
     manifest = ask(root, "plugin.show", name=name).get("manifest") or {}
     if not fetch.is_of(package, manifest):
-        raise UsageError(
-            f"plugin {name}", f"is no version of {package.kind}:{safe(package.name)}: its grants are not that one's",
-            "add it under another name",
-        )  # fmt: skip
+        why = f"is no version of {package.kind}:{safe(package.name)}: its grants are not that one's"
+        raise UsageError(f"plugin {name}", why, "add it under another name")
     before = fetch.asked_before(manifest)
     wishes = wishes._replace(args=wishes.args or before[0], egress=wishes.egress or before[1])
     others: dict[str, list[str]] = {}
@@ -58,10 +56,8 @@ def update_package(
         update_plugin(client, request | {"update": name}, config, manner, then=compare)
     if any(others.values()):
         listed = "; ".join(f"{state}: {', '.join(map(safe, names))}" for state, names in others.items() if names)
-        raise NeedsApprovalError(
-            f"tools of {name}", f"are others than those approved, and blocked until they are, too ({listed[:600]})",
-            f"isolator mcp approve {name}",
-        )  # fmt: skip
+        why = f"are others than those approved, and blocked until they are, too ({listed[:600]})"
+        raise NeedsApprovalError(f"tools of {name}", why, f"isolator mcp approve {name}")
 
 
 @contextlib.contextmanager
