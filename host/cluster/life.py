@@ -23,6 +23,7 @@ from host.cluster.parts import Parts
 from host.cluster.problems import StoppedError
 from host.cluster.store import kept
 from host.cluster.unheld import Unheld
+from isolator.ipc.tasks import cancel_all
 
 TICK: Final = 0.25
 """Seconds between two readings, should nobody wake this host."""
@@ -74,9 +75,7 @@ class Life:
                 if task.done():
                     task.result()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await cancel_all(tasks)
 
     def give_up(self, why: str) -> None:
         """Decide and hold nothing any more."""

@@ -34,8 +34,8 @@ class ClusterVerbs(Verbs):
     @serves(cluster_types.ClusterStatus)
     async def status(self, _: cluster_types.ClusterStatus, __: Caller) -> cluster_types.ClusterStanding:
         node = self._here()
-        from host.cluster.lease import boottime
         from host.cluster.standing import standing
+        from isolator.linux.boottime import boottime
 
         return cast(cluster_types.ClusterStanding, standing(node, boottime()))
 

@@ -13,18 +13,7 @@ MAX_WAIT = 3600.0
 """Seconds that ``event.wait`` may take."""
 MAX_TTL = 31 * 86400.0
 """Seconds after which an event may expire at the latest."""
-STORED_STATES = (
-    "queued",
-    "retry",
-    "in_flight",
-    "ok",
-    "skipped",
-    "dead",
-    "expired",
-    "quarantined",
-    "cancelled",
-    "moved",
-)
+STORED_STATES = tuple("queued retry in_flight ok skipped dead expired quarantined cancelled moved".split())
 """States of deliveries as ``event.list`` can look for them."""
 
 
