@@ -12,7 +12,7 @@ from pathlib import Path
 
 from isolator.errors import IsolatorError
 from isolator.linux.descriptors import owning
-from isolator.registration.durable import replace_file
+from isolator.linux.durable import replace_file
 
 
 class KeyFile:

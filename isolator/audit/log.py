@@ -26,7 +26,8 @@ from isolator.audit import files
 from isolator.audit.record import Incoming, RejectedError, own_hash_fits, spell
 from isolator.audit.recover import HEAD_NAME, OF_RUNS, ChainEnd, follow_run, read_head, recover
 from isolator.audit.schema import RETENTION, AuditGap, AuditSeal
-from isolator.audit.seal import Signer, load_signer, set_aside, sync_directory
+from isolator.audit.seal import Signer, load_signer, set_aside
+from isolator.linux.durable import sync_folder
 
 _HEAD_SIZE = 256
 _CHECK_BYTES = 1 << 20
@@ -176,7 +177,7 @@ class Trail:
         if end.newline_missing:
             os.write(self._fd, b"\n")
             end.size += 1
-        sync_directory(self._log)
+        sync_folder(self._log)
         self.seq, self._hash = end.seq, end.hash
         self._size, self._first = end.size, end.first
         self._inode = os.fstat(self._fd).st_ino
@@ -313,7 +314,7 @@ class Trail:
                     part = part[os.write(new, part) :]
             os.fsync(new)
             os.rename(temporary, self._live)
-            sync_directory(self._log)
+            sync_folder(self._log)
         except OSError:
             os.close(new)
             raise
@@ -353,7 +354,7 @@ class Trail:
         self._fd = -1
         self._first, self._size, self._full = self.seq + 1, 0, False
         self._fd = self._open_live()
-        sync_directory(self._log)
+        sync_folder(self._log)
         self._retire()
 
     def _retire(self) -> None:

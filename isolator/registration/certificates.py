@@ -11,10 +11,10 @@ import re
 from dataclasses import asdict, dataclass
 
 from isolator.errors import DeniedError, NotFoundError
+from isolator.linux.durable import replace_file
 from isolator.paths import Paths
 from isolator.policy.parse.trusted import read_trusted
 from isolator.policy.trust import CERTIFICATE, CERTIFICATE_TYPE, Trust, certified, signed_bytes
-from isolator.registration.durable import replace_file
 from isolator.registration.signatures import verifies
 
 HERE = "this host"
