@@ -17,7 +17,7 @@ import os
 from dataclasses import field
 from typing import Generic, Self, TypeVar
 
-from isolator.errors import IsolatorError, UsageError
+from isolator.errors import IsolatorError, UsageError, translated
 from isolator.ipc.body import Body, Handler, Json, by_op
 from isolator.ipc.channel import Channel
 from isolator.ipc.formats import Formats
@@ -88,10 +88,8 @@ class Descriptors:
 
     def take(self, number: int) -> int:
         """The descriptor of that number, from now on the caller's; raises UsageError when there is none."""
-        try:
+        with translated(KeyError, UsageError, "a state that was handed over", f"has no descriptor {number}"):
             return self._fds.pop(number)
-        except KeyError:
-            raise UsageError("a state that was handed over", f"has no descriptor {number}") from None
 
 
 class SenderState(Body):
