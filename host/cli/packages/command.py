@@ -65,8 +65,9 @@ def _fetched(
     root: str | None, package: Package, name: str | None, wishes: Wishes, *, quiet: bool
 ) -> Iterator[dict[str, Any]]:
     """The request that stages a package, whose files are there meanwhile."""
-    for destination in wishes.egress:
-        _check_destination(destination)
+    with translated(ValueError, UsageError, "--egress"):
+        for destination in wishes.egress:
+            parse_egress(destination)
     host_config = load_host_config(Paths.of(root).host_toml)
     with fetch.folder_for(package, quiet=quiet) as folder:
         resolved = fetch.resolve(root, package, host_config, folder)
@@ -88,8 +89,3 @@ def _other_tools(client: Client, name: str) -> dict[str, list[str]]:
     return {
         state: [one["name"] or "instructions" for one in found if one["state"] == state] for state in ("changed", "new")
     }
-
-
-def _check_destination(text: str) -> None:
-    with translated(ValueError, UsageError, "--egress"):
-        parse_egress(text)
