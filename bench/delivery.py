@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.delivery_load import under_load
-from bench.delivery_subjects import EVENT, HOST_TOML, ONESHOT, STREAM, Passage, Subject, Trail, settle
+from bench.delivery_subjects import EVENT, HOST_TOML, ONESHOT, STREAM, Passage, Subject, Trail, one_sync, settle
 from bench.frame import Report, Series, Skipped
 from host.client.client import Client
 from tests.support.timeouts import EMULATED
@@ -157,7 +157,7 @@ def one_at_a_time(
                 if number >= 0:
                     samples.setdefault(one.name, []).append(took)
             if number >= 0:
-                samples.setdefault("one sync", []).append(_one_sync(running.root / "block"))
+                samples.setdefault("one sync", []).append(one_sync(running.root / "block"))
         settle(running, client)
         trail, notes = Trail(running), []
         for subject in subjects:
@@ -167,18 +167,6 @@ def one_at_a_time(
             notes.append(_stages(subject, trail, passages))
         samples["isolator: emit"] = list(subjects[0].emits)
     return samples, skipped, subjects, notes
-
-
-def _one_sync(path: Path) -> float:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT)
-    try:
-        os.lseek(fd, 0, os.SEEK_END)
-        began = time.perf_counter_ns()
-        os.write(fd, b"x" * 4096)
-        os.fdatasync(fd)
-        return (time.perf_counter_ns() - began) / 1000
-    finally:
-        os.close(fd)
 
 
 def _stages(subject: Subject, trail: Trail, passages: list[Passage]) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from host.client.client import Client
@@ -149,3 +151,16 @@ def settle(running: Daemon, client: Client) -> None:
     deadline = time.monotonic() + 60
     while client.call("status")["records_pending"] and time.monotonic() < deadline:
         time.sleep(0.05)
+
+
+def one_sync(path: Path) -> float:
+    """Append a block of 4 KiB to a file and sync it; returns µs."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT)
+    try:
+        os.lseek(fd, 0, os.SEEK_END)
+        began = time.perf_counter_ns()
+        os.write(fd, b"x" * 4096)
+        os.fdatasync(fd)
+        return (time.perf_counter_ns() - began) / 1000
+    finally:
+        os.close(fd)

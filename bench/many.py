@@ -34,8 +34,9 @@ COUNT = 200
 CALLERS = 64
 """Connections to the control socket at one time: more than a hundred would wait at its door."""
 ROUNDS = 5
-SETTLING, RESTING = 10.0, 60.0
-"""Seconds in which the last start settles, and two intervals of ``snapshot_interval``."""
+SETTLING, RESTING = 75.0, 60.0
+"""Seconds in which the last start settles, two snapshots that still tell of it with it, and two more of their intervals
+(``snapshot_interval``)."""
 SIDECAR = r"""
 #include <stdlib.h>
 #include <string.h>

@@ -10,14 +10,14 @@ recorded, and ends the connection. Requests in flight then have an unknown outco
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from host.channel.calls import OpenCalls
 from host.channel.reply import STREAM_MESSAGE, UNSUPPORTED_PROTOCOL, LostError, NotSentError, shown
+from host.events import random_hex
 from host.wire.lines import LineProtocol, LineState
 from host.wire.strict_json import WireError, line, parse_object
 from isolator import __version__
@@ -49,13 +49,6 @@ class Reply(Protocol):
 
     def set_exception(self, exception: LostError | NotSentError, /) -> None:
         """Take the reason why there will be none."""
-
-
-class _Pending(NamedTuple):
-    """Whoever waits for a reply, and the loop time until which that is."""
-
-    reply: Reply
-    deadline: float
 
 
 @dataclass(frozen=True)
@@ -93,8 +86,9 @@ class StreamConnection(LineProtocol):
         self._writable.set()
         self._call = call
         self._breach = breach
-        self._pending: dict[str, _Pending | None] = {}
-        """Requests by number whose reply may still come; None: nobody waits for it any more."""
+        self._pending: dict[str, tuple[Reply, float] | None] = {}
+        """By number of each request whose reply may still come: who waits for it, and the loop time until which that
+        is; None: nobody does any more."""
         self._timer: asyncio.TimerHandle | None = None
         """Fires at the first deadline, or before it: one timer, for thousands of requests a second."""
         self._calls = OpenCalls(self._answered)
@@ -103,14 +97,14 @@ class StreamConnection(LineProtocol):
     @property
     def in_flight(self) -> int:
         """Number of requests that are not answered yet."""
-        return sum(1 for one in self._pending.values() if one is not None and not one.reply.done())
+        return sum(1 for one in self._pending.values() if one is not None and not one[0].done())
 
     async def request(self, method: str, params: Mapping[str, Any], timeout: float) -> Read:
         """Send a request and wait at most ``timeout`` seconds for its reply: the message and its bytes.
 
         Raises NotSentError when the connection has ended before, LostError when it ends later.
         """
-        number = new_number()
+        number = random_hex()
         reply: asyncio.Future[Read] = self._loop.create_future()
         self.write(number, _request(method, params, number), timeout, reply)
         self.flush()
@@ -122,8 +116,6 @@ class StreamConnection(LineProtocol):
 
     def write(self, number: str, data: bytes, timeout: float, reply: Reply) -> None:
         """Gather the line of a request until ``flush``; ``reply`` gets what ``request`` returns or raises."""
-        if reply.done():
-            return
         if self.closed.is_set() or self.transport is None or self.transport.is_closing():
             reply.set_exception(NotSentError(self.why or "the connection is closed"))
             return
@@ -131,7 +123,7 @@ class StreamConnection(LineProtocol):
         self._await(number, self._loop.time() + timeout, reply)
 
     def _await(self, number: str, deadline: float, reply: Reply) -> None:
-        self._pending[number] = _Pending(reply, deadline)
+        self._pending[number] = (reply, deadline)
         if self._timer is None or deadline < self._timer.when():
             self._set_timer(deadline)
 
@@ -144,11 +136,14 @@ class StreamConnection(LineProtocol):
         """Give up the requests whose time is over."""
         now = self._loop.time()
         for number, one in list(self._pending.items()):
-            if one is not None and (one.deadline <= now or one.reply.done()):
-                if not one.reply.done():
-                    one.reply.set_exception(LostError("no reply in time"))
+            if one is None:
+                continue
+            reply, deadline = one
+            if deadline <= now or reply.done():
+                if not reply.done():
+                    reply.set_exception(LostError("no reply in time"))
                 self._give_up(number)
-        self._set_timer(min((one.deadline for one in self._pending.values() if one is not None), default=None))
+        self._set_timer(min((one[1] for one in self._pending.values() if one is not None), default=None))
 
     def _give_up(self, number: str) -> None:
         """Await a reply no more. The request stays pending: its reply may still come, and is no breach then."""
@@ -196,7 +191,7 @@ class StreamConnection(LineProtocol):
             "hooks": list(hooks),
             "limits": dict(limits),
         }
-        number, reply = new_number(), self._loop.create_future()
+        number, reply = random_hex(), self._loop.create_future()
         self.write(number, _request("host.hello", offer, number), HELLO_TIMEOUT, reply)
         self.flush()
         return number, reply
@@ -275,8 +270,8 @@ class StreamConnection(LineProtocol):
             self.abort("a reply has an id that no open request has")
             return
         one = self._pending.pop(number)
-        if one is not None and not one.reply.done():
-            one.reply.set_result((message, data))
+        if one is not None and not one[0].done():
+            one[0].set_result((message, data))
 
     def _request_received(self, message: dict[str, Any], data: bytes) -> None:
         if len(self._calls) >= CALLS_IN_FLIGHT:
@@ -301,7 +296,7 @@ class StreamConnection(LineProtocol):
 
     def pass_on_all(self, departure: Departure) -> StreamState:
         """Hand the connection on; a call of the plugin's that is still unanswered is read again."""
-        deadlines = {number: one.deadline if one is not None else 0.0 for number, one in self._pending.items()}
+        deadlines = {number: one[1] if one is not None else 0.0 for number, one in self._pending.items()}
         self._set_timer(None)
         return StreamState(line=self.pass_on(departure, again=self._calls.break_off()), deadlines=deadlines)
 
@@ -324,20 +319,9 @@ class StreamConnection(LineProtocol):
         pending, self._pending = self._pending, {}
         self._set_timer(None)
         for one in pending.values():
-            if one is not None and not one.reply.done():
-                one.reply.set_exception(LostError(self.why or "connection lost", crash=True))
+            if one is not None and not one[0].done():
+                one[0].set_exception(LostError(self.why or "connection lost", crash=True))
         self._calls.cancel()
-
-
-def _numbers() -> Iterator[str]:
-    while True:
-        drawn = os.urandom(512).hex()
-        for start in range(0, len(drawn), 16):
-            yield drawn[start : start + 16]
-
-
-new_number = _numbers().__next__
-"""The number of a request, which nobody can guess: 64 bits of the kernel's, drawn for many at a time."""
 
 
 def _request(method: str, params: Mapping[str, Any], number: str) -> bytes:

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import socket
+import sqlite3
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -111,15 +112,17 @@ class Host:
         wait_for_trail = settings.audit.disk_full != "continue"
 
         database, key = paths.host_database, paths.host_lib / "key"
-        lost = key.exists() and not database.exists()
-        store = self._store = Store(database, fatal=self._end)
+
+        def made(db: sqlite3.Connection) -> None:
+            if key.exists():
+                why = f"{database} is gone"
+                _logger.warning("%s, a new one was made: queued events, config and stored values are lost", why)
+                Debts.note(db, [owed(ConfigChanged(names=[], lost=True, why=why), None)])
+
+        store = self._store = Store(database, fatal=self._end, made=made)
         debts = self._debts = Debts(store, audit, paths.audit_log)
         remove_snapshots(paths.host_lib)
         config = self._config = ConfigStore(store, key)
-        if lost:
-            _logger.warning(
-                "%s is gone, a new one was made: queued events, config and stored values are lost", database
-            )
         alarms = self._alarms = Alarms(audit, store, settings.audit.disk_full)
         if config.problem is not None:
             _logger.warning("%s", config.problem)
@@ -138,8 +141,6 @@ class Host:
         alarms.note_missing(compared)
         self._unrecorded = store.read(lambda db: unrecorded(db, compared, accepted_here(db))) if before is None else []
         """Records that the trail may lack."""
-        if lost:
-            self._unrecorded.append(owed(ConfigChanged(names=[], lost=True, why=f"{database} is gone"), None))
         cluster = cluster_of(settings.cluster, store)
         queue = self._queue = queue_class(cluster)(
             store,
@@ -237,7 +238,7 @@ class Host:
         ]
         restore = {ApiRegister.spec.verb: api_verbs.restore, PluginStage.spec.verb: registrations.restore}
         self._control = ControlServer(
-            endpoints, settings.role_of, audit.record, restore,
+            endpoints, settings.role_of, audit.record, restore, debts.begin,
             console=settings.console.uid if settings.console is not None else None, may_call=settings.may_call,
             shut_out=lambda uid: channel.tell(messages.ShutOut(uid=uid)),
         )  # fmt: skip
@@ -278,6 +279,8 @@ class Host:
         self._begin(introduction)
         for entry in introduction.plugins:
             await self._lifecycle.adopt(entry)
+        if any(plugin.mode == "mcp" for plugin in self._registry):
+            self._load_servers().end_left(introduction.paths.audit_log)
         if self._member is not None:
             await self._member.start()
         self._jobs.start()

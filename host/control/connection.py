@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from host.control.endpoints import Belonging, Caller, QuickEndpoint, may
+from host.queue.owed import UNKNOWN
 from host.wire.lines import LineProtocol, LineState
 from host.wire.strict_json import WireError, line, parse_object
 from isolator.audit.schema import MAX_ID, ControlCalled
@@ -222,7 +223,7 @@ class Connection(LineProtocol):
     async def _serve(self, message: dict[str, Any]) -> None:
         caller, number, verb = self._caller, message.get("id"), message.get("method")
         assert caller is not None
-        verdict = "ok"
+        verdict, record = "ok", self._server.record
         endpoint = self._server.endpoint(verb)
         spec = endpoint.request.spec if endpoint is not None else None
         try:
@@ -242,6 +243,8 @@ class Connection(LineProtocol):
                 if self._server.leaving:
                     await asyncio.Event().wait()  # pass_on_all ends it, and the successor begins it
                 self._present.line = None
+            if spec.changes:
+                record = self._server.begin_call(*_called(caller, verb, params, UNKNOWN))
             answer = _answer_line(number, result=await endpoint.answer(request, caller))
         except IsolatorError as error:
             repeated = self._present.line is not None
@@ -256,18 +259,21 @@ class Connection(LineProtocol):
             failed = IsolatorError(str(verb), f"{type(error).__name__}: {error}", "please report it")
             answer = _answer_line(number, error=failed)
         if verdict == "denied" or (spec is not None and spec.recorded):
-            self._record(caller, str(verb), message.get("params"), verdict)
+            called, plugin = _called(caller, verb, message.get("params"), verdict)
+            # Urgent: a change is with the kernel, on its way to the trail, before its answer.
+            record(called, plugin=plugin, urgent=verdict == "ok")
         self.send_soon(answer)
 
-    def _record(self, caller: Caller, verb: str, params: Any, verdict: str) -> None:
-        params = params if isinstance(params, dict) else {}
-        target, person = params.get("name") or params.get("update"), params.get("on_behalf_of")
-        more = {"on_behalf_of": person[:MAX_ID]} if isinstance(person, str) and person else {}
-        self._server.record(
-            ControlCalled(verb=verb[:80], uid=caller.uid, pid=caller.pid, role=caller.role, verdict=verdict, **more),
-            plugin=target[:MAX_ID] if isinstance(target, str) else None,
-            urgent=verdict == "ok",  # a change is with the kernel, on its way to the trail, before its answer
-        )
+
+def _called(caller: Caller, verb: Any, params: Any, verdict: str) -> tuple[ControlCalled, str | None]:
+    """The record of a call, and the plugin that it names."""
+    params = params if isinstance(params, dict) else {}
+    target, person = params.get("name") or params.get("update"), params.get("on_behalf_of")
+    more = {"on_behalf_of": person[:MAX_ID]} if isinstance(person, str) and person else {}
+    called = ControlCalled(
+        verb=str(verb)[:80], uid=caller.uid, pid=caller.pid, role=caller.role, verdict=verdict, **more
+    )
+    return called, target[:MAX_ID] if isinstance(target, str) else None
 
 
 def _answer_line(number: Any, *, result: Any = None, error: IsolatorError | None = None) -> bytes:

@@ -44,6 +44,7 @@ from isolator.errors import IsolatorError, UnavailableError
 from isolator.ipc.formats import TABLES
 
 T = TypeVar("T")
+Apply = Callable[[sqlite3.Connection], Any]
 _log = logging.getLogger(__name__)
 
 CHECKPOINT_COMMITS = 250
@@ -66,18 +67,20 @@ _NOTHING_LOST = "make room on its disk, or mend that, then it starts by itself; 
 class _Op:
     """An operation that waits for a transaction, or for the sync of its own."""
 
-    apply: Callable[[sqlite3.Connection], Any]
+    apply: Apply
     done: Callable[[Any, Exception | None], None] | None
     durable: bool
     deadline: float
+    meanwhile: Callable[[], None] = lambda: None
     result: Any = None
 
 
 class Store:
     """Database of one host process; all methods belong to the event loop's thread."""
 
-    def __init__(self, path: Path, *, fatal: Callable[[str], None] | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, fatal: Callable[[str], None] | None = None, made: Apply | None = None) -> None:
+        """Open a database, or make one; ``made`` is called in the transaction that makes its tables."""
+        self.path, self._made = path, made
         self.blocked: str | None = None
         """Why the database cannot be written at the moment, else None."""
         self.unblocked = asyncio.Event()
@@ -105,7 +108,7 @@ class Store:
         self._reserve.release()
         self._connection = self._open()
         self._reserve.hold()
-        self._wal = WriteAheadLog[_Op](path, self._reserve, self._synced, self._release)
+        self._wal = WriteAheadLog[_Op](path, self._reserve, self._synced, self._release, self._writing)
         self._wal_high = self._wal.high()
 
     def _open(self) -> sqlite3.Connection:
@@ -125,7 +128,13 @@ class Store:
             if version < TABLES:
                 steps = SCHEMA if version == 0 else "".join(MIGRATIONS[v] for v in range(version, TABLES))
                 # One transaction: interrupted at any instant, it is the old version or the new one.
-                connection.executescript(f"BEGIN IMMEDIATE;{steps}PRAGMA user_version={TABLES};COMMIT;")
+                connection.execute("BEGIN IMMEDIATE")
+                for step in steps.split(";"):
+                    connection.execute(step)
+                if version == 0 and self._made is not None:
+                    self._made(connection)
+                connection.execute(f"PRAGMA user_version={TABLES}")
+                connection.execute("COMMIT")
             found = connection.execute("SELECT sql FROM sqlite_master WHERE name='deliveries_given_up'").fetchone()
             if found != (INDEX,):
                 connection.executescript(f"BEGIN IMMEDIATE;DROP INDEX IF EXISTS deliveries_given_up;{INDEX};COMMIT;")
@@ -145,18 +154,20 @@ class Store:
 
     def submit(
         self,
-        apply: Callable[[sqlite3.Connection], Any],
+        apply: Apply,
         done: Callable[[Any, Exception | None], None] | None = None,
         *,
         durable: bool = False,
         lazy: bool = False,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         """Run ``apply`` in the next transaction; ``lazy`` waits a moment (``LAZY``) for others to share it with.
 
-        ``done(result, error)`` is called on the loop: after the commit, or when ``durable``, once it is on disk.
-        An operation without ``done`` never fails: it is retried until the database can be written.
+        ``done(result, error)`` is called on the loop: after the commit, or when ``durable``, once it is on disk, and
+        ``meanwhile`` before that, for ``wal.WRITING`` seconds, where it delays nothing. An operation without ``done``
+        never fails: it is retried until the database can be written.
         """
-        self._ops.append(_Op(apply, done, durable, self._loop.time() + GIVE_UP))
+        self._ops.append(_Op(apply, done, durable, self._loop.time() + GIVE_UP, meanwhile))
         if not lazy:
             self.flush_soon()
         elif self._scheduled is None and self._lazy is None:
@@ -168,6 +179,10 @@ class Store:
             # asyncio has no interface for that; all that waited for this turn is in there by now.
             self._alone = not (self._syncing or self._loop._ready)  # type: ignore[attr-defined]
             self._scheduled = self._loop.call_soon(self._commit)
+
+    def commit(self) -> None:
+        """Commit all that is submitted; what cannot be written now is tried again until it can."""
+        self._commit()
 
     def commit_alone(self) -> None:
         """Commit what is due a turn early, if nothing else of this turn can share it, and no sync is under way."""
@@ -183,13 +198,9 @@ class Store:
         written = not self._ops
         while not written:
             future: asyncio.Future[bool] = self._loop.create_future()
-
-            def done(_: Any, error: Exception | None, future: asyncio.Future[bool] = future) -> None:
-                if not future.done():
-                    future.set_result(error is None)
-
-            self.submit(lambda _: None, done)
-            written = await future
+            self.submit(lambda _: True, _into(future))
+            with contextlib.suppress(UnavailableError):
+                written = await future
 
     async def durable(self) -> None:
         """Return once every durable operation that is committed by now is on disk; nothing is written for that.
@@ -200,27 +211,13 @@ class Store:
         if waiting is None:
             return
         future: asyncio.Future[None] = self._loop.create_future()
-
-        def done(_: Any, error: Exception | None) -> None:
-            if not future.done():
-                future.set_exception(error) if error is not None else future.set_result(None)
-
-        waiting.append(_Op(lambda _: None, done, True, math.inf))
+        waiting.append(_Op(lambda _: None, _into(future), True, math.inf))
         await future
 
     async def run(self, apply: Callable[[sqlite3.Connection], T]) -> T:
         """Run ``apply`` in a transaction and wait until it is on disk."""
         future: asyncio.Future[T] = self._loop.create_future()
-
-        def done(result: Any, error: Exception | None) -> None:
-            if future.done():
-                return
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(result)
-
-        self.submit(apply, done, durable=True)
+        self.submit(apply, _into(future), durable=True)
         return await future
 
     def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
@@ -327,8 +324,7 @@ class Store:
         for op in failed:
             if op.done is not None:
                 op.done(None, op.result)
-        if waiting:
-            self._gathering += waiting
+        self._gathering += waiting
         if waiting or self._checkpoint_due:
             self._start_sync()
         return None
@@ -421,6 +417,11 @@ class Store:
             self._checkpoint = job
         self._wal.begin(job, alone=not one_has_ended)
 
+    @staticmethod
+    def _writing(ops: list[_Op]) -> None:
+        for op in ops:
+            op.meanwhile()
+
     def _start_checkpoint(self) -> None:
         if not self._closed:
             self._start_sync(one_has_ended=True)
@@ -482,6 +483,16 @@ class Store:
         await self._wal.close()
         self._connection.close()
         return written
+
+
+def _into(future: asyncio.Future[Any]) -> Callable[[Any, Exception | None], None]:
+    """Return what gives the outcome of an operation to a future, unless nobody awaits it any more."""
+
+    def done(result: Any, error: Exception | None) -> None:
+        if not future.done():
+            future.set_exception(error) if error is not None else future.set_result(result)
+
+    return done
 
 
 def exit_after_failed_sync(why: str) -> None:

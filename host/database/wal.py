@@ -5,7 +5,8 @@ from the loop in between. Where the kernel does not offer that, the helper threa
 checkpoints, on a connection of its own, so that they never hold up the loop.
 
 The kernel's worker that syncs is bound to the loop's processor, and may have to wait until the loop has nothing else to
-do. So the disk gets the write of an event that comes alone before that.
+do. So the disk gets the write of an event that comes alone before that, and the loop does its own part meanwhile: what
+can be made ahead, and the look at the files. Then the worker has the processor, for the disk's flush.
 
 A log that grows takes the file system's journal along with each sync, which costs half as much again. So it is made as
 large at the start as it gets between two checkpoints; zeros after the last frame are no frame to SQLite, as the frames
@@ -40,6 +41,8 @@ CLOSING = 10.0
 """Seconds that the end of this process waits for the disk."""
 DELAY, AVOID = 0.001, 1.0
 """Seconds: a disk that took longer to take a write is given none ahead of its sync for so long."""
+WRITING = 0.000025
+"""Seconds in which hardly any disk has written a short log. Then comes the flush, which the kernel's worker begins."""
 BEGIN = 4 << 20
 """Bytes of a new log, on a small disk half of what is large there."""
 
@@ -61,7 +64,8 @@ class WriteAheadLog(Generic[Op]):
 
     ``synced(ops, error, harm)`` is called on the loop for each ``Sync``: with the error if it failed, or with what
     somebody did to the files; after harm nothing more is synced. ``released(job)`` is called once its checkpoint has
-    ended.
+    ended. ``writing(ops)`` is called for some, while the disk writes what they changed: it must not raise, and has some
+    ``WRITING`` seconds.
     """
 
     def __init__(
@@ -70,8 +74,10 @@ class WriteAheadLog(Generic[Op]):
         reserve: files.Reserve,
         synced: Callable[[list[Op], OSError | None, str | None], None],
         released: Callable[[Sync[Op]], None],
+        writing: Callable[[list[Op]], None],
     ) -> None:
-        self._path, self._reserve, self._synced, self._released = path, reserve, synced, released
+        self._path, self._reserve = path, reserve
+        self._synced, self._released, self._writing = synced, released, writing
         self._loop = asyncio.get_running_loop()
         self.fd = os.open(f"{path}-wal", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         names = (str(path), f"{path}-wal", f"{path}-shm")
@@ -112,29 +118,36 @@ class WriteAheadLog(Generic[Op]):
         return min(HIGH, max(LOW, room // SHARE))
 
     def begin(self, job: Sync[Op], *, alone: bool = False) -> None:
-        """Begin a sync; the one before has been reported. ``alone``: who waits for it has waited for no other."""
+        """Begin a sync; the one before has been reported. ``alone``: who waits for it has waited for no other.
+
+        Then ``writing`` is called while the disk writes, for which the kernel's worker waits as well.
+        """
         if self._direct is not None and not job.checkpoint:
-            if alone:
-                self._write_ahead(self._direct)
+            found = None
+            if alone and self._write_ahead(self._direct):
+                self._writing(job.ops)
+                found = self._outcome(lambda: None)
             with contextlib.suppress(OSError):  # the kernel has no room for it at the moment
                 self._direct.begin()
                 self._under_way = job.ops
                 self._ended.clear()
-                self._found = self._outcome(lambda: None)
+                self._found = found or self._outcome(lambda: None)
                 return
         self._work.put(job)
 
-    def _write_ahead(self, direct: FileSync) -> None:
+    def _write_ahead(self, direct: FileSync) -> bool:
         """Let the disk work while the kernel's worker is woken, which a loop that goes on may hold up.
 
-        A loop that is held up by a busy disk leaves that to the worker for a while.
+        Returns whether it does. A loop that is held up by a busy disk leaves that to the worker for a while.
         """
         began = self._loop.time()
-        if began >= self._ahead_from:
-            direct.write_out()
-            ended = self._loop.time()
-            if ended - began > DELAY:
-                self._ahead_from = ended + AVOID
+        if began < self._ahead_from:
+            return False
+        direct.write_out()
+        ended = self._loop.time()
+        if ended - began > DELAY:
+            self._ahead_from = ended + AVOID
+        return True
 
     async def close(self) -> None:
         """Report what is under way, sync once more, and end; a disk that does not answer is not waited for long."""

@@ -151,6 +151,10 @@ class Dispatcher:
         """Whether a plugin is paused."""
         return self._pauses.of(name) is not None
 
+    def all_paused(self) -> frozenset[str]:
+        """The names of the plugins that are paused."""
+        return self._pauses.names()
+
     def wake(self, name: str) -> None:
         """Let a worker that holds back try again: its obstacle may be cleared."""
         if name in self.workers:

@@ -164,7 +164,7 @@ class ExecDelivery(Mode):
         self.parts.end_invocation(name, invocation.run)
         line = await self.parts.logs.last_line(invocation.run)
         last_words = await self.parts.logs.stderr_tail(name, invocation.run) if ended.exit_code != OK else []
-        self._conclude(invocation, judged(lambda: outcome_of(ended, line, last_words[-1] if last_words else "")))
+        self._conclude(invocation, judged(outcome_of, ended, line, last_words[-1] if last_words else ""))
 
     def _conclude(self, invocation: _Invocation, outcome: Outcome) -> None:
         del self._invocations[invocation.run]

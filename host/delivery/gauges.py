@@ -25,11 +25,13 @@ class Gauges:
         self._sent: dict[str, int] | None = None
         self._plugins: dict[str, tuple[Plugin, bool, float | None]] = {}
         """The sources of what was sent: each entry, whether it is paused, when its oldest event was accepted."""
+        self._seen: tuple[list[Plugin], frozenset[str], dict[str, float]] | None = None
+        """The same of all plugins, as it was read last."""
         self._task = essential(self._run(), "gauges")
 
     def repeat(self) -> None:
         """Send them once more though they are the same: there is a new audit process."""
-        self._sent, self._plugins = None, {}
+        self._sent, self._plugins, self._seen = None, {}, None
 
     def close(self) -> None:
         """Send them no more."""
@@ -45,8 +47,11 @@ class Gauges:
             await asyncio.sleep(QUEUE_BEAT)
 
     def _send_plugins(self) -> None:
-        oldest = self._queue.oldest()
-        found = {one.name: (one, self._dispatcher.paused(one.name), oldest.get(one.name)) for one in self._registry}
+        seen = entries, paused, oldest = list(self._registry), self._dispatcher.all_paused(), self._queue.oldest()
+        if seen == self._seen:
+            return
+        self._seen = seen
+        found = {one.name: (one, one.name in paused, oldest.get(one.name)) for one in entries}
         changed: dict[str, Any] = {name: _of(*one) for name, one in found.items() if self._plugins.get(name) != one}
         changed |= dict.fromkeys(self._plugins.keys() - found.keys())
         names = list(changed)

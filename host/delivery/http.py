@@ -154,7 +154,7 @@ class HttpDelivery(Mode):
             return
         try:
             response = reply.result()
-            outcome = judged(lambda: outcome_of(response))
+            outcome = judged(outcome_of, response)
             if response.status == GONE:
                 self._tasks.run(f"pause of {post.plugin.name}", self._pause(post), expected=(IsolatorError,))
         except LostError as error:

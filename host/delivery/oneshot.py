@@ -147,7 +147,7 @@ class OneshotDelivery:
         broken = False
         try:
             text = reply.result()
-            outcome = judged(lambda: read_reply(text))
+            outcome = judged(read_reply, text)
         except LostError as error:
             outcome, broken = error.outcome, error.crash
         latency = (time.perf_counter_ns() - request.exchange.sent_ns) // 1000

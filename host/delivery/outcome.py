@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec
 
 from host.channel.reply import Outcome, shown
 from host.delivery.attempts import Attempt, Attempts
@@ -28,6 +28,7 @@ from isolator.ipc.body import Body
 from isolator.ipc.fence import Fence
 from isolator.linux.boottime import boottime
 
+P = ParamSpec("P")
 _log = logging.getLogger(__name__)
 
 CRASHES_TO_QUARANTINE = 2
@@ -53,13 +54,13 @@ class Attempted(NamedTuple):
     at: float
 
 
-def judged(judge: Callable[[], Outcome]) -> Outcome:
+def judged(judge: Callable[P, Outcome], *answer: P.args, **more: P.kwargs) -> Outcome:
     """Judge an answer; where ``judge`` fails, that is reported, and the attempt has failed.
 
     An attempt without an outcome would be in flight for good, and hold back all that follow in the order of its key.
     """
     try:
-        return judge()
+        return judge(*answer, **more)
     except Exception as error:
         context = {"message": "an answer could not be judged", "exception": error}
         asyncio.get_running_loop().call_exception_handler(context)
@@ -119,7 +120,7 @@ class Outcomes:
         self.attempts, self._fence = attempts, fence
         self._deferred: list[_Ended] = []
         """Attempts that have ended past the plugin's deadline."""
-        self.last: Attempted | None = None
+        self._last: tuple[str, str, str | None, str | None, float] | None = None
         self.failing_since: float | None = None
         """Unix time of the first failed attempt since the last that succeeded, or since this process started."""
         self.ended = 0
@@ -135,6 +136,11 @@ class Outcomes:
         """The run, the delivery that was alone in flight as its connection broke, and when that was."""
         self._isolated_retries: dict[int, Delivery] = {}
         """Deliveries that were in flight together when the plugin crashed, by event number."""
+
+    @property
+    def last(self) -> Attempted | None:
+        """The newest attempt that has ended."""
+        return Attempted(*self._last) if self._last is not None else None
 
     @property
     def isolated_retries(self) -> bool:
@@ -171,7 +177,7 @@ class Outcomes:
 
         To be called before the first of them can conclude.
         """
-        self.last = Attempted(**state.last.to_json()) if state.last is not None else None
+        self._last = Attempted(**state.last.to_json()) if state.last is not None else None
         self.failing_since = state.failing_since
         self._in_flight = {seq: state.in_flight[str(seq)] for seq in resumed if str(seq) in state.in_flight}
         self._overlapped = {seq for seq in state.overlapped if seq in self._in_flight}
@@ -319,7 +325,7 @@ class Outcomes:
     def _note(self, delivery: Delivery, outcome: str, status: str | None, detail: str | None) -> None:
         assert delivery.event is not None
         now = time.time()
-        self.last = Attempted(delivery.event.id, outcome, status, detail, now)
+        self._last = (delivery.event.id, outcome, status, detail, now)
         if outcome in ("ok", "skipped"):
             self.failing_since = None
         elif outcome != "busy" and self.failing_since is None:

@@ -39,6 +39,10 @@ class Pauses:
         """The pause of a plugin, if it is paused."""
         return self._pauses.get(name)
 
+    def names(self) -> frozenset[str]:
+        """The names of the plugins that are paused."""
+        return frozenset(self._pauses)
+
     async def set(self, name: str, by: str) -> bool:
         """Pause a plugin, at once; returns when that is safe on disk, and whether it was not paused before."""
         if name in self._pauses:

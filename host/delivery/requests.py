@@ -54,7 +54,7 @@ class PendingRequest(Generic[A]):
 
     def done(self) -> bool:
         """Whether the answer is no longer awaited."""
-        return self.number not in self.requests
+        return self.number not in self.requests.unanswered
 
     def set_result(self, result: A, /) -> None:
         """Take the answer."""
@@ -71,20 +71,24 @@ class Requests(Generic[A]):
     def __init__(self, sidecar: SidecarLink, outcomes: Outcomes, judge: Callable[[A], Outcome]) -> None:
         self.outcomes = outcomes
         self._sidecar, self._judge = sidecar, judge
-        self._requests: dict[str, PendingRequest[A]] = {}
+        self.unanswered: dict[str, PendingRequest[A]] = {}
         """Requests in flight, by number."""
+        self._most = 0
+        """How many may be in flight, as was last asked."""
         self._waiter: asyncio.Future[None] | None = None
         """Future of whoever waits for room."""
 
     def __len__(self) -> int:
-        return len(self._requests)
-
-    def __contains__(self, number: str) -> bool:
-        return number in self._requests
+        return len(self.unanswered)
 
     def has_room(self, plugin: Plugin) -> bool:
         """Whether one more may be in flight; during isolated retries, if none is."""
-        return len(self._requests) < (1 if self.outcomes.isolated_retries else plugin.most_in_flight)
+        self._most = 1 if self.outcomes.isolated_retries else plugin.most_in_flight
+        return len(self.unanswered) < self._most
+
+    def full(self) -> bool:
+        """Whether another has to wait for the end of one that is in flight."""
+        return 0 < self._most <= len(self.unanswered)
 
     async def slot(self, plugin: Plugin) -> None:
         """Wait until there is room; for one taker."""
@@ -107,13 +111,13 @@ class Requests(Generic[A]):
         ``flush`` is called once every request of this turn is written: to send what ``write`` only gathers.
         """
         self._sidecar.begin_request(run)
-        one = self._requests[number] = PendingRequest(self, plugin, delivery, run, number, write)
+        one = self.unanswered[number] = PendingRequest(self, plugin, delivery, run, number, write)
         self.outcomes.attempts.begin(Attempt(delivery, run, request, one.send, flush))
         self._sidecar.status = "in_flight"
 
     def conclude(self, one: PendingRequest[A], answer: A | LostError | NotSentError) -> None:
         """End the attempt of a request, unless it is no longer awaited; never raises."""
-        if self._requests.pop(one.number, None) is None:
+        if self.unanswered.pop(one.number, None) is None:
             return
         latency = (time.perf_counter_ns() - one.sent_ns) // 1000
         self._sidecar.end_request()
@@ -127,7 +131,7 @@ class Requests(Generic[A]):
             if isinstance(answer, (LostError, NotSentError)):
                 outcome, broken = Outcome("unknown", detail=str(answer)), isinstance(answer, LostError) and answer.crash
             else:
-                outcome = judged(lambda: self._judge(answer))
+                outcome = judged(self._judge, answer)
             self.outcomes.conclude(one.plugin, one.delivery, one.run, outcome, latency, broken=broken)
         except Exception as error:  # this attempt's; those whose answers come with it go on
             asyncio.get_running_loop().call_exception_handler(
@@ -136,15 +140,15 @@ class Requests(Generic[A]):
 
     def cancel(self) -> None:
         """Await no more answers."""
-        for _ in self._requests:
+        for _ in self.unanswered:
             self._sidecar.end_request()
-        self._requests.clear()
+        self.unanswered.clear()
 
     def pass_on(self, numbers: Collection[str] | None = None) -> dict[str, RequestState]:
         """Hand on what is written of all requests, or of these numbers, by number; none is awaited here any more."""
         states = {
             number: RequestState(seq=one.delivery.seq, run=one.run, sent_ns=one.sent_ns)
-            for number, one in self._requests.items()
+            for number, one in self.unanswered.items()
             if one.write is None and (numbers is None or number in numbers)
         }
         self.cancel()
@@ -159,4 +163,4 @@ class Requests(Generic[A]):
             if plugin is not None and delivery is not None:
                 self._sidecar.take_request()
                 one = PendingRequest(self, plugin, delivery, state.run, number, sent_ns=state.sent_ns)
-                yield self._requests.setdefault(number, one)
+                yield self.unanswered.setdefault(number, one)

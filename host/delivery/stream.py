@@ -19,15 +19,15 @@ from host.channel.stream import (
     StreamConnection,
     StreamState,
     event_request,
-    new_number,
     open_stream,
 )
+from host.delivery.ahead import MadeAhead
 from host.delivery.outcome import Outcomes
 from host.delivery.requests import Requests, RequestState
 from host.delivery.sidecar import SidecarLink
-from host.events import Catalogue
+from host.events import Catalogue, EventType, random_hex
 from host.plugins.registry import Plugin
-from host.queue.interface import Delivery
+from host.queue.interface import Delivery, Event
 from host.wire.lines import CPU_A_SECOND, CPU_AT_ONCE
 from isolator.base.pacing import TokenBucket
 from isolator.ipc.body import Body, omitted
@@ -98,10 +98,12 @@ class StreamDelivery:
         self._redact = redact
         self._session: _Session | None = None
         self._requests = Requests[Read](sidecar, outcomes, lambda reply: judge_reply(*reply))
+        self.full = self._requests.full
         self.connecting = False
         """A connection is being made, and not greeted yet."""
         self._tasks = Tasks()
         self._cpu = TokenBucket(CPU_A_SECOND, CPU_AT_ONCE)
+        self._request = MadeAhead(_numbered)
 
     @property
     def busy(self) -> bool:
@@ -147,10 +149,7 @@ class StreamDelivery:
         connection = session.connection
         if not self._requests.has_room(plugin) or not connection.is_writable:
             return False
-        event_type = self._catalogue.get(event.name)
-        params = event_params(event, event_type, plugin.major, delivery.attempts + 1, plugin.timeout, delivery.epoch)
-        number = new_number()
-        request = event_request(hook, params, number)
+        number, request = self._request(hook, *self._content(plugin, event), delivery.attempts + 1, delivery.epoch)
         if len(request) > STREAM_MESSAGE:
             self._outcomes.give_up(delivery, "payload_too_large")
             return True
@@ -159,6 +158,13 @@ class StreamDelivery:
             lambda one: connection.write(number, request, plugin.timeout, one), connection.flush,
         )  # fmt: skip
         return True
+
+    def make_ahead(self, plugin: Plugin, hook: str, event: Event) -> None:
+        """Make the request of an event's first attempt, which ``deliver_now`` sends."""
+        self._request.prepare(hook, *self._content(plugin, event), 1, 0)
+
+    def _content(self, plugin: Plugin, event: Event) -> tuple[Event, EventType | None, int, float]:
+        return event, self._catalogue.get(event.name), plugin.major, plugin.timeout
 
     async def _connect(self, plugin: Plugin) -> _Session:
         """Open a session with the present run in the place of the one before; its ``greeted`` is under way."""
@@ -303,3 +309,11 @@ class StreamDelivery:
         self._requests.cancel()
         if self._session is not None:
             self._session.connection.close()
+
+
+def _numbered(
+    hook: str, event: Event, event_type: EventType | None, major: int, timeout: float, attempt: int, epoch: int
+) -> tuple[str, bytes]:  # fmt: skip
+    """Number and line of a request."""
+    number = random_hex()
+    return number, event_request(hook, event_params(event, event_type, major, attempt, timeout, epoch), number)

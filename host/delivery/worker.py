@@ -24,7 +24,7 @@ from host.delivery.sidecar import PAUSED, SidecarLink, SidecarState
 from host.delivery.stream import SessionState, StreamDelivery
 from host.fence.fences import NO_LEASE
 from host.plugins.registry import Plugin, Registry
-from host.queue.interface import Consumer, Delivery, KeptState
+from host.queue.interface import Consumer, Delivery, Event, KeptState, Prepare
 from isolator.base.pacing import Backoff
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body, Json
@@ -342,7 +342,7 @@ class Worker:
             self._sidecar.status = "idle"
             if self._sidecar.paused:
                 await self._until_resumed()
-            delivery = self._taken = await self._consumer.take(self._prepare, self._send_now, self._oneshot.full)
+            delivery = self._taken = await self._consumer.take(self._prepare, self._send_now, self._full)
             if not self._gate.is_open:
                 await self._gate.wait_open()
             if self._sidecar.leaving:
@@ -384,6 +384,10 @@ class Worker:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._backoff.next()):
                 await self._woken.wait()
+
+    def _full(self) -> bool:
+        """Whether the next delivery is sent at the earliest with the end of one that is on its way."""
+        return self._oneshot.full() or self._stream.full()
 
     def _send_now(self, delivery: Delivery) -> bool:
         """Begin an attempt of a delivery, or conclude it, if that takes no wait; returns whether it took none."""
@@ -439,11 +443,22 @@ class Worker:
             return plugin.mode == "oneshot" and self._oneshot.deliver_now(plugin, hook, delivery)
         return True
 
-    def _prepare(self, alone: bool) -> bool:
-        """Prepare for a delivery that is being synced; returns whether it can be sent as soon as that is done."""
+    def _prepare(self, alone: bool) -> Prepare | None:
+        """Prepare for a delivery that is being synced; returns None unless it can be sent as soon as that is done."""
         plugin = self._registry.get(self.name)
         if plugin is None or not self._sidecar.accepts or not self._gate.is_open:
-            return False
+            return None
         if plugin.mode == "stream":
-            return self._stream.ready
-        return plugin.mode == "oneshot" and self._oneshot.prepare(alone=alone)
+            return self._make_ahead if self._stream.ready else None
+        return _make_nothing if plugin.mode == "oneshot" and self._oneshot.prepare(alone=alone) else None
+
+    def _make_ahead(self, event: Event) -> None:
+        """Make the request of an event's first attempt on the stream while it is being synced."""
+        plugin = self._registry.get(self.name)
+        hook = plugin.hooks.get(event.name) if plugin is not None else None
+        if plugin is not None and hook is not None:
+            self._stream.make_ahead(plugin, hook, event)
+
+
+def _make_nothing(_: Event) -> None:
+    """Leave a one-shot request for later: its emitter waits longer for that than the plugin gains."""

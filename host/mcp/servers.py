@@ -13,6 +13,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from host.channel.reply import LostError, NotSentError, shown
@@ -23,13 +24,14 @@ from host.mcp.pins import Pins
 from host.mcp.session import Progress, Reply, Session, SessionState
 from host.mcp.sessions import Sessions
 from host.mcp.tools import INSTRUCTIONS, Compared, Item, compare, digest_of, is_unchanged, offered, permits
+from host.mcp.unended import end_of, unended
 from host.plugins.registry import Plugin, Registry
 from host.plugins.secrets import Redactor
 from host.queue.owed import Debts
 from host.wire import mcp as protocol
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ToolCalled, ToolsApproved, ToolStarted
-from isolator.errors import DeniedError, UnavailableError, UsageError, translated
+from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError, translated
 from isolator.ipc.body import Body
 from isolator.ipc.channel import Channel
 from isolator.ipc.succession import Departure, Descriptors
@@ -65,6 +67,8 @@ class Servers(Sessions):
         self.pins, self._use, self._debts = pins, use, debts
         self._calls: dict[tuple[int, str], Sent] = {}
         """By caller's uid and its key of the call."""
+        self._starting: set[Sent] = set()
+        """Calls that are on record, while that is not with the kernel and nothing of them is sent."""
         self._unsent: dict[tuple[int, str], asyncio.Task[Any]] = {}
         """Tasks whose calls wait for their server, likewise."""
         self.awaited: dict[str, Reply] = {}
@@ -229,14 +233,32 @@ class Servers(Sessions):
         event_id = new_event_id(time.time())
         started = ToolStarted(tool=tool, uid=uid, arguments_sha256=digest)
         self._audit.record(started, plugin=name, run=session.run, event_id=event_id)
-        await self._audit.flushed()
         call = CallState(
             plugin=name, uid=uid, key=key, number=number, id=event_id, tool=tool, arguments_sha256=digest,
             sent_ns=time.perf_counter_ns(),
         )  # fmt: skip
-        sent = self._calls[uid, key] = Sent(call, session.run, reply)
+        sent = Sent(call, session.run, reply)
+        await self._started(sent)
+        self._calls[uid, key] = sent
         session.write(number, data, protocol.PATIENCE, reply, progress)
         return sent
+
+    async def _started(self, sent: Sent) -> None:
+        """Wait until the record of a call's start is with the kernel; one that is not sent then has its end there."""
+        call = sent.call
+        self._starting.add(sent)
+        try:
+            await self._audit.flushed()
+            self._check_grant(call.plugin, call.tool, call.uid)  # the policy may be another by now
+        except asyncio.CancelledError:
+            if sent in self._starting:
+                self._record(sent, "cancelled", "it was not sent yet")
+            raise
+        except IsolatorError as error:
+            self._record(sent, "not_sent", error.why)
+            raise
+        finally:
+            self._starting.discard(sent)
 
     async def _allowed(self, name: str, tool: str, uid: int) -> Session:
         """The session with a server of which a user may call a tool at this moment; raises IsolatorError."""
@@ -273,6 +295,19 @@ class Servers(Sessions):
             raise UsageError(f"plugin {name}", f"is no MCP server: its mode is {plugin.mode}")
         return plugin
 
+    def end_left(self, trail: Path) -> None:
+        """Record the end of the calls that a host before this one, which was killed, has begun.
+
+        ``trail``: the folder of the trail.
+        """
+
+        async def end() -> None:
+            await self._audit.passed()  # what that process had handed over has its place
+            for one in await asyncio.to_thread(unended, trail, self._audit.session):
+                self._audit.record(end_of(one), plugin=one.plugin, run=one.run, event_id=one.event_id)
+
+        self._tasks.run("calls of another host process", end())
+
     def _record(self, sent: Sent, outcome: Any, detail: str | None) -> None:
         plugin = sent.call.plugin
         record = sent.over(outcome, self._shown(plugin, detail) if detail else None)
@@ -288,7 +323,9 @@ class Servers(Sessions):
         return calls or any(session.opening.done() for session in self._greeted.values())
 
     def pass_on(self, departure: Departure) -> ServersState:
-        """Hand every session on, with the calls that are in flight."""
+        """Hand every session on, with the calls that are in flight; those that are not sent are begun anew."""
+        while self._starting:
+            self._record(self._starting.pop(), "not_sent", "another host process takes over")
         calls = tuple(one.call for one in self._calls.values())
         sessions = {**self._sessions, **self._greeted}
         states = {name: session.leave(departure) for name, session in sessions.items() if session.lasts}

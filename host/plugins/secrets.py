@@ -325,8 +325,7 @@ class ConfigStore:
         """Raise IsolatorError if a version cannot start: a required value is missing, or the config cannot be read."""
         if plugin in self.broken:
             raise self.broken[plugin]
-        missing = self.missing(plugin, manifest, digest) if manifest is not None else []
-        if missing:
+        if manifest is not None and manifest.config and (missing := self.missing(plugin, manifest, digest)):
             remedy = f"isolator plugin config {plugin} set {missing[0]}=@FILE"
             raise UsageError(f"config of {plugin}", f"{', '.join(missing)} is required and not set", remedy)
 

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from host.database.wal import WRITING
 from host.queue.consumer import SqliteConsumer
-from host.queue.interface import Accepted, Event, NewEvent, Subscriber
+from host.queue.interface import Accepted, Event, NewEvent, Prepare, Subscriber
 
 Answer = Callable[[Accepted | None, Exception | None], None]
+
+LONG = 4096
+"""Characters of a payload from which on making its request would take longer than the disk."""
+
+
+def prepare_requests(batch: list[Accepting]) -> None:
+    """Prepare requests of these events while the disk writes them, for ``WRITING`` seconds."""
+    until = time.perf_counter() + WRITING
+    for entry in batch:
+        if len(entry.event.payload) >= LONG:
+            continue
+        for prepare in entry.counted.values():
+            with contextlib.suppress(Exception):  # it fails again, and is reported, as the request is to be sent
+                prepare(entry.event)
+            if time.perf_counter() >= until:
+                return
 
 
 @dataclass
@@ -20,8 +39,8 @@ class Accepting:
     event: Event
     admitted: list[tuple[Subscriber, SqliteConsumer]]
     """Each with its consumer: a plugin that takes the name of one that was removed has another."""
-    counted: set[str]
-    """The plugins among them whose first attempt is counted with the event."""
+    counted: dict[str, Prepare]
+    """The plugins among them whose first attempt is counted with the event, each with what prepares its request."""
     overflowed: list[Subscriber]
     done: Answer
     earlier: Event | None = None
@@ -41,5 +60,5 @@ class Accepting:
         """The answer to the caller, once it is safe."""
         if self.earlier is not None:
             return Accepted(self.earlier, (), duplicate=True)
-        overflowed = tuple(s.plugin for s in self.overflowed)
-        return Accepted(self.event, (*(s.plugin for s, _ in self.admitted), *overflowed, *self.others), overflowed)
+        overflowed = tuple([s.plugin for s in self.overflowed])
+        return Accepted(self.event, (*[s.plugin for s, _ in self.admitted], *overflowed, *self.others), overflowed)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from host.queue.interface import Delivery, KeptState, Result
+from host.queue.interface import Delivery, KeptState, Prepare, Result
 from host.queue.lane import Lane
 
 _PREFETCH = 64
@@ -43,7 +43,7 @@ class SqliteConsumer:
         self._lane = Lane()
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._on_delivery_pending: Callable[[bool], bool] | None = None
+        self._on_delivery_pending: Callable[[bool], Prepare | None] | None = None
         self._send_now: Callable[[Delivery], bool] | None = None
         self._full: Callable[[], bool] = lambda: False
         self._offering = False
@@ -80,13 +80,13 @@ class SqliteConsumer:
             self._rows.load(delivery, ())
         return delivery.event.id if delivery.event is not None else None
 
-    def announce(self, alone: bool) -> bool:
-        """Let a taker that waits for the one reserved delivery prepare; whether it will send that one at once.
+    def announce(self, alone: bool) -> Prepare | None:
+        """Let a taker that waits for the one reserved delivery prepare; None unless it will send that one at once.
 
         ``alone``: the delivery is the only one of its event.
         """
         hook = self._on_delivery_pending
-        return hook is not None and self.reserved == 1 and self._lane.depth == 0 and hook(alone)
+        return hook(alone) if hook is not None and self.reserved == 1 and self._lane.depth == 0 else None
 
     def add(self, delivery: Delivery) -> None:
         """Let a delivery that is safe on disk enter the lane, unless everything was dropped meanwhile."""
@@ -98,7 +98,7 @@ class SqliteConsumer:
 
     async def take(
         self,
-        on_delivery_pending: Callable[[bool], bool] | None = None,
+        on_delivery_pending: Callable[[bool], Prepare | None] | None = None,
         send_now: Callable[[Delivery], bool] | None = None,
         full: Callable[[], bool] = lambda: False,
     ) -> Delivery:
@@ -223,7 +223,7 @@ class SqliteConsumer:
     async def _wait(
         self,
         loop: asyncio.AbstractEventLoop,
-        on_delivery_pending: Callable[[bool], bool] | None,
+        on_delivery_pending: Callable[[bool], Prepare | None] | None,
         send_now: Callable[[Delivery], bool] | None,
     ) -> None:
         self._waiter, self._on_delivery_pending, self._send_now = loop.create_future(), on_delivery_pending, send_now

@@ -65,6 +65,10 @@ class Subscriber(NamedTuple):
     key: str | None
 
 
+Prepare = Callable[[Event], None]
+"""Prepares the request of the first attempt of an event, which is sent once that is safe, or never."""
+
+
 class Accepted(NamedTuple):
     """The outcome of ``accept``; ``overflowed`` names the plugins whose queue was full (their delivery is dead)."""
 
@@ -157,18 +161,18 @@ class Consumer(Protocol):
 
     async def take(
         self,
-        on_delivery_pending: Callable[[bool], bool] | None = None,
+        on_delivery_pending: Callable[[bool], Prepare | None] | None = None,
         send_now: Callable[[Delivery], bool] | None = None,
         full: Callable[[], bool] = lambda: False,
     ) -> Delivery:
         """Wait for the next delivery that may be sent now; its event is loaded.
 
         ``on_delivery_pending(alone)`` is called while the taker waits and its next delivery is on the way to disk;
-        ``alone``: it is the only one of its event. It returns whether that delivery will be sent as soon as it is
-        there: then its first attempt is counted with the event. ``send_now`` may be called while the taker waits,
-        with a delivery that may be sent, and must not raise. It returns whether that is begun or concluded: then the
-        taker goes on waiting, and else it takes the delivery. While it is ``full`` it goes on waiting for the end of a
-        delivery, with which it is offered the next.
+        ``alone``: it is the only one of its event. It returns None unless that delivery will be sent as soon as it is
+        there: then its first attempt is counted with the event, and what it returns may be called meanwhile.
+        ``send_now`` may be called while the taker waits, with a delivery that may be sent, and must not raise. It
+        returns whether that is begun or concluded: then the taker goes on waiting, and else it takes the delivery.
+        While it is ``full`` it goes on waiting for the end of a delivery, with which it is offered the next.
         """
 
     def ack(self, delivery: Delivery, result: Result) -> None:

@@ -1,6 +1,7 @@
 """Records that the trail is owed: they stand in the database from their change's transaction until they are on disk.
 
-A change on demand and the record of it are safe at different moments. A process that is killed between them leaves its
+A change on demand and the record of it are safe at different moments; so are what a verb of the control socket has
+others do and the record of its call, which is owed from its begin on. A process that is killed between them leaves its
 records here, and the next one makes those that the trail does not have. What the trail has is known by all that the
 record says, and by its time: it is not made before it is owed. An accepted event has one record, known by its id; it is
 owed only where it may be missing at a start (``host.intake.unrecorded``).
@@ -13,7 +14,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from isolator.audit.record import Record, parse
 from isolator.audit.schema import (
     HOST,
     ConfigChanged,
+    ControlCalled,
     EventAccepted,
     EventCancelled,
     EventDead,
@@ -41,13 +43,15 @@ from isolator.ipc.tasks import Tasks
 
 LOOK = 20_000
 """Newest records among which those of a killed process are looked for, whatever the clock says; and all since then."""
+UNKNOWN = "unknown"
+"""Verdict of a call of the control socket whose host ended before its answer."""
 AT_ONCE = 1000
 """Records that are made before the trail has some of them."""
 _KINDS = {
     kind.TYPE: kind
     for kind in (
-        ConfigChanged, EventAccepted, EventCancelled, EventDead, EventReplayed, EventRetried, EventSkipped,
-        PluginPaused, PluginResumed, ToolsApproved,
+        ConfigChanged, ControlCalled, EventAccepted, EventCancelled, EventDead, EventReplayed, EventRetried,
+        EventSkipped, PluginPaused, PluginResumed, ToolsApproved,
     )
 }  # fmt: skip
 
@@ -76,7 +80,10 @@ class Owed:
             return any(record.type == EventAccepted.TYPE for record in of_its_event)
         content = self.content
         for number, record in enumerate(of_its_event):
-            if record.time >= self.since and content == {key: getattr(record, key) for key in content}:
+            found = {key: getattr(record, key) for key in content}
+            if record.type == ControlCalled.TYPE:
+                found["data"] = record.data | {"verdict": UNKNOWN}  # as it is owed: nobody knew it yet
+            if record.time >= self.since and content == found:
                 del of_its_event[number]
                 return True
         return False
@@ -151,15 +158,30 @@ class Debts:
         """Owe records no more, in a transaction."""
         db.executemany("DELETE FROM owed WHERE id=?", [(one.id,) for one in records])
 
+    def begin(self, called: ControlCalled, plugin: str | None) -> Callable[..., None]:
+        """Owe a record of a call that begins now, whose verdict is ``UNKNOWN``; the returned function makes it.
+
+        It is owed when this returns, unless the database cannot be written at the moment, for which no call waits.
+        """
+        begun = owed(called, plugin)
+        self._store.submit(lambda db: self.note(db, [begun]))
+        self._store.commit()
+        return lambda record, **more: self._make([replace(begun, record=record)], urgent=more["urgent"])
+
     def pay(self, records: Sequence[Owed]) -> None:
         """Record what was noted; its change is safe. Where there is no room for it, it is recorded once there is."""
+        self._make(records)
+
+    def _make(self, records: Sequence[Owed], *, urgent: bool = False) -> None:
         if len(records) > self._audit.room:
             self._tasks.run("records that wait for room", self._pay_later(records))
             return
         for one in records:
             of_delivery = one.event_id is not None and one.plugin is not None
             delivery_id = f"{one.event_id}.{one.plugin}" if of_delivery else None
-            self._audit.record(one.record, plugin=one.plugin, event_id=one.event_id, delivery_id=delivery_id)
+            self._audit.record(
+                one.record, plugin=one.plugin, event_id=one.event_id, delivery_id=delivery_id, urgent=urgent
+            )
         self._unsettled += records
         if records and not self._settling:
             self._settling = True

@@ -22,7 +22,12 @@ OUTCOME = (
     "UPDATE deliveries SET state=?, attempts=?, crashes=?, due=?, status=?, detail=?,"
     " reply=coalesce(?, reply), latency_us=coalesce(?, latency_us), updated=? WHERE seq=? AND plugin=?"
 )
-"""Sets the state of a delivery; run most often of all."""
+"""Sets the state of a delivery."""
+BEGUN = (
+    "UPDATE deliveries SET state='in_flight', attempts=?, due=0, status=NULL, detail=NULL, updated=?"
+    " WHERE seq=? AND plugin=?"
+)
+"""Counts an attempt that begins; with ``OUTCOME`` run most often of all."""
 LISTED = 4 << 20
 """Bytes of payloads and replies in one listing: the newest events have them, and all others are listed without."""
 

@@ -22,12 +22,13 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from host.database.store import Store
 from host.events import format_time, new_event_id
 from host.queue import rows
-from host.queue.accepting import Accepting, Answer
+from host.queue.accepting import Accepting, Answer, prepare_requests
 from host.queue.consumer import SqliteConsumer
 from host.queue.interface import (
     FINAL,
@@ -45,6 +46,7 @@ from host.queue.interface import (
     nothing,
 )
 from host.queue.listing import Listing
+from host.queue.states import States
 from host.queue.watching import Watcher
 from isolator.errors import UsageError
 
@@ -66,7 +68,6 @@ _INTERRUPTED = Result("retry", detail="the host stopped while this was in flight
 
 Requeued = tuple[Event, Subscriber]
 """An event, and the plugin that it is queued for again."""
-_Outcomes = dict[tuple[int, str], tuple[Any, ...]]
 
 
 class SqliteQueue(Listing):
@@ -102,7 +103,7 @@ class SqliteQueue(Listing):
         self._purges: dict[str, int] = {}
         """How often each name was purged."""
         self._watchers: dict[str, set[Watcher]] = {}
-        self._outcomes: _Outcomes | None = None
+        self._states: States | None = None
         self._accepting: list[Accepting] | None = None
         self._seq = max(after, store.read(rows.newest_number))
         self._since_prune = self._pruned = 0
@@ -147,12 +148,13 @@ class SqliteQueue(Listing):
             subject=event.subject,
             trace=event.trace,
         )
-        entry = Accepting(event, stored, [], set(), [], done)
+        entry = Accepting(event, stored, [], {}, [], done)
         if self._accepting is None:
             batch = self._accepting = [entry]
             self.store.submit(
-                lambda db: self._insert(db, batch), lambda _, error: self._inserted(batch, error), durable=True
-            )
+                lambda db: self._insert(db, batch), lambda _, error: self._inserted(batch, error), durable=True,
+                meanwhile=lambda: prepare_requests(batch),
+            )  # fmt: skip
         else:
             self._accepting.append(entry)
         # Before the transaction, which is for the loop's next turn; what is prepared here begins behind it.
@@ -163,8 +165,8 @@ class SqliteQueue(Listing):
                 entry.admitted.append((subscriber, consumer))
                 # While the event is being synced the way to an idle plugin can be prepared. Not when it may turn out
                 # to be a duplicate: a connection that is made has to be used.
-                if event.dedupe_key is None and consumer.announce(len(subscribers) == 1):
-                    entry.counted.add(subscriber.plugin)
+                if event.dedupe_key is None and (prepare := consumer.announce(len(subscribers) == 1)) is not None:
+                    entry.counted[subscriber.plugin] = prepare
             else:
                 entry.overflowed.append(subscriber)
 
@@ -269,44 +271,29 @@ class SqliteQueue(Listing):
         for delivery in deliveries:
             delivery.attempts += 1
             delivery.counted = False
-        for delivery in fresh:
-            self._write(delivery, Result("in_flight"), 0.0)
         if fresh:
+            self._open_states().begin(fresh)
             await self.store.committed()
 
     def write(self, delivery: Delivery, result: Result, due: float) -> None:
         """Record the state of a delivery and the Unix time of its next attempt; wakes those who wait for its event."""
-        self._write(delivery, result, due)
+        self._open_states().end(delivery, result, due)
         if self._watchers and delivery.event_id:
             for watcher in self._watchers.get(delivery.event_id, ()):
                 watcher.note(delivery.plugin, result.state)
 
-    def _write(self, delivery: Delivery, result: Result, due: float) -> None:
-        # Within one transaction only the last state of a delivery is written.
-        delivery.counted = False
-        batch = self._outcomes
-        if batch is None:
-            batch = self._outcomes = {}
-            outcomes = batch
-            self.store.submit(lambda db: self._write_outcomes(db, outcomes), lazy=True)
-        batch[delivery.seq, delivery.plugin] = (
-            result.state,
-            delivery.attempts,
-            delivery.crashes,
-            due,
-            result.status,
-            result.detail,
-            result.reply,
-            result.latency_us,
-            time.time(),
-            delivery.seq,
-            delivery.plugin,
-        )
+    def _open_states(self) -> States:
+        """The states of the next transaction."""
+        states = self._states
+        if states is None:
+            states = self._states = States()
+            self.store.submit(partial(self._write_states, states), lazy=True)
+        return states
 
-    def _write_outcomes(self, db: sqlite3.Connection, batch: _Outcomes) -> None:
-        if self._outcomes is batch:
-            self._outcomes = None
-        db.executemany(rows.OUTCOME, batch.values())
+    def _write_states(self, states: States, db: sqlite3.Connection) -> None:
+        if self._states is states:
+            self._states = None
+        states.write(db)
 
     def load(self, delivery: Delivery, upcoming: Sequence[Delivery]) -> None:
         """Read the payload of a delivery and of those that follow soon; ``event`` stays None where it is pruned."""
@@ -492,7 +479,7 @@ class SqliteQueue(Listing):
                 continue
             if state == "in_flight":
                 due = now + RETRY_BACKOFF.after(attempts - 1)
-                self._write(delivery, _INTERRUPTED, due)
+                self._open_states().end(delivery, _INTERRUPTED, due)
             if due > 0.0:
                 # The clock may have been set back meanwhile.
                 delivery.due = loop_now + min(max(0.0, due - now), LONGEST_WAIT)

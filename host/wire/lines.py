@@ -151,8 +151,10 @@ class LineProtocol(asyncio.Protocol):
             self.hold("budget")
             self._loop.call_later(wait, self.unhold, "budget")
         if not self._buffer and not self._held and data.find(b"\n") == len(data) - 1 <= self.limit:
-            if len(data) > 1:  # as nearly every message is: one complete line
-                self._receive(data[:-1])
+            if len(data) > LONG_LINE:
+                self._receive_long(data[:-1])
+            elif len(data) > 1:  # as nearly every message is: one complete line
+                self.line_received(data[:-1])
             return
         self._buffer += data
         self._read_lines()
@@ -236,7 +238,10 @@ class LineProtocol(asyncio.Protocol):
                 continue
             data = bytes(self._buffer[start:end])
             start = self._searched = end + 1
-            self._receive(data)
+            if len(data) < LONG_LINE:
+                self.line_received(data)
+            else:
+                self._receive_long(data)
         else:
             if self.transport is not None:
                 self.transport.pause_reading()
@@ -246,8 +251,8 @@ class LineProtocol(asyncio.Protocol):
             self._searched -= start
         return None
 
-    def _receive(self, data: bytes) -> None:
-        if self.cpu is None or len(data) < LONG_LINE:
+    def _receive_long(self, data: bytes) -> None:
+        if self.cpu is None:
             self.line_received(data)
             return
         began = time.thread_time()

@@ -42,6 +42,14 @@ def _to_json(value: Any) -> bytes:
     return _encode(value).encode()
 
 
+def _gap_instead(sent: dict[str, Any], why: str) -> bytes:
+    """The record that one is missing which cannot be sent."""
+    gap = AuditGap(count=1, why=f"{sent['type']}: {why}"[:512])
+    # Of the identifiers only as much as the writer keeps: they may be all that was too long.
+    names = {key: str(sent[key])[:MAX_ID] for key in IDENTIFIERS if sent[key] is not None}
+    return _to_json(sent | names | {"type": gap.TYPE, "data": gap.data})
+
+
 def utc_now() -> str:
     """The current time in the form of the trail: UTC with microseconds, ``2026-01-02T03:04:05.000006Z``."""
     seconds, rest = divmod(time.time_ns(), 1_000_000_000)
@@ -70,7 +78,8 @@ class AuditClient:
         """Called with the new value each time ``alarm`` changes."""
         self.sent = self.acked = self.lost = 0
         self._loop = asyncio.get_running_loop()
-        self._session = os.urandom(4).hex()
+        self.session = os.urandom(4).hex()
+        """Part of each record's origin: of this sender, and of those that go on in its place."""
         self._number = 0
         self._pending: deque[bytes] = deque()
         self._unacked: deque[bytes] = deque()
@@ -102,13 +111,32 @@ class AuditClient:
         ``happened_ns`` is the CLOCK_MONOTONIC of the recorded fact, where that was noticeably before this call;
         ``since_ns`` that of the first of several facts which one record sums up.
         """
-        if self.room <= 0:
+        if len(self._pending) + len(self._unacked) >= MAX_PENDING:
             self.lost += 1
             return
         if self.lost:
             lost, self.lost = self.lost, 0
             self.record(AuditGap(count=lost, why="the sender's buffer was full"))
-        line = self._line(record, plugin, run, event_id, delivery_id, happened_ns, since_ns)
+        self._number += 1
+        sent: dict[str, Any] = {
+            "time": utc_now(),
+            "type": record.TYPE,
+            "plugin": plugin,
+            "run": run,
+            "event_id": event_id,
+            "delivery_id": delivery_id,
+            "data": record.data,
+            "n": f"{self.session}:{self._number}",
+            "mono": time.monotonic_ns() if happened_ns is None else happened_ns,
+        }
+        if since_ns is not None:
+            sent["since"] = since_ns
+        try:
+            line = self._encode(sent)
+            if len(line) >= MAX_PACKET:
+                line = _gap_instead(sent, f"{len(line)} bytes are too long for a record")
+        except (TypeError, ValueError, RecursionError) as error:
+            line = _gap_instead(sent, f"cannot be written as JSON ({error})")
         self._pending.append(line)
         if urgent or len(self._pending) % _MANY == 0:
             self.flush()
@@ -150,26 +178,32 @@ class AuditClient:
         self._scheduled = False
         had = bool(self._pending)
         while self._pending and self._sock is not None:
-            size, count = -1, 0
-            for line in self._pending:
-                size += len(line) + 1
-                if count and size > MAX_PACKET:
-                    break
-                count += 1
-            packet = [self._pending.popleft() for _ in range(count)]
+            packet = self._next_packet()
             try:
                 self._sock.send(b"\n".join(packet), socket.MSG_NOSIGNAL)
             except OSError as error:
                 self._pending.extendleft(reversed(packet))
                 self._send_failed(error)
                 return
-            self.sent += count
+            self.sent += len(packet)
             self._unacked.extend(packet)
         if self._send_blocked and self._sock is not None:
             self._loop.remove_writer(self._sock)
             self._send_blocked = False
         if had and not self._pending:
             self._wake()
+
+    def _next_packet(self) -> deque[bytes]:
+        """Take all records that are pending, or as many as a packet holds."""
+        if sum(map(len, self._pending)) + len(self._pending) <= MAX_PACKET:  # a newline behind each but the last
+            packet, self._pending = self._pending, deque()
+            return packet
+        packet, size = deque(), 0
+        while self._pending and (not packet or size + len(self._pending[0]) < MAX_PACKET):
+            line = self._pending.popleft()
+            size += len(line) + 1
+            packet.append(line)
+        return packet
 
     async def flushed(self) -> None:
         """Wait until the kernel holds every record so far: the effects of this moment are recorded after them."""
@@ -227,14 +261,14 @@ class AuditClient:
 
     def _state(self, fd: int) -> SenderState:
         return SenderState(
-            socket=fd, session=self._session, number=self._number, answered=self._answered,
+            socket=fd, session=self.session, number=self._number, answered=self._answered,
             unacked=tuple(line.decode() for line in self._unacked),
             pending=tuple(line.decode() for line in self._pending),
             sent=self.sent, acked=self.acked, lost=self.lost, blocked=self.blocked, alarm=self.alarm,
         )  # fmt: skip
 
     def _go_on(self, before: SenderState, fd: int) -> None:
-        self._session, self._number, self._answered = before.session, before.number, before.answered
+        self.session, self._number, self._answered = before.session, before.number, before.answered
         self._unacked = deque(line.encode() for line in before.unacked)
         self._pending = deque(line.encode() for line in before.pending)
         self.sent, self.acked, self.lost = before.sent, before.acked, before.lost
@@ -244,43 +278,6 @@ class AuditClient:
             self._sock.setblocking(False)
             self._loop.add_reader(self._sock, self._readable)
             self.flush()
-
-    def _line(
-        self,
-        record: RecordData,
-        plugin: str | None,
-        run: str | None,
-        event_id: str | None,
-        delivery_id: str | None,
-        happened: int | None,
-        since: int | None,
-    ) -> bytes:
-        self._number += 1
-        type = record.TYPE
-        sent: dict[str, Any] = {
-            "time": utc_now(),
-            "type": type,
-            "plugin": plugin,
-            "run": run,
-            "event_id": event_id,
-            "delivery_id": delivery_id,
-            "data": record.data,
-            "n": f"{self._session}:{self._number}",
-            "mono": time.monotonic_ns() if happened is None else happened,
-        }
-        if since is not None:
-            sent["since"] = since
-        try:
-            line = self._encode(sent)
-            if len(line) < MAX_PACKET:
-                return line
-            why = f"{type}: {len(line)} bytes are too long for a record"
-        except (TypeError, ValueError, RecursionError) as error:
-            why = f"{type}: cannot be written as JSON ({error})"
-        gap = AuditGap(count=1, why=why[:512])
-        # Of the identifiers only as much as the writer keeps: they may be all that was too long.
-        names = {key: str(sent[key])[:MAX_ID] for key in IDENTIFIERS if sent[key] is not None}
-        return _to_json(sent | names | {"type": gap.TYPE, "data": gap.data})
 
     def _send_failed(self, error: OSError) -> None:
         if self._sock is not None and isinstance(error, BlockingIOError):

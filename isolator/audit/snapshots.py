@@ -8,7 +8,7 @@ never guessed. Nothing here raises because a process ended meanwhile. Names and 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,30 +33,44 @@ def snapshot(folders: Sequence[Path], pids: Iterable[int], *, totals: bool = Fal
                 usage.setdefault(field, value)
     pids = list(pids)
     if totals:
-        return usage | _sockets(pids) | (_io_of_processes(pids) if pids and "io_read" not in usage else {})
+        return usage | _network(pids) | (_io_of_processes(pids) if pids and "io_read" not in usage else {})
     usage["processes"], threads = len(pids), sum(_count(pid, "task") for pid in pids)
     usage.setdefault("tasks", threads)
     if pids:
         usage["threads"] = threads
         usage["open_files"] = sum(map(_open_files, pids))
-        usage.update(_sockets(pids))
+        usage.update(_network(pids))
         if "io_read" not in usage:
             usage.update(_io_of_processes(pids))
     return usage
 
 
-def refreshed(before: Usage, folders: Sequence[Path], pid: int) -> Usage | None:
-    """The snapshot ``before`` as of now if no process of the groups has run since, at a third of the cost; else None.
+def refreshed(before: Usage, folders: Sequence[Path], pid: int, *, settled: bool = False) -> Usage | None:
+    """The snapshot ``before`` as of now if no process of the groups has run since, cheaply; else None.
 
-    What only a process can change is as it was then. ``pid`` is any of them.
+    What only a process can change is as it was then. ``pid`` is any of them. ``settled``: ``before`` was refreshed
+    itself, so nothing waits, computes or is yet to be written that has not shown by then.
     """
-    usage: Usage = {}
-    for folder in folders:
-        for name in _names(folder) & _OF_THE_KERNEL:
-            usage = _FILES[name](_text(f"{folder}/{name}")) | usage
-    if usage.get("cpu_us", -1) != before.get("cpu_us"):
+    names = [(f"{folder}/", _names(folder)) for folder in folders]
+    times = next((found for found in _read(_TIMES, names) if "cpu_us" in found), {})
+    if times.get("cpu_us") != before.get("cpu_us", -1):
         return None
-    return before | usage | _sockets([pid])
+    at_rest = settled and not any(map(before.get, _SIGNS))
+    usage: Usage = {}
+    for found in _read(_ALWAYS if at_rest else _IN_MOTION, names):
+        usage = found | usage
+    if at_rest and usage.get("memory") != before.get("memory"):
+        for found in _read(_IN_MOTION, names):
+            usage = found | usage
+    network = _network([pid], known=before if settled else None)
+    return before | usage | network
+
+
+def _read(wanted: frozenset[str], names: Iterable[tuple[str, frozenset[str]]]) -> Iterator[Usage]:
+    """What the files tell that there are in the groups, first those of the first."""
+    for folder, there in names:
+        for name in there & wanted:
+            yield _FILES[name](_text(folder + name))
 
 
 def _names(folder: Path) -> frozenset[str]:
@@ -202,12 +216,18 @@ _TOTALS = {
 }  # fmt: skip
 """Those that tell what was used in all."""
 
-_OF_THE_KERNEL = frozenset((
-    "cpuacct.usage", "cpu.stat", "cpu.idle", "memory.current", "memory.usage_in_bytes", "memory.stat",
-    "memory.swap.current", "io.stat", "blkio.throttle.io_service_bytes", "cpu.pressure", "memory.pressure",
-    "io.pressure",
+_TIMES = frozenset(("cpu.stat", "cpuacct.usage"))
+"""Files that tell whether a process has run: the first that there is."""
+_ALWAYS = frozenset((
+    "memory.current", "memory.usage_in_bytes", "io.stat", "blkio.throttle.io_service_bytes",
 ))  # fmt: skip
-"""Files that change while no process runs (memory is taken back, pages are written later), or tell whether one has."""
+"""Files that change at any time while no process runs: memory is taken back, pages are written later."""
+_IN_MOTION = _ALWAYS | {
+    "cpu.idle", "memory.stat", "memory.swap.current", "cpu.pressure", "memory.pressure", "io.pressure",
+}  # fmt: skip
+"""With them those that change for a while after a process has run, or as the memory does."""
+_SIGNS = ("background", "pressure_cpu", "pressure_memory", "pressure_io")
+"""Fields that are 0 of a group in which nothing waits or has computed of late."""
 
 
 def _count(pid: int, what: str) -> int:
@@ -225,15 +245,19 @@ def _open_files(pid: int) -> int:
         return 0
 
 
-def _sockets(pids: list[int]) -> Usage:
-    """The cage's network, which all its processes share: sockets in use, bytes sent."""
+def _network(pids: Iterable[int], *, known: Usage | None = None) -> Usage:
+    """The cage's network, which all its processes share: bytes sent, and sockets in use unless they are as ``known``.
+
+    No connection comes or goes without a byte.
+    """
     for pid in pids:
         devices = _text(f"/proc/{pid}/net/dev").splitlines()[2:]
         if not devices:
             continue
-        sockets = _text(f"/proc/{pid}/net/sockstat").splitlines()
         usage: Usage = {"network_bytes": sum(int(line.partition(":")[2].split()[8]) for line in devices)}
-        for words in map(str.split, sockets):
+        if known is not None and usage["network_bytes"] == known.get("network_bytes"):
+            return {}
+        for words in map(str.split, _text(f"/proc/{pid}/net/sockstat").splitlines()):
             if words[:2] == ["TCP:", "inuse"]:
                 usage["tcp_sockets"] = int(words[2])
         return usage

@@ -67,7 +67,7 @@ class Broker:
         resolvers = HostResolvers()
         self._nat64 = Nat64(resolvers)
         self._shared = Shared(audit, self._host, resolvers, self._nat64, Scratch())
-        self._ticker = essential(self._tick(), "ticks of the broker")
+        self._ticker = essential(self._shared.ticks.run(), "ticks of the broker")
 
     async def hello(self, request: messages.BrokerHello) -> None:
         """The supervisor's first call; answered when the host's addresses are known."""
@@ -150,9 +150,3 @@ class Broker:
         outbound = self._cages.pop(run, None)
         if outbound is not None:
             await outbound.close()
-
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(1)
-            for outbound in list(self._cages.values()):
-                outbound.tick()

@@ -257,11 +257,11 @@ class Flow:
 class FlowTable:
     """The flows of one run in one direction, of which ``limit`` may be open at once.
 
-    ``end`` ends one: it is closed and recorded, and ``remove`` called.
+    ``end`` ends one: it is closed and recorded, and ``remove`` called. ``busy`` is called with the first of several.
     """
 
-    def __init__(self, limit: int, end: OnEnd) -> None:
-        self._limit, self._end = limit, end
+    def __init__(self, limit: int, end: OnEnd, busy: Callable[[], None] = lambda: None) -> None:
+        self._limit, self._end, self._busy = limit, end, busy
         self._flows: dict[Flow, asyncio.Task[None] | None] = {}
         """With the task that opens it, if it has one."""
 
@@ -275,6 +275,8 @@ class FlowTable:
 
     def add(self, flow: Flow) -> None:
         """Count a flow that is opened or joined now."""
+        if not self._flows:
+            self._busy()
         self._flows[flow] = None
 
     def remove(self, flow: Flow) -> None:

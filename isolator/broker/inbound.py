@@ -55,7 +55,7 @@ class Inbound:
     """The listeners of one run, which it owns, and the connections that came in by them.
 
     ``fence``: past its deadline connections wait. ``limit``: connections at once. ``refusal`` gives the rule that
-    refuses every new connection at present, or None.
+    refuses every new connection at present, or None. ``busy`` is called with the first connection of several.
     """
 
     def __init__(
@@ -70,8 +70,9 @@ class Inbound:
         *,
         limit: int,
         refusal: Callable[[], DenialRule | None],
+        busy: Callable[[], None] = lambda: None,
     ) -> None:
-        self.flows = FlowTable(limit, self._end)
+        self.flows = FlowTable(limit, self._end, busy)
         self._fetch, self._write, self._scratch, self._refusal = fetch, write, scratch, refusal
         self._buffers, self._fence, self._turns = buffers, fence, turns
         self._loop = asyncio.get_running_loop()

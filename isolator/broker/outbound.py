@@ -91,7 +91,7 @@ class Outbound:
         self.run, self.plugin = run, plugin
         self._shared, self._rules, self._fence = shared, rules, fence
         self._loop = asyncio.get_running_loop()
-        self._flows = FlowTable(policy.connects_open, self._end)
+        self._flows = FlowTable(policy.connects_open, self._end, self._busy)
         self._buffers = Buffers()
         self._turns = Turns()
         self._first_bytes = FirstBytes(policy, fence)
@@ -104,7 +104,7 @@ class Outbound:
 
             self._proxy = Proxy(policy.proxy, Resolver(policy.resolvers, shared.resolvers, fence), fence)
         self._reach = Reach(rules, self._pool, self._resolver, shared)
-        self._records = Records(shared.audit, plugin, run, self._loop.time)
+        self._records = Records(shared.audit, plugin, run, self._loop.time, self._busy)
         answers = Answers(
             rules, self._pool, self._resolver, self._reach.blocked, self._records.query, shared.unrecordable
         )
@@ -120,7 +120,7 @@ class Outbound:
         self._loop.add_reader(log.fileno(), self._read_refusals)
         self._inbound = Inbound(
             zip(inbound, policy.listen, strict=True), fetch, self._records.write_inbound, fence, shared.scratch,
-            self._buffers, self._turns, limit=policy.connects_open, refusal=shared.unrecordable,
+            self._buffers, self._turns, limit=policy.connects_open, refusal=shared.unrecordable, busy=self._busy,
         )  # fmt: skip
 
     async def pass_on(self, departure: Departure) -> CageState:
@@ -132,6 +132,7 @@ class Outbound:
         self._loop.remove_reader(self._nflog.fileno())
         self._read_refusals()
         self._records.flush(everything=True)
+        self._shared.ticks.drop(self.tick)
         return CageState(
             run=self.run,
             plugin=self.plugin,
@@ -188,13 +189,17 @@ class Outbound:
         self._loop.remove_reader(self._nflog.fileno())
         self._nflog.close()
         self._records.flush(everything=True)
+        self._shared.ticks.drop(self.tick)
 
-    def tick(self) -> None:
-        """Write counts that are due and end flows that stand still; to be called once a second."""
-        self._records.flush()
+    def _busy(self) -> None:
+        self._shared.ticks.want(self.tick)
+
+    def tick(self) -> bool:
+        """Write counts that are due and end flows that stand still, once a second; whether there is anything left."""
+        counting = self._records.flush()
         both = self._flows, self._inbound.flows
         if not any(both):
-            return  # as in most cages at most times
+            return counting
         for flows in both:
             flows.tune()
         if not self._fence.closed_since(boottime() - FIRST_BYTES):
@@ -202,6 +207,7 @@ class Outbound:
         if not self._fence.closed_since(boottime() - self._rules.policy.idle):
             for flows in both:
                 flows.end_idle(self._loop.time() - self._rules.policy.idle)
+        return counting or any(both)
 
     def _accepted(self, client: socket.socket, peer: Sequence[object]) -> None:
         try:

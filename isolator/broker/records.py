@@ -23,13 +23,15 @@ QUESTION_KEYS = 4 * (QUERY_BURST + QUERIES_PER_SECOND)
 
 
 class Records:
-    """Writes the records of one run. ``clock``: the event loop's, in seconds."""
+    """Writes the records of one run. ``clock``: the event loop's, in seconds. ``busy``: as in `RepeatCounter`."""
 
-    def __init__(self, audit: AuditClient, plugin: str, run: str, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, audit: AuditClient, plugin: str, run: str, clock: Callable[[], float], busy: Callable[[], None]
+    ) -> None:
         self._audit, self._plugin, self._run = audit, plugin, run
-        self._repeats = RepeatCounter(self.write, clock)
+        self._repeats = RepeatCounter(self.write, clock, busy=busy)
         # The rate of questions bounds these: each name that is looked at has a record of its own.
-        self._questions = RepeatCounter(self.write, clock, keys=QUESTION_KEYS)
+        self._questions = RepeatCounter(self.write, clock, keys=QUESTION_KEYS, busy=busy)
         self.count = self._repeats.add
 
     def write(
@@ -51,10 +53,11 @@ class Records:
         """Count a question to the name server."""
         self._questions.add(NetQuery(name=name or None, type=kind or None, verdict=verdict, rule=rule), count=count)
 
-    def flush(self, *, everything: bool = False) -> None:
-        """Write the counts that are due, or all."""
+    def flush(self, *, everything: bool = False) -> bool:
+        """Write the counts that are due, or all; returns whether others will be."""
         self._repeats.flush(everything=everything)
         self._questions.flush(everything=everything)
+        return bool(self._repeats or self._questions)
 
     def read_refusals(self, log: socket.socket, rules: Rules, pool: VirtualPool) -> None:
         """Count the packets that the ruleset refused before they reached a listener."""

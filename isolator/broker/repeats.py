@@ -36,18 +36,33 @@ class RepeatCounter:
     Beyond ``keys`` different records at once (a scan) they are counted together, by record type and rule, so that
     neither memory nor the trail grows with the number of different things that a plugin tries. A count is written with
     the times of the first and the last that it stands for, so that the trail can name the events that caused them.
-    ``clock`` is CLOCK_MONOTONIC in seconds, as the event loop's.
+    ``clock`` is CLOCK_MONOTONIC in seconds, as the event loop's. ``busy`` is called with the first record of several.
     """
 
-    def __init__(self, write: Write, clock: Callable[[], float], *, window: float = 1.0, keys: int = 64) -> None:
+    def __init__(
+        self,
+        write: Write,
+        clock: Callable[[], float],
+        *,
+        window: float = 1.0,
+        keys: int = 64,
+        busy: Callable[[], None] = lambda: None,
+    ) -> None:
         self._write, self._clock, self._window, self._limit = write, clock, window, keys
+        self._busy = busy
         self._open: dict[tuple[Any, ...], _Repeat] = {}
+
+    def __bool__(self) -> bool:
+        """Whether the window of any record has not ended."""
+        return bool(self._open)
 
     def add(self, record: Repeatable, *, count: int = 1, late: float = 0.0) -> None:
         """Write one record now, or count it with those like it; ``count`` is how many it stands for.
 
         ``late``: it may have happened up to this many seconds ago.
         """
+        if not self._open:
+            self._busy()
         now = self._clock()
         kind, data = type(record), record.data
         key: tuple[Any, ...] = (kind, *sorted((name, str(value)) for name, value in data.items()))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from isolator.audit.client import AuditClient
 from isolator.broker.host_addresses import HostAddresses
 from isolator.broker.nat64 import Nat64
 from isolator.broker.relay import Scratch
 from isolator.broker.resolver import HostResolvers
+from isolator.broker.ticks import Ticks
 from isolator.policy.denial import DenialRule
 
 UNACKNOWLEDGED = 15_000
@@ -24,6 +25,7 @@ class Shared:
     resolvers: HostResolvers
     nat64: Nat64
     scratch: Scratch
+    ticks: Ticks = field(default_factory=Ticks)
     audit_first: bool = True
     """Whether nothing is let out while the trail cannot be written (``host.toml`` ``[audit] disk_full``)."""
 

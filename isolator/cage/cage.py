@@ -29,7 +29,7 @@ from isolator.cage.runtime import CageRuntime
 from isolator.cage.warm_pool import Spare, not_parked
 from isolator.errors import ConfinementError, ExecError
 from isolator.ipc.packet import receive_packet, send_message, send_packet
-from isolator.launcher.client import Clone, Launcher, clone_remedy
+from isolator.launcher.client import Clone, Launcher, clone_remedy, exec_remedy
 from isolator.layers.base import CageSpec, Kept, Layer, Process
 from isolator.layers.capabilities import Capabilities
 from isolator.layers.cgroup.layer import Cgroup
@@ -102,6 +102,7 @@ class Cage:
             Landlock(), Seccomp(), self._network,
         ]  # fmt: skip
         self._layers = [layer for layer in every if layer.name not in without]
+        self._names = frozenset(layer.name for layer in self._layers)
         self._handover, self._admit = handover, admit
         self._spare: Spare | None = None
         self._kept_by: Launcher | None = None
@@ -144,12 +145,22 @@ class Cage:
     async def __aexit__(self, *_: object) -> None:
         await self.release()
 
+    async def reserve(self) -> bool:
+        """Take a parked process for the cage, before ``start`` does; True. Nothing of a plugin runs in it.
+
+        It may take as long as the launcher hangs. Who is cancelled waits no longer: what comes of it is removed then.
+        """
+        if self._spare is None:
+            self._spare = await self._runtime.pool.take(self._names, self.spec.policy.network, self._journalled)
+        return True
+
     async def start(self) -> None:
         """Build the cage and exec; returns when exec has happened."""
         mark = Stopwatch(self.steps)
         spec, runtime = self.spec, self._runtime
-        layers, rules = frozenset(layer.name for layer in self._layers), spec.policy.network
-        spare = self._spare = await runtime.pool.take(layers, rules, self._journalled)
+        await self.reserve()
+        spare = self._spare
+        assert spare is not None
         self._network.network, self._cgroup.ahead = spare.network, spare.groups
         self._namespaces.parked = spare.pid
         self._proc.folder = spare.figures
@@ -181,7 +192,7 @@ class Cage:
             raise ConfinementError(f"cage of {spec.name}", why, "the host may be overloaded") from None
         finally:
             if runtime.keep_warm:
-                runtime.pool.refill(layers)
+                runtime.pool.refill(self._names)
 
     def _journalled(self) -> Leaf:
         """The cage's groups, on record before they are made."""
@@ -235,7 +246,7 @@ class Cage:
             raise self._failure(answer)
         spare.link.close()
         mark("exec")
-        self.processes.started = time.monotonic()
+        self.processes.started, self._process = time.monotonic(), Process(self.pid)  # without what was read of it
 
     async def _wait_caged(self, spare: Spare, mark: Stopwatch) -> None:
         """Wait for three messages of the cage's, in this order: its pid, "viewed" and "caged"."""
@@ -326,7 +337,7 @@ class Cage:
             remedy = clone_remedy(number if isinstance(number, int) else 0)
             return ConfinementError(f"clone of the cage of {self.spec.name}", detail, remedy)
         if step == "exec":
-            return ExecError(f"start of {self.spec.name}", detail, _exec_remedy(answer.get("errno")))
+            return ExecError(f"start of {self.spec.name}", detail, exec_remedy(answer.get("errno")))
         if step == "parked":
             return not_parked(detail)
         remedy = "see 'isolator check'"
@@ -432,7 +443,7 @@ class Cage:
             if self._cgroup in self._layers:
                 self._cgroup.confirm_again(self._process)
             if self._proc in self._layers:
-                return self._proc.detect_drift(self._process)
+                return self._proc.detect_drift(self._process, self._runtime.proc_watch)
         except (ConfinementError, OSError) as error:
             return "" if self.processes.ended.is_set() else str(error)
         return ""
@@ -450,6 +461,7 @@ class Cage:
             self._loading = None
         if self._spare is not None and self._processes is None:
             await self._reap_late_clone(self._spare)
+        self._proc.unwatch()
         if self._processes is not None:
             await self._processes.reap()
             self._processes = None
@@ -459,18 +471,19 @@ class Cage:
         if self.listener >= 0:
             os.close(self.listener)
             self.listener = -1
-        if self._spare is not None:
-            await self._spare.release()
-            self._spare = None
+        if self._spare is None:
+            return  # nothing was made, or it is the pool's
+        await self._spare.release()
         for layer in reversed(self._layers):
             if layer is self._cgroup and self._cgroup.leaf is not None:
                 await _empty(self._cgroup.leaf)
             layer.release()
         self._runtime.journal.forget(self.spec.leaf)
+        self._spare = None
 
 
 def _send_to(spare: Spare, packet: bytes, fds: list[int]) -> None:
-    with contextlib.suppress(BrokenPipeError):  # it has died, as the end of its link will show
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died, as the end of its link will show
         send_message(spare.link, packet, fds)
 
 
@@ -485,14 +498,3 @@ async def _empty(leaf: Leaf) -> None:
     """Wait without blocking the loop until a killed leaf has no process, zombie included, left."""
     if leaf.populated():
         await asyncio.to_thread(leaf.wait_empty, 5.0)
-
-
-def _exec_remedy(number: object) -> str:
-    import errno
-
-    return {
-        errno.ENOENT: "check the name; it sees /usr, a plugin's files, and what its policy, --read or --write names",
-        errno.EACCES: "make it executable (chmod +x) and readable by everyone",
-        errno.E2BIG: "the kernel takes 2 MiB of arguments and variables, and 128 KiB in one of them",
-        errno.ENOEXEC: "it is neither a program of this architecture nor a script that starts with #!",
-    }.get(number if isinstance(number, int) else 0, "check the program")

@@ -139,7 +139,8 @@ class WarmPool:
 
         That has the network's rules where others are being made at the same time: one thread for both is less work.
         Else they are loaded while the cage enters the rest, which is sooner than to wait for them here. A new one is in
-        the groups of the taker's cage, which ``cage`` journals and returns; one that waits has some of its own.
+        the groups of the taker's cage, which ``cage`` journals and returns; one that waits has some of its own. A taker
+        that gets none has none: this forgets them, once they are gone.
 
         Raises ConfinementError when this host cannot make it, UnavailableError while the launcher is away.
         """
@@ -154,11 +155,11 @@ class WarmPool:
         return await self._made(self._run(self._make_for(cage(), layers, network)))
 
     async def _made(self, making: asyncio.Task[Spare]) -> Spare:
-        """Wait for one. A taker that is cancelled waits until nothing is left of it: its groups may be the taker's."""
+        """Wait for one. What comes of it behind a taker that is cancelled is removed: the launcher may hang."""
         try:
             return await asyncio.shield(making)
         except asyncio.CancelledError:
-            await asyncio.shield(self._dispose(making))
+            self._dispose(making)
             raise
 
     def adopt(self, parking: Parking) -> None:
@@ -214,6 +215,9 @@ class WarmPool:
             launcher, others = self._launcher(), self._hurried > 1
             parking = new_parking(self._journal, self._subtree, layers, cage)
             return await _make_spare(launcher, parking, rules if others else None, hurried=True)
+        except BaseException:
+            self._journal.forget(cage.unified.name)
+            raise
         finally:
             self._hurried -= 1
 
@@ -230,6 +234,7 @@ class WarmPool:
             except Exception:  # nothing is left of it, and its owner has noticed
                 return
             await spare.release()
+            self._journal.forget(spare.name)
 
         task = self._tasks.run("removal of a spare", release())
         self._disposals.add(task)

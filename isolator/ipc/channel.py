@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
 ALIVE = "alive"
 """A request that every channel answers by itself: its process's event loop turns."""
 MOST_WAITING, MOST_WAITING_FDS = 64 << 20, 4096
@@ -57,7 +56,6 @@ MOST_AT_ONCE, MOST_BYTES_AT_ONCE = 8192, 64 << 20
 """Requests of a peer that are served at the same time, and their bytes."""
 NO_OPERATION = "no such operation"
 """Why a request is refused that the peer does not know."""
-
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -291,8 +289,17 @@ class Channel:
         except OSError as error:
             if error.errno == errno.EBADF:
                 raise
-            self.close()
+            self._loop.call_soon(self._read_out)
         return True
+
+    def _read_out(self) -> None:
+        """Close, as the peer takes nothing any more, behind all that it has sent."""
+        if not self.closed.is_set() and self._loop.remove_reader(self._sock):  # else it is read out by others, or later
+            if self._readable():
+                self._listen()
+                self._loop.call_soon(self._read_out)
+            else:
+                self._loop.call_soon(self.close)
 
     def _flush(self) -> None:
         while self._out:
@@ -307,28 +314,29 @@ class Channel:
             self._loop.remove_writer(self._sock)
             self._full = False
 
-    def _readable(self) -> None:
+    def _readable(self) -> bool:
+        """Take what there is, of much a part; returns whether there may be more."""
         for _ in range(64):
             if self.closed.is_set():
-                return
+                return False
             try:
                 payload, fds = receive_packet(self._sock, peek=True)
             except BlockingIOError:
-                return
+                return False
             except TruncatedPacketError as error:
                 if not error.payload:
                     self.close()
                 elif self._without_descriptors(error):
                     drop_packet(self._sock)
                     continue
-                return
+                return False
             except OSError:
                 payload, fds = b"", []
             if not payload:
                 # The peer's last words are begun first: what has not begun when this end closes never is.
                 self._loop.remove_reader(self._sock)
                 self._loop.call_soon(self.close)
-                return
+                return False
             drop_packet(self._sock)
             self._exhausted = False
             try:
@@ -337,6 +345,7 @@ class Channel:
                 close_all(fds)
                 logger.error("%s sent no message: %s", self.name, ascii(str(error))[:200])
                 self.close()
+        return True
 
     def _without_descriptors(self, error: TruncatedPacketError) -> bool:
         """Fail one request or answer whose descriptors found no room in this process; the channel goes on.

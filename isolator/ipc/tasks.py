@@ -72,17 +72,22 @@ def begun(work: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None] | None:
 
 async def opened_in_thread(make: Callable[[], list[int]]) -> list[int]:
     """The descriptors that ``make`` opens in a thread; those for a caller who is cancelled meanwhile are closed."""
+    return await made_in_thread(make, close_all)
+
+
+async def made_in_thread(make: Callable[[], T], undo: Callable[[T], object]) -> T:
+    """What ``make`` makes in a thread; what it makes for a caller who is cancelled meanwhile is undone."""
+
+    def undo_made(making: asyncio.Future[T]) -> None:
+        if not making.cancelled() and making.exception() is None:
+            undo(making.result())
+
     making = asyncio.ensure_future(asyncio.to_thread(make))
     try:
         return await asyncio.shield(making)
     except asyncio.CancelledError:
-        making.add_done_callback(_close_made)
+        making.add_done_callback(undo_made)
         raise
-
-
-def _close_made(making: asyncio.Future[list[int]]) -> None:
-    if not making.cancelled() and making.exception() is None:
-        close_all(making.result())
 
 
 async def _go_on(work: Coroutine[Any, Any, None], awaited: Any) -> None:

@@ -163,8 +163,9 @@ class Launcher:
                     self._room = self._loop.create_future()
                     self._loop.add_writer(self._sock, self._has_room)
                 await asyncio.shield(self._room)
-            except OSError:
-                self._lost()
+            except OSError as error:
+                if error.errno not in (errno.EPIPE, errno.ECONNRESET):  # else its end comes behind its last answers
+                    self._lost()
                 raise UnavailableError("launcher", "it has died", "the supervisor starts it again") from None
 
     def _has_room(self) -> None:
@@ -257,3 +258,13 @@ def clone_remedy(number: int) -> str:
         errno.EAGAIN: "the host is out of process ids",
         errno.EBUSY: "the cgroup leaf distributes controllers; run 'isolator gc'",
     }.get(number, "see 'isolator check'")
+
+
+def exec_remedy(number: object) -> str:
+    """The remedy to suggest for an errno of exec."""
+    return {
+        errno.ENOENT: "check the name; it sees /usr, a plugin's files, and what its policy, --read or --write names",
+        errno.EACCES: "make it executable (chmod +x) and readable by everyone",
+        errno.E2BIG: "the kernel takes 2 MiB of arguments and variables, and 128 KiB in one of them",
+        errno.ENOEXEC: "it is neither a program of this architecture nor a script that starts with #!",
+    }.get(number if isinstance(number, int) else 0, "check the program")

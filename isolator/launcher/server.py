@@ -20,6 +20,7 @@ A table that is full of descriptors refuses a park, and ends nothing.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import json
@@ -45,6 +46,15 @@ _ALIVE, _KEEP, _FORGET = b'{"alive": true}', b'{"keep": ', b'{"forget": '
 def serve(sock: socket.socket) -> None:
     """Answer the supervisor's packets until it goes away, then kill every cage that is left."""
     cgroups: dict[bytes, int] = {}
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has gone before its answer
+        _answer(sock, cgroups)
+    sock.close()  # a full table has room for one descriptor again
+    for fd in cgroups.values():
+        _kill(fd)
+
+
+def _answer(sock: socket.socket, cgroups: dict[bytes, int]) -> None:
+    """Answer packets until the supervisor goes away; ``cgroups``: those of the cages that are to be killed then."""
     ways: dict[bytes, Way] = {}  # there are few, and most are like the one before
     while True:
         try:
@@ -54,7 +64,7 @@ def serve(sock: socket.socket) -> None:
         except OSError:
             packet, fds = b"", []
         if not packet:
-            break
+            return
         if packet == _ALIVE:
             send_packet(sock, packet)
         elif packet.startswith(_FORGET):
@@ -69,9 +79,6 @@ def serve(sock: socket.socket) -> None:
             send_packet(sock, json.dumps(answer).encode())
         else:
             _park(sock, ways, packet, fds)
-    sock.close()  # a full table has room for one descriptor again
-    for fd in cgroups.values():
-        _kill(fd)
 
 
 def _forget(cgroups: dict[bytes, int], cage: bytes) -> None:

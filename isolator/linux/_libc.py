@@ -13,9 +13,13 @@ MACHINE = os.uname().machine
 
 # Calls above 424 have one number on every architecture; the older ones differ.
 _OLD = {
-    "x86_64": {"pivot_root": 155, "seccomp": 317, "capget": 125, "capset": 126},
-    "aarch64": {"pivot_root": 41, "seccomp": 277, "capget": 90, "capset": 91},
-}
+    "x86_64": {
+        "pivot_root": 155, "seccomp": 317, "capget": 125, "capset": 126, "sched_setattr": 314, "sched_getattr": 315,
+    },
+    "aarch64": {
+        "pivot_root": 41, "seccomp": 277, "capget": 90, "capset": 91, "sched_setattr": 274, "sched_getattr": 275,
+    },
+}  # fmt: skip
 NUMBERS: dict[str, int] = {
     **_OLD.get(MACHINE, {}),
     "open_tree": 428,

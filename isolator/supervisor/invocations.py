@@ -74,6 +74,8 @@ class Invocation:
         try:
             with FdSet([stdin]):
                 run = self.run = await self._prepare(request, argv, stdin)
+                if await unless(self._stop, run.cage.reserve()) is None:
+                    raise UnavailableError(f"plugin {self.name}", "it was stopped as it was started", "try again")
                 await run.cage.start()
             self._started(run, request)
         except Exception as error:  # whoever has asked for it is answered, whatever it was

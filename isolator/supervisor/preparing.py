@@ -94,8 +94,9 @@ def _adopt_run(
         FdSet([*pipes, *streams]), FdSet(for_start), context, pipes=pipes, streams=streams,
         started_at=before.started_at, began=before.began, forced_cause=before.forced_cause, origin=before.origin,
         reached=before.reached, shown={path: (device, inode) for path, (device, inode) in before.shown.items()},
-        _usage=before.usage, port=before.port,
+        port=before.port,
     )  # fmt: skip
+    run.use.latest = dict(before.usage)
     if before.drift >= 0:
         os.close(before.drift)  # of an earlier version: what it was told since, the confirmation below finds
     if before.ready:

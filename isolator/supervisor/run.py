@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import os
 import socket
 import stat
@@ -17,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from isolator.audit.schema import FsDenied, NetDenied, SyscallDenied
-from isolator.audit.snapshots import OF_PROCESSES, refreshed, snapshot
 from isolator.base.pacing import Backoff
 from isolator.base.structs import replace
 from isolator.cage.cage import Cage
@@ -32,6 +32,7 @@ from isolator.supervisor import ports, reach
 from isolator.supervisor.cage_spec import SOCKET
 from isolator.supervisor.reach import Identity, identity
 from isolator.supervisor.ruleset_watch import watched_ruleset
+from isolator.supervisor.use import Use
 from isolator.volume.volume import Volume
 
 if TYPE_CHECKING:
@@ -59,9 +60,6 @@ CTIME_STEP = 0.02
 """Seconds after which a change of a file has another ``st_ctime``: two of the kernel's slowest ticks."""
 STEADY_SECONDS = 1.0
 """A new version whose socket has been there for so long is taken to be up."""
-_TMP = ("tmp_free", "tmp_files_free")
-_OF_THE_RUN = (*OF_PROCESSES, *_TMP)
-"""Fields of its use that end with it."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,6 @@ class Run:
     """Loop time at which its cage was frozen, while it is."""
     _frozen_before: float = 0.0
     """Seconds for which it was frozen before that."""
-    _usage: dict[str, Any] = field(default_factory=dict)
 
     @property
     def executes(self) -> bool:
@@ -192,29 +189,16 @@ class Run:
         """The paths it is shown at which the host has something else by now; blocks while a file system does."""
         return tuple(path for path, known in self.shown.items() if _identity_at(path) != known)
 
+    @functools.cached_property
+    def use(self) -> Use:
+        """What it uses."""
+        context = self.context
+        state = Volume(context.paths.state, self.plugin, context.runtime.journal)
+        return Use(self.cage, state if self.effective.filesystem.state else None)
+
     def usage(self) -> dict[str, Any]:
         """Return the resources used so far; those of processes that have ended as of the call before."""
-        leaf = self.cage.leaf
-        rested = None if self.exited else refreshed(self._usage, leaf.folders(), self.cage.pid)
-        now = rested or snapshot(leaf.folders(), [] if self.exited else leaf.processes())
-        before = {} if now["processes"] else {key: self._usage[key] for key in _OF_THE_RUN if key in self._usage}
-        self._usage = {**before, **now, **self._room_in_state(), **({} if rested else self._room_in_tmp())}
-        return self._usage
-
-    def _room_in_tmp(self) -> dict[str, int]:
-        """The room in the cage's own ``/tmp``, a mount that it can neither replace nor have hang."""
-        if self.exited:
-            return {}
-        try:
-            room = os.statvfs(f"/proc/{self.cage.pid}/root/tmp")
-        except OSError:
-            return {}  # its first process has just ended
-        return dict(zip(_TMP, (room.f_bavail * room.f_frsize, room.f_favail), strict=True))
-
-    def _room_in_state(self) -> dict[str, int]:
-        if not self.effective.filesystem.state:
-            return {}
-        return Volume(self.context.paths.state, self.plugin, self.context.runtime.journal).room()
+        return self.use.look(exited=self.exited)
 
     async def watch(
         self,
@@ -468,7 +452,7 @@ class Run:
             reached=self.reached,
             ready=self.socket_there.is_set(),
             shown={path: tuple(known) for path, known in self.shown.items()},
-            usage=self._usage,
+            usage=self.use.latest,
             port=self.port,
         )
 

@@ -25,7 +25,6 @@ from isolator.audit import schema
 from isolator.audit.client import AWAY, AuditClient
 from isolator.cage.runtime import CageRuntime
 from isolator.errors import IsolatorError
-from isolator.ipc.messages import Origin
 from isolator.ipc.tasks import Tasks
 from isolator.launcher.client import Launcher
 from isolator.layers.cgroup.subtree import open_subtree
@@ -51,6 +50,7 @@ from isolator.supervisor.reloads import Reloads
 from isolator.supervisor.rest import Rest
 from isolator.supervisor.run import RunContext
 from isolator.supervisor.services import HOST_MODULE, Services
+from isolator.supervisor.snapshots import keep_snapshots
 from isolator.supervisor.socket_watch import SocketWatch
 from isolator.supervisor.tickets import Tickets
 from isolator.supervisor.updates import Updates
@@ -133,8 +133,8 @@ async def running_daemon(
         stack.callback(journal.forget, "subtree")
         stack.callback(subtree.remove)
         runtime = CageRuntime(None, journal, subtree, keep_warm=True)
-        stack.callback(runtime.close_launcher)
-        stack.push_async_callback(runtime.pool.close)
+        stack.callback(runtime.stop_watching)
+        stack.push_async_callback(runtime.close)
         notifier = SeccompNotifier()
         stack.callback(notifier.close)
         sockets = SocketWatch()
@@ -240,7 +240,7 @@ async def running_daemon(
             stack.push_async_callback(runners.close)
             if before is None or before.runners is None:
                 runners.start()
-        tasks.keep("snapshots", lambda: _take_snapshots(table, runners, config.audit.snapshot_interval))
+        tasks.keep("snapshots", lambda: keep_snapshots(table, runners, config.audit.snapshot_interval))
         watch = PolicyWatch(table, context, config)
         stack.callback(watch.close)
         if before is not None:
@@ -384,39 +384,6 @@ async def _keep_launcher(
 async def _keep_background(runtime: CageRuntime, background: Background) -> None:
     await runtime.launched.wait()
     await background.keep()
-
-
-_SNAPSHOTS_AT_ONCE = 10
-"""Snapshots in one turn of the loop, of some half a millisecond each; their records go in one packet."""
-
-
-async def _take_snapshots(table: PluginTable, runners: Runners | None, interval: float) -> None:
-    comparing: dict[str, asyncio.Task[None]] = {}
-    while True:
-        await asyncio.sleep(interval)
-        if runners is not None:
-            runners.take_snapshots()
-        for number, plugin in enumerate(list(table.plugins.values())):
-            if number % _SNAPSHOTS_AT_ONCE == 0:
-                await asyncio.sleep(0)
-            for of_invocation in plugin.invocations.runs:
-                if of_invocation.detect_drift():
-                    of_invocation.terminate("its control groups were changed", Origin.OPERATOR)
-            run = plugin.run
-            if run is None or plugin.state != "running":
-                continue
-            try:
-                plugin.record_usage()
-                changed = run.detect_drift()
-            except OSError as error:  # one plugin's; the others' turn comes
-                logger.error("plugin %s: no snapshot: %s", plugin.name, error)
-                continue
-            if plugin.name not in comparing or comparing[plugin.name].done():
-                comparing[plugin.name] = table.own(plugin.compare_files(), to_the_end=False)
-            if changed:
-                logger.warning("plugin %s is started anew: %s", plugin.name, changed)
-                cause = "its /proc was changed" if changed.startswith("/proc/") else "its control groups were changed"
-                run.terminate(cause, Origin.OPERATOR)
 
 
 class _TrailAlarm:

@@ -51,7 +51,7 @@ class Volume:
     def mounted(self) -> bool:
         """Whether the image is mounted at its place."""
         with contextlib.suppress(FileNotFoundError):
-            return self._place.stat().st_dev != self._folder.stat().st_dev
+            return os.stat(self._place).st_dev != os.stat(self._folder).st_dev
         return False
 
     def room(self) -> dict[str, int]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from isolator.audit import snapshots
 from isolator.audit.client import AuditClient, utc_now
 from isolator.audit.metrics import MAX_LABELS, Metrics
 from isolator.audit.record import Incoming
@@ -248,6 +249,78 @@ def test_what_a_process_can_change_is_read_again_once_it_has_run(leaf: Leaf) -> 
         assert refreshed({}, leaf.folders(), process.pid) is None
         assert refreshed({"memory": 1}, [], process.pid) is None, "nobody knows whether it has run"
     assert refreshed(after, leaf.folders(), process.pid) is None
+
+
+def test_memory_that_is_taken_back_from_one_that_rests_shows(leaf: Leaf, tmp_path: Path) -> None:
+    """As the kernel does for others: nothing of the process has run."""
+    (tmp_path / "file").write_bytes(bytes(8 << 20))
+    work = (
+        f"import sys\nsys.stdin.readline()\nopen({str(tmp_path / 'file')!r}, 'rb').read(16 << 20)\n"
+        "print(flush=True)\nsys.stdin.readline()\n"
+    )
+    _drop_cache(tmp_path / "file")
+    with running(leaf, work) as (process, go_on):
+        go_on()
+        rests = refreshed(asleep(leaf, process.pid), leaf.folders(), process.pid)
+        assert rests is not None and rests["cached"] >= 8 << 20
+        _take_back(leaf)
+        after = refreshed(rests, leaf.folders(), process.pid, settled=True)
+        read = snapshot(leaf.folders(), [process.pid])
+    assert after is not None
+    assert after["cached"] < rests["cached"] - (4 << 20)
+    assert {**after, "memory": 0} == {**read, "memory": 0}
+
+
+def _drop_cache(file: Path) -> None:
+    """Have the pages of a file charged to whoever reads it next."""
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def _take_back(leaf: Leaf) -> None:
+    if "memory" in leaf.v1:
+        (leaf.v1["memory"] / "memory.force_empty").write_text("0")
+    else:
+        with contextlib.suppress(OSError):  # it has less than that
+            (leaf.unified / "memory.reclaim").write_text(str(32 << 20))
+
+
+@pytest.mark.parametrize(("field", "value"), [("pressure_io", 12.5), ("background", 1)])
+def test_what_moves_on_while_nothing_runs_is_read_until_it_is_at_rest(leaf: Leaf, field: str, value: float) -> None:
+    work = "import sys\nsys.stdin.readline()\nprint(flush=True)\nsys.stdin.readline()\n"
+    with running(leaf, work) as (process, go_on):
+        go_on()
+        rests = refreshed(asleep(leaf, process.pid), leaf.folders(), process.pid)
+        assert rests is not None
+        if field not in rests:
+            pytest.skip(f"this kernel counts no {field}")
+        after = refreshed({**rests, field: value}, leaf.folders(), process.pid, settled=True)
+    assert after is not None and after[field] == rests[field]
+
+
+def test_connections_are_counted_again_once_a_byte_was_sent() -> None:
+    listens = (
+        "import socket, sys; s = socket.create_server(('127.0.0.1', 0)); c = socket.create_connection(s.getsockname());"
+        "print(flush=True); sys.stdin.readline()"
+    )
+    script = f'ip link set lo up && echo && read _ && exec {sys.executable} -c "{listens}"'
+    with subprocess.Popen(
+        ["unshare", "--net", "sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()
+        before = snapshots._network([process.pid])
+        assert before == {"network_bytes": before["network_bytes"], "tcp_sockets": 0}
+        assert snapshots._network([process.pid], known=before) == {}
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        assert snapshots._network([process.pid], known=before)["tcp_sockets"] >= 2
+        process.stdin.close()
 
 
 def asleep(leaf: Leaf, pid: int) -> dict[str, Any]:

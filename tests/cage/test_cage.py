@@ -17,6 +17,7 @@ from isolator.layers.base import CageSpec
 from isolator.layers.cgroup.leaf import IDLE, read_file
 from isolator.layers.plan import Plan
 from isolator.linux.inotify import IN_MODIFY, Inotify
+from isolator.linux.priority import SLICE, Attributes
 from isolator.policy.model import ResourcePolicy
 from tests.support.cage_fixture import StartedCage, cage, leaves, policy
 from tests.support.descriptors import open_descriptors
@@ -308,6 +309,14 @@ async def test_a_cage_of_a_plugin_in_the_background_is_there_from_its_first_prog
         async with cage(shared_dir, ["sleep", "300"], cage_type=cage_type) as one:
             leaf = one.cage.leaf
             assert read_file(f"{leaf.v1.get('cpu', leaf.unified)}/{IDLE}").strip() == state
+
+
+@pytest.mark.skipif(not Attributes.of(0).runtime, reason="the kernel has one slice for all threads (before Linux 6.12)")
+async def test_everything_in_a_cage_is_interrupted_by_who_is_woken(shared_dir: Path) -> None:
+    async with cage(shared_dir, ["sh", "-c", "sleep 300 & wait"]) as one:
+        leaf = one.cage.leaf
+        await asyncio.to_thread(wait_for, lambda: len(leaf.processes()) == 3)
+        assert {Attributes.of(pid).runtime for pid in leaf.processes()} == {SLICE}
 
 
 async def test_releasing_twice_is_harmless(shared_dir: Path) -> None:

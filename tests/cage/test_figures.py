@@ -188,18 +188,6 @@ def test_an_uncovered_proc_starts_nothing(shared_dir: Path) -> None:
         asyncio.run(_with_cage(shared_dir, never))
 
 
-def test_an_entry_that_appears_later_is_noticed(shared_dir: Path) -> None:
-    """As when a module is loaded; here a cover is taken away."""
-
-    async def look(started: StartedCage) -> list[str]:
-        before = started.cage.detect_drift()
-        uncover = ["nsenter", "--mount", "--pid", "--target", str(started.cage.pid), "umount", "/proc/interrupts"]
-        await asyncio.to_thread(subprocess.run, uncover, check=True)
-        return [before, started.cage.detect_drift()]
-
-    assert asyncio.run(_with_cage(shared_dir, look)) == ["", "/proc/interrupts of the host is there"]
-
-
 def test_figures_follow_the_use(shared_dir: Path) -> None:
     async def look(started: StartedCage) -> dict[str, str]:
         usage = {"memory": 50 * MIB, "cached": 20 * MIB, "cpu_us": 3_000_000, "system_us": 1_000_000, "tasks": 5}

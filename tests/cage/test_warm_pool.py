@@ -11,15 +11,18 @@ import select
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from isolator.cage import cage as cages
 from isolator.cage.cage import Cage, Stdio
 from isolator.cage.parking import PREFIX
 from isolator.cage.runtime import CageRuntime
 from isolator.cage.warm_pool import Spare, WarmPool
 from isolator.errors import ConfinementError
-from isolator.ipc.channel import pair
+from isolator.ipc.channel import pair, send_packet
 from isolator.launcher.client import Launcher
 from isolator.layers.cgroup.leaf import Leaf
 from isolator.layers.ledger import EVERY_LAYER
@@ -62,11 +65,8 @@ async def _ahead(runtime: CageRuntime) -> int:
     return _pid((await runtime.pool._waiting).pidfd)
 
 
-async def _take(session: StandaloneSession, network: NetworkPolicy, *, once: bool = True) -> Spare:
-    """One for a cage that does not come to be, in groups of its own; nothing of it is journalled any more.
-
-    ``once``: it is cancelled once at most.
-    """
+async def _take(session: StandaloneSession, network: NetworkPolicy) -> Spare:
+    """One for a cage that does not come to be, in groups of its own, which are journalled no more if it has it."""
     journal, name = session.runtime.journal, f"_test.{secrets.token_hex(5)}"
 
     leaf = Leaf.under(session.runtime.subtree, name)
@@ -75,13 +75,9 @@ async def _take(session: StandaloneSession, network: NetworkPolicy, *, once: boo
         journal.record(Entry(name, "leaf", tuple(map(str, leaf.folders()))))
         return leaf
 
-    try:
-        return await session.runtime.pool.take(EVERY_LAYER, network, claimed)
-    except asyncio.CancelledError:
-        assert not once or not any(folder.exists() for folder in leaf.folders())
-        raise
-    finally:
-        journal.forget(name)
+    spare = await session.runtime.pool.take(EVERY_LAYER, network, claimed)
+    journal.forget(name)
+    return spare
 
 
 def _pid(pidfd: int) -> int:
@@ -215,6 +211,11 @@ async def test_a_start_that_is_cancelled_leaves_nothing(session: StandaloneSessi
 
 
 async def test_groups_of_a_cancelled_taker_are_journalled_until_they_are_gone(session: StandaloneSession) -> None:
+    journal, subtree = session.runtime.journal, session.runtime.subtree
+
+    def left() -> set[str]:
+        return {one.name for folder in subtree.folders() for one in folder.glob("_test.*")}
+
     for turns in range(1, 200, 5):
         taking = asyncio.create_task(_take(session, NetworkPolicy()))
         for _ in range(turns):
@@ -223,6 +224,18 @@ async def test_groups_of_a_cancelled_taker_are_journalled_until_they_are_gone(se
         await asyncio.wait([taking])
         if not taking.cancelled():
             await taking.result().release()
+        assert left() <= journal.open.keys()
+    await session.runtime.pool.close()
+    assert not left() and all(name == "subtree" for name in journal.open)
+
+
+async def test_link_to_a_parked_process_that_has_died_of_a_packet_is_written_to_without_an_error() -> None:
+    link, its = pair()
+    send_packet(link, b"unread")
+    its.close()
+    for _ in range(2):  # ECONNRESET, then EPIPE
+        cages._send_to(cast(Any, SimpleNamespace(link=link)), b"x", [])
+    link.close()
 
 
 async def test_start_that_nothing_was_made_ahead_for_is_in_its_own_groups_from_the_first(
@@ -241,7 +254,7 @@ async def test_a_taker_that_is_cancelled_over_and_over_leaves_nothing(session: S
     await (await _take(session, NetworkPolicy())).release()
     before = open_descriptors()
     for turns in range(1, 400, 7):
-        taking = asyncio.create_task(_take(session, NetworkPolicy(), once=False))
+        taking = asyncio.create_task(_take(session, NetworkPolicy()))
         for _ in range(turns):
             await asyncio.sleep(0)
         for _ in range(3):

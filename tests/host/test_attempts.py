@@ -15,8 +15,9 @@ import pytest
 from host.database.store import Store
 from host.delivery.attempts import Attempt, Attempts
 from host.intake.intake import EventRecords
-from host.queue.interface import Delivery, NewEvent, Result, Subscriber
+from host.queue.interface import Delivery, Event, NewEvent, Result, Subscriber
 from host.queue.sqlite import SqliteQueue
+from host.queue.states import States
 from isolator.audit.client import AuditClient
 from isolator.ipc.channel import pair
 from tests.audit.any_record import any_record
@@ -33,6 +34,10 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
     opened = Store(tmp_path / "host.db")
     yield opened
     await opened.close()
+
+
+def _unprepared(_: Event) -> None:
+    """Prepare nothing."""
 
 
 async def _taken(queue: SqliteQueue) -> list[Delivery]:
@@ -126,7 +131,7 @@ async def test_taker_that_needs_no_wait_sends_in_the_turn_of_its_event_whose_rec
         attempts.begin(Attempt(delivery, "run", b"request", send))
         return True
 
-    takers = [asyncio.create_task(queue.consumer(name).take(lambda _: True, begin)) for name in NAMES]
+    takers = [asyncio.create_task(queue.consumer(name).take(lambda _: _unprepared, begin)) for name in NAMES]
     await asyncio.sleep(0)
     next_turn: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
 
@@ -193,7 +198,7 @@ async def test_attempt_of_a_taker_that_waits_is_counted_with_the_event(store: St
     queue = SqliteQueue(store)
     consumers = {name: queue.consumer(name) for name in NAMES}
     takes = {
-        name: asyncio.create_task(consumer.take(lambda _, sent_at_once=name != "a": sent_at_once))
+        name: asyncio.create_task(consumer.take(lambda _, at_once=name != "a": _unprepared if at_once else None))
         for name, consumer in consumers.items()
     }
     await asyncio.sleep(0)
@@ -222,10 +227,30 @@ async def test_attempt_of_a_taker_that_waits_is_counted_with_the_event(store: St
     assert _rows(store)["c"] == ("in_flight", 1)
 
 
+async def test_delivery_has_the_last_of_its_states_in_one_transaction(store: Store) -> None:
+    queue = SqliteQueue(store)
+    first, second, third = await _taken(queue)
+    for delivery in (first, second, third):
+        delivery.attempts = 1
+    states = States()
+    states.begin([first, second])
+    states.end(first, Result("ok", "ok"), 0.0)
+    states.end(third, Result("retry", "busy", "not now"), 7.0)
+    states.begin([third])
+    for _ in range(2):  # a transaction may be tried again
+        await store.run(states.write)
+        found = store.rows("SELECT plugin, state, attempts, due, status, detail FROM deliveries ORDER BY plugin")
+        assert found == [
+            ("a", "ok", 1, 0.0, "ok", None),
+            ("b", "in_flight", 1, 0.0, None, None),
+            ("c", "in_flight", 1, 0.0, None, None),
+        ]
+
+
 async def test_taker_that_prepares_knows_whether_its_delivery_is_the_only_one_of_its_event(store: Store) -> None:
     queue, told = SqliteQueue(store), list[bool]()
     for names in (["a"], ["a", "b"]):
-        take = asyncio.create_task(queue.consumer("a").take(lambda alone: told.append(alone) is None))
+        take = asyncio.create_task(queue.consumer("a").take(lambda alone: told.append(alone) or _unprepared))
         await asyncio.sleep(0)
         await queue.accept(NewEvent("deploy.completed", "{}"), [Subscriber(name, None) for name in names])
         queue.consumer("a").ack(await take, Result("ok"))
@@ -236,7 +261,7 @@ async def test_a_duplicate_counts_nothing(store: Store) -> None:
     queue = SqliteQueue(store)
     consumer = queue.consumer("a")
     event = NewEvent("deploy.completed", "{}", dedupe_key="once")
-    take = asyncio.create_task(consumer.take(lambda _: True))
+    take = asyncio.create_task(consumer.take(lambda _: _unprepared))
     await asyncio.sleep(0)
     await queue.accept(event, [Subscriber("a", None)])
     assert (await queue.accept(event, [Subscriber("a", None)])).duplicate

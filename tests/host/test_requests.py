@@ -61,7 +61,7 @@ class Made:
         delivery: Any = SimpleNamespace(seq=seq)
         number = f"n{seq}"
         self.requests.send(PLUGIN, delivery, "run", number, b"request", lambda one: self.written.append(one.number))
-        return self.requests._requests[number]
+        return self.requests.unanswered[number]
 
 
 async def test_request_is_concluded_as_its_answer_comes_and_by_nothing_that_comes_later() -> None:
@@ -133,6 +133,18 @@ async def test_room_wakes_its_taker_and_announces_an_attempt_in_one_turn() -> No
     one.set_result(Outcome("ok"))
     assert made.scheduled == 1, "its attempt is sent in the turn in which it runs"
     await asyncio.wait_for(taker, seconds(5))
+
+
+async def test_requests_are_full_from_the_last_that_is_allowed_until_one_of_them_ends() -> None:
+    made = Made()
+    assert not made.requests.full(), "nothing would end with which the next is offered"
+    requests = []
+    for seq in (1, 2):
+        assert made.requests.has_room(PLUGIN) and not made.requests.full()
+        requests.append(made.send(seq))
+    assert made.requests.full()
+    requests[0].set_result(Outcome("ok"))
+    assert not made.requests.full()
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["alone", "beside others"])

@@ -105,6 +105,36 @@ if not select.select([connection], [], [], 0.2)[0]:
         assert int(json.loads(delivery["reply"])["result"]["message"]) <= 3
 
 
+COUNTS_TAKEN = """
+from host.queue.consumer import SqliteConsumer
+take = SqliteConsumer.take
+async def counted(*arguments):
+    delivery = await take(*arguments)
+    open({path!r}, "a").write("x")
+    return delivery
+SqliteConsumer.take = counted
+"""
+
+
+async def test_event_behind_a_full_window_is_sent_with_a_reply_and_wakes_no_worker(daemon: Daemon) -> None:
+    await daemon.kill_host()
+    taken, go = daemon.root / "taken", daemon.root / "go"
+    taken.touch()
+    taken.chmod(0o666)
+    daemon.first = COUNTS_TAKEN.format(path=str(taken))
+    await daemon.start_host()
+    wait = f"while params['project_id'] != 'first' and not os.path.exists({str(go)!r}):\n    time.sleep(0.01)"
+    _add(daemon, "slow", stream(f"{wait}\nsend(id=id, result={{}})"), transport={"max_in_flight": 2})
+    assert (await _only(daemon, project_id="first"))["state"] == "ok"
+    before = taken.read_text()
+    emitted = [await daemon.emit(project_id=f"p{n}") for n in range(8)]
+    go.touch()
+    for event in emitted:
+        (delivery,) = (await daemon.outcome(event))["deliveries"]
+        assert (delivery["state"], delivery["attempts"]) == ("ok", 1)
+    assert taken.read_text() == before == "x"
+
+
 async def test_a_refused_handshake_says_why_and_holds_the_queue(daemon: Daemon) -> None:
     body = "if method == 'host.refused':\n    print('refused', params['code'], params['data']['supported'], flush=True)"
     _add(daemon, "future", stream(body, hello='{"protocol": "7"}'))

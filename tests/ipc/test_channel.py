@@ -472,3 +472,25 @@ async def test_descriptor_that_is_not_open_is_refused_and_the_channel_goes_on() 
     assert (await ours.ask(EnsureRun(name="echo", reason="event"))).run
     ours.close()
     other.close()
+
+
+@pytest.mark.parametrize("count", [3, 200])
+async def test_last_words_of_a_peer_that_reads_nothing_any_more_are_heard(count: int) -> None:
+    """They are told of its end as they send: what it has sent before that is read all the same."""
+    mine, theirs = pair()
+    heard: list[str] = []
+
+    async def hear(request: EnsureRun) -> Running:
+        heard.append(request.name)
+        return Running(run="r", pid=7)
+
+    channel = Channel(mine, by_op(EnsureRun.on(hear)), name="host")
+    for number in range(count):
+        send_packet(theirs, json.dumps({"op": EnsureRun.op, "name": f"p{number}"}).encode())
+    theirs.close()
+    asked = asyncio.ensure_future(channel.ask(EnsureRun(name="x")))
+    channel.tell(EnsureRun(name="y"))
+    with pytest.raises(UnavailableError):
+        await asked
+    await channel.closed.wait()
+    assert heard == [f"p{number}" for number in range(count)]

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from isolator.errors import UnavailableError
-from isolator.ipc.packet import pair
+from isolator.ipc.packet import pair, send_packet
 from isolator.launcher.client import Launcher
 
 
@@ -87,3 +87,21 @@ async def test_launcher_that_has_not_come_up_is_not_handed_over() -> None:
     assert not launcher.unsettled
     launcher.dismiss()
     theirs.close()
+
+
+async def test_last_answer_of_a_launcher_that_has_died_is_taken_although_an_order_found_it_dead() -> None:
+    """It has parked a process, which is this one's child to reap."""
+    mine, theirs = pair()
+    launcher = Launcher((_Process(), mine), adopted=True)
+    parked = asyncio.create_task(launcher.parked())
+    await asyncio.sleep(0)
+    pidfd = os.pidfd_open(os.getpid())
+    send_packet(theirs, b'{"pid": 7}', [pidfd])
+    os.close(pidfd)
+    theirs.close()
+    with pytest.raises(UnavailableError, match="died"):
+        await launcher.forgotten("cage")
+    clone = await asyncio.wait_for(parked, 60)
+    assert clone.pid == 7
+    os.close(clone.pidfd)
+    await asyncio.wait_for(launcher.closed.wait(), 60)

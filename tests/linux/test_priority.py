@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from isolator.linux.priority import FIRST, go_as_far_forward_as, go_behind, go_first, take_turns
+from isolator.linux.priority import FIRST, SLICE, Attributes, go_as_far_forward_as, go_behind, go_first, take_turns
 
 
 def nice() -> int:
@@ -108,3 +108,17 @@ def test_real_time_policy_is_given_up() -> None:
     if found == "none here":
         pytest.skip("this container allows no real-time policy")
     assert found == str(os.SCHED_OTHER)
+
+
+@pytest.mark.skipif(not Attributes.of(0).runtime, reason="the kernel has one slice for all threads (before Linux 6.12)")
+@pytest.mark.parametrize("policy", [os.SCHED_OTHER, os.SCHED_BATCH])
+def test_who_takes_turns_is_interrupted_by_who_is_woken_and_so_are_its_children(policy: int) -> None:
+    def work() -> list[object]:
+        os.sched_setscheduler(0, policy, os.sched_param(0))
+        before = Attributes.of(0)
+        take_turns()
+        after = Attributes.of(0)
+        kept = all(getattr(before, name) == getattr(after, name) for name in ("policy", "flags", "nice"))
+        return [before.runtime < SLICE, after.runtime == SLICE, in_a_child(lambda: Attributes.of(0).runtime), kept]
+
+    assert begun_with(7, work) == f"[True, True, '{SLICE}', True]"

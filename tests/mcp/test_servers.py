@@ -471,3 +471,19 @@ def test_server_is_started_anew_after_a_crash_of_the_host(running: Daemon, good:
         wait_for(lambda: running.json("plugin", "show", good)["run"] != run)
         assert "result" in wait_for(lambda: (a := client.initialize()) and "result" in a and a)
         assert text(client.call("echo", a=1)) == '{"a": 1}'
+
+
+def test_call_under_way_as_the_host_is_killed_has_its_end_on_record(running: Daemon, tmp_path: Path) -> None:
+    name = add(running, tmp_path / "bereft", server(WAITS))
+    state = running.root / f"var/lib/isolator/state/{name}/mnt/state"
+    with Client(running, name) as client:
+        client.initialize()
+        client.begin("tools/call", name="slow", arguments={})
+        wait_for((state / "calls").exists)
+        kill_9(running.service_pid("host.service"))
+        wait_for(lambda: outcomes(running, name))
+    tools = [one for one in running.records() if one["plugin"] == name and one["type"].startswith("tool.")]
+    started, called = tools
+    assert called["data"]["outcome"] == "unknown" and "was killed" in called["data"]["detail"]
+    assert all(started[key] == called[key] for key in ("event_id", "run", "delivery_id"))
+    assert started["data"].items() <= called["data"].items()

@@ -505,6 +505,54 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
+        "isolator/layers/proc/drift.py",
+        (
+            "an entry of /proc that comes later is not looked for",
+            " and self._watch.names(process) == self._names:",
+            ":",
+            "cage/test_drift.py::test_entry_of_proc_that_appears_later_is_noticed",
+        ),
+        (
+            "what is mounted over a cover of /proc is not compared",
+            "if found == self._made else",
+            "if True else",
+            "cage/test_drift.py::test_change_of_the_mounts_in_its_proc_is_noticed",
+        ),
+    ),
+    *_mutations(
+        "isolator/linux/mount_watch.py",
+        (
+            "mounts that have changed are called unchanged",
+            "self._requests.pop(ended[0], None)",
+            "pass",
+            "cage/test_drift.py::test_change_of_the_mounts_in_its_proc_is_noticed",
+        ),
+        (
+            "a watch outlasts its cage",
+            "self._context.cancel(request)",
+            "pass",
+            "cage/test_drift.py::test_watch_keeps_a_namespace_until_it_ends_and_no_longer",
+        ),
+    ),
+    *_mutations(
+        "isolator/layers/cgroup/layer.py",
+        (
+            "limits of a running cage are not read again",
+            "if self._confirmed and all(read_raw(path) == found for path, found in self._confirmed.items()):",
+            "if self._confirmed:",
+            "cage/test_drift.py::test_change_of_each_limit_is_noticed_and_its_mending_too",
+        ),
+    ),
+    *_mutations(
+        "isolator/broker/flow.py",
+        (
+            "the first flow of a cage asks for no ticks",
+            "            self._busy()\n",
+            "            pass\n",
+            "broker/test_ticks.py::test_first_flow_and_first_count_ask_for_ticks",
+        ),
+    ),
+    *_mutations(
         "isolator/layers/proc/layer.py",
         (
             "/proc without covers",
@@ -517,12 +565,6 @@ MUTATIONS = (
             '_OPTIONS = "hidepid=invisible"',
             '_OPTIONS = "hidepid=off"',
             "escape/test_sentences.py::test_a_sentence_is_true_of_its_cage",
-        ),
-        (
-            "an entry of /proc that comes later is not noticed",
-            "follow_symlinks=False).st_dev == device:",
-            "follow_symlinks=False).st_dev == -1:",
-            "cage/test_figures.py::test_an_entry_that_appears_later_is_noticed",
         ),
     ),
     *_mutations(

@@ -13,9 +13,11 @@ import pytest
 
 from isolator.ipc import messages
 from isolator.layers.network import namespace as network_layer
+from isolator.layers.user import UidLease
 from isolator.supervisor import preparing
 from isolator.supervisor.broker_link import BrokerLink
 from isolator.supervisor.preparing import prepare_run
+from isolator.supervisor.runners.run import RunnerRun
 from isolator.volume.volume import Volume
 from tests.support.timeouts import seconds
 
@@ -39,7 +41,23 @@ async def _connect(monkeypatch: pytest.MonkeyPatch, opened: Callable[[], int]) -
     await link._cage_sockets(messages.CageSockets(run="r1", count=1, version=4))
 
 
-@pytest.mark.parametrize("work", [_prepare, _connect])
+async def _lease(monkeypatch: pytest.MonkeyPatch, opened: Callable[[], int]) -> None:
+    def lock(lease: UidLease, _: object) -> None:
+        lease.uid, lease.lock = 0, opened()
+
+    async def nothing(*_: object) -> None:
+        pass
+
+    resources, place = SimpleNamespace(tasks=1, memory=1), SimpleNamespace(claim=lambda **_: None)
+    monkeypatch.setattr(UidLease, "__init__", lock)
+    monkeypatch.setattr(RunnerRun, "_file", nothing)
+    monkeypatch.setattr(RunnerRun, "_effective", lambda *_: SimpleNamespace(resources=resources))
+    run: Any = RunnerRun.__new__(RunnerRun)
+    run._context, run._config = SimpleNamespace(wait_for_trail=False), SimpleNamespace(uid_range=(1, 2))
+    await run.serve(None, [], [], place)
+
+
+@pytest.mark.parametrize("work", [_prepare, _connect, _lease])
 async def test_descriptor_that_a_thread_opens_for_a_cancelled_caller_is_closed(
     monkeypatch: pytest.MonkeyPatch, work: Callable[[pytest.MonkeyPatch, Callable[[], int]], Awaitable[None]]
 ) -> None:

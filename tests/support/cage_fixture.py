@@ -68,6 +68,7 @@ async def cage(
             stdio = Stdio(owned[1], owned[0], owned[0])
             async with session.cage(spec, host, stdio, records, cage_type=cage_type, **further) as started:
                 yield StartedCage(started, session, out)
+            session.runtime.stop_watching()
     finally:
         close_all(owned)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.timeouts import seconds
-from tests.system.daemon import alive, daemon, event, wait_for, write_plugin
+from tests.system.daemon import ECHO, Daemon, alive, daemon, event, wait_for, write_plugin
 
 MODULES = {
     "audit": "isolator.audit.service",
@@ -49,3 +52,59 @@ def test_daemon_stops_although_a_process_hangs(tmp_path: Path, name: str) -> Non
         os.kill(d.service_pid(MODULES[name]), signal.SIGSTOP)
         assert d.stop(seconds(150)) == 0
         assert d.json("gc", "--dry-run") == []
+
+
+class Patient(Daemon):
+    """A daemon that never asks whether a process of it hangs."""
+
+    def command(self) -> list[str]:
+        program = "import sys; from isolator.supervisor import alive; alive.EVERY = 1e6;"
+        program += " from host.cli.main import main; sys.exit(main())"
+        return [sys.executable, "-I", "-c", program, "--root", str(self.root), "serve"]
+
+
+@pytest.mark.parametrize("mode", ["oneshot", "exec"])
+def test_plugin_that_waits_for_a_launcher_that_hangs_is_stopped_at_once(tmp_path: Path, mode: str) -> None:
+    script = "#!/bin/sh\nexec sleep 600\n" if mode == "exec" else ECHO
+    begin = ("event", "emit", "deploy.completed") if mode == "exec" else ("plugin", "start", "one")
+    with daemon(kind=Patient) as d:
+        d.cli("plugin", "add", str(write_plugin(tmp_path / "one", script, transport={"mode": mode})), "--yes")
+        wait_for(lambda: d.service_pid(MODULES["launcher"], missing_ok=True))
+        launcher = d.service_pid(MODULES["launcher"])
+        with stopped(launcher):
+            for number in range(3):  # one is parked by then, one is being parked, one is in the cage's own groups
+                begun = d.begin(*begin, *([event(number)] if mode == "exec" else []))
+                if mode != "exec":
+                    wait_for(lambda: d.json("plugin", "show", "one")["state"] in ("starting", "running"))
+                d.cli("plugin", "disable", "one")
+                begun.communicate()
+                d.cli("plugin", "enable", "one")
+        d.cli("plugin", "update", "one", str(write_plugin(tmp_path / "one", version="2.0.0")), "--yes")
+        d.cli("event", "emit", "deploy.completed", event(9), "--wait")
+        assert d.service_pid(MODULES["launcher"]) == launcher
+        assert d.stop() == 0
+        assert d.json("gc", "--dry-run") == []
+
+
+def test_daemon_stops_although_a_start_waits_for_a_launcher_that_hangs(tmp_path: Path) -> None:
+    with daemon(kind=Patient) as d:
+        for number in range(3):
+            d.cli("plugin", "add", str(write_plugin(tmp_path / f"one{number}")), "--yes")
+        with stopped(d.service_pid(MODULES["launcher"])):
+            starts = [d.begin("plugin", "start", f"one{number}") for number in range(3)]
+            wait_for(lambda: sum(p["state"] == "starting" for p in d.json("plugin", "list")) >= 2)
+            assert d.stop(seconds(60)) == 0
+        for start in starts:
+            start.communicate()
+        assert d.json("gc", "--dry-run") == []
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Have a process hang."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)

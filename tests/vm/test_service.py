@@ -134,9 +134,12 @@ def test_run_from_a_session_and_from_a_unit(service: Service) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds(20))
     assert 70000 <= int(result.stdout) <= 74999
     # Two at once, and a shell that stays in the unit's group beside them.
-    both = "for n in 1 2; do /usr/local/bin/isolator run -- id -u & done; wait"
-    result = subprocess.run([*unit, "sh", "-c", both], capture_output=True, text=True, check=True, timeout=seconds(40))
-    assert len(set(result.stdout.split())) == 2
+    both = "exec 3<&0; for n in 1 2; do /usr/local/bin/isolator run -- sh -c 'id -u; cat' <&3 & done; wait"
+    with subprocess.Popen([*unit, "sh", "-c", both], stdin=-1, stdout=-1, text=True) as at_once:
+        assert at_once.stdin is not None and at_once.stdout is not None
+        assert len({at_once.stdout.readline() for _ in range(2)}) == 2
+        at_once.stdin.close()  # until then neither ends
+        assert at_once.wait(seconds(40)) == 0
     after = subprocess.run(
         ["systemctl", "list-units", "--plain", "--no-legend", "isolator-*.scope"], check=True, capture_output=True
     )

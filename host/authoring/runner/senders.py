@@ -110,7 +110,8 @@ def _stream(cage: Cage, trial: Trial) -> Iterator[Sender]:
     opened: list[tuple[StreamConnection, Greeting]] = []
 
     async def deliver(connect: Callable[[], socket.socket], one: Sending) -> Outcome:
-        from host.channel.stream import event_request, new_number
+        from host.channel.stream import event_request
+        from host.events import random_hex
 
         if not opened or opened[-1][0].closed.is_set():
             opened.append(await _greeted(cage, connect()))
@@ -119,7 +120,7 @@ def _stream(cage: Cage, trial: Trial) -> Iterator[Sender]:
             return Outcome(
                 "rejected", "not_handled", "the plugin said in host.hello that it does not handle this event"
             )
-        number, reply = new_number(), asyncio.get_running_loop().create_future()
+        number, reply = random_hex(), asyncio.get_running_loop().create_future()
         params = event_params(one.event, one.event_type, _major(cage), 1, one.timeout)
         request = event_request(one.hook, params, number)
         if len(request) > STREAM_MESSAGE:

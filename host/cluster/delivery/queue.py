@@ -24,7 +24,7 @@ from host.database.store import Store
 from host.queue import rows
 from host.queue.accepting import Accepting, Answer
 from host.queue.consumer import SqliteConsumer
-from host.queue.interface import FINAL, Delivery, Event, EventRow, NewEvent, Result, Subscriber
+from host.queue.interface import FINAL, Delivery, Event, EventRow, NewEvent, Prepare, Result, Subscriber
 from host.queue.lane import Lane
 from host.queue.sqlite import Requeued, SqliteQueue
 from isolator.errors import UnavailableError
@@ -61,7 +61,7 @@ class ClusterConsumer(SqliteConsumer):
 
     async def take(
         self,
-        on_delivery_pending: Callable[[bool], bool] | None = None,
+        on_delivery_pending: Callable[[bool], Prepare | None] | None = None,
         send_now: Callable[[Delivery], bool] | None = None,
         full: Callable[[], bool] = lambda: False,
     ) -> Delivery:

@@ -53,7 +53,7 @@ class ControlCalled(
     pid: int
     role: str | None
     verdict: str
-    """``ok`` or the code of the error."""
+    """``ok``, the code of the error, or ``unknown``: its host process ended before the answer."""
     on_behalf_of: str = ABSENT
     """For whom the caller acted, as the caller says: recorded, and trusted by nobody."""
 

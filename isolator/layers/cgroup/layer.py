@@ -12,13 +12,14 @@ Everything is made below the daemon's own groups (isolator.layers.cgroup.subtree
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
 from isolator.errors import ConfinementError
 from isolator.layers.base import CageSpec, Control, Kept, Layer, Process, mismatch
 from isolator.layers.cgroup import disk
-from isolator.layers.cgroup.leaf import OOM_SCORE_ADJ, OPTIONAL, Leaf, has_disk_caps, read_file, used_by
+from isolator.layers.cgroup.leaf import OOM_SCORE_ADJ, OPTIONAL, Leaf, has_disk_caps, read_raw, used_by
 from isolator.layers.cgroup.subtree import LIMITING, Subtree, find_hierarchies
 from isolator.layers.phrases import count, listing
 
@@ -44,6 +45,8 @@ class Cgroup(Layer):
         self._caps: dict[str, str] = {}
         """The value of each file of the leaf."""
         self._processor_caps: dict[str, str] = {}
+        self._confirmed: dict[str, bytes] = {}
+        """What was last found in order in each file that was read back."""
         self._plugin = ""
 
     @classmethod
@@ -117,16 +120,17 @@ class Cgroup(Layer):
         assert self.leaf is not None
         # "N:controllers:path" a line; the leaf's name carries the run, so there is only one group of that name.
         place = f"/{self._subtree.unified.name}/{self.leaf.unified.name}"
+        lines = self._read(f"/proc/{process.pid}/cgroup").splitlines()
         inside = {
             controller
-            for controllers, path in (line.split(":", 2)[1:] for line in process.read("cgroup").splitlines())
+            for controllers, path in (line.split(":", 2)[1:] for line in lines)
             if path.endswith(place)
             for controller in controllers.split(",")
         }
         for controller in ("", *self.leaf.v1):
             if controller not in inside:
                 raise mismatch(self.name, f"{controller or 'v2'} group", place, "another")
-        if (found := process.read("oom_score_adj").strip()) != OOM_SCORE_ADJ:
+        if (found := self._read(f"/proc/{process.pid}/oom_score_adj").strip()) != OOM_SCORE_ADJ:
             raise mismatch(self.name, "oom_score_adj", OOM_SCORE_ADJ, found)
         self._confirm_all(self._caps)
 
@@ -142,9 +146,17 @@ class Cgroup(Layer):
         self._confirm_all(self._processor_caps)
 
     def confirm_again(self, process: Process) -> None:
-        """Confirm the groups of a running cage, the processor's cap included."""
-        self.confirm(process)
-        self._confirm_all(self._processor_caps)
+        """Confirm the groups of a running cage, the processor's cap included; every file of them is read."""
+        with contextlib.suppress(OSError):
+            if self._confirmed and all(read_raw(path) == found for path, found in self._confirmed.items()):
+                return
+        self._confirmed = {}
+        try:
+            self.confirm(process)
+            self._confirm_all(self._processor_caps)
+        except BaseException:
+            self._confirmed = {}
+            raise
 
     @property
     def caps_disks(self) -> bool:
@@ -168,13 +180,19 @@ class Cgroup(Layer):
     def _confirm_all(self, values: dict[str, str]) -> None:
         for path, wanted in values.items():
             try:
-                found = read_file(path).strip()
+                found = self._read(path).strip()
             except FileNotFoundError:
                 if os.path.basename(path) in OPTIONAL:
                     continue
                 raise mismatch(self.name, path, wanted, "missing") from None
-            if found != wanted and not _same_pages(found, wanted) and os.path.basename(path) not in OPTIONAL:
+            name = os.path.basename(path)
+            is_size = name.startswith("memory.")
+            if found != wanted and not (is_size and _same_pages(found, wanted)) and name not in OPTIONAL:
                 raise mismatch(self.name, path, wanted, found)
+
+    def _read(self, path: str) -> str:
+        self._confirmed[path] = found = read_raw(path)
+        return found.decode()
 
     def release(self) -> None:
         if self.leaf is not None:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isolator.base.structs import struct_class
+from isolator.base.structs import field, struct_class
 
 if TYPE_CHECKING:
     from isolator.policy.model import ResourcePolicy
@@ -56,6 +56,8 @@ class Figures:
     _load: tuple[float, float, float] = (0.0, 0.0, 0.0)
     _seen: tuple[float, int] = (0.0, 0)
     """Uptime and processor time, in µs, at the last refresh."""
+    _shown: dict[str, Any] = field(default_factory=dict)
+    """What each file was made of when it was written last."""
 
     @classmethod
     def of(cls, folder: int, limits: ResourcePolicy, processors: tuple[int, ...], boot_offset: int) -> Figures:
@@ -91,12 +93,22 @@ class Figures:
             before = zip(self._load, _LOAD_SECONDS, strict=True)
             one, five, fifteen = (busy + (load - busy) * math.exp(-passed / span) for load, span in before)
             self._load, self._seen = (one, five, fifteen), (uptime, used)
-        loads = " ".join(f"{load:.2f}" for load in self._load)
-        self._put("proc/loadavg", f"{loads} 1/{tasks} {tasks}\n")
-        taken, cached = int(usage.get("memory", 0)), int(usage.get("cached", 0))
-        self._put("proc/meminfo", meminfo(self.memory, taken, cached, self.swap, int(usage.get("swap", 0))))
+        loads = f"{' '.join([f'{load:.2f}' for load in self._load])} 1/{tasks} {tasks}\n"
+        if self._is_new("proc/loadavg", loads):
+            self._put("proc/loadavg", loads)
+        taken = int(usage.get("memory", 0)), int(usage.get("cached", 0)), int(usage.get("swap", 0))
+        if self._is_new("proc/meminfo", taken):
+            memory, cached, swapped = taken
+            self._put("proc/meminfo", meminfo(self.memory, memory, cached, self.swap, swapped))
         system = min(used, int(usage.get("system_us", 0)))
         self._put("proc/stat", stat(self.processors, used - system, system, uptime, self.booted))
+
+    def _is_new(self, name: str, made_of: object) -> bool:
+        """Whether a file is to be written; it takes longer than all of a snapshot's arithmetic."""
+        if self._shown.get(name) == made_of:
+            return False
+        self._shown[name] = made_of
+        return True
 
     def _put(self, name: str, text: str) -> None:
         """Write into the file that is there: a bind shows the inode that it was made of."""

@@ -4,8 +4,8 @@ A cage has a whole /proc of its own pid namespace; its processes are shown with 
 that are no process, it shows what ``SHOWN`` allows and links; every other one is covered: by the cage's own figures
 (isolator.layers.proc.figures), by what the template has in its place (isolator.layers.proc.template), or by an empty
 file or folder. What is to be covered is read from the mounted /proc itself, so an entry that only another kernel has is
-covered as well. An entry that appears later, as a module is loaded, is not: ``Proc.detect_drift`` finds it, and the
-cage is started anew.
+covered as well. An entry that appears later, as a module is loaded, is not: isolator.layers.proc.drift finds it, and
+the cage is started anew.
 
 The covers are mounts of the cage's own mount namespace, in which nobody may mount or unmount; ``self/root/proc`` leads
 to them too. /sys/fs/cgroup has the cage's own groups, by binds of the leaf's folders: there is no way up from them, and
@@ -14,10 +14,9 @@ a controller in which the cage has no group of its own is not there.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from isolator.layers.base import CageSpec, Control, Kept, Layer, Process, mismatch
@@ -29,6 +28,7 @@ from isolator.linux import mount
 if TYPE_CHECKING:
     from isolator.layers.cgroup.leaf import Leaf
     from isolator.layers.namespaces import Namespaces
+    from isolator.layers.proc.drift import ProcDrift, ProcWatch
     from isolator.layers.proc.figures import Figures
     from isolator.policy.model import EffectivePolicy
 
@@ -137,6 +137,10 @@ class Proc(Layer):
         self.leaf: Leaf | None = None
         """The cage's groups, once they are made."""
         self._figures: Figures | None = None
+        self._made: tuple[frozenset[str], int] = frozenset(), 0
+        """The names of what is covered in the cage's /proc, and a sign of by what (``covers``)."""
+        self._drift: ProcDrift | None = None
+        """From the first look at it on."""
 
     @classmethod
     def check(cls) -> list[Control]:
@@ -195,10 +199,10 @@ class Proc(Layer):
         mounts = process.mounts
         if " - proc " not in (own := mounts.get("/proc", "")) or _OPTIONS not in own:
             raise mismatch(self.name, "/proc", f"its own processes, {_OPTIONS}", "another")
-        with _proc_of(process) as proc:
-            names = [name for name, _ in entries(proc)]
-        if bare := [name for name in names if f"/proc/{name}" not in mounts]:
+        names = names_in(process)
+        if bare := uncovered(names, mounts):
             raise mismatch(self.name, "/proc", "covered", f"open at {', '.join(bare)}")
+        self._made = names, covers(names, mounts)
         device = os.fstat(self.folder).st_dev
         number = f"{os.major(device)}:{os.minor(device)}"
         for place in (*(f"/proc/{name}" for name in ("cpuinfo", "loadavg", "meminfo", "stat")), _CPU):
@@ -206,17 +210,18 @@ class Proc(Layer):
             if not line or line[2] != number or "ro" not in line[5].split(","):
                 raise mismatch(self.name, place, "the cage's figures, read-only", " ".join(line) or "the host's")
 
-    def detect_drift(self, process: Process) -> str:
-        """Return which entry of the cage's /proc is not covered; empty: none."""
-        with _proc_of(process) as proc:
-            device = os.fstat(proc).st_dev
-            for name, _ in entries(proc):
-                try:
-                    if os.stat(name, dir_fd=proc, follow_symlinks=False).st_dev == device:
-                        return f"/proc/{name} of the host is there"
-                except FileNotFoundError:  # a module was removed
-                    continue
-        return ""
+    def detect_drift(self, process: Process, watch: ProcWatch) -> str:
+        """Return which entry of the cage's /proc somebody has changed; empty: none. Raises OSError."""
+        if self._drift is None:
+            from isolator.layers.proc.drift import ProcDrift
+
+            self._drift = ProcDrift(watch, *self._made)
+        return self._drift.detect(process)
+
+    def unwatch(self) -> None:
+        """Let go of the cage's mounts, which would outlast it otherwise; idempotent."""
+        if self._drift is not None:
+            self._drift.end()
 
     def refresh(self, usage: Mapping[str, Any], uptime: float) -> None:
         """Write the figures anew: ``usage`` as in a ``resources`` record."""
@@ -224,13 +229,23 @@ class Proc(Layer):
             self._figures.refresh(usage, uptime)
 
 
-@contextlib.contextmanager
-def _proc_of(process: Process) -> Iterator[int]:
-    fd = os.open(f"/proc/{process.pid}/root/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+def names_in(process: Process) -> frozenset[str]:
+    """The names that are to be covered in the /proc that a process sees; raises OSError."""
+    return frozenset(name for name, _ in entries(f"/proc/{process.pid}/root/proc"))
+
+
+def uncovered(names: frozenset[str], mounts: Mapping[str, str]) -> list[str]:
+    """Those names in /proc on which nothing is mounted; ``mounts``: `Process.mounts`."""
+    return sorted(name for name in names if f"/proc/{name}" not in mounts)
+
+
+def covers(names: frozenset[str], mounts: Mapping[str, str]) -> int:
+    """A sign of what is mounted as /proc and on these names in it: another one once anything of that is another."""
+    return hash(tuple(line for place, line in mounts.items() if place == "/proc" or _top(place) in names))
+
+
+def _top(place: str) -> str:
+    return place.split("/", 3)[2] if place.startswith("/proc/") else ""
 
 
 def new_figures() -> int:

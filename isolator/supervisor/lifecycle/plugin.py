@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from isolator.audit.schema import Resources
@@ -244,12 +244,13 @@ class Plugin:
                 self._context.host.run_started(self.name, run.id, run.cage.pid, tuple(logs), listener.fileno())
 
     def record_usage(self) -> None:
-        """Write the ``resources`` record of the run, if there is one, and show the figures to its programs."""
+        """Write the ``resources`` record of the run, if there is one."""
         if self.run is not None and self.run.cage.started:
-            usage = self.run.usage()
-            self._context.audit.record(Resources(**usage), plugin=self.name, run=self.run.id)
-            if not self.run.exited:
-                self.run.cage.refresh_figures(usage)
+            self.record_use(self.run, self.run.usage())
+
+    def record_use(self, run: Run, usage: Mapping[str, Any]) -> None:
+        """Write the ``resources`` record of a run: data as of ``Run.usage``."""
+        self._context.audit.record(Resources(**usage), plugin=self.name, run=run.id)
 
     async def compare_files(self) -> None:
         """Note which paths that its run is shown were replaced on the host: a mount stays with the file it was made of.

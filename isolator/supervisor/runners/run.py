@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import socket
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from isolator.errors import ConfinementError, DeniedError, IsolatorError, Unavai
 from isolator.ipc.messages import Origin
 from isolator.ipc.packet import receive_anything, send_packet
 from isolator.ipc.run_request import POLICY, POLICY_NAME, TERMINAL, RunRequest, error_fields, pack, read_signal
+from isolator.ipc.tasks import made_in_thread
 from isolator.layers.base import Bind, CageSpec
 from isolator.layers.network import namespace as network_layer
 from isolator.layers.user import UidLease
@@ -101,7 +103,8 @@ class RunnerRun:
             place.claim(tasks=policy.resources.tasks, memory=policy.resources.memory)
             if self._context.wait_for_trail:
                 await _trail_writable(self._context)
-            lease = self._lease = await asyncio.to_thread(UidLease, self._config.uid_range)  # reads every user there is
+            reading = functools.partial(UidLease, self._config.uid_range)  # every user there is
+            lease = self._lease = await made_in_thread(reading, UidLease.release)
             try:
                 binds: list[Bind] = []
                 if request.paths:

@@ -1,0 +1,214 @@
+"""Whoever changes a running cage, by whatever way, is noticed at the next look; nothing else is taken for a change."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from isolator.layers.proc import layer
+from isolator.linux import aio
+from isolator.linux.mount_watch import MountWatch
+from isolator.policy.model import ResourcePolicy
+from tests.support.cage_fixture import StartedCage, cage, policy
+from tests.support.disks import ext4_image
+from tests.support.timeouts import seconds
+
+T = TypeVar("T")
+MEMORY = 200 << 20
+HOSTS = "/proc/interrupts of the host is there"
+OTHER = "/proc/ has other mounts than it was made with"
+MOUNTS = {
+    "a cover is taken away": (["umount", "/proc/interrupts"], HOSTS),
+    "another is mounted over a cover": (["mount", "--bind", "/proc/cpuinfo", "/proc/devices"], OTHER),
+    "a cover is moved": (["mount", "--move", "/proc/interrupts", "/proc/consoles"], HOSTS),
+    "a cover can be written": (["mount", "-o", "remount,bind,rw", "/proc/meminfo"], OTHER),
+    "another /proc is mounted over it": (["mount", "-t", "proc", "proc", "/proc"], "/proc/"),
+}
+IN_A_NAMESPACE = """
+echo $$ > "$1/cgroup.procs"
+exec unshare --cgroup --mount sh -c 'mount -t cgroup -o memory none /mnt && echo 104857600 > "/mnt/$0"' "$2"
+"""
+
+
+async def _with_cage(root: Path, look: Callable[[StartedCage], Coroutine[None, None, T]]) -> T:
+    effective = policy(resources=ResourcePolicy(memory=MEMORY, memory_high=MEMORY))
+    async with cage(root, ["sleep", "60"], effective) as started:
+        return await look(started)
+
+
+async def _enter(started: StartedCage, *command: str) -> None:
+    """Run a command as root of the host in the cage's mount namespace: nobody in the cage could."""
+    enter = ["nsenter", "--mount", "--pid", "--target", str(started.cage.pid)]
+    await asyncio.to_thread(subprocess.run, [*enter, *command], check=False, capture_output=True)
+
+
+async def _until_changed(started: StartedCage) -> str:
+    async with asyncio.timeout(seconds(20)):
+        while not (found := started.cage.detect_drift()):  # noqa: ASYNC110 # the kernel's event is under way
+            await asyncio.sleep(0.01)
+    return found
+
+
+@pytest.mark.parametrize("change", MOUNTS)
+@pytest.mark.parametrize("events", [True, False], ids=["events", "no events"])
+def test_change_of_the_mounts_in_its_proc_is_noticed(
+    shared_dir: Path, change: str, events: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, wanted = MOUNTS[change]
+    if not events:
+        monkeypatch.setattr(aio, "_NUMBERS", {})
+
+    async def look(started: StartedCage) -> list[str]:
+        before = [started.cage.detect_drift() for _ in range(3)]
+        await _enter(started, *command)
+        return [*before, await _until_changed(started)]
+
+    *before, found = asyncio.run(_with_cage(shared_dir, look))
+    assert before == ["", "", ""]
+    assert found.startswith(wanted)
+
+
+def test_mounts_elsewhere_in_the_cage_are_no_change_of_its_proc(shared_dir: Path) -> None:
+    async def look(started: StartedCage) -> list[str]:
+        before = started.cage.detect_drift()
+        await _enter(started, "mount", "-t", "tmpfs", "none", "/tmp")
+        await _enter(started, "umount", "/tmp")
+        looks = [started.cage.detect_drift() for _ in range(2)]
+        await _enter(started, "umount", "/proc/interrupts")
+        return [before, *looks, await _until_changed(started)]
+
+    assert asyncio.run(_with_cage(shared_dir, look)) == ["", "", "", HOSTS]
+
+
+def test_entry_of_proc_that_appears_later_is_noticed(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a module is loaded: here one that is shown is taken for it."""
+
+    async def look(started: StartedCage) -> list[str]:
+        before = [started.cage.detect_drift() for _ in range(2)]
+        monkeypatch.setattr(layer, "SHOWN", layer.SHOWN - {"version"})
+        return [*before, await _until_changed(started)]
+
+    assert asyncio.run(_with_cage(shared_dir, look)) == ["", "", "/proc/version of the host is there"]
+
+
+def test_change_of_each_limit_is_noticed_and_its_mending_too(shared_dir: Path) -> None:
+    """Each file that the cage's groups are limited by, one after the other."""
+
+    async def look(started: StartedCage) -> dict[str, list[str]]:
+        cgroup = started.cage._cgroup
+        found = {}
+        for name, right in {**cgroup._caps, **cgroup._processor_caps}.items():
+            file = Path(name)
+            wrong = "4096 10000" if file.name == "cpu.max" else str(int(right) // 2) if right.isdigit() else "1"
+            if not file.exists() or right == "0" or file.name in ("memory.oom.group", "memory.high"):
+                continue
+            looks = [started.cage.detect_drift()]
+            try:
+                file.write_text(wrong)
+            except OSError:
+                continue  # the kernel refuses it in this order
+            looks.append(started.cage.detect_drift())
+            looks.append(started.cage.detect_drift())
+            file.write_text(right)
+            found[file.name] = [*looks, started.cage.detect_drift()]
+        return found
+
+    found = asyncio.run(_with_cage(shared_dir, look))
+    assert "pids.max" in found and len(found) >= 3
+    optional = {"memory.swappiness", "memory.kmem.tcp.limit_in_bytes", "memory.memsw.limit_in_bytes"}
+    for name, (before, changed, again, mended) in found.items():
+        assert before == mended == "", name
+        assert (name in changed and name in again) or name in optional, name
+
+
+def test_limit_that_is_changed_by_way_of_another_cgroup_namespace_is_noticed(shared_dir: Path) -> None:
+    """Its mount is another file system, of whose files nobody here hears."""
+
+    async def look(started: StartedCage) -> list[str]:
+        memory = started.cage.leaf.v1.get("memory")
+        if memory is None:
+            pytest.skip("cgroup v2: a group above the cage's has no process, so no namespace begins there")
+        before = [started.cage.detect_drift() for _ in range(2)]
+        change = ["sh", "-c", IN_A_NAMESPACE, "sh", str(memory.parent), f"{memory.name}/memory.limit_in_bytes"]
+        await asyncio.to_thread(subprocess.run, change, check=True)
+        return [*before, started.cage.detect_drift()]
+
+    *before, found = asyncio.run(_with_cage(shared_dir, look))
+    assert before == ["", ""]
+    assert "memory.limit_in_bytes is 104857600" in found
+
+
+def test_score_by_which_the_kernel_chooses_whom_to_kill_is_compared(shared_dir: Path) -> None:
+    async def look(started: StartedCage) -> list[str]:
+        before = started.cage.detect_drift()
+        Path(f"/proc/{started.cage.pid}/oom_score_adj").write_text("900")
+        return [before, started.cage.detect_drift(), started.cage.detect_drift()]
+
+    before, *after = asyncio.run(_with_cage(shared_dir, look))
+    assert before == ""
+    assert all("oom_score_adj is 900" in one for one in after)
+
+
+def _mounted(image: str, work: Path) -> subprocess.Popen[bytes]:
+    """A process in a mount namespace of its own, in which the image is mounted."""
+    script = 'mount -o loop "$0" "$1" && echo && exec sleep 60'
+    process = subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", script, image, str(work)], stdout=subprocess.PIPE
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"\n"
+    return process
+
+
+def _is_in_use(image: str) -> bool:
+    return bool(subprocess.run(["losetup", "-j", image], check=True, capture_output=True).stdout)
+
+
+def test_watch_keeps_a_namespace_until_it_ends_and_no_longer(tmp_path: Path) -> None:
+    """And with it what is mounted there: the file system, and the device that it is on."""
+    watch = MountWatch()
+    with ext4_image(1 << 20) as image, contextlib.closing(watch):
+        process = _mounted(image, tmp_path)
+        files = len(os.listdir("/proc/self/fd"))
+        number = watch.begin(process.pid)
+        assert number and watch.unchanged(number)
+        assert len(os.listdir("/proc/self/fd")) == files, "it takes a descriptor"
+        process.kill()
+        process.wait()
+        process.stdout.close()  # type: ignore[union-attr]
+        assert _is_in_use(image)
+        watch.end(number)
+        assert not watch.unchanged(number)
+        asyncio.run(_until(lambda: not _is_in_use(image)))
+
+
+async def _until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(seconds(20)):
+        while not true():  # noqa: ASYNC110 # the kernel does it in a worker
+            await asyncio.sleep(0.01)
+
+
+def test_beyond_the_room_and_without_the_kernels_help_nothing_is_called_unchanged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from isolator.linux import mount_watch
+
+    monkeypatch.setattr(mount_watch, "_ROOM", 2)
+    with contextlib.closing(MountWatch()) as watch:
+        numbers = []
+        while number := watch.begin(os.getpid()):
+            numbers.append(number)
+        assert len(numbers) >= 2 and all(map(watch.unchanged, numbers))
+        assert not watch.unchanged(0)
+        watch.end(numbers[0])
+        asyncio.run(_until(lambda: watch.unchanged(numbers[1]) and watch.begin(os.getpid()) > 0))
+    monkeypatch.setattr(aio, "_NUMBERS", {})
+    with contextlib.closing(MountWatch()) as watch:
+        assert watch.begin(os.getpid()) == 0 and not watch.unchanged(0)
