@@ -231,7 +231,6 @@ _PORT = _number(1, 65535)
 _PROFILE: Schema = {"enum": ["default", "strict"]}
 _ABSOLUTE = _text(1024, pattern="^/")
 _DURATION_OR_NEVER: Schema = {"anyOf": [{"const": "never"}, _DURATION]}
-_DESTINATION = _text(512, examples=["api.example.com:443"])
 _EGRESS = _closed(
     host=_text(300, examples=["api.example.com"]),
     ports=_list(_PORT, 32) | {"minItems": 1, "default": [443]},

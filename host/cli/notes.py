@@ -11,11 +11,15 @@ from typing import Any
 
 from host.cli.output import ago, duration
 
+BAD_STATES = ("failed", "rejected", "backoff")
+"""States of a plugin that does not run as it should."""
+
 
 def fails(shown: Mapping[str, Any]) -> bool:
     """Whether a plugin fails, was refused, or holds events back."""
-    bad = shown["state"] in ("failed", "rejected", "backoff")
-    return bad or any(shown.get(key) for key in ("error", "holding", "failing_since", "missing"))
+    return shown["state"] in BAD_STATES or any(
+        shown.get(key) for key in ("error", "holding", "failing_since", "missing")
+    )
 
 
 def all_notes(shown: Mapping[str, Any]) -> list[str]:

@@ -8,19 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from host.cli import arguments, notes
+from host.cli import arguments, notes, registration
 from host.cli.add import add, update
 from host.cli.grants import grant, revoke
 from host.cli.many import Aliased, each
 from host.cli.options import NAME, NAMES, Manner, registering, yes
 from host.cli.output import ago, listing, safe, show_alarms, table
-from host.cli.registration import (
-    AS_LONG_AS_STARTS_TAKE,
-    HISTORY_HINT,
-    approve_plugin,
-    register_plugin,
-    show_proposal,
-)
 from host.client.client import Client, ask
 from isolator.base.pacing import Backoff
 from isolator.cli.audit import moment
@@ -151,7 +144,7 @@ def explain(root: str | None, name: str, as_json: bool) -> None:
     if as_json:
         print_json(proposal)
     else:
-        show_proposal(proposal, verbose=True)
+        registration.show_proposal(proposal, verbose=True)
 
 
 _SOON = 1.0
@@ -216,7 +209,7 @@ def _simple(verb: str, summary: str, done: str, *, waits: bool = False) -> None:
                     click.echo(f"on this host alone: {hosts} has {name}, and goes on as before", err=True)
             return answer
 
-        with Client(root, timeout=AS_LONG_AS_STARTS_TAKE) as client:
+        with Client(root, timeout=registration.AS_LONG_AS_STARTS_TAKE) as client:
             return each(names, functools.partial(change, client), as_json=as_json)
 
     decorated = here(command)
@@ -243,7 +236,10 @@ _simple("disable", "Stop a plugin and keep it stopped; its events wait.", "disab
 @here
 def rollback(root: str | None, name: str, to: str | None, as_json: bool) -> None:
     """Go back to the version before; if that is not up in time, nothing changes."""
-    with Client(root, timeout=AS_LONG_AS_STARTS_TAKE) as client, Progress(f"rollback {name}", quiet=as_json):
+    with (
+        Client(root, timeout=registration.AS_LONG_AS_STARTS_TAKE) as client,
+        Progress(f"rollback {name}", quiet=as_json),
+    ):
         answer = client.call("plugin.rollback", name=name, **({"to": to} if to else {}))
     print_result(answer, f"rolled back {name}; {answer['plugin']['version']} is in use now", as_json=as_json)
 
@@ -294,12 +290,12 @@ def approve(root: str | None, name: str, manner: Manner) -> None:
 
     That is a newer version that asks for more, a binary that was changed, or a plugin found in plugin_dirs.
     """
-    with Client(root, timeout=AS_LONG_AS_STARTS_TAKE) as client:
+    with Client(root, timeout=registration.AS_LONG_AS_STARTS_TAKE) as client:
         now = client.call("plugin.show", name=name)
         if now.get("found"):
-            register_plugin(client, {"path": now["found"]}, arguments.Config({}, []), manner)
+            registration.register_plugin(client, {"path": now["found"]}, arguments.Config({}, []), manner)
         else:
-            approve_plugin(client, now, manner)
+            registration.approve_plugin(client, now, manner)
 
 
 @plugin.command(epilog="\b\nExamples:\n  isolator plugin remove slack\n  isolator plugin remove --yes slack indexer")
@@ -348,7 +344,7 @@ def config(root: str | None, name: str, action: str, values: tuple[str, ...], as
             items = client.call("config.list", name=name)["items"]
             secrets = {item["key"] for item in items if item["secret"]}
             if secrets & set(literal):
-                click.echo(HISTORY_HINT, err=True)
+                click.echo(registration.HISTORY_HINT, err=True)
             _show_change(answer, f"set {', '.join(chosen)}", as_json=as_json)
         elif action == "unset":
             if len(values) != 1:

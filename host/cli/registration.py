@@ -77,11 +77,8 @@ def update_plugin(
         warnings = [*staged["warnings"], *staged["faults"]]
         print_json({**done, "proposal": staged["proposal"], "warnings": warnings, **more_known})
     if done.get("pending"):
-        raise NeedsApprovalError(
-            f"{name} {staged['version']}",
-            f"asks for more than {done['plugin']['version']}, which stays in use: {'; '.join(map(safe, more))}",
-            f"isolator plugin approve {name}",
-        )
+        why = f"asks for more than {done['plugin']['version']}, which stays in use: {'; '.join(map(safe, more))}"
+        raise NeedsApprovalError(f"{name} {staged['version']}", why, f"isolator plugin approve {name}")
     if not manner.as_json:
         unchanged = done.get("unchanged")
         click.echo(f"{name} {done['plugin']['version']} {'is in use already' if unchanged else 'is in use now'}")

@@ -7,12 +7,11 @@ from typing import Any
 
 import click
 
+from host.cli.notes import BAD_STATES
 from host.cli.output import ago, safe, show_alarms
 from host.client.client import ask
 from isolator.cli.output import here, print_json
 from isolator.paths import Paths
-
-_BAD_STATES = ("failed", "rejected", "backoff")
 
 
 @click.command(
@@ -39,7 +38,7 @@ def _well(found: Mapping[str, Any]) -> bool:
     return not (
         found["alarms"]
         or found["failing"]
-        or any(states.get(state) for state in _BAD_STATES)
+        or any(states.get(state) for state in BAD_STATES)
         or not services
         or not all(service["up"] for service in services)
     )

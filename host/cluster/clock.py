@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
-from host.cluster.lease import boottime
+from isolator.linux.boottime import boottime
 
 
 class Handle(Protocol):

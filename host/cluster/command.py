@@ -65,9 +65,8 @@ def init(
             secret = credentials.read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is not text"
-            raise IsolatorError(
-                str(credentials), f"cannot be read: {why}", "it is admin.secret of 'isolator cluster users'"
-            ) from None
+            why = f"cannot be read: {why}"
+            raise IsolatorError(str(credentials), why, "it is admin.secret of 'isolator cluster users'") from None
     access = access_of(urls, secret, tls=tls, ca=ca)
     from host.cluster.nats import NatsLog, make_stream
 

@@ -15,28 +15,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from host.cluster.entries import (
-    MAX_LOST,
-    NO_BEAT,
-    NOTHING,
-    Beat,
-    Claim,
-    Entry,
-    Event,
-    EventRef,
-    EventType,
-    KeyValue,
-    Lost,
-    Message,
-    Number,
-    OfHolder,
-    Plugin,
-    Position,
-    Range,
-    Release,
-    Replay,
-    VoidLeases,
-)
+from host.cluster import entries
 
 MAX_TYPES = 1000
 """Event types of a cluster."""
@@ -54,7 +33,7 @@ Shard = tuple[str, int]
 class Store(Protocol):
     """The large part of a fold; a host has it in its database, in one transaction with the state."""
 
-    def is_first(self, unique: str, event: EventRef, time: float) -> bool:
+    def is_first(self, unique: str, event: entries.EventRef, time: float) -> bool:
         """Keep a dedupe key, for as long as the log keeps its entries; False if it is there already."""
 
     def put(self, plugin: str, key: str, value: str | None) -> None:
@@ -68,8 +47,8 @@ class Store(Protocol):
 class Applied:
     """An entry of the log and its fate: ``void`` is the reason why it does not count, empty if it does."""
 
-    ref: EventRef
-    entry: Entry
+    ref: entries.EventRef
+    entry: entries.Entry
     void: str = ""
 
 
@@ -80,9 +59,9 @@ class Member:
     ``retired`` are the outboxes before the one in use: a restored or cloned disk still writes for them.
     """
 
-    events: Number = NOTHING
-    decisions: Number = NOTHING
-    beat: Beat = NO_BEAT
+    events: entries.Number = entries.NOTHING
+    decisions: entries.Number = entries.NOTHING
+    beat: entries.Beat = entries.NO_BEAT
     retired: tuple[int, ...] = ()
 
 
@@ -106,7 +85,7 @@ class Freed:
 class Incarnation:
     """A plugin of the cluster; ``began`` is the place from which it reads."""
 
-    plugin: Plugin
+    plugin: entries.Plugin
     began: int
 
     def fits(self, labels: Collection[str]) -> bool:
@@ -125,26 +104,26 @@ class State:
     plugins: dict[str, Incarnation] = field(default_factory=dict)
     leases: dict[Shard, Lease] = field(default_factory=dict)
     freed: dict[Shard, Freed] = field(default_factory=dict)
-    positions: dict[Shard, Position] = field(default_factory=dict)
-    lost: dict[Shard, tuple[Range, ...]] = field(default_factory=dict)
+    positions: dict[Shard, entries.Position] = field(default_factory=dict)
+    lost: dict[Shard, tuple[entries.Range, ...]] = field(default_factory=dict)
     """The newest events of a shard, at most ``MAX_LOST`` ranges, that its position is behind and that it never got."""
-    types: dict[str, EventType] = field(default_factory=dict)
+    types: dict[str, entries.EventType] = field(default_factory=dict)
 
     def member(self, host: str) -> Member:
         """The host's part of the state; one that has never written has the first numbers."""
         return self.members.get(host) or Member()
 
-    def claim(self, shard: Shard) -> Claim:
+    def claim(self, shard: Shard) -> entries.Claim:
         """The claim of a shard that counts if nothing is written before it; raises KeyError for an unknown plugin."""
         digest = self.plugins[shard[0]].plugin.digest
         lease = self.leases.get(shard)
         if lease is not None:
-            return Claim(*shard, digest, lease.holder, self.member(lease.holder).decisions)
+            return entries.Claim(*shard, digest, lease.holder, self.member(lease.holder).decisions)
         freed = self.freed.get(shard)
-        return Claim(*shard, digest, "", Number(0, freed.place if freed else 0))
+        return entries.Claim(*shard, digest, "", entries.Number(0, freed.place if freed else 0))
 
 
-def fold(state: State, store: Store, message: Message, place: int, time: float) -> list[Applied]:
+def fold(state: State, store: Store, message: entries.Message, place: int, time: float) -> list[Applied]:
     """Apply a message that stands at ``place`` of the log, where it was put at ``time``; the fate of its entries.
 
     Raises ValueError for a place that is not later than the state's: the log has lost its tail, or another is read.
@@ -168,14 +147,14 @@ class _Folding:
         self._member = state.members.setdefault(host, Member())
         self._claimed: set[Shard] = set()
 
-    def apply(self, message: Message) -> Iterator[Applied]:
+    def apply(self, message: entries.Message) -> Iterator[Applied]:
         for offset, entry in enumerate(message.entries):
-            number = Number(message.first.series, message.first.number + offset)
-            ref = EventRef(self._host, *number)
+            number = entries.Number(message.first.series, message.first.number + offset)
+            ref = entries.EventRef(self._host, *number)
             take = self._take_event if message.stream == "ev" else self._take_decision
             yield Applied(ref, entry, take(number) or self._act(ref, entry))
 
-    def _take_event(self, number: Number) -> str:
+    def _take_event(self, number: entries.Number) -> str:
         member = self._member
         if number.series in member.retired:
             return "of an outbox that has been replaced"
@@ -186,7 +165,7 @@ class _Folding:
         member.events = number
         return ""
 
-    def _take_decision(self, number: Number) -> str:
+    def _take_decision(self, number: entries.Number) -> str:
         if number.series < self._member.decisions.series:
             return "of an earlier session"
         void = _out_of_turn(self._member.decisions, number)
@@ -194,48 +173,49 @@ class _Folding:
             self._member.decisions = number
         return void
 
-    def _act(self, ref: EventRef, entry: Entry) -> str:
+    def _act(self, ref: entries.EventRef, entry: entries.Entry) -> str:
         """Change the state by an entry whose turn it is; or the reason why it is void."""
         state = self._state
         match entry:
-            case Event():
+            case entries.Event():
                 if entry.unique and not self._store.is_first(entry.unique, ref, state.time):
                     return "accepted before"
-            case Replay():
+            case entries.Replay():
                 return "" if entry.plugin in state.plugins else "of an unknown plugin"
-            case Beat():
+            case entries.Beat():
                 for position in entry.positions:
                     if not self._not_held(position):
                         state.positions[position.plugin, position.shard] = position
                 self._member.beat = replace(entry, positions=())
-            case Claim():
+            case entries.Claim():
                 return self._claim(entry)
-            case OfHolder():
+            case entries.OfHolder():
                 if void := self._not_held(entry):
                     return void
-                if isinstance(entry, Release):
+                if isinstance(entry, entries.Release):
                     self._free((entry.plugin, entry.shard), drained=True)
-                elif isinstance(entry, KeyValue):
+                elif isinstance(entry, entries.KeyValue):
                     self._store.put(entry.plugin, entry.key, entry.value)
-                elif isinstance(entry, Lost):
+                elif isinstance(entry, entries.Lost):
                     shard = (entry.plugin, entry.shard)
-                    state.lost[shard] = tuple(dict.fromkeys((*state.lost.get(shard, ()), *entry.events)))[-MAX_LOST:]
-            case Plugin():
+                    lost = dict.fromkeys((*state.lost.get(shard, ()), *entry.events))
+                    state.lost[shard] = tuple(lost)[-entries.MAX_LOST :]
+            case entries.Plugin():
                 return self._describe(entry)
-            case EventType():
+            case entries.EventType():
                 return self._register(entry)
-            case VoidLeases():
+            case entries.VoidLeases():
                 for shard in [*state.leases]:
                     self._free(shard, drained=False)
         return ""
 
-    def _not_held(self, entry: OfHolder) -> str:
+    def _not_held(self, entry: entries.OfHolder) -> str:
         lease = self._state.leases.get((entry.plugin, entry.shard))
         if lease is None or lease.holder != self._host:
             return "not its holder"
         return "" if lease.epoch == entry.epoch else "of another epoch"
 
-    def _claim(self, claim: Claim) -> str:
+    def _claim(self, claim: entries.Claim) -> str:
         shard = (claim.plugin, claim.shard)
         known = self._state.plugins.get(claim.plugin)
         if known is None or claim.shard >= known.plugin.shards or known.plugin.placement != "one":
@@ -254,7 +234,7 @@ class _Folding:
         self._state.leases[shard] = Lease(self._host, self._state.place)
         return ""
 
-    def _describe(self, plugin: Plugin) -> str:
+    def _describe(self, plugin: entries.Plugin) -> str:
         known = self._state.plugins.get(plugin.name)
         if plugin.removed:
             if known is None:
@@ -274,7 +254,7 @@ class _Folding:
         self._state.plugins[plugin.name] = Incarnation(plugin, known.began if known else self._state.place)
         return ""
 
-    def _too_much(self, plugin: Plugin) -> str:
+    def _too_much(self, plugin: entries.Plugin) -> str:
         """Why a plugin is more than all hosts are to keep of it, if it is."""
         if sum(map(len, (*plugin.hooks, *plugin.labels))) > MAX_HOOKS:
             return "it wants too many events"
@@ -296,7 +276,7 @@ class _Folding:
             for _, shard in gone[: len(freed) - 2 * MAX_PLUGINS]:
                 del freed[shard]
 
-    def _register(self, entry: EventType) -> str:
+    def _register(self, entry: entries.EventType) -> str:
         types = self._state.types
         known = types.get(entry.name)
         if entry.replaces != (known.digest if known is not None else ""):
@@ -318,7 +298,7 @@ class _Folding:
             self._state.freed[shard] = Freed(self._state.place, drained)
 
 
-def _out_of_turn(last: Number, number: Number) -> str:
+def _out_of_turn(last: entries.Number, number: entries.Number) -> str:
     expected = last.number + 1 if number.series == last.series else 1
     if number.number == expected:
         return ""

@@ -12,7 +12,6 @@ first. The cited one was sent at least ``SILENCE`` before the claim, so the hold
 from __future__ import annotations
 
 import math
-import time
 from typing import Final
 
 from host.cluster.entries import Beat, Number, Plugin
@@ -28,11 +27,6 @@ SILENCE: Final = 17.0
 STEADY: Final = 4.0
 """Seconds for which a host's own beats must have come back before it claims: an outage of the log moves nothing."""
 _LATE: Final = BEAT + 1.0
-
-
-def boottime() -> float:
-    """Seconds since the machine started, with those that it slept."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Fence:

@@ -12,21 +12,9 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from host.cluster import entries
 from host.cluster.beats import Agreement, Beats
 from host.cluster.decisions import Decisions
-from host.cluster.entries import (
-    Beat,
-    Claim,
-    Message,
-    Number,
-    Parting,
-    Plugin,
-    Release,
-    UnknownFormatError,
-    VoidLeases,
-    decode,
-    next_session,
-)
 from host.cluster.fold import Applied, State, fold
 from host.cluster.lease import Fence, Watch
 from host.cluster.log import Entered, LogUnavailableError
@@ -35,6 +23,7 @@ from host.cluster.parts import Parts
 from host.cluster.problems import StoppedError
 from host.cluster.store import kept
 from host.cluster.unheld import Unheld
+from isolator.ipc.tasks import cancel_all
 
 TICK: Final = 0.25
 """Seconds between two readings, should nobody wake this host."""
@@ -49,7 +38,7 @@ PUT_BACK: Final = (
 class Life:
     """Knowledge of this host by what it has read in this life. ``parting``: how it is about to end its part, if so."""
 
-    def __init__(self, parts: Parts, parting: Callable[[], Parting]) -> None:
+    def __init__(self, parts: Parts, parting: Callable[[], entries.Parting]) -> None:
         self._parts, self._host, self._log, self._clock = parts, parts.host, parts.log, parts.clock
         self._footing, self._database, self._follower = parts.footing, parts.database, parts.follower
         self._holding, self._outbox = parts.holding, parts.outbox
@@ -86,9 +75,7 @@ class Life:
                 if task.done():
                     task.result()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await cancel_all(tasks)
 
     def give_up(self, why: str) -> None:
         """Decide and hold nothing any more."""
@@ -112,14 +99,14 @@ class Life:
             self._problems.begin("put_back", PUT_BACK)
 
         def write(db: sqlite3.Connection) -> int:
-            session = next_session(max(own.decisions.series, kept(db).session), parts.random(20))
+            session = entries.next_session(max(own.decisions.series, kept(db).session), parts.random(20))
             db.execute("UPDATE cluster_self SET session=?", (session,))
             parts.outbox.fit(db, own)
             return session
 
         self.decisions.begin(await parts.footing.write(write))
 
-    def _rest(self) -> Sequence[Claim | Beat]:
+    def _rest(self) -> Sequence[entries.Claim | entries.Beat]:
         self._look_at_plugins()
         rest, more = self.beats.rest()
         if more:
@@ -153,7 +140,7 @@ class Life:
         """Have no lease count that the lost entries may have ended: nobody knows who was promised what."""
         while "log_lost" in self._problems.lines:
             with contextlib.suppress(LogUnavailableError):
-                await self.decisions.write(VoidLeases("the log lost its newest entries"))
+                await self.decisions.write(entries.VoidLeases("the log lost its newest entries"))
                 self._problems.end("log_lost")
 
     async def _examine(self) -> bool:
@@ -185,10 +172,10 @@ class Life:
 
     async def _take(self, entered: Entered) -> None:
         try:
-            message = decode(entered.subject, entered.body)
+            message = entries.decode(entered.subject, entered.body)
         except ValueError as error:
             host = entered.subject.rpartition(".")[2]
-            if isinstance(error, UnknownFormatError) and host not in self._parts.settings.distrusted:
+            if isinstance(error, entries.UnknownFormatError) and host not in self._parts.settings.distrusted:
                 remedy = f"until it is updated, or [cluster] distrusted names {host} as a hostile host"
                 line = f"{entered.subject} holds {error}: this host holds nothing {remedy}"
                 raise StoppedError("newer_version", line) from None
@@ -216,13 +203,15 @@ class Life:
             self._read_own(message, taken, now)
         if message.stream == "ctl":
             for one in applied:
-                if isinstance(one.entry, Plugin) and one.entry.placement == "all" and not one.void:
+                if isinstance(one.entry, entries.Plugin) and one.entry.placement == "all" and not one.void:
                     self._parts.fences.free(one.entry.name)
             self.beats.drop(self._holding.follow(self._state, came_back=self.came_back))
             if _may_be_claimed(applied, said, self._state.member(message.host).beat):
                 self.decisions.changed()
 
-    async def _keep(self, message: Message, applied: list[Applied], taken: Sequence[Applied], mark: str) -> None:
+    async def _keep(
+        self, message: entries.Message, applied: list[Applied], taken: Sequence[Applied], mark: str
+    ) -> None:
         state = self._state
         changes = self._footing.store.changes(state, message.host, mark)
         back = taken[-1].ref if taken and message.stream == "ev" else None
@@ -248,20 +237,20 @@ class Life:
             raise failed[0]
         self._follower.kept(state.place, state.time, applied)
 
-    def _compare(self, message: Message) -> None:
+    def _compare(self, message: entries.Message) -> None:
         """Compare this host with the one whose beats these are; raises StoppedError."""
         self._agreement.folded(self._state)
         if message.host == self._host or not self.decisions.session:
             return  # beats from before this life may be about entries that the log has lost
         now = self._clock.now()
         for beat in message.entries:
-            if isinstance(beat, Beat):
+            if isinstance(beat, entries.Beat):
                 self._parts.clocks[message.host] = beat.clock - self._clock.wall()
                 alive = self.watch.alive(self._state, now)
                 if not self._agreement.compare(message.host, beat, alive, now):
                     self.look_soon()  # the log may have lost what one of both has read
 
-    def _read_own(self, message: Message, taken: Sequence[Applied], now: float) -> None:
+    def _read_own(self, message: entries.Message, taken: Sequence[Applied], now: float) -> None:
         """Act on what stands in the log under this host's name; raises StoppedError if another host wrote it."""
         if message.stream == "ev":
             if "outbox_full" in self._problems.lines:
@@ -275,7 +264,7 @@ class Life:
         if taken[-1].ref.series > session or not all(map(self.decisions.applied, taken)):
             raise StoppedError("twin", self._twin("a decision"))
         last = taken[-1].ref
-        self._holding.fence.read_back(Number(last.series, last.number), now)
+        self._holding.fence.read_back(entries.Number(last.series, last.number), now)
         self.came_back = True
 
     def _twin(self, what: str) -> str:
@@ -285,13 +274,13 @@ class Life:
         )
 
 
-def _may_be_claimed(applied: Sequence[Applied], before: Beat, after: Beat) -> bool:
+def _may_be_claimed(applied: Sequence[Applied], before: entries.Beat, after: entries.Beat) -> bool:
     """Whether a host's message may have made something claimable: it need not wait for the next beat."""
-    freed = any(isinstance(one.entry, Plugin | Release) and not one.void for one in applied)
+    freed = any(isinstance(one.entry, entries.Plugin | entries.Release) and not one.void for one in applied)
     return freed or (before.ready, before.labels) != (after.ready, after.labels)
 
 
-def _taken(before: Number, applied: Sequence[Applied], state: State, message: Message) -> list[Applied]:
+def _taken(before: entries.Number, applied: Sequence[Applied], state: State, message: entries.Message) -> list[Applied]:
     """Those of a message's entries whose turn it was, whether they count or not."""
     member = state.member(message.host)
     after = member.decisions if message.stream == "ctl" else member.events

@@ -24,6 +24,7 @@ from host.cluster.client import HEADERS, PUBLISHED, MistrustfulClient
 from host.cluster.clock import Clock
 from host.cluster.entries import MAX_MESSAGE
 from host.cluster.log import QUESTION, Entered, Facts, LogFullError, LogRefusedError, LogUnavailableError
+from isolator.ipc.tasks import cancel_all
 
 OLDEST: Final = (2, 9, 0)
 """The first servers that answer ``DIRECT.GET``."""
@@ -79,9 +80,7 @@ async def _of_any_replica(client: Any, subject: str, body: bytes) -> Any:
                 break
         return await done.pop()
     finally:
-        for one in asked:
-            one.cancel()
-        await asyncio.gather(*asked, return_exceptions=True)
+        await cancel_all(asked)
 
 
 class NatsLog:

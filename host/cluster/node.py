@@ -35,6 +35,7 @@ from host.cluster.snapshots import EVERYBODY, Snapshots, subject_of
 from host.cluster.store import keep_log, make_tables
 from host.database.store import Store as Database
 from isolator.errors import IsolatorError
+from isolator.ipc.tasks import cancel_all
 
 ANSWER: Final = 2.0
 """Seconds for an answer of another host."""
@@ -244,8 +245,7 @@ class Node:
                 raise LogUnavailableError(why) from None
         plugins = {*self.state.plugins, *self._parts.follower.here()}
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await cancel_all([self._task])
         line = (
             "this host has left its cluster: remove [cluster] from host.toml, if it is there, then run isolator reload"
         )

@@ -69,11 +69,9 @@ class Outbox:
             raise IsolatorError("the event", f"has {size} bytes with its attributes", f"at most {FILL} fit a cluster")
         generation, last, unsent = db.execute("SELECT generation, emitted, unsent FROM cluster_self").fetchone()
         if unsent + size > self._limit:
-            raise OutboxFullError(
-                "the cluster's outbox",
-                f"is full: {unsent >> 20} MiB of events wait for the log, which has not taken them",
-                "see 'isolator cluster status'; [cluster] outbox in host.toml sets how many may wait",
-            )
+            why = f"is full: {unsent >> 20} MiB of events wait for the log, which has not taken them"
+            remedy = "see 'isolator cluster status'; [cluster] outbox in host.toml sets how many may wait"
+            raise OutboxFullError("the cluster's outbox", why, remedy)
         db.execute("INSERT INTO cluster_outbox VALUES (?,?,NULL)", (last + 1, text))
         db.execute("UPDATE cluster_self SET emitted=?, unsent=?", (last + 1, unsent + size))
         return EventRef(self._host, generation, last + 1)

@@ -42,9 +42,8 @@ async def place(
     parts = before.shards if shards is None else shards
     wanted = replace(before, placement=placement or before.placement, shards=parts, labels=found)
     if wanted.placement == "all" and wanted.shards > 1:
-        raise UsageError(
-            f"plugin {name}", "has no shards where every host has its own copy", "leave --shards out, or 1"
-        )
+        why = "has no shards where every host has its own copy"
+        raise UsageError(f"plugin {name}", why, "leave --shards out, or 1")
     changes = (wanted.placement, wanted.shards) != (before.placement, before.shards)
     alone = anew and placement is None and shards is None and labels is None
     begins = known is not None and (changes or alone)

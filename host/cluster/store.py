@@ -89,9 +89,8 @@ def make_tables(db: sqlite3.Connection, host: str, generation: int) -> None:
     )
     found = db.execute("SELECT format FROM cluster_self").fetchone()[0]
     if found > FORMAT:
-        raise IsolatorError(
-            "the cluster's tables", f"were written by a newer version (format {found})", "install that version again"
-        )
+        why = f"were written by a newer version (format {found})"
+        raise IsolatorError("the cluster's tables", why, "install that version again")
 
 
 def kept(db: sqlite3.Connection) -> Kept:

@@ -10,9 +10,9 @@ from host.delivery.worker import WorkerState
 from host.host_api.api import ApiListenerState
 from host.lifecycle.lifecycle import StartState
 from host.plugins.logs import LogState
-from isolator.audit.client import SenderState
 from isolator.ipc.body import Body, Json
 from isolator.ipc.formats import Formats
+from isolator.ipc.succession import SenderState
 
 
 class HostState(Body):

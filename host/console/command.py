@@ -41,9 +41,8 @@ def console(root: str | None, port: int | None, as_json: bool) -> None:
         return
     missing = [name for name in ("starlette", "uvicorn", "jinja2") if find_spec(name) is None]
     if missing:
-        raise UnavailableError(
-            "isolator console", f"{', '.join(missing)} not installed", "pip install 'isolator[console]'"
-        )
+        why = f"{', '.join(missing)} not installed"
+        raise UnavailableError("isolator console", why, "pip install 'isolator[console]'")
     try:
         asyncio.run(_serve(paths, port or 0, as_json=as_json))
     except KeyboardInterrupt:

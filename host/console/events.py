@@ -50,9 +50,8 @@ def cloud_event(kind: str, headers: Mapping[str, str], body: bytes) -> dict[str,
             raise UsageError("CloudEvent", "data_base64 is not taken", "send a JSON object as data")
     else:
         if kind not in ("application/json", ""):
-            raise UsageError(
-                f"content type {kind}", "is not taken", f"send {STRUCTURED}, or application/json with ce- headers"
-            )
+            why = "is not taken"
+            raise UsageError(f"content type {kind}", why, f"send {STRUCTURED}, or application/json with ce- headers")
         fields = {name[3:]: unquote(value) for name, value in headers.items() if name[:3] == "ce-"}
         data = _object(body, "data") if body else None
     for name in ("specversion", "id", "source", "type"):

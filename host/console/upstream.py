@@ -161,9 +161,8 @@ class Live:
         """
         of_one = sum(one == owner for one in self._listeners.values())
         if of_one >= LISTENERS_OF_ONE or len(self._listeners) >= LISTENERS:
-            raise UnavailableError(
-                "live view", f"{max(of_one, len(self._listeners))} pages follow", "close one of them"
-            )
+            why = f"{max(of_one, len(self._listeners))} pages follow"
+            raise UnavailableError("live view", why, "close one of them")
         listener = Listener()
         self._listeners[listener] = owner
         return listener

@@ -21,7 +21,7 @@ from host.control.terms import Nothing
 from host.host_api.api import PLATFORM_TIMEOUT, HostApi
 from host.host_api.methods import ApiError, Context
 from host.wire.strict_json import dumps
-from isolator.errors import UsageError
+from isolator.errors import UsageError, translated
 from isolator.ipc.body import Body, Json
 from isolator.policy.names import parse_permission
 
@@ -68,10 +68,8 @@ class ApiVerbs(Verbs):
 
     @serves(ApiRegister)
     async def register(self, request: ApiRegister, caller: Caller) -> RegisteredMethod:
-        try:
+        with translated(ValueError, UsageError, f"method {request.method}"):
             permission = parse_permission(request.permission)
-        except ValueError as error:
-            raise UsageError(f"method {request.method}", str(error)) from None
 
         self._serve_by(caller, request.method, permission)
         return {"method": request.method, "permission": permission}

@@ -27,16 +27,15 @@ class ClusterVerbs(Verbs):
         if node is None and (problem := next(iter(self._problems()), None)) is not None:
             raise UnavailableError("cluster", problem)
         if node is None:
-            raise UsageError(
-                "cluster", "this host has no [cluster] in host.toml", "docs/cluster.md says how to set it up"
-            )
+            why = "this host has no [cluster] in host.toml"
+            raise UsageError("cluster", why, "docs/cluster.md says how to set it up")
         return node
 
     @serves(cluster_types.ClusterStatus)
     async def status(self, _: cluster_types.ClusterStatus, __: Caller) -> cluster_types.ClusterStanding:
         node = self._here()
-        from host.cluster.lease import boottime
         from host.cluster.standing import standing
+        from isolator.linux.boottime import boottime
 
         return cast(cluster_types.ClusterStanding, standing(node, boottime()))
 
@@ -73,6 +72,5 @@ class ClusterVerbs(Verbs):
             return {"left_behind": await node.leave(force=request.force)}
         except LogUnavailableError as error:
             why = f"this host has not left its cluster: {error}"
-            raise UnavailableError(
-                "cluster", why, "see 'isolator cluster status'; --force leaves without the log"
-            ) from None
+            remedy = "see 'isolator cluster status'; --force leaves without the log"
+            raise UnavailableError("cluster", why, remedy) from None

@@ -229,17 +229,14 @@ class Connection(LineProtocol):
         try:
             params = message.get("params", {})
             if endpoint is None or spec is None:
-                raise _NoVerbError(
-                    f"method {str(verb)[:80]}", "does not exist", "the verb help lists those of this daemon"
-                )
+                why = "does not exist"
+                raise _NoVerbError(f"method {str(verb)[:80]}", why, "the verb help lists those of this daemon")
             if not isinstance(params, dict):
                 raise UsageError(f"method {verb}", "params must be an object")
             if not may(caller, spec):
-                raise DeniedError(
-                    f"method {verb}",
-                    f"uid {caller.uid} has the role {caller.role or 'none'}, it needs {spec.role}",
-                    f"add it to [roles] {spec.role} in host.toml, then 'isolator reload'; or use sudo",
-                )
+                why = f"uid {caller.uid} has the role {caller.role or 'none'}, it needs {spec.role}"
+                remedy = f"add it to [roles] {spec.role} in host.toml, then 'isolator reload'; or use sudo"
+                raise DeniedError(f"method {verb}", why, remedy)
             request = endpoint.request.parse(params)
             if isinstance(endpoint, QuickEndpoint):
                 await endpoint.there_is_room()

@@ -123,9 +123,8 @@ class DaemonVerbs(Verbs):
             why = "database or trail could not be written in time"
             raise UnavailableError("daemon.snapshot", why, "see 'isolator status'") from None
         except (sqlite3.Error, OSError) as error:
-            raise IsolatorError(
-                "daemon.snapshot", f"the database was not copied: {error}", "is the disk full?"
-            ) from None
+            why = f"the database was not copied: {error}"
+            raise IsolatorError("daemon.snapshot", why, "is the disk full?") from None
         return {"file": place.name}
 
     @serves(daemon_types.ShowVersion)

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import field
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from host.control.parameters import Flag, Number, Object, OneOf, Request, Text, Whole
 from host.control.terms import LARGEST, Name, OptionalText
 from isolator.audit.schema import MAX_ID
+from isolator.base.structs import field
 
 MAX_WAIT = 3600.0
 """Seconds that ``event.wait`` may take."""
 MAX_TTL = 31 * 86400.0
 """Seconds after which an event may expire at the latest."""
-STORED_STATES = (
-    "queued",
-    "retry",
-    "in_flight",
-    "ok",
-    "skipped",
-    "dead",
-    "expired",
-    "quarantined",
-    "cancelled",
-    "moved",
-)
+STORED_STATES = tuple("queued retry in_flight ok skipped dead expired quarantined cancelled moved".split())
 """States of deliveries as ``event.list`` can look for them."""
 
 

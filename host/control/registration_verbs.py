@@ -25,7 +25,7 @@ from host.queue.owed import Debts
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import PackageResolved
 from isolator.base.structs import struct_class
-from isolator.errors import IsolatorError, UsageError, nearest
+from isolator.errors import IsolatorError, UsageError, nearest, translated
 from isolator.ipc import messages
 from isolator.ipc.body import Json, Request
 from isolator.ipc.channel import MAX_PACKET
@@ -126,11 +126,8 @@ class RegistrationVerbs(Verbs):
         for hook in hooks:
             if self._catalogue.get(self._catalogue.canonical(hook)) is None:
                 near = nearest(hook, known)
-                raise UsageError(
-                    f"hook {hook!r}",
-                    f"no such event; did you mean {near!r}?" if near else "no such event",
-                    f"known: {', '.join(known)}",
-                )
+                why = f"no such event; did you mean {near!r}?" if near else "no such event"
+                raise UsageError(f"hook {hook!r}", why, f"known: {', '.join(known)}")
 
     def _check_calls(self, manifest: Manifest) -> None:
         """Refuse arguments of a tool that use a field which the event does not have."""
@@ -142,10 +139,8 @@ class RegistrationVerbs(Verbs):
             event_type = self._catalogue.get(self._catalogue.canonical(hook))
             known = list(event_type.shape.fields) if event_type is not None else []
             where = f"transport.calls.{hook}.arguments"
-            try:
+            with translated(ValueError, UsageError, where):
                 template.check(call.arguments)
-            except ValueError as error:
-                raise UsageError(where, str(error)) from None
             for name in sorted(template.fields(call.arguments) - set(known)):
                 near = nearest(name, known)
                 why = f"{hook} has no field {name!r}" + (f"; did you mean {near!r}?" if near else "")

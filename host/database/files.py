@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from isolator.errors import IsolatorError
+from isolator.linux.descriptors import owning
 
 RESERVE, RESERVE_SHARE = 4 << 20, 8
 """Bytes reserved for a checkpoint on a full disk; on a small disk at most this part of what is free."""
@@ -44,12 +45,11 @@ class Reserve:
     def release(self) -> None:
         """Give the space back."""
         self.held = False
-        with contextlib.suppress(OSError):
-            fd = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                os.ftruncate(fd, 0)
-            finally:
-                os.close(fd)
+        with (
+            contextlib.suppress(OSError),
+            owning(os.open(self._path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)) as fd,
+        ):
+            os.ftruncate(fd, 0)
 
 
 def check_file(path: Path) -> None:
@@ -153,11 +153,8 @@ def save_elsewhere(connection: sqlite3.Connection, path: Path, wal: int, before:
         Path(name).unlink(missing_ok=True)
     new.rename(path)
     for saved, flags in ((path, os.O_RDONLY), (path.parent, os.O_RDONLY | os.O_DIRECTORY)):
-        fd = os.open(saved, flags | os.O_CLOEXEC)
-        try:
+        with owning(os.open(saved, flags | os.O_CLOEXEC)) as fd:
             os.fsync(fd)
-        finally:
-            os.close(fd)
     return kept
 
 

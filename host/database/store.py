@@ -117,11 +117,8 @@ class Store:
             connection = files.connect(self.path)
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > TABLES:
-                raise IsolatorError(
-                    str(self.path),
-                    f"was written by a newer version (schema {version}, this one knows {TABLES})",
-                    "install that version again; nothing was changed",
-                )
+                why = f"was written by a newer version (schema {version}, this one knows {TABLES})"
+                raise IsolatorError(str(self.path), why, "install that version again; nothing was changed")
             damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]  # some 30 ms for 50 000 events
             if damage != "ok":
                 raise IsolatorError(str(self.path), f"is damaged: {damage.splitlines()[-1]}", files.RESTORE)

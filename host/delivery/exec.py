@@ -27,7 +27,7 @@ from isolator.ipc.body import Body, WithFds, omitted
 from isolator.ipc.messages import InvocationBegun, InvocationEnded, InvocationStarted, StartInvocation
 from isolator.ipc.succession import Departure, Descriptors
 from isolator.ipc.tasks import Tasks
-from isolator.linux.descriptors import close_all
+from isolator.linux.descriptors import close_all, owning
 from isolator.linux.memfd import make_sealed
 
 
@@ -144,12 +144,9 @@ class ExecDelivery(Mode):
             name=invocation.plugin.name, run=invocation.run, event=event.id, type=hook,
             attempt=invocation.delivery.attempts, environment=self.parts.environment(invocation.plugin.name),
         )  # fmt: skip
-        stdin = make_sealed(request)
-        try:
+        with owning(make_sealed(request)) as stdin:
             invocation.asked = True
             return await self.parts.supervisor.ask_fds(start, fds=[stdin])
-        finally:
-            os.close(stdin)
 
     def _attach(self, invocation: _Invocation, fds: list[int]) -> None:
         """Read the output of an invocation and serve its calls; owns the descriptors."""

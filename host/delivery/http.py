@@ -132,10 +132,9 @@ class HttpDelivery(Mode):
         if transport.secret is not None:
             secret = self.parts.config.value(plugin.name, plugin.manifest, plugin.digest, transport.secret)
             if secret is None:
-                raise IsolatorError(
-                    f"config of {plugin.name}", f"{transport.secret}, which signs requests, is not set",
-                    f"isolator plugin config {plugin.name} set {transport.secret}=@FILE",
-                )  # fmt: skip
+                why = f"{transport.secret}, which signs requests, is not set"
+                remedy = f"isolator plugin config {plugin.name} set {transport.secret}=@FILE"
+                raise IsolatorError(f"config of {plugin.name}", why, remedy)
             headers += sign(secret, event.id, int(time.time()), body)
         return headers
 

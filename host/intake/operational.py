@@ -26,26 +26,9 @@ from host.events import OPERATIONAL
 from host.intake.intake import EventIntake
 from host.plugins.registry import Registry
 from host.queue.sqlite import SqliteQueue
-from isolator.audit import reader
+from isolator.audit import reader, schema
 from isolator.audit.client import AWAY, AuditClient
 from isolator.audit.record import Record, parse
-from isolator.audit.schema import (
-    ApiCalled,
-    EventDead,
-    EventQuarantined,
-    EventResponse,
-    FsDenied,
-    NetDenied,
-    NetQuery,
-    PluginAdded,
-    PluginApproved,
-    PluginFailed,
-    PluginPending,
-    PluginRemoved,
-    PluginRolledBack,
-    PluginUpdated,
-    SyscallDenied,
-)
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.tasks import Tasks
 
@@ -63,15 +46,20 @@ MOST_CONDITIONS = 16_384
 """Conditions that are remembered; beyond that all are forgotten and begin anew."""
 
 _DENIALS = {
-    NetDenied.TYPE: "connection",
-    NetQuery.TYPE: "lookup",
-    SyscallDenied.TYPE: "call",
-    FsDenied.TYPE: "file",
-    ApiCalled.TYPE: "api",
+    schema.NetDenied.TYPE: "connection",
+    schema.NetQuery.TYPE: "lookup",
+    schema.SyscallDenied.TYPE: "call",
+    schema.FsDenied.TYPE: "file",
+    schema.ApiCalled.TYPE: "api",
 }
-_GIVEN_UP = {EventDead.TYPE: "dead", EventQuarantined.TYPE: "quarantined"}
-_CHANGES = (PluginAdded.TYPE, PluginUpdated.TYPE, PluginRolledBack.TYPE, PluginApproved.TYPE, PluginRemoved.TYPE)
-_TYPES = (PluginFailed.TYPE, PluginPending.TYPE, EventResponse.TYPE, *_CHANGES, *_DENIALS, *_GIVEN_UP)
+_GIVEN_UP = {schema.EventDead.TYPE: "dead", schema.EventQuarantined.TYPE: "quarantined"}
+_CHANGES = (
+    schema.PluginAdded.TYPE, schema.PluginUpdated.TYPE, schema.PluginRolledBack.TYPE, schema.PluginApproved.TYPE,
+    schema.PluginRemoved.TYPE,
+)  # fmt: skip
+_TYPES = (
+    schema.PluginFailed.TYPE, schema.PluginPending.TYPE, schema.EventResponse.TYPE, *_CHANGES, *_DENIALS, *_GIVEN_UP,
+)  # fmt: skip
 _MARKS = [f'"type":"{kind}"'.encode() for kind in _TYPES]
 
 
@@ -115,17 +103,17 @@ class Conditions:
         if plugin is None or plugin.startswith("_"):  # a user's own run is no plugin
             return None
         where: dict[str, Any] = {"plugin": plugin, "at": record.time, "record": record.seq}
-        if kind == PluginFailed.TYPE:
+        if kind == schema.PluginFailed.TYPE:
             return Operational("isolator.plugin.failed", where, record.hash)
-        if kind == PluginPending.TYPE:
+        if kind == schema.PluginPending.TYPE:
             found = {**where, "version": str(record.data.get("version"))[:256]}
             return Operational("isolator.update.pending", found, record.hash)
         if kind in _CHANGES:
             for denial in _DENIALS.values():
                 self.ends("denied", plugin, denial)
-            if kind == PluginRemoved.TYPE:
+            if kind == schema.PluginRemoved.TYPE:
                 self.ends("dead", plugin)
-        elif kind == EventResponse.TYPE:
+        elif kind == schema.EventResponse.TYPE:
             if record.data.get("outcome") in ("ok", "skipped"):
                 self.ends("dead", plugin)
         elif kind in _GIVEN_UP:

@@ -279,18 +279,14 @@ class Servers(Sessions):
         plugin = self._admit(name, uid)
         granted = plugin.effective.tools if plugin.effective is not None else ()
         if not permits(granted, tool):
-            raise DeniedError(
-                f"tool {shown(tool, str, 80)}", f"is not granted by the policy of {name}",
-                f'add "{shown(tool, str, 80)}" to tools in [grant] of policies/{name}.toml, to allow it',
-            )  # fmt: skip
+            remedy = f'add "{shown(tool, str, 80)}" to tools in [grant] of policies/{name}.toml, to allow it'
+            raise DeniedError(f"tool {shown(tool, str, 80)}", f"is not granted by the policy of {name}", remedy)
 
     def _admit(self, name: str, uid: int) -> Plugin:
         plugin = self._server(name)
         if plugin.effective is None or uid not in plugin.effective.callers:
-            raise DeniedError(
-                f"plugin {name}", f"its policy does not name uid {uid} as a caller",
-                f"add {uid} to callers in [grant] of policies/{name}.toml",
-            )  # fmt: skip
+            why = f"its policy does not name uid {uid} as a caller"
+            raise DeniedError(f"plugin {name}", why, f"add {uid} to callers in [grant] of policies/{name}.toml")
         return plugin
 
     def _server(self, name: str) -> Plugin:

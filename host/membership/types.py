@@ -93,9 +93,8 @@ class ClusterTypes(TypesFollower):
             void = (await self._decide(entry)).void
         except LogUnavailableError as error:
             why = f"may not be {what}, all hosts have to know it: {error}"
-            raise UnavailableError(
-                f"event {entry.name}", why, "see 'isolator cluster status', then try again"
-            ) from None
+            remedy = "see 'isolator cluster status', then try again"
+            raise UnavailableError(f"event {entry.name}", why, remedy) from None
         except ValueError as error:
             raise UsageError(f"event {entry.name}", str(error), "make its schema smaller") from None
         if void:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from isolator.errors import IsolatorError
 from isolator.linux.descriptors import owning
-from isolator.registration.durable import replace_file
+from isolator.linux.durable import replace_file
 
 
 class KeyFile:
@@ -33,11 +33,9 @@ class KeyFile:
         with owning(fd):
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-                raise IsolatorError(
-                    str(self.path),
-                    f"must be a plain file of uid {os.geteuid()} with mode 0600",
-                    "if others may have read it, restore mode and owner, then run 'isolator config rotate-key'",
-                )
+                why = f"must be a plain file of uid {os.geteuid()} with mode 0600"
+                remedy = "if others may have read it, restore mode and owner, then run 'isolator config rotate-key'"
+                raise IsolatorError(str(self.path), why, remedy)
             try:
                 self.keys = [base64.b64decode(key, validate=True) for key in json.loads(os.read(fd, 4096))["keys"]]
             except (ValueError, KeyError, TypeError, RecursionError):

@@ -130,9 +130,8 @@ class ConfigStore:
         try:
             if not self._keys.load():
                 if rows:
-                    raise IsolatorError(
-                        str(key_file), "is missing", "restore it from a backup, or set all config again"
-                    )
+                    why = "is missing"
+                    raise IsolatorError(str(key_file), why, "restore it from a backup, or set all config again")
                 self._keys.save([os.urandom(32)])
         except IsolatorError as error:
             self._unusable = error

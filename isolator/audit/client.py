@@ -20,15 +20,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from isolator.audit.schema import IDENTIFIERS, MAX_ID, AuditGap, RecordData
-from isolator.ipc.body import Body
 from isolator.ipc.channel import MAX_PACKET
-from isolator.ipc.succession import Departure, Descriptors
-
-if TYPE_CHECKING:
-    from isolator.ipc.handover import AuditClientState
+from isolator.ipc.succession import Departure, Descriptors, SenderState
 
 MAX_PENDING = 20_000
 """Records kept in memory while the writer is away or slow; beyond that they are lost and counted."""
@@ -64,23 +60,6 @@ def utc_now() -> str:
 def utc_second(seconds: int) -> str:
     """A second of Unix time in UTC, ``2026-01-02T03:04:05``; remembered, as many times are of the same."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
-
-
-class SenderState(Body):
-    """A sender of records on its way to another process."""
-
-    socket: int
-    """-1: there was no audit process"""
-    session: str
-    number: int
-    answered: int
-    unacked: tuple[str, ...]
-    pending: tuple[str, ...]
-    sent: int
-    acked: int
-    lost: int
-    blocked: str | None
-    alarm: str | None
 
 
 class AuditClient:
@@ -238,8 +217,7 @@ class AuditClient:
     def pass_on(self, departure: Departure) -> SenderState:
         """Hand everything to the successor of this process, which goes on in this one's place; sends no more here."""
         self.flush()
-        copy = departure.copy(self._sock.fileno()) if self._sock is not None else -1
-        state = SenderState(socket=copy, **self._state())
+        state = self._state(departure.copy(self._sock.fileno()) if self._sock is not None else -1)
         self._pending.clear()
         self.close()
         return state
@@ -273,31 +251,23 @@ class AuditClient:
             self._sock = None
             self._set_blocked(AWAY)
 
-    def hand_over(self) -> AuditClientState:
+    def hand_over(self) -> SenderState:
         """The state of this sender before an exec; what the writer answers from now on is left in the socket."""
-        from isolator.ipc.handover import AuditClientState
+        return self._state(self._sock.fileno() if self._sock is not None else -1)
 
-        return AuditClientState(socket=self._sock.fileno() if self._sock is not None else -1, **self._state())
-
-    def adopt(self, before: AuditClientState) -> None:
+    def adopt(self, before: SenderState) -> None:
         """Go on as the sender that had this state: the same socket, and the numbers from where they are."""
         self._go_on(before, before.socket)
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            "session": self.session,
-            "number": self._number,
-            "answered": self._answered,
-            "unacked": tuple(line.decode() for line in self._unacked),
-            "pending": tuple(line.decode() for line in self._pending),
-            "sent": self.sent,
-            "acked": self.acked,
-            "lost": self.lost,
-            "blocked": self.blocked,
-            "alarm": self.alarm,
-        }
+    def _state(self, fd: int) -> SenderState:
+        return SenderState(
+            socket=fd, session=self.session, number=self._number, answered=self._answered,
+            unacked=tuple(line.decode() for line in self._unacked),
+            pending=tuple(line.decode() for line in self._pending),
+            sent=self.sent, acked=self.acked, lost=self.lost, blocked=self.blocked, alarm=self.alarm,
+        )  # fmt: skip
 
-    def _go_on(self, before: SenderState | AuditClientState, fd: int) -> None:
+    def _go_on(self, before: SenderState, fd: int) -> None:
         self.session, self._number, self._answered = before.session, before.number, before.answered
         self._unacked = deque(line.encode() for line in before.unacked)
         self._pending = deque(line.encode() for line in before.pending)

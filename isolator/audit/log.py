@@ -26,7 +26,9 @@ from isolator.audit import files
 from isolator.audit.record import Incoming, RejectedError, own_hash_fits, spell
 from isolator.audit.recover import HEAD_NAME, OF_RUNS, ChainEnd, follow_run, read_head, recover
 from isolator.audit.schema import RETENTION, AuditGap, AuditSeal
-from isolator.audit.seal import Signer, load_signer, set_aside, sync_directory
+from isolator.audit.seal import Signer, load_signer, set_aside
+from isolator.linux.descriptors import owning
+from isolator.linux.durable import sync_folder
 
 _HEAD_SIZE = 256
 _CHECK_BYTES = 1 << 20
@@ -176,7 +178,7 @@ class Trail:
         if end.newline_missing:
             os.write(self._fd, b"\n")
             end.size += 1
-        sync_directory(self._log)
+        sync_folder(self._log)
         self.seq, self._hash = end.seq, end.hash
         self._size, self._first = end.size, end.first
         self._inode = os.fstat(self._fd).st_ino
@@ -286,12 +288,9 @@ class Trail:
         """Open the live file again after a failure. It has to be the one that was left, perhaps on a disk that was
         repaired and mounted again: a trail is not begun anew because its disk is away."""
         if self._size:
-            fd = os.open(self._live, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
+            with owning(os.open(self._live, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)) as fd:
                 if os.fstat(fd).st_ino != self._inode and not self._ends_as_written(fd):
                     raise OSError(errno.ESTALE, f"another file has its name; put it back, or restart: {self._live}")
-            finally:
-                os.close(fd)
         self._fd = self._open_live()
         self._check_tail()
         with contextlib.suppress(OSError):
@@ -313,7 +312,7 @@ class Trail:
                     part = part[os.write(new, part) :]
             os.fsync(new)
             os.rename(temporary, self._live)
-            sync_directory(self._log)
+            sync_folder(self._log)
         except OSError:
             os.close(new)
             raise
@@ -353,7 +352,7 @@ class Trail:
         self._fd = -1
         self._first, self._size, self._full = self.seq + 1, 0, False
         self._fd = self._open_live()
-        sync_directory(self._log)
+        sync_folder(self._log)
         self._retire()
 
     def _retire(self) -> None:

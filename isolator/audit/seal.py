@@ -13,7 +13,6 @@ The package ``cryptography`` is imported by the functions that need it: others t
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import os
 import re
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from isolator.linux.durable import replace_file
 from isolator.linux.files import read_plain
 
 if TYPE_CHECKING:
@@ -77,18 +77,18 @@ def load_signer(lib: Path, log: Path) -> Signer:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
         key = Ed25519PrivateKey.generate()
-        _replace(lib / KEY_NAME, _pem("PRIVATE", _PRIVATE + key.private_bytes_raw()), 0o600)
+        replace_file(lib / KEY_NAME, _pem("PRIVATE", _PRIVATE + key.private_bytes_raw()), mode=0o600)
         if notes:
             notes[-1] += f"; from here on the key {fingerprint(key.public_key())} signs"
     public = _pem("PUBLIC", _PUBLIC + key.public_key().public_bytes_raw())
     if public not in known:
         known += public
-        _replace(lib / PUBLIC_NAME, known, 0o600)
+        replace_file(lib / PUBLIC_NAME, known, mode=0o600)
     shown = _read(log / PUBLIC_NAME)
     if shown != known:
         if shown is not None and shown not in known:
             notes.append(f"{PUBLIC_NAME} was not the writer's and has been replaced")
-        _replace(log / PUBLIC_NAME, known, 0o644)
+        replace_file(log / PUBLIC_NAME, known, mode=0o644)
     return Signer(key, tuple(notes))
 
 
@@ -174,32 +174,8 @@ def _der(pem: bytes) -> bytes:
         return b""
 
 
-def _replace(path: Path, content: bytes, mode: int) -> None:
-    """Write a file so that a crash leaves the old or the new one, and the new one is on disk when this returns."""
-    temporary = path.with_name(f"{path.name}.new")
-    with contextlib.suppress(FileNotFoundError):
-        temporary.unlink()
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-    with os.fdopen(fd, "wb") as file:
-        os.fchmod(fd, mode)
-        file.write(content)
-        file.flush()
-        os.fsync(fd)
-    os.rename(temporary, path)
-    sync_directory(path.parent)
-
-
 def set_aside(path: Path) -> str:
     """Rename what stands in the place of a file; returns its new name."""
     aside = path.with_name(f"{path.name}.aside-{time.time_ns()}")
     os.rename(path, aside)
     return aside.name
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames and new names in a directory durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

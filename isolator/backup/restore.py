@@ -63,10 +63,8 @@ def restore(paths: Paths, place: Path, passphrase: str, *, replace_data: bool = 
         present = {plugin.name: plugin for plugin in readable(paths.plugins)}
         trail = any(paths.audit_log.glob("audit*.jsonl"))
         if not replace_data and (present or os.path.lexists(paths.host_database) or trail):
-            raise UsageError(
-                f"restore below {paths.root}", "there are plugins, a queue or a trail already",
-                "--replace puts them aside, and keeps them",
-            )  # fmt: skip
+            why = "there are plugins, a queue or a trail already"
+            raise UsageError(f"restore below {paths.root}", why, "--replace puts them aside, and keeps them")
         return _Restoring(paths, place, manifest, present).run(keys)
 
 
@@ -102,9 +100,8 @@ class _Restoring:
             for folder in (self._etc, self._lib, self._log):
                 shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError):
-                raise IsolatorError(
-                    "restore", f"{error.filename or ''} {error.strerror}".strip(), "mend that"
-                ) from None
+                why = f"{error.filename or ''} {error.strerror}".strip()
+                raise IsolatorError("restore", why, "mend that") from None
             raise
         kept = {user_name(plugin.name, paths.instance) for plugin in plugins}
         dropped = [plugin.user for plugin in self._present.values() if plugin.user not in kept]
@@ -138,9 +135,8 @@ class _Restoring:
             archive.check_name(name)
             area, _, file = name.partition("/")
             if area not in ("host", "audit") or "/" in file or not file:
-                raise IsolatorError(
-                    str(self._place), f"is damaged: a key named {ascii(name)[:80]}", "use another backup"
-                )
+                why = f"is damaged: a key named {ascii(name)[:80]}"
+                raise IsolatorError(str(self._place), why, "use another backup")
             fd = os.open(self._lib / area / file, _NEW | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             with os.fdopen(fd, "wb") as out:
                 out.write(content)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from isolator.errors import IsolatorError
 from isolator.layers.user import remove_user
+from isolator.linux.durable import replace_file
 from isolator.linux.files import read_plain, remove_tree
 from isolator.paths import Paths
-from isolator.registration.durable import replace_file, sync_folder
+from isolator.registration.durable import sync_folder
 from isolator.registration.store import readable
 
 STAGED, REPLACED = ".restore", "replaced-"

@@ -9,7 +9,7 @@ import socket
 from dataclasses import replace
 from functools import lru_cache, partial
 
-from isolator.audit.client import AuditClient, SenderState
+from isolator.audit.client import AuditClient
 from isolator.broker.host_addresses import HostAddresses
 from isolator.broker.nat64 import Nat64
 from isolator.broker.outbound import CageState, Outbound
@@ -22,7 +22,7 @@ from isolator.ipc.body import Body
 from isolator.ipc.channel import Channel
 from isolator.ipc.fence import Fence
 from isolator.ipc.formats import Formats
-from isolator.ipc.succession import Departure, Succession
+from isolator.ipc.succession import Departure, SenderState, Succession
 from isolator.ipc.tasks import essential
 from isolator.policy.destinations import Rules
 from isolator.policy.model import NetworkPolicy

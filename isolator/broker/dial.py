@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from isolator.broker.buffers import keep_small
 from isolator.ipc.fence import Fence
+from isolator.ipc.tasks import cancel_all
 from isolator.policy.addresses import Address
 
 STAGGER = 0.25
@@ -65,12 +66,9 @@ async def dial(
                 raise OSError(errno.ETIMEDOUT, "no answer in time")
         raise failure or OSError(errno.EADDRNOTAVAIL, "no address to connect to")
     finally:
-        for task in running:
-            task.cancel()
-        if running:  # of none, a gathering would wait for the next turn of the loop
-            for result in await asyncio.gather(*running, return_exceptions=True):
-                if isinstance(result, socket.socket):
-                    result.close()
+        for result in await cancel_all(running):
+            if isinstance(result, socket.socket):
+                result.close()
 
 
 def _begin(address: Address, port: int, *, small: bool) -> tuple[socket.socket, bool]:

@@ -29,6 +29,7 @@ from isolator.broker.wire import Code
 from isolator.ipc.accept_loop import AcceptLoop
 from isolator.ipc.body import Body
 from isolator.ipc.succession import Departure
+from isolator.ipc.tasks import cancel_all
 from isolator.policy.addresses import Address
 from isolator.policy.denial import DenialRule
 from isolator.policy.destinations import Rules, normal_name
@@ -196,9 +197,7 @@ class NameServer:
         self._loop.remove_reader(self._udp.fileno())
         self._udp.close()
         self._accepting.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel_all(self._tasks)
 
     async def pass_on(self, departure: Departure) -> NameServerState:
         """Hand the sockets to another broker; questions that were read are answered before, or in ``SETTLE`` never."""
@@ -209,9 +208,7 @@ class NameServer:
         tcp = self._accepting.release()
         if self._questions:
             await asyncio.wait(self._questions, timeout=SETTLE)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel_all(self._tasks)
         return NameServerState(
             udp=departure.add(self._udp.detach()), tcp=departure.add(tcp.detach()), drops=self._drops
         )  # fmt: skip

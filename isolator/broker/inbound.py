@@ -29,7 +29,7 @@ from isolator.ipc.accept_loop import AcceptLoop
 from isolator.ipc.body import Body
 from isolator.ipc.fence import Fence
 from isolator.ipc.succession import Departure, Descriptors
-from isolator.ipc.tasks import Tasks
+from isolator.ipc.tasks import Tasks, cancel_all
 from isolator.policy.addresses import parse_address
 from isolator.policy.denial import DenialRule
 from isolator.policy.model import ListenRule
@@ -88,8 +88,7 @@ class Inbound:
         """Hand the listeners and connections to another broker."""
         listeners = [accepting.release() for accepting in self._accepting]
         if self._filling is not None:
-            self._filling.cancel()
-            await asyncio.gather(self._filling, return_exceptions=True)
+            await cancel_all([self._filling])
         while self._stock:
             self._stock.popleft().close()
         flows = await self.flows.pass_on(departure)

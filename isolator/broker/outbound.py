@@ -44,6 +44,7 @@ from isolator.ipc.accept_loop import AcceptLoop
 from isolator.ipc.body import Body, Json
 from isolator.ipc.fence import Fence
 from isolator.ipc.succession import Departure, Descriptors
+from isolator.ipc.tasks import cancel_all
 from isolator.linux.boottime import boottime
 from isolator.policy.addresses import Address
 from isolator.policy.denial import DenialRule
@@ -257,8 +258,7 @@ class Outbound:
             await self._dial(flow, addresses)
             first = await hello
         finally:
-            hello.cancel()
-            await asyncio.gather(hello, return_exceptions=True)
+            await cancel_all([hello])
         self._join(flow, gate, first)
 
     def _join(self, flow: Flow, gate: Gate | None = None, first: bytes = b"") -> None:

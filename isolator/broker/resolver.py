@@ -27,6 +27,7 @@ from isolator.base.structs import struct_class
 from isolator.broker import wire
 from isolator.broker.wire import Code, Reply
 from isolator.ipc.fence import Fence
+from isolator.ipc.tasks import cancel_all
 from isolator.policy.addresses import Address, parse_address
 from isolator.policy.destinations import normal_name
 
@@ -158,10 +159,7 @@ class Resolver:
 
     async def close(self) -> None:
         """Cancel the lookups under way."""
-        tasks = list(self._running.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_all(self._running.values())
 
     async def _lookup(self, name: str) -> Answer:
         families = [self._loop.create_task(self._family(name, kind)) for kind in (wire.A, wire.AAAA)]
@@ -171,9 +169,7 @@ class Resolver:
                 enough = all(task.exception() is None and task.result()[0].addresses for task in done)
                 await asyncio.wait(late, timeout=FAMILY_GRACE if enough else None)
         finally:
-            for task in families:
-                task.cancel()
-            results = await asyncio.gather(*families, return_exceptions=True)
+            results = await cancel_all(families)
         answers = [result for result in results if not isinstance(result, BaseException)]
         for failure in results:
             # An answer of one family is enough; a failure that is none of DNS is a bug and must show.
@@ -237,9 +233,7 @@ class Resolver:
                         return reply
                     last = f"{server.address}: code {reply.code}"
         finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            await cancel_all(running)
         raise ResolveError(last)
 
     async def _exchange(self, server: Server, target: str, kind: int) -> Reply:

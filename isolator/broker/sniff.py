@@ -41,8 +41,7 @@ class Malformed(Exception):
     """The bytes begin like TLS or HTTP and then break its rules."""
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(Body):
     """The framing of an HTTP/1 request."""
 
     length: int = 0
@@ -50,14 +49,6 @@ class Request:
     connect: bool = False
     upgrade: tuple[str, ...] = ()
     """The protocols that it offers to go on with."""
-
-
-class RequestState(Body):
-    """A request on its way to another broker."""
-
-    length: int
-    connect: bool
-    upgrade: tuple[str, ...]
 
 
 class ReaderState(Body):
@@ -349,7 +340,10 @@ def _request(head: bytes) -> Hello:
     upgrade = tuple(
         item.strip().decode("latin-1").lower() for item in b",".join(headers.get(b"upgrade", [])).split(b",")
     )
-    framing = Request(_length(headers, request[2]), request[0] == b"CONNECT", upgrade if upgrade != ("",) else ())
+    framing = Request(
+        length=_length(headers, request[2]), connect=request[0] == b"CONNECT",
+        upgrade=upgrade if upgrade != ("",) else (),
+    )  # fmt: skip
     return Hello("http", tuple(names), request=framing)
 
 

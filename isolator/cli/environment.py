@@ -72,15 +72,12 @@ def check_owned_by_root(path: Path) -> None:
     for part in (path, *path.parents):
         found = part.lstat()
         if found.st_uid != 0 or (found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX):
-            raise IsolatorError(
-                f"{path}", f"{part} can be written by somebody other than root, and root would run it",
-                "install into a virtual environment of root's: sudo python3 -m venv /opt/isolator",
-            )  # fmt: skip
+            why = f"{part} can be written by somebody other than root, and root would run it"
+            remedy = "install into a virtual environment of root's: sudo python3 -m venv /opt/isolator"
+            raise IsolatorError(f"{path}", why, remedy)
         if stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o001:
-            raise IsolatorError(
-                f"{path}", f"the daemon's unprivileged processes cannot enter {part}",
-                "install into a virtual environment outside any home: sudo python3 -m venv /opt/isolator",
-            )  # fmt: skip
+            remedy = "install into a virtual environment outside any home: sudo python3 -m venv /opt/isolator"
+            raise IsolatorError(f"{path}", f"the daemon's unprivileged processes cannot enter {part}", remedy)
 
 
 def remove_old() -> None:

@@ -118,10 +118,9 @@ def _systemctl(*arguments: str, check: bool = True) -> None:
     )
     if check and result.returncode != 0:
         unit = arguments[-1]
-        raise IsolatorError(
-            f"systemctl {' '.join(arguments)}", result.stderr.strip().splitlines()[0] if result.stderr else "it failed",
-            f"journalctl -u {unit} -n 20" if unit.endswith(".service") else "see the journal",
-        )  # fmt: skip
+        why = result.stderr.strip().splitlines()[0] if result.stderr else "it failed"
+        remedy = f"journalctl -u {unit} -n 20" if unit.endswith(".service") else "see the journal"
+        raise IsolatorError(f"systemctl {' '.join(arguments)}", why, remedy)
 
 
 def _is_active(service: str) -> bool:

@@ -146,9 +146,8 @@ def _proposal(root: str | None, file: Path, manifest: Path | None) -> Proposal:
     from isolator.reader.manifest import parse_manifest_core
 
     if not file.is_file() and PLUGIN_NAME.fullmatch(str(file)):
-        raise NotFoundError(
-            str(file), "no such file", f"of a plugin that is registered: isolator plugin explain {file}"
-        )
+        why = "no such file"
+        raise NotFoundError(str(file), why, f"of a plugin that is registered: isolator plugin explain {file}")
     kind = _kind(file)
     if kind == "manifest":
         if manifest is not None:

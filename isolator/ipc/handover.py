@@ -16,8 +16,7 @@ from typing import Any
 
 from isolator.ipc.body import Body, Json, omitted
 from isolator.ipc.messages import FoundEntry, Origin, PluginState
-
-_DESCRIPTOR = {"descriptor": True}
+from isolator.ipc.succession import DESCRIPTOR, SenderState
 
 
 class LayerState(Body):
@@ -25,17 +24,17 @@ class LayerState(Body):
 
     name: str
     values: Json
-    fds: dict[str, int] = field(metadata=_DESCRIPTOR)
+    fds: dict[str, int] = field(metadata=DESCRIPTOR)
 
 
 class CageState(Body):
     """A cage that runs."""
 
     pid: int
-    pidfd: int = field(metadata=_DESCRIPTOR)
-    status: int = field(metadata=_DESCRIPTOR)
+    pidfd: int = field(metadata=DESCRIPTOR)
+    status: int = field(metadata=DESCRIPTOR)
     """the pipe's end on which pid 1 reports"""
-    oom: int = field(metadata=_DESCRIPTOR)
+    oom: int = field(metadata=DESCRIPTOR)
     """v1: the eventfd of the memory group; -1: none"""
     oom_seen: bool
     started: float
@@ -50,12 +49,12 @@ class RunState(Body):
     uid: int
     gid: int
     cage: CageState
-    directory: int = field(metadata=_DESCRIPTOR)
-    stdout: int = field(metadata=_DESCRIPTOR)
-    stderr: int = field(metadata=_DESCRIPTOR)
-    listener: int = field(metadata=_DESCRIPTOR)
+    directory: int = field(metadata=DESCRIPTOR)
+    stdout: int = field(metadata=DESCRIPTOR)
+    stderr: int = field(metadata=DESCRIPTOR)
+    listener: int = field(metadata=DESCRIPTOR)
     """of its denied calls; -1: none"""
-    drift: int = field(metadata=_DESCRIPTOR)
+    drift: int = field(metadata=DESCRIPTOR)
     """reports changes of its network's rules; -1: none"""
     started_at: str
     began: float
@@ -69,7 +68,7 @@ class RunState(Body):
     usage: Json
     port: int | None = omitted(default=None)
     """where on its own loopback it listens"""
-    streams: dict[str, int] = field(default_factory=dict, metadata=_DESCRIPTOR)
+    streams: dict[str, int] = field(default_factory=dict, metadata=DESCRIPTOR)
     """this end of its stdin and stdout, if the host speaks to it over these"""
 
 
@@ -116,7 +115,7 @@ class PluginKept(Body):
 class ChannelState(Body):
     """An end of a channel to another process of the daemon."""
 
-    socket: int = field(metadata=_DESCRIPTOR)
+    socket: int = field(metadata=DESCRIPTOR)
     calls: int
     """the number of the last call"""
     held: tuple[Json, ...]
@@ -135,29 +134,11 @@ class ServiceState(Body):
     channel: ChannelState
 
 
-class AuditClientState(Body):
-    """The supervisor's sender of records."""
-
-    socket: int = field(metadata=_DESCRIPTOR)
-    session: str
-    number: int
-    pending: tuple[str, ...]
-    """records that are not sent"""
-    unacked: tuple[str, ...]
-    """records that are not known to be on disk"""
-    answered: int
-    sent: int
-    acked: int
-    lost: int
-    blocked: str | None
-    alarm: str | None
-
-
 class AuditState(Body):
     """The links to the audit process."""
 
-    client: AuditClientState
-    sources: dict[str, int] = field(metadata=_DESCRIPTOR)
+    client: SenderState
+    sources: dict[str, int] = field(metadata=DESCRIPTOR)
     made_for: dict[str, int]
 
 
@@ -166,7 +147,7 @@ class TicketState(Body):
 
     token: str
     uid: int
-    connection: int = field(metadata=_DESCRIPTOR)
+    connection: int = field(metadata=DESCRIPTOR)
     until: float | None = omitted(default=None)
     """when it expires"""
 
@@ -174,7 +155,7 @@ class TicketState(Body):
 class TicketsState(Body):
     """The supervisor's own socket."""
 
-    listener: int = field(metadata=_DESCRIPTOR)
+    listener: int = field(metadata=DESCRIPTOR)
     open: tuple[TicketState, ...]
 
 
@@ -201,18 +182,18 @@ class RunnerState(Body):
     gid: int
     groups: tuple[int, ...]
     """of the caller"""
-    connection: int = field(metadata=_DESCRIPTOR)
+    connection: int = field(metadata=DESCRIPTOR)
     """to the caller"""
     cage: CageState
     effective: Json
     """JSON of `EffectivePolicy`"""
     lease: int
     """uid of the cage"""
-    lock: int = field(metadata=_DESCRIPTOR)
+    lock: int = field(metadata=DESCRIPTOR)
     """holds that uid"""
-    listener: int = field(metadata=_DESCRIPTOR)
+    listener: int = field(metadata=DESCRIPTOR)
     """of its denied calls; -1: none"""
-    theirs: tuple[int, ...] = field(metadata=_DESCRIPTOR)
+    theirs: tuple[int, ...] = field(metadata=DESCRIPTOR)
     """what the caller has sent, to be closed apart"""
     shown: tuple[str, ...]
     """denied calls that the caller was shown"""
@@ -221,11 +202,11 @@ class RunnerState(Body):
 class RunnersState(Body):
     """The runs of users, and the socket for them."""
 
-    listener: int = field(metadata=_DESCRIPTOR)
-    waiting: tuple[int, ...] = field(metadata=_DESCRIPTOR)
+    listener: int = field(metadata=DESCRIPTOR)
+    waiting: tuple[int, ...] = field(metadata=DESCRIPTOR)
     """connections that have not sent their request yet"""
     runs: tuple[RunnerState, ...]
-    theirs: tuple[int, ...] = field(metadata=_DESCRIPTOR)
+    theirs: tuple[int, ...] = field(metadata=DESCRIPTOR)
     """what callers that have their answer had sent, to be closed apart"""
 
 
@@ -246,9 +227,9 @@ class DaemonState(Body):
     generation: int
     began: float
     """when it began to come to rest"""
-    journal: int = field(metadata=_DESCRIPTOR)
+    journal: int = field(metadata=DESCRIPTOR)
     """holds the lock on the root"""
-    launcher: int = field(metadata=_DESCRIPTOR)
+    launcher: int = field(metadata=DESCRIPTOR)
     """-1: there is none, nor a plugin, nor runs"""
     launcher_pid: int
     subtree: SubtreeState

@@ -14,6 +14,8 @@ import socket
 import struct
 from collections.abc import Sequence
 
+from isolator.linux.descriptors import owning
+
 MAX_PACKET = 160 * 1024
 MAX_FDS = 64
 _TAKE, _LOOK = int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_CMSG_CLOEXEC | socket.MSG_PEEK)
@@ -110,16 +112,13 @@ def send_message(sock: socket.socket, payload: bytes, fds: Sequence[int] = ()) -
     if len(payload) <= MAX_PACKET and len(fds) <= MAX_FDS:
         send_packet(sock, payload, fds)
         return
-    memory = os.memfd_create("message", os.MFD_CLOEXEC)
-    try:
+    with owning(os.memfd_create("message", os.MFD_CLOEXEC)) as memory:
         with os.fdopen(memory, "wb", closefd=False) as file:
             file.write(payload)
         every = [memory, *fds]
         for start in range(0, len(every), MAX_FDS):
             part = every[start : start + MAX_FDS]
             send_packet(sock, _PART.pack(0, len(every) - start - len(part)), part)
-    finally:
-        os.close(memory)
 
 
 def receive_message(sock: socket.socket) -> tuple[bytes, list[int]]:

@@ -14,9 +14,10 @@ from __future__ import annotations
 import base64
 import json
 import os
+from dataclasses import field
 from typing import Generic, Self, TypeVar
 
-from isolator.errors import IsolatorError, UsageError
+from isolator.errors import IsolatorError, UsageError, translated
 from isolator.ipc.body import Body, Handler, Json, by_op
 from isolator.ipc.channel import Channel
 from isolator.ipc.formats import Formats
@@ -27,6 +28,8 @@ from isolator.linux.memfd import make_sealed, read_sealed
 PART_FDS = 60
 MOST_BYTES = 1 << 30
 """Bytes of a state's JSON."""
+DESCRIPTOR = {"descriptor": True}
+"""Metadata of a field that names descriptors."""
 
 
 def to_text(data: bytes | bytearray | memoryview) -> str:
@@ -85,10 +88,27 @@ class Descriptors:
 
     def take(self, number: int) -> int:
         """The descriptor of that number, from now on the caller's; raises UsageError when there is none."""
-        try:
+        with translated(KeyError, UsageError, "a state that was handed over", f"has no descriptor {number}"):
             return self._fds.pop(number)
-        except KeyError:
-            raise UsageError("a state that was handed over", f"has no descriptor {number}") from None
+
+
+class SenderState(Body):
+    """A sender of records (``isolator.audit.client``) on its way to another process, or over an exec."""
+
+    socket: int = field(metadata=DESCRIPTOR)
+    """-1: there was no audit process"""
+    session: str
+    number: int
+    pending: tuple[str, ...]
+    """records that are not sent"""
+    unacked: tuple[str, ...]
+    """records that are not known to be on disk"""
+    answered: int
+    sent: int
+    acked: int
+    lost: int
+    blocked: str | None
+    alarm: str | None
 
 
 B = TypeVar("B", bound=Body)

@@ -16,7 +16,7 @@ import logging
 import os
 import threading
 import types
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
 from typing import Any, TypeVar
 
 from isolator.base.pacing import Backoff
@@ -123,6 +123,15 @@ async def unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
     return None if task.cancelled() else task.result()
 
 
+async def cancel_all(tasks: Iterable[asyncio.Task[T]]) -> list[T | BaseException]:
+    """Cancel tasks, and wait until each has ended; returns their results, or the errors with which they ended."""
+    ending = list(tasks)
+    for task in ending:
+        task.cancel()
+    # Of none, a gathering would wait for the next turn of the loop.
+    return await asyncio.gather(*ending, return_exceptions=True) if ending else []
+
+
 def end_process(name: str, error: BaseException) -> None:
     """End this process at once, after one line."""
     why = f"{type(error).__name__}: {error}"
@@ -168,8 +177,7 @@ class Tasks:
 
     async def close(self) -> None:
         """End every task, and wait until it has ended. Idempotent."""
-        self.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel_all(self._tasks)
 
 
 async def _keep(name: str, work: Callable[[], Awaitable[None]]) -> None:

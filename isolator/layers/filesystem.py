@@ -42,6 +42,7 @@ from isolator.layers.phrases import listing
 from isolator.layers.plan import ParkOrder, Part, Plan, Section
 from isolator.layers.proc import template as proc
 from isolator.linux import mount
+from isolator.linux.descriptors import owning
 
 if TYPE_CHECKING:
     from isolator.policy.model import EffectivePolicy
@@ -201,11 +202,8 @@ class SealMount(MountOperation, kind="seal"):
     target: str
 
     def execute(self, fds: dict[str, int]) -> None:
-        fd = mount.open_mount(self.target)
-        try:
+        with owning(mount.open_mount(self.target)) as fd:
             mount.set_attributes(fd, _SCRATCH | mount.RDONLY, recursive=False)
-        finally:
-            os.close(fd)
 
     def describe(self) -> str:
         return f"/{self.target}: read-only"
@@ -292,12 +290,11 @@ class Filesystem(Layer):
             mounts.append(AttachMount(target.lstrip("/"), name, is_folder))
 
         for name in _ETC_FILES:
-            with contextlib.suppress(FileNotFoundError):
-                fd = os.open(f"/etc/{name}", os.O_PATH | os.O_CLOEXEC)
-                try:
-                    bind(f"etc/{name}", fd, _READ_ONLY)
-                finally:
-                    os.close(fd)
+            with (
+                contextlib.suppress(FileNotFoundError),
+                owning(os.open(f"/etc/{name}", os.O_PATH | os.O_CLOEXEC)) as fd,
+            ):
+                bind(f"etc/{name}", fd, _READ_ONLY)
         for entry in spec.binds:
             attributes = mount.NOSUID | mount.NODEV
             attributes |= (0 if runs else mount.NOEXEC) if entry.writable else mount.RDONLY
@@ -475,13 +472,10 @@ def _place(target: str, *, is_folder: bool) -> None:
 
 
 def _write(name: str, text: str, mode: int, *, owner: tuple[int, int] = (0, 0)) -> None:
-    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
-    try:
+    with owning(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)) as fd:
         os.write(fd, text.encode())
         if any(owner):
             os.fchown(fd, *owner)
-    finally:
-        os.close(fd)
 
 
 def _etc(spec: CageSpec) -> dict[str, str]:

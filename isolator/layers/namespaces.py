@@ -21,6 +21,7 @@ from isolator.layers.base import CageSpec, Control, ControlState, Kept, Layer, P
 from isolator.layers.plan import Birth, ParkOrder, Plan, Section
 from isolator.linux import namespaces as ns
 from isolator.linux.capability import has_capability
+from isolator.linux.descriptors import owning
 
 if TYPE_CHECKING:
     from isolator.policy.model import EffectivePolicy
@@ -118,16 +119,10 @@ def enter_clocks(folder: int, offsets: bytes) -> None:
     ``folder``: that of the process in /proc, which the template does not have; ``offsets``: for ``timens_offsets``.
     Raises OSError.
     """
-    clocks = os.open("timens_offsets", os.O_WRONLY | os.O_CLOEXEC, dir_fd=folder)
-    try:
+    with owning(os.open("timens_offsets", os.O_WRONLY | os.O_CLOEXEC, dir_fd=folder)) as clocks:
         os.write(clocks, offsets)
-    finally:
-        os.close(clocks)
-    own = os.open("ns/time_for_children", os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
-    try:
+    with owning(os.open("ns/time_for_children", os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)) as own:
         ns.setns(own, ns.CLONE_NEWTIME)
-    finally:
-        os.close(own)
 
 
 @functools.cache

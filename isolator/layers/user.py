@@ -112,9 +112,8 @@ def refuse_existing(name: str) -> None:
     """Raise ConfinementError when there is a user of that name: another program made it, for another purpose."""
     with contextlib.suppress(KeyError):
         uid = pwd.getpwnam(name).pw_uid
-        raise ConfinementError(
-            f"system user {name}", f"exists already (uid {uid})", f"userdel {name}, if nobody needs it"
-        )
+        why = f"exists already (uid {uid})"
+        raise ConfinementError(f"system user {name}", why, f"userdel {name}, if nobody needs it")
 
 
 def plugin_gid(name: str, uid: int) -> int:
@@ -125,9 +124,8 @@ def plugin_gid(name: str, uid: int) -> int:
         remedy = f"make it again: useradd --system --no-create-home --shell /usr/sbin/nologin --uid {uid} {name}"
         raise ConfinementError(f"system user {name}", "is gone", remedy)
     if ids[0] != uid or users.names[uid] != [name]:
-        raise ConfinementError(
-            f"system user {name}", f"is not alone with uid {uid} any more", f"see 'getent passwd {name} {uid}'"
-        )
+        why = f"is not alone with uid {uid} any more"
+        raise ConfinementError(f"system user {name}", why, f"see 'getent passwd {name} {uid}'")
     return ids[1]
 
 

@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 
+from isolator.linux.descriptors import owning
 from isolator.linux.readable import readable
 
 
@@ -38,12 +39,9 @@ class Child:
     def wait(self, timeout: float | None = None) -> int:
         """Wait for its end; raises ``subprocess.TimeoutExpired``."""
         if self.poll() is None:
-            fd = os.pidfd_open(self.pid)
-            try:
+            with owning(os.pidfd_open(self.pid)) as fd:
                 if not select.select([fd], [], [], timeout)[0]:
                     raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
-            finally:
-                os.close(fd)
         code = self.poll()
         assert code is not None
         return code
@@ -58,9 +56,6 @@ async def ended(process: subprocess.Popen[bytes] | Child) -> None:
     """Wait for the end of a child, and reap it."""
     if process.poll() is not None:
         return
-    fd = os.pidfd_open(process.pid)
-    try:
+    with owning(os.pidfd_open(process.pid)) as fd:
         await readable(fd)
-    finally:
-        os.close(fd)
     process.wait()

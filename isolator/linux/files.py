@@ -8,6 +8,7 @@ import os
 import stat
 
 from isolator.linux._libc import call, libc, syscall
+from isolator.linux.descriptors import owning
 
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
@@ -66,8 +67,7 @@ def check_access(fd: int, mode: int) -> None:
 
 def read_plain(path: str | os.PathLike[str], *, most: int) -> bytes:
     """Content of a plain file of at most ``most`` bytes; follows no link and never waits. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
+    with owning(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)) as fd:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise OSError(errno.EINVAL, "is not a plain file", str(path))
         content = b""
@@ -76,8 +76,6 @@ def read_plain(path: str | os.PathLike[str], *, most: int) -> bytes:
         if len(content) > most:
             raise OSError(errno.EFBIG, f"is larger than {most} bytes", str(path))
         return content
-    finally:
-        os.close(fd)
 
 
 def write_file(path: str, text: str, *, folder: int | None = None) -> None:
@@ -85,11 +83,8 @@ def write_file(path: str, text: str, *, folder: int | None = None) -> None:
 
     ``folder``: a descriptor of what ``path`` is relative to.
     """
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC, dir_fd=folder)
-    try:
+    with owning(os.open(path, os.O_WRONLY | os.O_CLOEXEC, dir_fd=folder)) as fd:
         os.write(fd, text.encode())
-    finally:
-        os.close(fd)
 
 
 def write_all(fd: int, data: bytes | bytearray) -> None:

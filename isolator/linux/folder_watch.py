@@ -11,23 +11,12 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterable
 
-from isolator.linux.inotify import (
-    IN_ATTRIB,
-    IN_CLOSE_WRITE,
-    IN_CREATE,
-    IN_DELETE,
-    IN_DELETE_SELF,
-    IN_DONT_FOLLOW,
-    IN_MOVE_SELF,
-    IN_MOVED_FROM,
-    IN_MOVED_TO,
-    IN_ONLYDIR,
-    Inotify,
-)
+from isolator.linux import inotify
 
 SETTLE, LONGEST = 0.1, 1.0
 _MASK = (
-    IN_CREATE | IN_CLOSE_WRITE | IN_MOVED_TO | IN_MOVED_FROM | IN_DELETE | IN_DELETE_SELF | IN_MOVE_SELF | IN_ATTRIB
+    inotify.IN_CREATE | inotify.IN_CLOSE_WRITE | inotify.IN_MOVED_TO | inotify.IN_MOVED_FROM | inotify.IN_DELETE
+    | inotify.IN_DELETE_SELF | inotify.IN_MOVE_SELF | inotify.IN_ATTRIB
 )  # fmt: skip
 
 
@@ -39,7 +28,7 @@ class FolderWatch:
 
     def __init__(self, changed: Callable[[set[str]], None], *, settle: float = SETTLE) -> None:
         self._changed, self._settle = changed, settle
-        self._inotify = Inotify()
+        self._inotify = inotify.Inotify()  # fmt: skip
         self._folders: dict[int, str] = {}
         self._seen: set[str] = set()
         self._first = 0.0
@@ -53,7 +42,7 @@ class FolderWatch:
         for folder in folders:
             with contextlib.suppress(OSError):
                 # The same folder gives the same number again, so nothing is missed in between.
-                found[self._inotify.watch(folder, _MASK | IN_ONLYDIR | IN_DONT_FOLLOW)] = folder
+                found[self._inotify.watch(folder, _MASK | inotify.IN_ONLYDIR | inotify.IN_DONT_FOLLOW)] = folder
         for number in self._folders.keys() - found.keys():
             self._inotify.unwatch(number)
         self._folders = found

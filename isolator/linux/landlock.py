@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable
 
 from isolator.linux._libc import syscall
+from isolator.linux.descriptors import owning
 
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
 REMOVE_DIR, REMOVE_FILE, MAKE_CHAR, MAKE_DIR, MAKE_REG = 16, 32, 64, 128, 256
@@ -62,16 +63,13 @@ def read_only_below(places: Iterable[str | int]) -> None:
         if error.errno in {errno.ENOSYS, errno.EOPNOTSUPP}:
             return
         raise
-    ruleset = new_ruleset(version, scoped=SCOPE_SIGNAL | SCOPE_ABSTRACT_UNIX_SOCKET)
-    try:
+    with owning(new_ruleset(version, scoped=SCOPE_SIGNAL | SCOPE_ABSTRACT_UNIX_SOCKET)) as ruleset:
         for place in places:
             if isinstance(place, int):
                 allow_below(ruleset, version, place, READ_FILE | READ_DIR)
             else:
                 allow(ruleset, version, place, READ_FILE | READ_DIR)
         restrict_self(ruleset)
-    finally:
-        os.close(ruleset)
 
 
 def new_ruleset(version: int, *, scoped: int = 0) -> int:

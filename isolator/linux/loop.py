@@ -13,6 +13,8 @@ import os
 import struct
 from pathlib import Path
 
+from isolator.linux.descriptors import owning
+
 _CTL_GET_FREE = 0x4C82
 _CONFIGURE = 0x4C0A
 _GET_STATUS64 = 0x4C05
@@ -32,8 +34,7 @@ def attach(backing: int) -> tuple[int, str]:
     free device in between (EBUSY): the next one is tried. Where the file system of the file has no direct input and
     output the kernel does without. Needs kernel 5.8.
     """
-    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
-    try:
+    with owning(os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)) as control:
         for _ in range(64):
             path = f"/dev/loop{fcntl.ioctl(control, _CTL_GET_FREE)}"
             device = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -49,8 +50,6 @@ def attach(backing: int) -> tuple[int, str]:
                     continue
                 raise
             return device, path
-    finally:
-        os.close(control)
     raise OSError(16, "no free loop device", "/dev/loop-control")
 
 

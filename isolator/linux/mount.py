@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 
 from isolator.linux._libc import call, failed, libc, syscall
+from isolator.linux.descriptors import owning
 
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
@@ -42,15 +43,12 @@ class _MountAttr(ctypes.Structure):
 
 def new_filesystem(kind: str, options: Mapping[str, str | None] | None = None, *, attributes: int = 0) -> int:
     """Make a detached mount of a new file system; an option whose value is None is a flag."""
-    context = syscall("fsopen", kind.encode(), _FSOPEN_CLOEXEC)
-    try:
+    with owning(syscall("fsopen", kind.encode(), _FSOPEN_CLOEXEC)) as context:
         for key, value in (options or {}).items():
             command, text = (_SET_FLAG, None) if value is None else (_SET_STRING, value.encode())
             syscall("fsconfig", context, command, key.encode(), text, 0, what=f"{kind} option {key}={value}")
         syscall("fsconfig", context, _CREATE, None, None, 0, what=f"new {kind}")
         return syscall("fsmount", context, _FSMOUNT_CLOEXEC, attributes)
-    finally:
-        os.close(context)
 
 
 def clone_tree(path: str, *, directory: int = AT_FDCWD, recursive: bool = True) -> int:

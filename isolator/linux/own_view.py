@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 
+from isolator.linux.descriptors import owning
 from isolator.linux.files import open_nofollow
 from isolator.linux.mount import NODEV, NOSUID, RDONLY, clone_tree, set_attributes
 
@@ -48,11 +49,8 @@ def clone_in_own_view(fd: int, *, writable: bool) -> int:
     caller may write is for its own rights to say. Raises OSError as ``in_own_view`` does; EROFS where the file system
     itself is read-only.
     """
-    own = in_own_view(fd)
-    try:
+    with owning(in_own_view(fd)) as own:
         tree = clone_tree("", directory=own, recursive=False)
-    finally:
-        os.close(own)
     try:
         attributes = NOSUID | NODEV | (0 if writable else RDONLY)
         set_attributes(tree, attributes, clear=RDONLY if writable else 0, recursive=False)

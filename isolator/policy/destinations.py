@@ -18,18 +18,7 @@ from typing import TypeAlias
 from isolator.base.patterns import pattern
 from isolator.base.structs import struct_class
 from isolator.errors import UsageError, translated
-from isolator.policy.addresses import (
-    BLOCKED,
-    Address,
-    IPNetwork,
-    Range,
-    always_blocked,
-    is_subnet,
-    ranges_of,
-    subtract,
-    unwrap,
-    wholly_blocked,
-)
+from isolator.policy import addresses
 from isolator.policy.model import VIRTUAL, AddressException, EgressRule, NetworkPolicy
 from isolator.policy.units import shown
 
@@ -81,11 +70,11 @@ class Wildcard:
 class Network:
     """The addresses of a CIDR; an address alone is a network of one."""
 
-    network: IPNetwork
+    network: addresses.IPNetwork
 
     def covers(self, other: Host) -> bool:
         """Whether every address of ``other`` lies in this network; names lie in none."""
-        return isinstance(other, Network) and is_subnet(other.network, self.network)
+        return isinstance(other, Network) and addresses.is_subnet(other.network, self.network)
 
     def __str__(self) -> str:
         # Two spellings of one address would count as two rules.
@@ -182,9 +171,9 @@ def never_reachable(rule: EgressRule, exceptions: Iterable[AddressException], vi
     checked when they are dialled.
     """
     host = parse_host(rule.host)
-    if isinstance(host, Network) and is_subnet(host.network, IPv4Network(virtual)):
+    if isinstance(host, Network) and addresses.is_subnet(host.network, IPv4Network(virtual)):
         return f"{virtual}, which stands for names in cages"
-    blocked = wholly_blocked(host.network) if isinstance(host, Network) else None
+    blocked = addresses.wholly_blocked(host.network) if isinstance(host, Network) else None
     if not isinstance(host, Network) or blocked is None:
         return None
     for exception in exceptions:
@@ -274,7 +263,7 @@ class Rules:
         """
         return self.policy.proxy_resolves and bool(self._covering(Name(name)))
 
-    def literal(self, address: Address, port: int) -> Verdict:
+    def literal(self, address: addresses.Address, port: int) -> Verdict:
         """Whether an address that the plugin wrote itself may be reached at ``port``."""
         if self.blocked(address, port):
             from isolator.policy.denial import DenialRule
@@ -282,31 +271,31 @@ class Rules:
             return Verdict(False, DenialRule.BLOCKED_ADDRESS)
         return self._verdict(Network(ip_network(address)), port)
 
-    def blocked(self, address: Address, port: int) -> bool:
+    def blocked(self, address: addresses.Address, port: int) -> bool:
         """Whether a resolved address is on the always-blocked list without an exception for exactly this port."""
-        return always_blocked(address) and not self.excepted(address, port)
+        return addresses.always_blocked(address) and not self.excepted(address, port)
 
-    def excepted(self, address: Address, port: int) -> bool:
+    def excepted(self, address: addresses.Address, port: int) -> bool:
         """Whether ``host.toml`` takes this address and port off the always-blocked list."""
         if not self._exceptions:
             return False
-        candidates = (address, unwrap(address))
+        candidates = (address, addresses.unwrap(address))
         return any(port == at and any(item in network for item in candidates) for network, at in self._exceptions)
 
-    def literal_ranges(self, version: int) -> list[tuple[frozenset[int], list[Range]]]:
+    def literal_ranges(self, version: int) -> list[tuple[frozenset[int], list[addresses.Range]]]:
         """Address ranges (both ends included) of one IP version that may be reached as written, by ports."""
         granted = [(item.host.network, item.ports) for item in self._granted if isinstance(item.host, Network)]
         granted = [item for item in granted if item[0].version == version]
         if self.public:
             granted.append((ip_network("0.0.0.0/0" if version == 4 else "::/0"), PUBLIC_PORTS))
-        never = ranges_of(BLOCKED[version])
+        never = addresses.ranges_of(addresses.BLOCKED[version])
         # Addresses that are local in a cage, or stand for a name there, are never outside.
-        inside = ranges_of(network for network in (*_LOCAL, self.virtual) if network.version == version)
-        grouped: dict[tuple[Range, ...], set[int]] = {}
+        inside = addresses.ranges_of(network for network in (*_LOCAL, self.virtual) if network.version == version)
+        grouped: dict[tuple[addresses.Range, ...], set[int]] = {}
         for port in sorted({port for _, ports in granted for port in ports}):
-            want = ranges_of(network for network, ports in granted if port in ports)
-            opened = ranges_of(net for net, at in self._exceptions if at == port and net.version == version)
-            result = subtract(subtract(want, subtract(never, opened)), inside)
+            want = addresses.ranges_of(network for network, ports in granted if port in ports)
+            opened = addresses.ranges_of(net for net, at in self._exceptions if at == port and net.version == version)
+            result = addresses.subtract(addresses.subtract(want, addresses.subtract(never, opened)), inside)
             if result:
                 grouped.setdefault(tuple(result), set()).add(port)
         return [(frozenset(ports), list(ranges)) for ranges, ports in grouped.items()]

@@ -7,17 +7,8 @@ yes-or-no keys are inherited from where they are declared (``keys.py``, with the
 import json
 from typing import Any, Literal
 
+from isolator.policy import keys
 from isolator.policy.frozen import Frozen, fresh
-from isolator.policy.keys import (
-    MIB,
-    ConnectionLimits,
-    DeliveryLimits,
-    FileLimits,
-    Key,
-    NetworkSwitches,
-    ResourceLimits,
-    RunLimits,
-)
 
 VIRTUAL = "198.18.0.0/15"
 """Default of ``NetworkPolicy.virtual``: a range for benchmarks, of which no host is part."""
@@ -45,7 +36,7 @@ class ListenRule(Frozen):
     cage_port: int
 
 
-class NetworkPolicy(ConnectionLimits, NetworkSwitches):
+class NetworkPolicy(keys.ConnectionLimits, keys.NetworkSwitches):
     """``none``: no network; ``listed``: those rules only; ``public``: any public address, TCP 443 and 80."""
 
     mode: Literal["none", "listed", "public"] = "public"
@@ -62,14 +53,14 @@ class NetworkPolicy(ConnectionLimits, NetworkSwitches):
     """The proxy looks names up that are granted by name; their addresses are not checked here then."""
 
 
-class ResourcePolicy(ResourceLimits):
+class ResourcePolicy(keys.ResourceLimits):
     """Caps kept by the cgroup and rlimits layers."""
 
-    memory_high: int = 224 * MIB
+    memory_high: int = 224 * keys.MIB
     swap: int = 0
 
 
-class FilesystemPolicy(FileLimits):
+class FilesystemPolicy(keys.FileLimits):
     """The parts of the host that the cage sees, and the sizes of its own file systems."""
 
     read: tuple[str, ...] = ()
@@ -86,14 +77,14 @@ class CrashPolicy(Frozen):
 
 
 # ``stop_grace`` comes last, as in ``HostConfig.digest``.
-class RestartPolicy(RunLimits, CrashPolicy):
+class RestartPolicy(keys.RunLimits, CrashPolicy):
     """Back-off between crashes, when to give up, and the time to stop in."""
 
 
 _CALLED = ("tools", "callers")
 
 
-class EffectivePolicy(DeliveryLimits):
+class EffectivePolicy(keys.DeliveryLimits):
     """Everything a plugin may do. Two equal policies have equal digests."""
 
     __slots__ = ("_digest",)  # no field: neither compared nor shown
@@ -115,7 +106,7 @@ class EffectivePolicy(DeliveryLimits):
     callers: tuple[int, ...] = ()
     """Uids of the users who may use them, if they have the role."""
 
-    def value(self, key: Key) -> Any:
+    def value(self, key: keys.Key) -> Any:
         """The value of a declared key, in whichever section it stands."""
         sections = (self.network, self.resources, self.filesystem, self.restart, self)
         return next(getattr(section, key.name) for section in sections if key.name in type(section).model_fields)

@@ -39,9 +39,8 @@ def load_json_with_lines(
         line = text.count(b"\n", 0, error.start) + 1
         raise UsageError(f"{name}:{line}", "not UTF-8", "save the file as UTF-8") from None
     if source.startswith("\ufeff"):
-        raise UsageError(
-            f"{name}:1", "not JSON: it begins with a byte order mark", "save the file as UTF-8 without one"
-        )
+        why = "not JSON: it begins with a byte order mark"
+        raise UsageError(f"{name}:1", why, "save the file as UTF-8 without one")
     lines = _scan(source, max_depth, name)
 
     def refuse_constant(constant: str) -> NoReturn:

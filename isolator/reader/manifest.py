@@ -8,40 +8,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from isolator.policy import names
+from isolator.policy import names, request
 from isolator.policy.destinations import parse_host
 from isolator.policy.keys import LIMITS, SWITCHES
 from isolator.policy.parse.strict import Path, Table, printable, prose
-from isolator.policy.request import (
-    API,
-    API_MAJORS,
-    MANIFEST_NAME,
-    MAX_ARGUMENT,
-    MAX_ARGUMENTS,
-    MAX_BYTES,
-    MAX_DEPTH,
-    MAX_PORT,
-    MIN_PORT,
-    MODES,
-    VERSION,
-    EgressRequest,
-    ListenRequest,
-    ManifestCore,
-    NetworkRequest,
-    SandboxRequest,
-)
 from isolator.reader.json_text import load_json_with_lines
 
 
-def parse_manifest_core(text: bytes, *, name: str = MANIFEST_NAME) -> ManifestCore:
+def parse_manifest_core(text: bytes, *, name: str = request.MANIFEST_NAME) -> request.ManifestCore:
     """Parse ``plugin.json``; ``name`` is what errors call it. Raises UsageError with file, line, key and remedy."""
-    data, lines = load_json_with_lines(text, max_bytes=MAX_BYTES, max_depth=MAX_DEPTH, name=name)
+    data, lines = load_json_with_lines(text, max_bytes=request.MAX_BYTES, max_depth=request.MAX_DEPTH, name=name)
     return parse_manifest(data, lines=lines, name=name)
 
 
 def parse_manifest(
-    data: dict[str, Any], *, lines: dict[Path, int] | None = None, name: str = MANIFEST_NAME
-) -> ManifestCore:
+    data: dict[str, Any], *, lines: dict[Path, int] | None = None, name: str = request.MANIFEST_NAME
+) -> request.ManifestCore:
     """As ``parse_manifest_core`` for an object that is already parsed; without ``lines`` errors name keys only."""
     top = Table(data, name=name, lines=lines or {})
     top.take("$schema")
@@ -49,33 +31,33 @@ def parse_manifest(
     if not names.PLUGIN_NAME.fullmatch(plugin):
         top.fail("name", "must be 2 to 63 lower-case letters, digits and dashes, starting with a letter")
     version = top.text("version")
-    if not VERSION.fullmatch(version):
+    if not request.VERSION.fullmatch(version):
         top.fail("version", "not a semantic version", 'write it like "1.2.0"')
     if isinstance(data.get("api_version"), (int, float)):
         top.fail("api_version", "must be text", f'write "{data["api_version"]}"')
     api = top.text("api_version")
-    if not API.fullmatch(api):
+    if not request.API.fullmatch(api):
         top.fail("api_version", "not a protocol version", 'write it like "1"')
-    if int(api.partition(".")[0]) not in API_MAJORS:
-        spoken = ", ".join(map(str, API_MAJORS))
+    if int(api.partition(".")[0]) not in request.API_MAJORS:
+        spoken = ", ".join(map(str, request.API_MAJORS))
         top.fail("api_version", f"this host speaks {spoken}", "update the host, or use an older version of the plugin")
     if "hooks" not in data:
         top.text("hooks")
     delivery, restart, transport = top.table("delivery"), top.table("restart"), top.table("transport")
     requested = _Requested()
-    mode = transport.choice("mode", MODES, MODES[0])
-    core = ManifestCore(
+    mode = transport.choice("mode", request.MODES, request.MODES[0])
+    core = request.ManifestCore(
         name=plugin,
         version=version,
         api_version=api,
         binary=_binary(top),
         hooks=top.strings("hooks", names.parse_hook) or (),
-        args=top.items("args", _argument, limit=MAX_ARGUMENTS) or (),
+        args=top.items("args", _argument, limit=request.MAX_ARGUMENTS) or (),
         description=top.parsed("description", prose, ""),
         permissions=top.strings("permissions", names.parse_permission) or (),
         sandbox=_sandbox(top.table("sandbox"), requested),
         mode=mode,
-        port=transport.integer("port", None, low=MIN_PORT, high=MAX_PORT) if mode == "http" else None,
+        port=transport.integer("port", None, low=request.MIN_PORT, high=request.MAX_PORT) if mode == "http" else None,
         transport=dict(transport.data),
         delivery=dict(delivery.data),
         activation=dict(top.table("activation").data),
@@ -101,8 +83,8 @@ def _binary(top: Table) -> str:
 
 
 def _argument(value: Any) -> str:
-    if not isinstance(value, str) or "\0" in value or len(value) > MAX_ARGUMENT:
-        raise ValueError(f"must be text of at most {MAX_ARGUMENT} characters without NUL")
+    if not isinstance(value, str) or "\0" in value or len(value) > request.MAX_ARGUMENT:
+        raise ValueError(f"must be text of at most {request.MAX_ARGUMENT} characters without NUL")
     return value
 
 
@@ -119,7 +101,7 @@ class _Requested:
         self.switches |= table.declared(SWITCHES, lambda key: key.manifest)
 
 
-def _sandbox(top: Table, requested: _Requested) -> SandboxRequest:
+def _sandbox(top: Table, requested: _Requested) -> request.SandboxRequest:
     network = _network(top.table("network"), requested) if "network" in top else None
     syscalls: Any
     if isinstance(top.data.get("syscalls"), dict):
@@ -129,48 +111,52 @@ def _sandbox(top: Table, requested: _Requested) -> SandboxRequest:
         syscalls = top.choice("syscalls", ("default", "strict"), None)
     filesystem, resources = top.table("filesystem"), top.table("resources")
     requested.take(filesystem)
-    request = SandboxRequest(network=network, read=_read(filesystem), syscalls=syscalls)
+    read = _read(filesystem)
     requested.take(resources)
     top.finish()
-    return request
+    return request.SandboxRequest(network=network, read=read, syscalls=syscalls)
 
 
-def _network(top: Table, requested: _Requested) -> NetworkRequest:
-    egress: tuple[EgressRequest, ...] | None = None
+def _network(top: Table, requested: _Requested) -> request.NetworkRequest:
+    egress: tuple[request.EgressRequest, ...] | None = None
     if top.data.get("egress") == "public":
         top.take("egress")
     else:
         egress = top.tables("egress", _egress, _egress_table)
-    listen = top.tables("listen", lambda port: ListenRequest(port=names.parse_port(port)), _listen_table, limit=16)
+    listen = top.tables(
+        "listen", lambda port: request.ListenRequest(port=names.parse_port(port)), _listen_table, limit=16
+    )
     requested.take(top)
-    return NetworkRequest(egress=egress, listen=listen)
+    return request.NetworkRequest(egress=egress, listen=listen)
 
 
-def _egress(value: Any) -> EgressRequest:
+def _egress(value: Any) -> request.EgressRequest:
     if not isinstance(value, str):
         raise ValueError('must be an object like {"host": "hooks.slack.com", "ports": [443]}')
     rule = names.parse_egress(printable(value, 512))
-    return EgressRequest(host=rule.host, ports=rule.ports)
+    return request.EgressRequest(host=rule.host, ports=rule.ports)
 
 
-def _egress_table(entry: Table) -> EgressRequest:
+def _egress_table(entry: Table) -> request.EgressRequest:
     if "host" not in entry:
         entry.text("host")
     host = entry.parsed("host", lambda value: str(parse_host(printable(value, 300))), "")
     ports = entry.items("ports", names.parse_port, limit=32)
     if ports == ():
         entry.fail("ports", "is empty", "name the ports, or leave the key out for 443")
-    return EgressRequest(
+    return request.EgressRequest(
         host=host,
         ports=names.sorted_ports(ports if ports is not None else (443,)),
         reason=entry.parsed("reason", prose, ""),
     )
 
 
-def _listen_table(entry: Table) -> ListenRequest:
+def _listen_table(entry: Table) -> request.ListenRequest:
     if "port" not in entry:
         entry.text("port")
-    return ListenRequest(port=entry.parsed("port", names.parse_port, 0), reason=entry.parsed("reason", prose, ""))
+    return request.ListenRequest(
+        port=entry.parsed("port", names.parse_port, 0), reason=entry.parsed("reason", prose, "")
+    )
 
 
 def _read(filesystem: Table) -> tuple[str, ...] | None:

@@ -99,10 +99,8 @@ def _open_locked(path: Path, *, wait: bool) -> int:
     with translated(OSError, IsolatorError, str(path), "", "remove it, and start again"):
         fd = lock_file(path, wait=wait)
     if fd is None:
-        raise IsolatorError(
-            f"daemon on {path.parent}", "another one is running there",
-            "stop it first, or use another --root",
-        )  # fmt: skip
+        why = "another one is running there"
+        raise IsolatorError(f"daemon on {path.parent}", why, "stop it first, or use another --root")
     return fd
 
 

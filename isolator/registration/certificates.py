@@ -11,10 +11,10 @@ import re
 from dataclasses import asdict, dataclass
 
 from isolator.errors import DeniedError, NotFoundError
+from isolator.linux.durable import replace_file
 from isolator.paths import Paths
 from isolator.policy.parse.trusted import read_trusted
 from isolator.policy.trust import CERTIFICATE, CERTIFICATE_TYPE, Trust, certified, signed_bytes
-from isolator.registration.durable import replace_file
 from isolator.registration.signatures import verifies
 
 HERE = "this host"
@@ -50,9 +50,8 @@ def checked(claim: Claim, trust: Trust) -> Certificate:
         if verifies(key, signed, claim.signatures):
             return Certificate(claim.name, claim.version, claim.digest, key)
     why = "no certifier of [trust] in host.toml has signed it" if claim.signatures else "it is not signed"
-    raise DeniedError(
-        f"certificate of {claim.name} {claim.version}", f"proves nothing here: {why}", "run 'isolator certify' here"
-    )
+    why = f"proves nothing here: {why}"
+    raise DeniedError(f"certificate of {claim.name} {claim.version}", why, "run 'isolator certify' here")
 
 
 def keep(paths: Paths, certificate: Certificate) -> None:
@@ -78,7 +77,6 @@ def certifier(paths: Paths, digest: str, trust: Trust) -> str | None:
 def require(paths: Paths, name: str, version: str, digest: str, trust: Trust) -> None:
     """Raise DeniedError for a version that nobody who counts has certified."""
     if certifier(paths, digest, trust) is None:
-        raise DeniedError(
-            f"plugin {name} {version}", "is not certified, and its policy takes nothing else ([require] certified)",
-            "isolator certify DIR on this host, or --accept FILE for a certifier's certificate",
-        )  # fmt: skip
+        why = "is not certified, and its policy takes nothing else ([require] certified)"
+        remedy = "isolator certify DIR on this host, or --accept FILE for a certifier's certificate"
+        raise DeniedError(f"plugin {name} {version}", why, remedy)

@@ -6,8 +6,8 @@ import hashlib
 from pathlib import Path
 
 from isolator.errors import IsolatorError
+from isolator.linux.durable import replace_file
 from isolator.linux.files import read_plain
-from isolator.registration.durable import replace_file
 
 _MOST = 1 << 20
 _NEW = ".being-written"

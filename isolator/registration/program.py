@@ -93,10 +93,8 @@ def check_descriptor(fd: int, view: CageView, *, shown: str) -> None:
     elif head.startswith(b"\x7fELF"):
         _check_elf(head, view, shown)
     else:
-        raise UsageError(
-            f"binary {shown}", "neither an ELF program nor a script",
-            "begin a script with a line such as #!/usr/bin/env python3",
-        )  # fmt: skip
+        why = "neither an ELF program nor a script"
+        raise UsageError(f"binary {shown}", why, "begin a script with a line such as #!/usr/bin/env python3")
 
 
 def _check_interpreter(head: bytes, view: CageView, shown: str) -> None:

@@ -86,10 +86,8 @@ class Proposals:
         """
         proposal = self._meet(core, release)
         if proposal.needs_approval:
-            raise NeedsApprovalError(
-                f"policy {self.policy_file(core.name)}", "the file is gone",
-                f"put it back, or isolator plugin approve {core.name}",
-            )  # fmt: skip
+            remedy = f"put it back, or isolator plugin approve {core.name}"
+            raise NeedsApprovalError(f"policy {self.policy_file(core.name)}", "the file is gone", remedy)
         return proposal
 
     def explain(self, name: str) -> dict[str, Any]:

@@ -138,10 +138,8 @@ class Registrar(Proposals):
         shown = source.path or source.binary
         core = self.reader.read(staged.manifest, f"{shown}/plugin.json").core
         if registration is not None and core.name != registration.name:
-            raise UsageError(
-                f"plugin update {registration.name}", f"{shown} holds {core.name}",
-                "add that as a plugin of its own: isolator plugin add",
-            )  # fmt: skip
+            remedy = "add that as a plugin of its own: isolator plugin add"
+            raise UsageError(f"plugin update {registration.name}", f"{shown} holds {core.name}", remedy)
         signer = publisher_of(core.name, core.version, staged.digest, staged.signatures, self._host.trust)
         release = Release(staged.digest, core.version, staged.kind, staged.binary_path, staged.binary_sha256, signer)
         more = self._more(registration, core, release) if registration is not None else ()
@@ -274,10 +272,9 @@ class Registrar(Proposals):
                 raise NotFoundError(f"plugin {now.name} {to}", "is not kept", f"there are {kept}")
             release = found[0]
         if release.kind == "binary" and hash_binary(Path(release.binary_path)) != release.binary_sha256:
-            raise UsageError(
-                f"plugin {now.name}", f"{release.binary_path} is not the earlier file: a binary stays where it is",
-                f"put the earlier file there, then isolator plugin approve {now.name}",
-            )  # fmt: skip
+            why = f"{release.binary_path} is not the earlier file: a binary stays where it is"
+            remedy = f"put the earlier file there, then isolator plugin approve {now.name}"
+            raise UsageError(f"plugin {now.name}", why, remedy)
         return release
 
     def roll_back(self, now: Registration, release: Release) -> Registration:
@@ -326,10 +323,9 @@ class Registrar(Proposals):
         proposal = self._meet(candidate.core)
         shown = candidate.proposal
         if (proposal.needs_approval, proposal.effective) != (shown.needs_approval, shown.effective):
-            raise UsageError(
-                f"policy {self.policy_file(candidate.core.name)}", "has changed since it was shown",
-                "look at it again: repeat the command",
-            )  # fmt: skip
+            why = "has changed since it was shown"
+            remedy = "look at it again: repeat the command"
+            raise UsageError(f"policy {self.policy_file(candidate.core.name)}", why, remedy)
 
     def _save(self, after: Registration) -> Registration:
         after = replace(after, serial=after.serial + 1)

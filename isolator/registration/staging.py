@@ -163,20 +163,16 @@ class _Stager:
     def _narrowed(self, staged: Staged, name: str, binary: Path, hooks: list[str]) -> Staged:
         body = self._reader.read(staged.manifest, str(binary.parent / MANIFEST)).manifest
         if staged.name != name:
-            raise UsageError(
-                f"--name {name}", f"{binary.parent / MANIFEST} calls it {staged.name}",
-                f"use --name {staged.name} or move the binary away from that file",
-            )  # fmt: skip
+            why = f"{binary.parent / MANIFEST} calls it {staged.name}"
+            raise UsageError(f"--name {name}", why, f"use --name {staged.name} or move the binary away from that file")
         wanted = os.path.normpath(str(body.get("binary", "")))
         if wanted != binary.name:
             why = f"{binary.parent / MANIFEST} names {binary.parent / wanted}"
             raise UsageError(f"--binary {binary}", why, "register that one")
         unknown = [hook for hook in hooks if hook not in body.get("hooks", [])]
         if unknown:
-            raise UsageError(
-                f"--hooks {','.join(unknown)}", "the manifest beside the binary does not list them",
-                "flags only narrow a manifest; add them there",
-            )  # fmt: skip
+            why = "the manifest beside the binary does not list them"
+            raise UsageError(f"--hooks {','.join(unknown)}", why, "flags only narrow a manifest; add them there")
         if hooks and hooks != body["hooks"]:
             manifest = json.dumps({**body, "hooks": hooks}, indent=2).encode()
             (staged.folder / MANIFEST).write_bytes(manifest)
@@ -242,10 +238,8 @@ def open_binary(path: Path) -> int:
             or (info.st_mode & 0o022 and not sticky)
             or (sticky and folder != path and info.st_mode & 2)
         ):
-            raise UsageError(
-                str(folder), "others than root can change it, and so what would run",
-                f"chown root, chmod go-w, or register the folder instead: isolator plugin add {path.parent}",
-            )  # fmt: skip
+            remedy = f"chown root, chmod go-w, or register the folder instead: isolator plugin add {path.parent}"
+            raise UsageError(str(folder), "others than root can change it, and so what would run", remedy)
     if not path.stat().st_mode & 0o111:
         raise UsageError(str(path), "not executable", f"chmod +x {path}")
     with translated(OSError, UsageError, str(path), "", "name the file itself, not a link to it"):
@@ -313,10 +307,8 @@ def _check_characters(path: str) -> None:
 def _read_manifest(folder: Path, source: Path) -> bytes:
     path = folder / MANIFEST
     if path.is_symlink() or not path.is_file():
-        raise UsageError(
-            f"{source / MANIFEST}", "not there (or not a regular file)",
-            "write one (see 'isolator new'), or register with --name, --binary and --hooks",
-        )  # fmt: skip
+        remedy = "write one (see 'isolator new'), or register with --name, --binary and --hooks"
+        raise UsageError(f"{source / MANIFEST}", "not there (or not a regular file)", remedy)
     with path.open("rb") as file:
         return file.read(MAX_MANIFEST + 1)  # one byte too many is refused by who parses it
 

@@ -29,8 +29,9 @@ from typing import Any, TypeVar
 from isolator.base.typed import read
 from isolator.errors import IsolatorError, NotFoundError
 from isolator.linux.descriptors import owning
+from isolator.linux.durable import replace_file
 from isolator.linux.files import read_plain, remove_tree
-from isolator.registration.durable import replace_file, sync_folder, sync_tree
+from isolator.registration.durable import sync_folder, sync_tree
 from isolator.registration.staging import MANIFEST, NAME, PREFIX, Kind, Source, Staged
 
 KEPT = 5

@@ -31,9 +31,8 @@ _ANSWER = 1 << 16
 def run_through_daemon(options: RunOptions) -> int:
     """Run the command; returns the exit code. Raises IsolatorError."""
     if options.audit is not None:
-        raise UsageError(
-            "--audit", "is root's alone: the daemon's own trail has the records", "leave it out, or use sudo"
-        )
+        why = "is root's alone: the daemon's own trail has the records"
+        raise UsageError("--audit", why, "leave it out, or use sudo")
     fields = _fields(options)
     fds = [0, 1, 2]
     try:

@@ -59,10 +59,8 @@ def plugin_spec(
         found = hash_descriptor(fd)
         bind(f"/run/isolator/bin/{Path(release.binary_path).name}", fd)
         if found != release.binary_sha256:
-            raise NotApprovedError(
-                release.binary_path, "has changed since it was approved",
-                f"isolator plugin approve {name}, if you trust the new one",
-            )  # fmt: skip
+            remedy = f"isolator plugin approve {name}, if you trust the new one"
+            raise NotApprovedError(release.binary_path, "has changed since it was approved", remedy)
     for path in effective.filesystem.read:
         bind(path, open_read_path(path))
     bind("/run/isolator/host", os.open(host_api_folder(paths, api), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))

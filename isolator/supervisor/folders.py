@@ -16,11 +16,9 @@ def own_folder(folder: Path, mode: int, owner: int = -1, group: int = -1) -> Non
         folder.mkdir(parents=True, exist_ok=True)
         fd = os.open(folder, flags)
     except (FileExistsError, NotADirectoryError):
-        raise IsolatorError(
-            str(folder),
-            "is a link or a file, and its owner or mode would have to be changed",
-            "put a folder there; to have it on another disk, mount that there (mount --bind)",
-        ) from None
+        why = "is a link or a file, and its owner or mode would have to be changed"
+        remedy = "put a folder there; to have it on another disk, mount that there (mount --bind)"
+        raise IsolatorError(str(folder), why, remedy) from None
     try:
         os.fchown(fd, owner, group)
         os.fchmod(fd, mode)

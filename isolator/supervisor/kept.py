@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from isolator.errors import IsolatorError
+from isolator.linux.descriptors import owning
 from isolator.paths import Paths
 from isolator.registration.durable import sync_folder
 
@@ -29,11 +30,8 @@ def check_trail(paths: Paths) -> None:
             else f"to begin a new trail instead, remove {marker}",
         )
     if files and not keys:
-        raise _gone(
-            "audit trail",
-            f"{paths.audit_lib}, where its keys were, is empty",
-            f"to begin a new trail instead, move the files in {paths.audit_log} away and remove {marker}",
-        )
+        remedy = f"to begin a new trail instead, move the files in {paths.audit_log} away and remove {marker}"
+        raise _gone("audit trail", f"{paths.audit_lib}, where its keys were, is empty", remedy)
 
 
 def check_host(paths: Paths) -> None:
@@ -53,11 +51,8 @@ def tables(database: Path) -> int:
     By the file's header, without SQLite: it is another user's. The host checkpoints it when it has changed them.
     """
     try:
-        fd = os.open(database, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
+        with owning(os.open(database, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)) as fd:
             header = os.read(fd, 64)
-        finally:
-            os.close(fd)
     except OSError:
         return 0
     # "The Database File Format", 1.3: the magic text, and at offset 60 the user version.

@@ -141,9 +141,8 @@ class PluginTable:
             raise NotFoundError(f"plugin {name}", "no such plugin", "see 'isolator plugin list'")
         if found.error:
             raise DeniedError(f"plugin {name}", found.error, f"correct it in {found.folder}")
-        raise NeedsApprovalError(
-            f"plugin {name}", f"was found in {found.folder} and not yet approved", f"isolator plugin approve {name}"
-        )
+        why = f"was found in {found.folder} and not yet approved"
+        raise NeedsApprovalError(f"plugin {name}", why, f"isolator plugin approve {name}")
 
     def announce(self, plugin: Plugin) -> None:
         """Tell the host of a plugin's new state, and of the rest of its entry where that is new, too.

@@ -18,9 +18,8 @@ def secrets_of(path: Path, missing: str, form: str) -> tuple[str, ...]:
         with os.fdopen(fd, "rb") as file:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode) or status.st_uid != 0 or status.st_mode & 0o077:
-                raise IsolatorError(
-                    str(path), "is not a file that only root can read", f"chown root, chmod 0600 {path}"
-                )
+                why = "is not a file that only root can read"
+                raise IsolatorError(str(path), why, f"chown root, chmod 0600 {path}")
             text = file.read(_LONGEST).decode()
     except OSError as error:
         raise IsolatorError(str(path), error.strerror or "cannot be read", missing) from None

@@ -102,10 +102,8 @@ class Updates:
         if found is not None and found.error:
             raise UsageError(f"plugin {found.name}", found.error, f"correct it in {found.folder}")
         if found is None or update is not None:
-            raise UsageError(
-                "plugin.stage", "names files and hands nothing over: the daemon opens no path for a caller",
-                TICKETS,
-            )  # fmt: skip
+            why = "names files and hands nothing over: the daemon opens no path for a caller"
+            raise UsageError("plugin.stage", why, TICKETS)
         return await asyncio.to_thread(_offer_found, source.path)
 
     def _agreed(self, candidate: Candidate, ticket: str | None, *purposes: bytes) -> str:
@@ -368,10 +366,9 @@ class Updates:
         plugin.on_trial = False
         if failure:
             await self._restore(plugin, trial, after, failure, running=running)
-            raise IsolatorError(
-                f"plugin {plugin.name} {after.version}", f"{failure}; {before.version} is in use again",
-                f"see 'isolator plugin logs {plugin.name}'",
-            )  # fmt: skip
+            why = f"{failure}; {before.version} is in use again"
+            remedy = f"see 'isolator plugin logs {plugin.name}'"
+            raise IsolatorError(f"plugin {plugin.name} {after.version}", why, remedy)
         self._registrar.store.end_trial(plugin.name)
         await asyncio.to_thread(self._registrar.prune, after)
         exchanged = _EXCHANGED.get(trial.record, schema.PluginUpdated)(

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from isolator.errors import ConfinementError
+from isolator.linux.descriptors import owning
 from isolator.linux.files import read_plain
 
 TOOLS = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -135,11 +136,8 @@ class Ext4Image:
 
     def _format(self, path: Path, blocks: int, inodes: int, uid: int, gid: int) -> None:
         path.unlink(missing_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
+        with owning(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)) as fd:
             os.ftruncate(fd, blocks * BLOCK)
-        finally:
-            os.close(fd)
         options = f"root_owner={uid}:{gid},lazy_itable_init=1,nodiscard"
         result = _run([
             "mkfs.ext4", "-q", "-F", "-b", str(BLOCK), "-m", "0", "-N", str(inodes + _OWN_INODES),
@@ -150,11 +148,8 @@ class Ext4Image:
 
     def _read(self, path: Path) -> _Superblock:
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
+            with owning(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)) as fd:
                 data = os.pread(fd, 1024, _SUPERBLOCK)
-            finally:
-                os.close(fd)
         except OSError as error:
             raise self._failed(f"{path}: {error.strerror}", "restore it from a backup") from None
         if len(data) < 1024 or struct.unpack_from("<H", data, 56)[0] != _MAGIC:

@@ -15,7 +15,7 @@ import os
 import time
 from pathlib import Path
 
-from isolator.errors import ConfinementError
+from isolator.errors import ConfinementError, translated
 from isolator.layers.base import Control
 from isolator.linux import loop, mount
 from isolator.linux.files import remove_tree
@@ -74,12 +74,10 @@ class Volume:
         if (ready := self.open_ready(size)) >= 0:
             return ready
         wanted = Size(size, inodes)
-        try:
+        with translated(OSError, ConfinementError, self._name, "", "is the disk full?"):
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._folder.chmod(0o700)
             self._place.mkdir(exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise ConfinementError(self._name, error.strerror or str(error), "is the disk full?") from None
         granted = self._image.granted
         changed = granted is not None and granted.size != size
         if self.mounted and changed:
@@ -151,9 +149,8 @@ class Volume:
             finally:
                 os.close(fd)
         except OSError as error:
-            raise ConfinementError(
-                self._name, f"mount: {error.strerror}", f"check it with 'e2fsck {self._image.path}'"
-            ) from None
+            why = f"mount: {error.strerror}"
+            raise ConfinementError(self._name, why, f"check it with 'e2fsck {self._image.path}'") from None
         finally:
             os.close(device)
 

@@ -69,7 +69,7 @@ def switch_off(check: str) -> None:
     allowed = destinations.Verdict(True, "switched off")
     everything = frozenset({80, 443})
     if check == "blocked":
-        destinations.always_blocked = lambda address: False
+        destinations.Rules.blocked = lambda self, address, port: False  # type: ignore[method-assign]
     elif check == "host":
         host_addresses.HostAddresses.owner = lambda self, address: None  # type: ignore[method-assign]
     elif check == "dial":

@@ -161,7 +161,7 @@ events.BUILT_IN += (events.EventType("test.built", Record("test.built", fields),
 
 async def test_two_majors_of_a_payload_are_served_at_once(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("isolator.policy.request.API_MAJORS", (1, 2))
-    monkeypatch.setattr("isolator.reader.manifest.API_MAJORS", (1, 2))
+    monkeypatch.setattr("isolator.policy.request.API_MAJORS", (1, 2))
     await daemon.kill_host()
     daemon.first = NEW_MAJOR
     await daemon.start_host()

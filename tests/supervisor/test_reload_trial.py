@@ -14,7 +14,8 @@ import pytest
 from host.database.store import Store
 from isolator.errors import IsolatorError
 from isolator.ipc.formats import TABLES
-from isolator.ipc.handover import AuditClientState, AuditState, DaemonState, SubtreeState, TicketsState
+from isolator.ipc.handover import AuditState, DaemonState, SubtreeState, TicketsState
+from isolator.ipc.succession import SenderState
 from isolator.supervisor import alive, kept
 from isolator.supervisor.reload import formats, reloader, trial
 from isolator.supervisor.reload.program import Program
@@ -23,7 +24,7 @@ STATE = DaemonState(
     version="1", generation=1, began=0.0, journal=-1, launcher=-1, launcher_pid=0,
     subtree=SubtreeState(unified="/", v1={}, on_v2=(), blkio=None, cpuset=None), plugins=(), services=(),
     audit=AuditState(
-        client=AuditClientState(
+        client=SenderState(
             socket=-1, session="", number=0, pending=(), unacked=(), answered=0, sent=0, acked=0, lost=0, blocked=None,
             alarm=None,
         ),

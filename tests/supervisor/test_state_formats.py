@@ -30,9 +30,9 @@ from tests.supervisor.test_reload_state import values
 
 MODES: dict[str, type[Body]] = {"exec": ExecState, "http": HttpDeliveryState, "mcp": McpState}
 STATES: dict[str, tuple[Formats[Any], tuple[type[Body], ...], str]] = {
-    "supervisor": (formats.FORMATS, (), "4 44cf07194129"),
+    "supervisor": (formats.FORMATS, (), "4 a495449d2262"),
     "audit": (audit.FORMATS, (), "2 4f929ffa3263"),
-    "broker": (broker.FORMATS, (), "1 cb7584dc6a2c"),
+    "broker": (broker.FORMATS, (), "1 31d84b182e35"),
     "host": (FORMATS, (*MODES.values(), ServersState), "3 7336f49c3113"),
     "console": (console.FORMATS, (), "1 9cf9ff02496f"),
 }

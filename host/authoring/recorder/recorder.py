@@ -200,9 +200,8 @@ class Recorder:
                 self._fault = "it gives no answer"
             if self._fault is not None and not condition():
                 what = f"--recording {self._file}" if self.replays else "the recorder"
-                raise IsolatorError(
-                    what, self._fault, "remove the file to record again" if self.replays else "try again"
-                )
+                why = self._fault
+                raise IsolatorError(what, why, "remove the file to record again" if self.replays else "try again")
 
     def _order(self, order: Mapping[str, Any]) -> None:
         """Have an order carried out; raises IsolatorError. Reports of before are taken by then."""

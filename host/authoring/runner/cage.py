@@ -189,9 +189,8 @@ def _values(manifest: Manifest, config: Mapping[str, str]) -> dict[str, str]:
     fields = {field.key: field for field in manifest.config or ()}
     for key, text in config.items():
         if manifest.config is not None and key not in fields:
-            raise NotFoundError(
-                f"config {key}", "is not in the plugin's schema", "see config_schema of its plugin.json"
-            )
+            why = "is not in the plugin's schema"
+            raise NotFoundError(f"config {key}", why, "see config_schema of its plugin.json")
         values[key] = check_value(fields[key], text) if key in fields else text
     for key, field in fields.items():
         if field.default is not None:

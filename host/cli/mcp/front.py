@@ -20,6 +20,7 @@ from host.wire.mcp import Call, Id
 from host.wire.strict_json import WireError
 from isolator import __version__
 from isolator.errors import IsolatorError, UnavailableError, translated
+from isolator.ipc.tasks import cancel_all
 from isolator_client.link import Link, connect
 from isolator_client.protocol import Notification
 
@@ -62,9 +63,7 @@ class Front:
             while len(tasks) >= _AT_ONCE:
                 free.clear()
                 await free.wait()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_all(tasks)
         await self.close()
 
     async def close(self) -> None:

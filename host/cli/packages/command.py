@@ -39,10 +39,8 @@ def update_package(
     package = parse(text)
     manifest = ask(root, "plugin.show", name=name).get("manifest") or {}
     if not fetch.is_of(package, manifest):
-        raise UsageError(
-            f"plugin {name}", f"is no version of {package.kind}:{safe(package.name)}: its grants are not that one's",
-            "add it under another name",
-        )  # fmt: skip
+        why = f"is no version of {package.kind}:{safe(package.name)}: its grants are not that one's"
+        raise UsageError(f"plugin {name}", why, "add it under another name")
     before = fetch.asked_before(manifest)
     wishes = wishes._replace(args=wishes.args or before[0], egress=wishes.egress or before[1])
     others: dict[str, list[str]] = {}
@@ -58,10 +56,8 @@ def update_package(
         update_plugin(client, request | {"update": name}, config, manner, then=compare)
     if any(others.values()):
         listed = "; ".join(f"{state}: {', '.join(map(safe, names))}" for state, names in others.items() if names)
-        raise NeedsApprovalError(
-            f"tools of {name}", f"are others than those approved, and blocked until they are, too ({listed[:600]})",
-            f"isolator mcp approve {name}",
-        )  # fmt: skip
+        why = f"are others than those approved, and blocked until they are, too ({listed[:600]})"
+        raise NeedsApprovalError(f"tools of {name}", why, f"isolator mcp approve {name}")
 
 
 @contextlib.contextmanager
@@ -69,8 +65,9 @@ def _fetched(
     root: str | None, package: Package, name: str | None, wishes: Wishes, *, quiet: bool
 ) -> Iterator[dict[str, Any]]:
     """The request that stages a package, whose files are there meanwhile."""
-    for destination in wishes.egress:
-        _check_destination(destination)
+    with translated(ValueError, UsageError, "--egress"):
+        for destination in wishes.egress:
+            parse_egress(destination)
     host_config = load_host_config(Paths.of(root).host_toml)
     with fetch.folder_for(package, quiet=quiet) as folder:
         resolved = fetch.resolve(root, package, host_config, folder)
@@ -92,8 +89,3 @@ def _other_tools(client: Client, name: str) -> dict[str, list[str]]:
     return {
         state: [one["name"] or "instructions" for one in found if one["state"] == state] for state in ("changed", "new")
     }
-
-
-def _check_destination(text: str) -> None:
-    with translated(ValueError, UsageError, "--egress"):
-        parse_egress(text)

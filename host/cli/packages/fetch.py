@@ -56,9 +56,8 @@ def resolve(root: str | None, package: Package, host_config: HostConfig, folder:
             code, lines = running.end(GRACE)
             if code == 0:
                 raise IsolatorError(str(package), f"the resolver's answer cannot be used: {error}") from None
-            raise IsolatorError(
-                str(package), reason(code, lines), "see [packages] of host.toml for where it looks"
-            ) from None
+            why = reason(code, lines)
+            raise IsolatorError(str(package), why, "see [packages] of host.toml for where it looks") from None
     if not any(_same(package, package.kind, name.rpartition("@")[0]) for name in resolved.hashes):
         raise IsolatorError(str(package), "the registry gave another package")
     return resolved

@@ -71,10 +71,8 @@ def parse(text: str) -> Package:
     kind, colon, rest = text.partition(":")
     found = {"npm": _NPM, "pypi": _PYPI}[kind].fullmatch(rest) if colon and kind in KINDS else None
     if found is None or not _VERSION.fullmatch(found["version"]):
-        raise UsageError(
-            f"--mcp {text}", "names no package in one exact version",
-            "write npm:@scope/server@1.2.3 or pypi:server==1.2.3",
-        )  # fmt: skip
+        why = "names no package in one exact version"
+        raise UsageError(f"--mcp {text}", why, "write npm:@scope/server@1.2.3 or pypi:server==1.2.3")
     return Package(kind, found["name"], found["version"])
 
 

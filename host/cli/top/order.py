@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from host.cli.notes import BAD_STATES
+
 if TYPE_CHECKING:
     from host.cli.top.figures import Row
 
-BAD = ("failed", "rejected", "backoff")
-"""States that come first."""
 ASCENDING = ("name", "state")
 """Keys by which the first comes first; by the others it is the most."""
 ORDERS: dict[str, Callable[[Row], tuple[float, str]]] = {
     "name": lambda row: (0, row.name),
-    "state": lambda row: (row.state not in BAD, row.state),
+    "state": lambda row: (row.state not in BAD_STATES, row.state),
     "cpu": lambda row: (_number(row.cpu), ""),
     "memory": lambda row: (_number(row.memory), ""),
     "tasks": lambda row: (_number(row.tasks), ""),

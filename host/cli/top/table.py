@@ -11,9 +11,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from host.cli.notes import BAD_STATES
 from host.cli.output import ago, safe
 from host.cli.top.figures import EXEC, Moment, Row
-from host.cli.top.order import ASCENDING, BAD, ordered
+from host.cli.top.order import ASCENDING, ordered
 
 HOT = 0.9
 """Part of a cap from which on its figure is marked."""
@@ -75,7 +76,7 @@ def _state(row: Row) -> Text:
     if state == "stopped" and row.mode == EXEC:
         state = f"exec {row.invocations}" if row.invocations else EXEC
     running = state == "running" or row.invocations
-    style = "red" if state in BAD else "yellow" if row.paused else "green" if running else "dim"
+    style = "red" if state in BAD_STATES else "yellow" if row.paused else "green" if running else "dim"
     return Text(safe(state), style)
 
 
@@ -109,7 +110,7 @@ def line(text: str, style: str = "") -> Text:
 def head(moment: Moment) -> list[Text]:
     """The daemon and the host, a line each; alarms in red below them."""
     host, plugins = moment.host, moment.plugins
-    bad = sum(row.state in BAD for row in plugins)
+    bad = sum(row.state in BAD_STATES for row in plugins)
     running = sum(row.state == "running" for row in plugins)
     invocations = sum(row.invocations for row in plugins)
     failed = (f", invocations {invocations}" if invocations else "") + (f", {bad} failed" if bad else "")

@@ -70,7 +70,13 @@ class RecordData:
 
     __slots__ = ("data",)
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(
+        cls, *, type: str = "", sources: tuple[str, ...] = (), caused: bool = False, summed: Summed | None = None
+    ) -> None:
+        """Declare the type, or a base of several; whatever is not named here is as in the base."""
+        for constant, value in (("TYPE", type), ("SOURCES", sources), ("CAUSED", caused), ("SUMMED", summed)):
+            if value:
+                setattr(cls, constant, value)
         for name in vars(cls).get("__annotations__", {}):
             setattr(cls, name, Field(_name_in_data(name), required=name not in cls.__dict__))
 

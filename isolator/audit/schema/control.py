@@ -7,38 +7,25 @@ from typing import Literal
 from isolator.audit.schema.base import ABSENT, HOST, SUPERVISOR, ApiVerdict, RecordData, Summed
 
 
-class SyscallDenied(RecordData):
+class SyscallDenied(
+    RecordData, type="syscall.denied", sources=(SUPERVISOR,), caused=True, summed=Summed("all", by="call")
+):
     """A system call was refused."""
-
-    TYPE = "syscall.denied"
-    SOURCES = (SUPERVISOR,)
-    CAUSED = True
-    SUMMED = Summed("all", by="call")
 
     call: str
     count: int
 
 
-class FsDenied(RecordData):
+class FsDenied(RecordData, type="fs.denied", sources=(SUPERVISOR,), caused=True, summed=Summed("all", by="path")):
     """The daemon did not use a file that a plugin offered it."""
-
-    TYPE = "fs.denied"
-    SOURCES = (SUPERVISOR,)
-    CAUSED = True
-    SUMMED = Summed("all", by="path")
 
     path: str
     count: int
     why: str
 
 
-class ApiCalled(RecordData):
+class ApiCalled(RecordData, type="api.called", sources=(HOST,), caused=True, summed=Summed("all", by="method")):
     """A plugin called the host API."""
-
-    TYPE = "api.called"
-    SOURCES = (HOST,)
-    CAUSED = True
-    SUMMED = Summed("all", by="method")
 
     method: str
     """``connect`` for a refused connection, ``*`` for calls beyond the rate limit."""
@@ -52,12 +39,13 @@ class ApiCalled(RecordData):
     """Calls that were refused because of the rate limit."""
 
 
-class ControlCalled(RecordData):
+class ControlCalled(
+    RecordData,
+    type="control.called",
+    sources=(HOST,),
+    summed=Summed("`verdict` not ok", by="verb", covers=lambda data: data.get("verdict") != "ok", by_caller=True),
+):
     """A verb of the control socket was called that changes something, or was denied."""
-
-    TYPE = "control.called"
-    SOURCES = (HOST,)
-    SUMMED = Summed("`verdict` not ok", by="verb", covers=lambda data: data.get("verdict") != "ok", by_caller=True)
 
     verb: str
     uid: int
@@ -70,11 +58,8 @@ class ControlCalled(RecordData):
     """For whom the caller acted, as the caller says: recorded, and trusted by nobody."""
 
 
-class ControlShut(RecordData):
+class ControlShut(RecordData, type="control.shut", sources=(SUPERVISOR,)):
     """Users without a role connected to the control socket without end: the kernel refuses them for a while."""
-
-    TYPE = "control.shut"
-    SOURCES = (SUPERVISOR,)
 
     uid: int
     """Of the one that connected last."""
@@ -82,11 +67,8 @@ class ControlShut(RecordData):
     """Until everybody may connect again."""
 
 
-class ConfigChanged(RecordData):
+class ConfigChanged(RecordData, type="config.changed", sources=(HOST, SUPERVISOR)):
     """A plugin's config or policy changed, or the stored config as a whole."""
-
-    TYPE = "config.changed"
-    SOURCES = (HOST, SUPERVISOR)
 
     names: list[str]
     """Keys, never values; ``policy`` for an edited policy."""
@@ -107,11 +89,8 @@ class ConfigChanged(RecordData):
     """Whether the values belong to a version that waits for approval."""
 
 
-class SecretInjected(RecordData):
+class SecretInjected(RecordData, type="secret.injected", sources=(HOST,)):
     """Secrets were put into the environment of a start."""
-
-    TYPE = "secret.injected"
-    SOURCES = (HOST,)
 
     names: list[str]
     """Keys, never values."""

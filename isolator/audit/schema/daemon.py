@@ -7,11 +7,8 @@ from typing import Any
 from isolator.audit.schema.base import ABSENT, HOST, SUPERVISOR, RangeData, RecordData
 
 
-class HostStarted(RecordData):
+class HostStarted(RecordData, type="host.started", sources=(SUPERVISOR,)):
     """The daemon accepts commands."""
-
-    TYPE = "host.started"
-    SOURCES = (SUPERVISOR,)
 
     version: str
     """Isolator's."""
@@ -27,11 +24,8 @@ class HostStarted(RecordData):
     """Remains of an earlier daemon that were removed."""
 
 
-class BackupTaken(RecordData):
+class BackupTaken(RecordData, type="backup.taken", sources=(HOST,)):
     """A backup is made: all that is on record before this is in it, and nothing else."""
-
-    TYPE = "backup.taken"
-    SOURCES = (HOST,)
 
     id: str
     """The backup's."""
@@ -39,11 +33,8 @@ class BackupTaken(RecordData):
     """Caller."""
 
 
-class BackupRestored(RecordData):
+class BackupRestored(RecordData, type="backup.restored", sources=(SUPERVISOR,)):
     """The daemon starts with the data of a backup: what came after that backup is not in this trail."""
-
-    TYPE = "backup.restored"
-    SOURCES = (SUPERVISOR,)
 
     id: str
     """The backup's; its ``backup.taken`` is in this trail if a daemon ran then."""
@@ -55,11 +46,8 @@ class BackupRestored(RecordData):
     """Isolator's, of then."""
 
 
-class DaemonReloaded(RangeData):
+class DaemonReloaded(RangeData, type="daemon.reloaded", sources=(SUPERVISOR,)):
     """The supervisor has executed the program that is installed, in place; what ran goes on."""
-
-    TYPE = "daemon.reloaded"
-    SOURCES = (SUPERVISOR,)
 
     from_: str
     """Version of before."""
@@ -75,21 +63,15 @@ class DaemonReloaded(RangeData):
     """Digest of the settings in force."""
 
 
-class HostStopped(RecordData):
+class HostStopped(RecordData, type="host.stopped", sources=(SUPERVISOR,)):
     """The daemon has stopped every plugin."""
-
-    TYPE = "host.stopped"
-    SOURCES = (SUPERVISOR,)
 
     seconds: float
     """Duration of the stop."""
 
 
-class ServiceEnded(RecordData):
+class ServiceEnded(RecordData, type="service.ended", sources=(SUPERVISOR,)):
     """A process of the daemon's own, or work within the supervisor, ended by itself, or hung and was ended."""
-
-    TYPE = "service.ended"
-    SOURCES = (SUPERVISOR,)
 
     service: str
     """``audit``, ``broker``, ``host``, ``launcher``, or ``supervisor: `` and the work."""
@@ -98,11 +80,8 @@ class ServiceEnded(RecordData):
     """Whether it was ended because it did not answer."""
 
 
-class DatabaseDamaged(RecordData):
+class DatabaseDamaged(RecordData, type="database.damaged", sources=(HOST,)):
     """The host's database is not as it was left, or cannot be relied on any more."""
-
-    TYPE = "database.damaged"
-    SOURCES = (HOST,)
 
     why: str
     missing: int = ABSENT
@@ -111,22 +90,16 @@ class DatabaseDamaged(RecordData):
     """Id of the newest of them."""
 
 
-class ClusterProblem(RecordData):
+class ClusterProblem(RecordData, type="cluster.problem", sources=(HOST,)):
     """A problem of this host with its cluster began, or ended (``isolator cluster status``)."""
-
-    TYPE = "cluster.problem"
-    SOURCES = (HOST,)
 
     kind: str
     why: str | None
     """One line; null: it has ended."""
 
 
-class Resources(RecordData):
+class Resources(RecordData, type="resources", sources=(SUPERVISOR,)):
     """Use of one run: every ``snapshot_interval``, and once at its end."""
-
-    TYPE = "resources"
-    SOURCES = (SUPERVISOR,)
 
     tasks: int
     """Threads of all processes."""

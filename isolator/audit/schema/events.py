@@ -7,11 +7,8 @@ from typing import Literal
 from isolator.audit.schema.base import ABSENT, HOST, RecordData, Summed
 
 
-class EventAccepted(RecordData):
+class EventAccepted(RecordData, type="event.accepted", sources=(HOST,)):
     """An event and its deliveries are on disk."""
-
-    TYPE = "event.accepted"
-    SOURCES = (HOST,)
 
     event: str
     """Name of the event's type."""
@@ -34,11 +31,8 @@ class EventAccepted(RecordData):
     or the machine. ``plugins`` are then those with a delivery on this host, and ``on_behalf_of`` is not known."""
 
 
-class EventLost(RecordData):
+class EventLost(RecordData, type="event.lost", sources=(HOST,)):
     """Events that a plugin of this host, of a cluster, will never get: nobody whom it can ask has them."""
-
-    TYPE = "event.lost"
-    SOURCES = (HOST,)
 
     sender: str
     """The host that accepted them."""
@@ -50,12 +44,13 @@ class EventLost(RecordData):
     why: str
 
 
-class EventDispatched(RecordData):
+class EventDispatched(
+    RecordData,
+    type="event.dispatched",
+    sources=(HOST,),
+    summed=Summed("after a reply of busy", covers=lambda data: "busy" in data),
+):
     """An attempt begins: its first byte is sent after this record."""
-
-    TYPE = "event.dispatched"
-    SOURCES = (HOST,)
-    SUMMED = Summed("after a reply of busy", covers=lambda data: "busy" in data)
 
     attempt: int
     """1 for the first."""
@@ -67,12 +62,13 @@ class EventDispatched(RecordData):
     """Earlier requests of this delivery that were answered busy; such a reply is no attempt."""
 
 
-class EventResponse(RecordData):
+class EventResponse(
+    RecordData,
+    type="event.response",
+    sources=(HOST,),
+    summed=Summed("`outcome` busy", covers=lambda data: data.get("outcome") == "busy"),
+):
     """An attempt ended."""
-
-    TYPE = "event.response"
-    SOURCES = (HOST,)
-    SUMMED = Summed("`outcome` busy", covers=lambda data: data.get("outcome") == "busy")
 
     attempt: int
     outcome: Literal["ok", "skipped", "retry", "busy", "rejected", "failed", "unknown"]
@@ -93,35 +89,23 @@ class _GivenUp(RecordData):
     attempts: int
 
 
-class EventDead(_GivenUp):
+class EventDead(_GivenUp, type="event.dead", sources=(HOST,)):
     """A delivery was given up."""
 
-    TYPE = "event.dead"
-    SOURCES = (HOST,)
 
-
-class EventQuarantined(_GivenUp):
+class EventQuarantined(_GivenUp, type="event.quarantined", sources=(HOST,)):
     """A delivery was given up because the plugin crashed of it."""
 
-    TYPE = "event.quarantined"
-    SOURCES = (HOST,)
 
-
-class EventReplayed(_GivenUp):
+class EventReplayed(_GivenUp, type="event.replayed", sources=(HOST,)):
     """A delivery was queued again on demand."""
-
-    TYPE = "event.replayed"
-    SOURCES = (HOST,)
 
     by: str
     """``uid:N`` of the caller."""
 
 
-class EventRetried(RecordData):
+class EventRetried(RecordData, type="event.retried", sources=(HOST,)):
     """A delivery that waited for its next attempt was tried at once, on demand."""
-
-    TYPE = "event.retried"
-    SOURCES = (HOST,)
 
     attempts: int
     """Attempts before."""
@@ -129,15 +113,9 @@ class EventRetried(RecordData):
     """``uid:N`` of the caller."""
 
 
-class EventSkipped(EventRetried):
+class EventSkipped(EventRetried, type="event.skipped", sources=(HOST,)):
     """A delivery that waited was passed over on demand; later events of its key go on."""
 
-    TYPE = "event.skipped"
-    SOURCES = (HOST,)
 
-
-class EventCancelled(EventRetried):
+class EventCancelled(EventRetried, type="event.cancelled", sources=(HOST,)):
     """A delivery that waited was cancelled on demand, with all of its event's."""
-
-    TYPE = "event.cancelled"
-    SOURCES = (HOST,)

@@ -7,10 +7,7 @@ from typing import Literal
 from isolator.audit.schema.base import ABSENT, BROKER, SUPERVISOR, RecordData, Summed
 
 
-class _Net(RecordData):
-    CAUSED = True
-    SUMMED = Summed("all", by="rule")
-
+class _Net(RecordData, caused=True, summed=Summed("all", by="rule")):
     rule: str
     """The grant that allowed it, or the reason of a refusal."""
     various: Literal[True] = ABSENT
@@ -19,11 +16,8 @@ class _Net(RecordData):
     """Number that this record stands for; 1 when missing."""
 
 
-class NetQuery(_Net):
+class NetQuery(_Net, type="net.query", sources=(BROKER,)):
     """A plugin looked up a name."""
-
-    TYPE = "net.query"
-    SOURCES = (BROKER,)
 
     name: str | None = ABSENT
     type: str | None = ABSENT
@@ -32,11 +26,8 @@ class NetQuery(_Net):
     """``allowed``, ``denied``, ``withheld`` (the name has no address that may be reached) or ``failed``."""
 
 
-class NetConnect(_Net):
+class NetConnect(_Net, type="net.connect", sources=(BROKER,)):
     """A connection was opened, or its other side could not be reached."""
-
-    TYPE = "net.connect"
-    SOURCES = (BROKER,)
 
     name: str | None = ABSENT
     """Name that the plugin looked up; null when it used an address."""
@@ -57,13 +48,8 @@ class NetConnect(_Net):
     """The proxy that it goes through; where that looks the name up, ``address`` is the one inside the cage."""
 
 
-class NetClosed(RecordData):
+class NetClosed(RecordData, type="net.closed", sources=(BROKER,), caused=True, summed=Summed("all", by="name")):
     """A connection ended."""
-
-    TYPE = "net.closed"
-    SOURCES = (BROKER,)
-    CAUSED = True
-    SUMMED = Summed("all", by="name")
 
     name: str | None
     address: str
@@ -80,11 +66,8 @@ class NetClosed(RecordData):
     flow: str
 
 
-class NetDenied(_Net):
+class NetDenied(_Net, type="net.denied", sources=(BROKER, SUPERVISOR)):
     """A connection or packet was refused."""
-
-    TYPE = "net.denied"
-    SOURCES = (BROKER, SUPERVISOR)
 
     name: str | None = ABSENT
     """Name that the plugin looked up; null when it used an address."""

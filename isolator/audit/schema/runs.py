@@ -5,10 +5,8 @@ from __future__ import annotations
 from isolator.audit.schema.base import ABSENT, HOST, SUPERVISOR, RecordData, Summed
 
 
-class CageStarted(RecordData):
+class CageStarted(RecordData, type="plugin.started"):
     """A cage was built and its program runs; all that ``isolator run --audit`` tells of it."""
-
-    TYPE = "plugin.started"
 
     pid: int
     """Of the cage's first process, on the host."""
@@ -21,10 +19,8 @@ class CageStarted(RecordData):
     """Keys of the controls that are not enforced in full."""
 
 
-class PluginStarted(CageStarted):
+class PluginStarted(CageStarted, sources=(SUPERVISOR,)):
     """A plugin's cage was built and its program runs."""
-
-    SOURCES = (SUPERVISOR,)
 
     reason: str
     cgroup: str
@@ -40,10 +36,8 @@ class PluginStarted(CageStarted):
     """Publisher of ``[trust]`` who has signed this version."""
 
 
-class CageStopped(RecordData):
+class CageStopped(RecordData, type="plugin.stopped"):
     """A program without a daemon has ended: ``isolator run --audit``."""
-
-    TYPE = "plugin.stopped"
 
     exit_code: int | None
     signal: int | None
@@ -75,30 +69,19 @@ class _SidecarEnded(_Ended):
     """Last lines, redacted."""
 
 
-class PluginStopped(_SidecarEnded):
+class PluginStopped(_SidecarEnded, type="plugin.stopped", sources=(SUPERVISOR,)):
     """A run ended because it was stopped, or with an earlier daemon: then only ``cause`` is known."""
 
-    TYPE = "plugin.stopped"
-    SOURCES = (SUPERVISOR,)
 
-
-class PluginCrashed(_SidecarEnded):
+class PluginCrashed(_SidecarEnded, type="plugin.crashed", sources=(SUPERVISOR,), caused=True):
     """A run ended by itself, or a start failed: then only ``cause`` and ``reason`` are there."""
-
-    TYPE = "plugin.crashed"
-    SOURCES = (SUPERVISOR,)
-    CAUSED = True
 
     reason: str = ABSENT
     """Why a start failed."""
 
 
-class ExecStarted(RecordData):
+class ExecStarted(RecordData, type="exec.started", sources=(SUPERVISOR,), caused=True):
     """An invocation of a plugin with the mode `exec`: its cage was built, and the program runs for one event."""
-
-    TYPE = "exec.started"
-    SOURCES = (SUPERVISOR,)
-    CAUSED = True
 
     attempt: int
     pid: int
@@ -111,12 +94,8 @@ class ExecStarted(RecordData):
     """Publisher of ``[trust]`` who has signed this version."""
 
 
-class ExecEnded(_Ended):
+class ExecEnded(_Ended, type="exec.ended", sources=(SUPERVISOR,), caused=True):
     """An invocation ended, or could not be started: then only ``cause``, ``origin`` and ``reason`` are there."""
-
-    TYPE = "exec.ended"
-    SOURCES = (SUPERVISOR,)
-    CAUSED = True
 
     reason: str = ABSENT
     """Why it could not be started."""
@@ -128,14 +107,11 @@ class ExecEnded(_Ended):
     network_bytes: int = ABSENT
 
 
-class RunStarted(CageStarted):
+class RunStarted(CageStarted, type="run.started", sources=(SUPERVISOR,)):
     """A runner's ``isolator run`` through the daemon: its cage was built, and its program runs.
 
     ``plugin`` of it and of all that follows is ``_run.UID``, by the caller's uid.
     """
-
-    TYPE = "run.started"
-    SOURCES = (SUPERVISOR,)
 
     by: str
     """Who asked, as the kernel says: ``uid:1000``. ``uid`` is the cage's own."""
@@ -150,11 +126,8 @@ class RunStarted(CageStarted):
     """Folders that it may change."""
 
 
-class RunEnded(_Ended):
+class RunEnded(_Ended, type="run.ended", sources=(SUPERVISOR,)):
     """A runner's run has ended, or could not be started: then only ``cause`` and ``reason`` are there."""
-
-    TYPE = "run.ended"
-    SOURCES = (SUPERVISOR,)
 
     by: str = ABSENT
     """Who asked, as the kernel says."""
@@ -162,21 +135,15 @@ class RunEnded(_Ended):
     """Why a start failed."""
 
 
-class PluginFailed(RecordData):
+class PluginFailed(RecordData, type="plugin.failed", sources=(SUPERVISOR,)):
     """A plugin crashed too often."""
-
-    TYPE = "plugin.failed"
-    SOURCES = (SUPERVISOR,)
 
     reason: str
     """How the last run ended, and how often that was."""
 
 
-class PluginQuarantined(RecordData):
+class PluginQuarantined(RecordData, type="plugin.quarantined", sources=(SUPERVISOR,)):
     """A failed plugin is not started again by itself."""
-
-    TYPE = "plugin.quarantined"
-    SOURCES = (SUPERVISOR,)
 
     reason: str
     crashes: int
@@ -184,32 +151,22 @@ class PluginQuarantined(RecordData):
     """Window in which the crashes were counted."""
 
 
-class PluginPaused(RecordData):
+class PluginPaused(RecordData, type="plugin.paused", sources=(HOST,)):
     """A plugin is sent no events any more; they wait, and its sidecar stays as it is."""
-
-    TYPE = "plugin.paused"
-    SOURCES = (HOST,)
 
     by: str
     """``uid:N`` of the caller."""
 
 
-class PluginResumed(PluginPaused):
+class PluginResumed(PluginPaused, type="plugin.resumed", sources=(HOST,)):
     """A paused plugin is sent events again."""
-
-    TYPE = "plugin.resumed"
-    SOURCES = (HOST,)
 
     seconds: float
     """Length of the pause."""
 
 
-class PluginHealth(RecordData):
+class PluginHealth(RecordData, type="plugin.health", sources=(HOST,), summed=Summed("all", by="ok")):
     """A ping was missed or answered again, or the plugin broke a protocol."""
-
-    TYPE = "plugin.health"
-    SOURCES = (HOST,)
-    SUMMED = Summed("all", by="ok")
 
     ok: bool
     latency_us: int = ABSENT
@@ -219,32 +176,23 @@ class PluginHealth(RecordData):
     detail: str = ABSENT
 
 
-class PluginFrozen(RecordData):
+class PluginFrozen(RecordData, type="plugin.frozen", sources=(SUPERVISOR,)):
     """A plugin's deadline has passed, and its cages were frozen: it may be held by another host."""
-
-    TYPE = "plugin.frozen"
-    SOURCES = (SUPERVISOR,)
 
     runs: list[str]
     late_ms: float | None
     """Milliseconds between the deadline and this; null if there was none, as after a loss."""
 
 
-class PluginThawed(RecordData):
+class PluginThawed(RecordData, type="plugin.thawed", sources=(SUPERVISOR,)):
     """A frozen plugin goes on: its deadline was moved on before it was lost."""
-
-    TYPE = "plugin.thawed"
-    SOURCES = (SUPERVISOR,)
 
     runs: list[str]
     seconds: float
     """For which it was frozen."""
 
 
-class PluginLost(RecordData):
+class PluginLost(RecordData, type="plugin.lost", sources=(SUPERVISOR,)):
     """Another host holds a plugin, or may; its cages were killed, and none is started."""
-
-    TYPE = "plugin.lost"
-    SOURCES = (SUPERVISOR,)
 
     runs: list[str]

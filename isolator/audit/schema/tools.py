@@ -15,19 +15,17 @@ class _Tool(RecordData):
     """Of their canonical JSON."""
 
 
-class ToolStarted(_Tool):
+class ToolStarted(_Tool, type="tool.started", sources=(HOST,)):
     """A user's call of an MCP tool begins: its first byte is sent after this record. Its `event_id` is the call's."""
 
-    TYPE = "tool.started"
-    SOURCES = (HOST,)
 
-
-class ToolCalled(_Tool):
+class ToolCalled(
+    _Tool,
+    type="tool.called",
+    sources=(HOST,),
+    summed=Summed("`outcome` denied", by="tool", covers=lambda data: data.get("outcome") == "denied", by_caller=True),
+):
     """A user's call of an MCP tool has ended, or was denied."""
-
-    TYPE = "tool.called"
-    SOURCES = (HOST,)
-    SUMMED = Summed("`outcome` denied", by="tool", covers=lambda data: data.get("outcome") == "denied", by_caller=True)
 
     outcome: Literal[
         "ok",
@@ -48,11 +46,8 @@ class ToolCalled(_Tool):
     """Duration from request to answer."""
 
 
-class ToolsApproved(RecordData):
+class ToolsApproved(RecordData, type="tools.approved", sources=(HOST,)):
     """What an MCP server offers was approved."""
-
-    TYPE = "tools.approved"
-    SOURCES = (HOST,)
 
     by: str
     """``uid:N`` of the caller."""

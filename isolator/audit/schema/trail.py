@@ -7,11 +7,8 @@ from typing import Any
 from isolator.audit.schema.base import ABSENT, AUDIT, BROKER, HOST, SUPERVISOR, RangeData, RecordData
 
 
-class AuditSeal(RangeData):
+class AuditSeal(RangeData, type="audit.seal", sources=(AUDIT,)):
     """A signature over all records since the seal before."""
-
-    TYPE = "audit.seal"
-    SOURCES = (AUDIT,)
 
     from_: int
     """First record that it covers."""
@@ -33,11 +30,8 @@ RETENTION = "retention"
 """``why`` of the gap that full files leave which are deleted because there are enough."""
 
 
-class AuditGap(RangeData):
+class AuditGap(RangeData, type="audit.gap", sources=(AUDIT, BROKER, HOST, SUPERVISOR)):
     """Records were lost, refused, cut off or retired, or the trail's files were touched from outside."""
-
-    TYPE = "audit.gap"
-    SOURCES = (AUDIT, BROKER, HOST, SUPERVISOR)
 
     count: int | None
     """Records that are missing here; null when nobody knows."""
@@ -67,11 +61,8 @@ class AuditGap(RangeData):
     """Names of the files that were deleted."""
 
 
-class AuditSummary(RecordData):
+class AuditSummary(RecordData, type="audit.summary", sources=(AUDIT,)):
     """Records beyond the budget of their cause, counted instead of written; ``plugin`` names it if there is one."""
-
-    TYPE = "audit.summary"
-    SOURCES = (AUDIT,)
 
     type: str
     """Type of the records."""

@@ -7,11 +7,8 @@ from typing import Literal
 from isolator.audit.schema.base import ABSENT, HOST, SUPERVISOR, RecordData
 
 
-class PluginAdded(RecordData):
+class PluginAdded(RecordData, type="plugin.added", sources=(SUPERVISOR,)):
     """A plugin was approved and registered."""
-
-    TYPE = "plugin.added"
-    SOURCES = (SUPERVISOR,)
 
     new: str
     """Digest."""
@@ -22,11 +19,8 @@ class PluginAdded(RecordData):
     """``uid:N`` of the caller."""
 
 
-class PackageResolved(RecordData):
+class PackageResolved(RecordData, type="package.resolved", sources=(HOST,)):
     """A package was fetched from its registry, in a cage, and staged."""
-
-    TYPE = "package.resolved"
-    SOURCES = (HOST,)
 
     by: str
     """``uid:N`` of the caller."""
@@ -38,11 +32,8 @@ class PackageResolved(RecordData):
     """Hashes that the registry names, by ``NAME@VERSION`` of all that it consists of; as the caller says."""
 
 
-class PluginPending(RecordData):
+class PluginPending(RecordData, type="plugin.pending", sources=(SUPERVISOR,)):
     """A found plugin, or a version that asks for more than the one in use, waits for approval."""
-
-    TYPE = "plugin.pending"
-    SOURCES = (SUPERVISOR,)
 
     version: str
     folder: str = ABSENT
@@ -57,11 +48,8 @@ class PluginPending(RecordData):
     """``uid:N`` of the caller."""
 
 
-class PluginApproved(RecordData):
+class PluginApproved(RecordData, type="plugin.approved", sources=(SUPERVISOR,)):
     """A waiting version, a changed binary or a policy was approved."""
-
-    TYPE = "plugin.approved"
-    SOURCES = (SUPERVISOR,)
 
     old: str
     """Digest in use."""
@@ -91,18 +79,12 @@ class _Exchanged(RecordData):
     """Of the effective policy now."""
 
 
-class PluginUpdated(_Exchanged):
+class PluginUpdated(_Exchanged, type="plugin.updated", sources=(SUPERVISOR,)):
     """Another version is in use and came up."""
 
-    TYPE = "plugin.updated"
-    SOURCES = (SUPERVISOR,)
 
-
-class PluginDeclined(RecordData):
+class PluginDeclined(RecordData, type="plugin.declined", sources=(SUPERVISOR,)):
     """A version that waited for approval was refused and is not kept."""
-
-    TYPE = "plugin.declined"
-    SOURCES = (SUPERVISOR,)
 
     new: str
     """Digest that waited."""
@@ -111,18 +93,12 @@ class PluginDeclined(RecordData):
     """``uid:N`` of the caller."""
 
 
-class PluginRolledBack(_Exchanged):
+class PluginRolledBack(_Exchanged, type="plugin.rolled_back", sources=(SUPERVISOR,)):
     """An earlier version is in use again: on demand, or because the new one did not come up."""
 
-    TYPE = "plugin.rolled_back"
-    SOURCES = (SUPERVISOR,)
 
-
-class PluginRemoved(RecordData):
+class PluginRemoved(RecordData, type="plugin.removed", sources=(SUPERVISOR,)):
     """A plugin was stopped and removed with its state."""
-
-    TYPE = "plugin.removed"
-    SOURCES = (SUPERVISOR,)
 
     old: str
     """Digest."""
@@ -130,11 +106,8 @@ class PluginRemoved(RecordData):
     """``uid:N`` of the caller."""
 
 
-class PluginRejected(RecordData):
+class PluginRejected(RecordData, type="plugin.rejected", sources=(SUPERVISOR,)):
     """A found plugin, or an edited policy, has an error."""
-
-    TYPE = "plugin.rejected"
-    SOURCES = (SUPERVISOR,)
 
     reason: str
     folder: str = ABSENT

@@ -6,14 +6,7 @@ import re
 from typing import Self
 
 from isolator.broker.gate.watch import Judge
-from isolator.broker.sniff import (
-    Hello,
-    Malformed,
-    Request,
-    RequestState,
-    Sniffer,
-    SnifferState,
-)
+from isolator.broker.sniff import Hello, Malformed, Request, Sniffer, SnifferState
 from isolator.ipc.body import Body
 from isolator.ipc.succession import to_bytes, to_text
 
@@ -34,7 +27,7 @@ class HttpState(Body):
     left: int
     expected: str
     line: str
-    offer: RequestState | None
+    offer: Request | None
     answer: str
     unread: str
 
@@ -57,11 +50,9 @@ class HttpWatch:
         self._begin(first)
 
     def pass_on(self) -> HttpState:
-        offer = self._offer
         return HttpState(
             waiting=self.waiting, listening=self.listening, held=to_text(self.held), head=self._head.pass_on(),
-            left=self._left, expected=self._expected, line=to_text(self._line),
-            offer=RequestState(length=offer.length, connect=offer.connect, upgrade=offer.upgrade) if offer else None,
+            left=self._left, expected=self._expected, line=to_text(self._line), offer=self._offer,
             answer=to_text(self._answer), unread=to_text(self._unread),
         )  # fmt: skip
 
@@ -73,8 +64,7 @@ class HttpWatch:
         watch.held += to_bytes(state.held)
         watch._head = Sniffer.taken_over(state.head)
         watch._line += to_bytes(state.line)
-        offer = state.offer
-        watch._offer = Request(offer.length, offer.connect, offer.upgrade) if offer is not None else None
+        watch._offer = state.offer
         watch._answer += to_bytes(state.answer)
         watch._unread = to_bytes(state.unread)
         return watch

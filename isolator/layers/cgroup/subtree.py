@@ -105,16 +105,12 @@ def open_subtree(name: str, *, optional: frozenset[str] = frozenset()) -> Subtre
     """
     found = find_hierarchies()
     if found.unified is None:
-        raise ConfinementError(
-            "control groups", "no cgroup v2 hierarchy is mounted",
-            "mount one: 'mount -t cgroup2 none /sys/fs/cgroup/unified', or boot with systemd",
-        )  # fmt: skip
+        remedy = "mount one: 'mount -t cgroup2 none /sys/fs/cgroup/unified', or boot with systemd"
+        raise ConfinementError("control groups", "no cgroup v2 hierarchy is mounted", remedy)
     missing = [c for c in LIMITING if c not in found.v2 and c not in found.v1 and c not in optional]
     if missing:
-        raise ConfinementError(
-            "control groups", f"no {', '.join(missing)} controller in cgroup v2 or v1",
-            "enable it on the kernel command line (cgroup_enable=memory) or ask the container's operator for it",
-        )  # fmt: skip
+        remedy = "enable it on the kernel command line (cgroup_enable=memory) or ask the container's operator for it"
+        raise ConfinementError("control groups", f"no {', '.join(missing)} controller in cgroup v2 or v1", remedy)
     on_v2 = frozenset(c for c in LIMITING if c in found.v2)
     base = found.unified
     if on_v2:
@@ -199,17 +195,14 @@ def _take_scope() -> Path:
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if result.returncode != 0:
-        raise ConfinementError(
-            "control groups", f"systemd gave no delegated scope ({result.stderr.strip()})",
-            "run it as a unit with Delegate=yes, or through 'systemd-run --scope -p Delegate=yes'",
-        )  # fmt: skip
+        remedy = "run it as a unit with Delegate=yes, or through 'systemd-run --scope -p Delegate=yes'"
+        raise ConfinementError("control groups", f"systemd gave no delegated scope ({result.stderr.strip()})", remedy)
     # The job runs after the reply. A move into another group wakes nobody, so it is polled for.
     deadline = time.monotonic() + 10
     while Path("/proc/self/cgroup").read_text() == before:
         if time.monotonic() > deadline:
-            raise ConfinementError(
-                "control groups", "systemd did not move us into our scope in 10 s", "see its journal"
-            )
+            why = "systemd did not move us into our scope in 10 s"
+            raise ConfinementError("control groups", why, "see its journal")
         time.sleep(0.005)
     unified = find_hierarchies().unified
     assert unified is not None
@@ -228,7 +221,5 @@ def _enable(group: Path, controllers: frozenset[str]) -> None:
             if controller == "io":
                 continue  # wanted, not needed
             why = "other processes are in it" if error.errno == errno.EBUSY else error.strerror
-            raise ConfinementError(
-                f"control group {group}", f"cannot enable {controller}: {why}",
-                "start the daemon as its systemd unit (isolator install), or from a group of its own",
-            ) from None  # fmt: skip
+            remedy = "start the daemon as its systemd unit (isolator install), or from a group of its own"
+            raise ConfinementError(f"control group {group}", f"cannot enable {controller}: {why}", remedy) from None

@@ -27,6 +27,7 @@ from isolator.errors import ConfinementError, UnavailableError
 from isolator.layers.base import Control, Kept
 from isolator.layers.network.ruleset import PORT, TABLE, render
 from isolator.linux import netlink, netns, nftables
+from isolator.linux.descriptors import owning
 from isolator.linux.files import write_file
 from isolator.policy.destinations import Rules
 from isolator.policy.model import ListenRule, NetworkPolicy
@@ -299,12 +300,9 @@ def _build() -> CageNetwork:
 
 def _set_sysctls() -> None:
     """Write them below one look at their folder: its name is that of a folder for each namespace there is."""
-    folder = os.open("/proc/sys/net/ipv4", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with owning(os.open("/proc/sys/net/ipv4", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
         for name, value in _SYSCTLS.items():
             write_file(name, value, folder=folder)
-    finally:
-        os.close(folder)
 
 
 @functools.lru_cache(_MOST_READ)
@@ -367,9 +365,8 @@ def _host_listener(rule: ListenRule) -> socket.socket:
             errno.EADDRNOTAVAIL: "this host has no such address",
         }.get(error.errno or 0, error.strerror or str(error))
         where = f"[{rule.address}]" if ":" in rule.address else rule.address
-        raise UnavailableError(
-            f"listening on {where}:{rule.port}", why, "stop it, or grant another port in the policy's listen"
-        ) from None
+        remedy = "stop it, or grant another port in the policy's listen"
+        raise UnavailableError(f"listening on {where}:{rule.port}", why, remedy) from None
 
 
 def _detach(sockets: list[socket.socket]) -> list[int]:

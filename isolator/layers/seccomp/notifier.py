@@ -25,6 +25,7 @@ from isolator.base.pacing import TokenBucket
 from isolator.base.structs import struct_class
 from isolator.ipc.tasks import keep_in_thread, report
 from isolator.linux import netns, seccomp
+from isolator.linux.descriptors import owning
 
 AF_NETLINK, NETLINK_ROUTE = 16, 0
 _WORD = 0xFFFFFFFF
@@ -221,16 +222,13 @@ def _lend_netlink(listener: int, asked: seccomp.Notification) -> None:
     """
     kind = asked.args[1] & _WORD
     try:
-        network = os.open(f"/proc/{asked.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with owning(os.open(f"/proc/{asked.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)) as network:
             lines = Path(f"/proc/{asked.pid}/net/protocols").read_text().splitlines()
             if not seccomp.is_waiting(listener, asked):
                 return
             if sum(int(line.split()[2]) for line in lines if line.startswith("NETLINK ")) >= NETLINK_SOCKETS:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             made = netns.in_network(network, lambda: socket.socket(AF_NETLINK, kind & ~socket.SOCK_CLOEXEC, 0))
-        finally:
-            os.close(network)
         with made:
             flags = os.O_CLOEXEC if kind & socket.SOCK_CLOEXEC else 0
             seccomp.answer_with(listener, asked, made.fileno(), flags)

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from isolator.policy import model
 from isolator.policy.destinations import never_reachable
 from isolator.policy.frozen import Frozen
 from isolator.policy.grant import PluginPolicy
 from isolator.policy.host import HostConfig
 from isolator.policy.keys import SWITCHES
 from isolator.policy.meet.bounds import Bounds
-from isolator.policy.model import (
-    EffectivePolicy,
-    FilesystemPolicy,
-    ListenRule,
-    NetworkPolicy,
-    ResourcePolicy,
-    RestartPolicy,
-)
 
 
 def compose(
-    plugin: str, bounds: Bounds, grant: PluginPolicy, host: HostConfig, listen: tuple[ListenRule, ...]
-) -> EffectivePolicy:
+    plugin: str, bounds: Bounds, grant: PluginPolicy, host: HostConfig, listen: tuple[model.ListenRule, ...]
+) -> model.EffectivePolicy:
     """The effective policy that allows what ``bounds`` allow; ``listen``: the ports that are forwarded."""
     rules = tuple(rule for rule in bounds.egress.rules if never_reachable(rule, host.exceptions, host.virtual) is None)
     mode: Literal["none", "listed", "public"] = "public" if bounds.egress.public else "listed" if rules else "none"
@@ -40,18 +33,20 @@ def compose(
     def declared(section: type[Frozen]) -> dict[str, Any]:
         return {name: values[name] for name in section.model_fields if name in values}
 
-    return EffectivePolicy(
+    return model.EffectivePolicy(
         plugin=plugin,
         hooks=bounds.hooks,
         permissions=bounds.permissions,
-        network=NetworkPolicy(mode=mode, egress=rules, listen=listen, **reaching, **declared(NetworkPolicy)),
-        resources=ResourcePolicy(memory_high=values["memory"] * 7 // 8, **declared(ResourcePolicy)),
-        filesystem=FilesystemPolicy(read=bounds.read, **declared(FilesystemPolicy)),
+        network=model.NetworkPolicy(
+            mode=mode, egress=rules, listen=listen, **reaching, **declared(model.NetworkPolicy)
+        ),
+        resources=model.ResourcePolicy(memory_high=values["memory"] * 7 // 8, **declared(model.ResourcePolicy)),
+        filesystem=model.FilesystemPolicy(read=bounds.read, **declared(model.FilesystemPolicy)),
         syscalls="strict" if bounds.strict else "default",
-        restart=RestartPolicy(**(host.restart.model_dump() | grant.restart | declared(RestartPolicy))),
+        restart=model.RestartPolicy(**(host.restart.model_dump() | grant.restart | declared(model.RestartPolicy))),
         env=grant.env,
         filters=bounds.filters,
         tools=grant.tools,
         callers=grant.callers,
-        **declared(EffectivePolicy),
+        **declared(model.EffectivePolicy),
     )

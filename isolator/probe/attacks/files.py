@@ -99,15 +99,7 @@ def host_load(promise: Promise) -> str:
 
 @attempt("proc", "read settings of the host's kernel that no program needs")
 def host_settings(promise: Promise) -> str:
-    for name in (
-        "fs/file-nr",
-        "fs/dentry-state",
-        "kernel/core_pattern",
-        "kernel/modprobe",
-        "kernel/sysrq",
-        "dev",
-        "debug",
-    ):
+    for name in "fs/file-nr fs/dentry-state kernel/core_pattern kernel/modprobe kernel/sysrq dev debug".split():
         if os.path.exists(f"/proc/sys/{name}"):
             return f"/proc/sys/{name} is there"
     raise Held("none of them is there")

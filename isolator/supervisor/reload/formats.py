@@ -27,10 +27,8 @@ def newest_common(others: Iterable[int]) -> int:
     common = FORMATS.newest_common(others)
     if common is None:
         theirs = ", ".join(map(str, others)) or "none"
-        raise IsolatorError(
-            "reload", f"the new version takes over states of format {theirs}, this one hands over {FORMATS.present}",
-            "go over a version between them, or restart the daemon",
-        )  # fmt: skip
+        why = f"the new version takes over states of format {theirs}, this one hands over {FORMATS.present}"
+        raise IsolatorError("reload", why, "go over a version between them, or restart the daemon")
     return common
 
 

@@ -56,10 +56,8 @@ class Program:
                     raise IsolatorError(self.path, f"{part}: {error.strerror}", "install it again") from None
                 open_to_all = found.st_mode & 0o022 and not stat.S_ISLNK(found.st_mode)
                 if found.st_uid != 0 or (open_to_all and not found.st_mode & stat.S_ISVTX):
-                    raise IsolatorError(
-                        self.path, f"{part} can be written by somebody other than root, and root would run it",
-                        "install it in a folder of root's: isolator install",
-                    )  # fmt: skip
+                    why = f"{part} can be written by somebody other than root, and root would run it"
+                    raise IsolatorError(self.path, why, "install it in a folder of root's: isolator install")
         states = ((path, path.stat()) for path in resolved)
         return [(path, found.st_dev, found.st_ino, found.st_ctime_ns) for path, found in states]
 
