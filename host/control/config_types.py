@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import TypedDict
 
 from host.control.parameters import Request
 from host.control.plugin_types import ConfigItem
 from host.control.terms import Config, Name
-from isolator.base.structs import field
 
 
 class ConfigItems(TypedDict):

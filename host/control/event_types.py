@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from host.control.parameters import Flag, Number, Object, OneOf, Request, Text, Whole
 from host.control.terms import LARGEST, Name, OptionalText
 from isolator.audit.schema import MAX_ID
-from isolator.base.structs import field
 
 MAX_WAIT = 3600.0
 """Seconds that ``event.wait`` may take."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from host.control.parameters import Flag, ListOf, Object, Request, Text
 from host.control.terms import Name, Nothing
-from isolator.base.structs import field
 
 
 class Tools(TypedDict):

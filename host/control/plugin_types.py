@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from host.control.cluster_types import ClusterPlugin
 from host.control.parameters import Flag, ListOf, Object, Request, Whole
 from host.control.terms import Attempted, Config, Name, Nothing, OptionalText, Pause
-from isolator.base.structs import field
 
 
 class Pending(TypedDict):
@@ -182,7 +182,7 @@ class PluginStage(Request, verb="plugin.stage", role="operator", recorded=True, 
     update: OptionalText = None
     config: Config = field(default_factory=dict, repr=False)
     ticket: OptionalText = None
-    resolved: Annotated[dict[str, Any] | None, Object()] = field(default_factory=lambda: None, repr=False)
+    resolved: Annotated[dict[str, Any] | None, Object()] = field(default=None, repr=False)
 
 
 class PluginCommit(Request, verb="plugin.commit", role="operator", recorded=True, result=RegisteredPlugin):

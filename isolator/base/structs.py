@@ -15,16 +15,13 @@ _FIELDS, _DEFAULTS = "__struct_fields__", "__struct_defaults__"
 
 
 class _Field:
-    def __init__(self, make: Callable[[], Any] | None, shown: bool) -> None:
-        self.make, self.shown = make, shown
+    def __init__(self, make: Callable[[], Any] | None) -> None:
+        self.make = make
 
 
-def field(*, default_factory: Callable[[], Any] | None = None, init: bool = True, repr: bool = True) -> Any:
-    """A field whose default is made for each object anew; or (``init=False``) that ``__post_init__`` sets.
-
-    ``repr``: whether its value is part of the object's text.
-    """
-    return _Field(default_factory if init else None, repr)
+def field(*, default_factory: Callable[[], Any] | None = None, init: bool = True) -> Any:
+    """A field whose default is made for each object anew; or (``init=False``) that ``__post_init__`` sets."""
+    return _Field(default_factory if init else None)
 
 
 @dataclass_transform(field_specifiers=(field,))
@@ -53,11 +50,6 @@ def struct_class(*, frozen: bool = False) -> Callable[[type[T]], type[T]]:
         return cls
 
     return decorate
-
-
-def fields_of(cls: type) -> dict[str, bool]:
-    """The fields of a struct in their order, each with whether it may be left out."""
-    return {name: name in getattr(cls, _DEFAULTS) for name in getattr(cls, _FIELDS)}
 
 
 def replace(value: T, /, **changes: Any) -> T:
@@ -106,9 +98,8 @@ def _hash(self: Any) -> int:
 
 
 def _show(self: Any) -> str:
-    names, defaults = getattr(type(self), _FIELDS), getattr(type(self), _DEFAULTS)
-    shown = [name for name in names if not isinstance(one := defaults.get(name), _Field) or one.shown]
-    return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+    shown = (f"{name}={getattr(self, name)!r}" for name in getattr(type(self), _FIELDS))
+    return f"{type(self).__name__}({', '.join(shown)})"
 
 
 def _refuse(self: Any, name: str, *_: Any) -> None:
