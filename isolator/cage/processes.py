@@ -212,4 +212,3 @@ async def empty(leaf: Leaf) -> None:
     if leaf.populated():
         leaf.kill()
         await asyncio.to_thread(leaf.wait_empty, 5.0)
-
