@@ -82,9 +82,9 @@ class OneshotDelivery:
                 self._begin(plugin, delivery, request, *await self._connection())
         await self.answered()
 
-    def full(self) -> bool:
-        """Whether no other event can be sent before that which is on its way is answered."""
-        return self._current is not None
+    def room(self) -> float:
+        """Nothing while an event is on its way: no other can be sent before that is answered."""
+        return 0.0 if self._current is not None else 1.0
 
     def deliver_now(self, plugin: Plugin, hook: str, delivery: Delivery) -> bool:
         """Begin an attempt, which concludes by itself, if that takes no wait; returns whether it took none."""

@@ -86,9 +86,9 @@ class Requests(Generic[A]):
         self._most = 1 if self.outcomes.isolated_retries else plugin.most_in_flight
         return len(self.unanswered) < self._most
 
-    def full(self) -> bool:
-        """Whether another has to wait for the end of one that is in flight."""
-        return 0 < self._most <= len(self.unanswered)
+    def room(self) -> float:
+        """Share of what may be in flight that is free; without any another has to wait for the end of one."""
+        return 1 - len(self.unanswered) / self._most if self._most else 1.0
 
     async def slot(self, plugin: Plugin) -> None:
         """Wait until there is room; for one taker."""

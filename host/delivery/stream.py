@@ -98,7 +98,7 @@ class StreamDelivery:
         self._redact = redact
         self._session: _Session | None = None
         self._requests = Requests[Read](sidecar, outcomes, lambda reply: judge_reply(*reply))
-        self.full = self._requests.full
+        self.room = self._requests.room
         self.connecting = False
         """A connection is being made, and not greeted yet."""
         self._tasks = Tasks()

@@ -342,7 +342,7 @@ class Worker:
             self._sidecar.status = "idle"
             if self._sidecar.paused:
                 await self._until_resumed()
-            delivery = self._taken = await self._consumer.take(self._prepare, self._send_now, self._full)
+            delivery = self._taken = await self._consumer.take(self._prepare, self._send_now, self._room)
             if not self._gate.is_open:
                 await self._gate.wait_open()
             if self._sidecar.leaving:
@@ -385,9 +385,9 @@ class Worker:
             async with asyncio.timeout(self._backoff.next()):
                 await self._woken.wait()
 
-    def _full(self) -> bool:
-        """Whether the next delivery is sent at the earliest with the end of one that is on its way."""
-        return self._oneshot.full() or self._stream.full()
+    def _room(self) -> float:
+        """Share of what may be in flight that is free; without any the next delivery goes with the end of another."""
+        return self._oneshot.room() and self._stream.room()
 
     def _send_now(self, delivery: Delivery) -> bool:
         """Begin an attempt of a delivery, or conclude it, if that takes no wait; returns whether it took none."""

@@ -12,6 +12,10 @@ from host.queue.lane import Lane
 
 _PREFETCH = 64
 """Payloads that are read back together."""
+AMPLE, GATHER = 0.5, 0.0003
+"""Share of a taker's room that has to be free for it to be offered the next delivery at once, and seconds for which
+that waits otherwise. Those that go together then share a transaction, a packet of records and a write; and who takes
+many at a time has half of them meanwhile."""
 AT_ONCE = 64
 """Deliveries that are taken before others have a turn: of a backlog that is given up none is waited for."""
 
@@ -45,7 +49,9 @@ class SqliteConsumer:
         self._timer: asyncio.TimerHandle | None = None
         self._on_delivery_pending: Callable[[bool], Prepare | None] | None = None
         self._send_now: Callable[[Delivery], bool] | None = None
-        self._full: Callable[[], bool] = lambda: False
+        self._room: Callable[[], float] = lambda: 1.0
+        self._gathering: asyncio.TimerHandle | None = None
+        """Until the taker, which has little room, is offered the next delivery."""
         self._offering = False
         """The taker that waits is being offered deliveries."""
         self._closed = False
@@ -94,15 +100,15 @@ class SqliteConsumer:
             delivery.final = True
             return
         self._lane.add(delivery)
-        self._wake()
+        self._wake(AMPLE)
 
     async def take(
         self,
         on_delivery_pending: Callable[[bool], Prepare | None] | None = None,
         send_now: Callable[[Delivery], bool] | None = None,
-        full: Callable[[], bool] = lambda: False,
+        room: Callable[[], float] = lambda: 1.0,
     ) -> Delivery:
-        self._full = full
+        self._room = room
         loop = asyncio.get_running_loop()
         while True:
             if self._at_once == AT_ONCE:
@@ -134,7 +140,7 @@ class SqliteConsumer:
         self._lane.remove(delivery)
         self._rows.write(delivery, result, 0.0)
         if self._lane.has_next:
-            self._wake()
+            self._wake(AMPLE)
 
     def nak(self, delivery: Delivery, result: Result, *, delay: float) -> None:
         if delivery.final:
@@ -243,11 +249,18 @@ class SqliteConsumer:
         due = self._lane.next_due()
         self._timer = loop.call_at(due, self._wake) if due is not None else None
 
-    def _wake(self) -> None:
-        """Offer the taker that waits what may go now, or wake it."""
-        if self._waiter is None or self._waiter.done() or self._offering or self._full():
+    def _gathered(self) -> None:
+        self._gathering = None
+        self._wake()
+
+    def _wake(self, ample: float = 0.0) -> None:
+        """Offer the taker that waits what may go now, or wake it; a moment later if it has less than ``ample`` room."""
+        if self._waiter is None or self._waiter.done() or self._offering or (room := self._room()) <= 0:
             return
-        if self._send_now is None or not self._offer(self._send_now):
+        if room < ample:
+            if self._gathering is None:
+                self._gathering = asyncio.get_running_loop().call_later(GATHER, self._gathered)
+        elif self._send_now is None or not self._offer(self._send_now):
             self._waiter.set_result(None)
 
     def _offer(self, send_now: Callable[[Delivery], bool]) -> bool:
@@ -264,7 +277,7 @@ class SqliteConsumer:
                 if delivery.event is None or delivery.expires <= now or not send_now(delivery):
                     self._lane.put_back(delivery, delivery.due)
                     break
-                if self._full() or not self._lane.has_next:
+                if self._room() <= 0 or not self._lane.has_next:
                     return True
         finally:
             self._offering = False

@@ -163,7 +163,7 @@ class Consumer(Protocol):
         self,
         on_delivery_pending: Callable[[bool], Prepare | None] | None = None,
         send_now: Callable[[Delivery], bool] | None = None,
-        full: Callable[[], bool] = lambda: False,
+        room: Callable[[], float] = lambda: 1.0,
     ) -> Delivery:
         """Wait for the next delivery that may be sent now; its event is loaded.
 
@@ -172,7 +172,8 @@ class Consumer(Protocol):
         there: then its first attempt is counted with the event, and what it returns may be called meanwhile.
         ``send_now`` may be called while the taker waits, with a delivery that may be sent, and must not raise. It
         returns whether that is begun or concluded: then the taker goes on waiting, and else it takes the delivery.
-        While it is ``full`` it goes on waiting for the end of a delivery, with which it is offered the next.
+        ``room()`` is the share of what it may have at a time that is free. Without any it goes on waiting for the end
+        of a delivery, with which it is offered the next; with little, deliveries wait a moment to be offered together.
         """
 
     def ack(self, delivery: Delivery, result: Result) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from host.database.store import Store
+from host.queue import consumer as module
 from host.queue.consumer import AT_ONCE
 from host.queue.interface import Delivery, NewEvent, Result, Subscriber
 from host.queue.sqlite import SqliteQueue
@@ -52,9 +53,7 @@ async def test_backlog_that_is_given_up_leaves_the_loop_to_others(tmp_path: Path
     await store.close()
 
 
-async def test_taker_that_is_full_is_offered_the_next_with_the_end_of_a_delivery(
-    tmp_path: Path,
-) -> None:
+async def test_taker_without_room_is_offered_the_next_with_the_end_of_a_delivery(tmp_path: Path) -> None:
     store = Store(tmp_path / "host.db")
     queue = SqliteQueue(store)
     consumer = queue.consumer("p")
@@ -64,10 +63,10 @@ async def test_taker_that_is_full_is_offered_the_next_with_the_end_of_a_delivery
         sent.append(delivery)
         return True
 
-    def full() -> bool:
-        return bool(sent) and not sent[-1].final
+    def room() -> float:
+        return 1.0 if not sent or sent[-1].final else 0.0
 
-    taking = asyncio.create_task(consumer.take(None, send_now, full))
+    taking = asyncio.create_task(consumer.take(None, send_now, room))
     await asyncio.sleep(0)
     for key in "abc":
         await queue.accept(NewEvent("deploy.completed", "{}"), [Subscriber("p", key)])
@@ -79,6 +78,62 @@ async def test_taker_that_is_full_is_offered_the_next_with_the_end_of_a_delivery
     assert sent[1:] == [second] and second.taken
     consumer.term(second, Result("dead"))
     assert [delivery.seq for delivery in sent] == [1, 2, 3] and not taking.done()
+    taking.cancel()
+    await store.close()
+
+
+async def test_taker_with_little_room_is_offered_deliveries_together_and_never_lacks_half_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "GATHER", 3600.0)
+    store = Store(tmp_path / "host.db")
+    queue = SqliteQueue(store)
+    consumer = queue.consumer("p")
+    sent: list[Delivery] = []
+
+    def send_now(delivery: Delivery) -> bool:
+        sent.append(delivery)
+        return True
+
+    taking = asyncio.create_task(
+        consumer.take(None, send_now, lambda: 1 - sum(not delivery.final for delivery in sent) / 4)
+    )
+    await asyncio.sleep(0)
+    await asyncio.gather(
+        *(queue.accept(NewEvent("deploy.completed", "{}"), [Subscriber("p", None)]) for _ in range(8))
+    )
+    assert [delivery.seq for delivery in sent] == [1, 2, 3], "more than half of what it may have"
+    consumer.ack(sent[0], Result("ok"))
+    assert [delivery.seq for delivery in sent] == [1, 2, 3, 4, 5]
+    consumer.ack(sent[1], Result("ok"))
+    assert len(sent) == 5 and consumer._gathering is not None
+    consumer.ack(sent[2], Result("ok"))
+    assert [delivery.seq for delivery in sent] == [1, 2, 3, 4, 5, 6, 7]
+    consumer.ack(sent[3], Result("ok"))
+    consumer._gathering.cancel()
+    consumer._gathered()
+    assert len(sent) == 8 and not taking.done(), "after a moment all the same"
+    taking.cancel()
+    await store.close()
+
+
+async def test_delivery_that_waits_for_company_is_offered_after_a_moment(tmp_path: Path) -> None:
+    store, queue_filled = Store(tmp_path / "host.db"), asyncio.Event()
+    queue = SqliteQueue(store)
+    sent: list[int] = []
+
+    def send_now(delivery: Delivery) -> bool:
+        sent.append(delivery.seq)
+        if len(sent) == 4:
+            queue_filled.set()
+        return True
+
+    consumer = queue.consumer("p")
+    taking = asyncio.create_task(consumer.take(None, send_now, lambda: 1 - len(sent) / 4))
+    await asyncio.sleep(0)
+    for _ in range(4):
+        await queue.accept(NewEvent("deploy.completed", "{}"), [Subscriber("p", None)])
+    await asyncio.wait_for(queue_filled.wait(), seconds(5))
     taking.cancel()
     await store.close()
 

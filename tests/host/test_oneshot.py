@@ -103,7 +103,7 @@ async def test_request_is_begun_without_a_wait_where_a_connection_is_there_and_n
     near.setblocking(False)
     delivery._keep(near, "run")
     assert delivery.deliver_now(PLUGIN, "x.y", first) is True
-    assert delivery.full() and not delivery.deliver_now(PLUGIN, "x.y", second)
+    assert not delivery.room() and not delivery.deliver_now(PLUGIN, "x.y", second)
     waiting = asyncio.create_task(delivery.ping(60.0))
     await asyncio.sleep(0)
     assert not (plugin.ends or waiting.done()), "the plugin serves one at a time"
@@ -113,7 +113,7 @@ async def test_request_is_begun_without_a_wait_where_a_connection_is_there_and_n
     assert outcomes.concluded == ["ok"] and far.recv(1) == b""
     while not plugin.ends:  # noqa: ASYNC110 # a turn or two
         await asyncio.sleep(0)
-    assert not (delivery.full() or delivery.deliver_now(PLUGIN, "x.y", second)), "nothing ends with which it is offered"
+    assert delivery.room() and not delivery.deliver_now(PLUGIN, "x.y", second), "nothing ends with which it is offered"
     plugin.ends[0].sendall(b"{}\n")
     await waiting
     for end in (far, *plugin.ends):

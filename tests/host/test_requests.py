@@ -135,16 +135,16 @@ async def test_room_wakes_its_taker_and_announces_an_attempt_in_one_turn() -> No
     await asyncio.wait_for(taker, seconds(5))
 
 
-async def test_requests_are_full_from_the_last_that_is_allowed_until_one_of_them_ends() -> None:
+async def test_requests_leave_no_room_from_the_last_that_is_allowed_until_one_of_them_ends() -> None:
     made = Made()
-    assert not made.requests.full(), "nothing would end with which the next is offered"
+    assert made.requests.room() == 1.0, "nothing would end with which the next is offered"
     requests = []
     for seq in (1, 2):
-        assert made.requests.has_room(PLUGIN) and not made.requests.full()
+        assert made.requests.has_room(PLUGIN) and made.requests.room() > 0
         requests.append(made.send(seq))
-    assert made.requests.full()
+    assert made.requests.room() == 0
     requests[0].set_result(Outcome("ok"))
-    assert not made.requests.full()
+    assert made.requests.room() == 0.5
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["alone", "beside others"])

@@ -63,7 +63,7 @@ class ClusterConsumer(SqliteConsumer):
         self,
         on_delivery_pending: Callable[[bool], Prepare | None] | None = None,
         send_now: Callable[[Delivery], bool] | None = None,
-        full: Callable[[], bool] = lambda: False,
+        room: Callable[[], float] = lambda: 1.0,
     ) -> Delivery:
         """As ``SqliteConsumer.take``, but nothing is offered: a cursor notes a delivery before that can end."""
         return await super().take(on_delivery_pending)
