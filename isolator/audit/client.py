@@ -12,6 +12,7 @@ writer finds the event that was in flight (see cause.py).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
@@ -23,7 +24,7 @@ from functools import lru_cache
 from typing import Any
 
 from isolator.audit.schema import IDENTIFIERS, MAX_ID, AuditGap, RecordData
-from isolator.ipc.channel import MAX_PACKET
+from isolator.ipc.packet import MAX_PACKET, receive_anything
 from isolator.ipc.succession import Departure, Descriptors, SenderState
 
 MAX_PENDING = 20_000
@@ -89,6 +90,9 @@ class AuditClient:
         self._waiters: list[asyncio.Future[None]] = []
         self._send_blocked = False
         """The socket was full; the loop calls ``flush`` when it is writable."""
+        self._bell = -1
+        """A pipe that wakes the writer; -1: it has offered none, and is woken by each packet."""
+        self._ringing = False
         self._sock: socket.socket | None = None
         if sock is not None:
             self.reconnect(sock)
@@ -187,11 +191,21 @@ class AuditClient:
                 return
             self.sent += len(packet)
             self._unacked.extend(packet)
+            if self._bell >= 0 and not self._ringing:
+                self._ringing = True
+                self._loop.call_soon(self._ring)  # behind what is on record now, and is done in this turn
         if self._send_blocked and self._sock is not None:
             self._loop.remove_writer(self._sock)
             self._send_blocked = False
         if had and not self._pending:
             self._wake()
+
+    def _ring(self) -> None:
+        """Wake the writer."""
+        self._ringing = False
+        if self._bell >= 0:
+            with contextlib.suppress(OSError):  # full: it is awake; or closed: it has another, or none
+                os.write(self._bell, b"\0")
 
     def _next_packet(self) -> deque[bytes]:
         """Take all records that are pending, or as many as a packet holds."""
@@ -249,6 +263,7 @@ class AuditClient:
             self._loop.remove_writer(self._sock)
             self._sock.close()
             self._sock = None
+            self._take_bell(-1)
             self._set_blocked(AWAY)
 
     def hand_over(self) -> SenderState:
@@ -292,11 +307,13 @@ class AuditClient:
         total, changed = self._answered, False
         while self._sock is not None:
             try:
-                packet = self._sock.recv(4096)
+                packet, bells = receive_anything(self._sock, 4096)
             except BlockingIOError:
                 break
             except OSError:
-                packet = b""
+                packet, bells = b"", []
+            for bell in bells:
+                self._take_bell(bell)
             if not packet:
                 self.close()
                 break
@@ -314,6 +331,11 @@ class AuditClient:
         self._answered, self.acked = total, self.acked + fresh
         if changed or fresh:
             self._wake()
+
+    def _take_bell(self, bell: int) -> None:
+        if self._bell >= 0:
+            os.close(self._bell)
+        self._bell = bell
 
     def _set_blocked(self, why: str | None) -> None:
         if why != self.blocked:

@@ -213,15 +213,11 @@ class Writer:
         room = self._has_room
         for source in self._sources:
             wanted = room and source.open and not source.held and source.rest is None
-            # By their numbers: for the name of an object that it does not know the selector asks the kernel twice.
-            if wanted and not source.reading:
-                self._loop.add_reader(source.sock.fileno(), self._readable, source)
-            elif source.reading and not wanted:
-                self._loop.remove_reader(source.sock.fileno())
-            source.reading = wanted
+            source.listen(self._readable if wanted else None)
 
     def _readable(self, source: Source) -> None:
         before = source.received
+        source.hear()
         for _ in range(_PACKETS):
             packet = source.receive()
             if packet is None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,36 +11,15 @@ from typing import Any
 import pytest
 
 from isolator.audit import writer as module
-from isolator.audit.client import AuditClient
 from isolator.audit.commits import FileThread
-from isolator.audit.log import Limits, Trail
-from isolator.audit.writer import Writer
-from isolator.ipc import channel as ipc
-from isolator.paths import Paths
+from isolator.audit.log import Trail
 from tests.audit.any_record import any_record
-
-
-@asynccontextmanager
-async def _written(root: Path) -> AsyncIterator[tuple[Writer, AuditClient]]:
-    paths = Paths.of(root)
-    paths.audit_log.mkdir(parents=True)
-    paths.audit_lib.mkdir(parents=True, mode=0o700)
-    writer = Writer(paths, Limits())
-    await writer.open()
-    mine, theirs = ipc.pair()
-    writer.attach("host", theirs)
-    client = AuditClient(mine)
-    try:
-        async with asyncio.timeout(20):
-            yield writer, client
-    finally:
-        client.close()
-        await writer.stop()
+from tests.audit.own_writer import written
 
 
 async def test_quiet_socket_is_read_with_the_next_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_REST", 3600.0)
-    async with _written(tmp_path) as (_, client):
+    async with written(tmp_path) as (_, client):
         for number in range(3):
             client.record(any_record("event.accepted"), event_id=str(number))
             await client.durable()
@@ -61,7 +38,7 @@ async def test_socket_is_read_while_the_disk_does_not_answer(
         commit(trail, batches)
 
     monkeypatch.setattr(Trail, "commit", late)
-    async with _written(tmp_path) as (writer, client):
+    async with written(tmp_path) as (writer, client):
         try:
             for number in range(burst):
                 client.record(any_record("event.accepted"), event_id=str(number))
@@ -80,7 +57,7 @@ async def test_next_commit_waits_while_few_records_come_until_somebody_waits_for
 ) -> None:
     monkeypatch.setattr(module, "_LULL", 3600.0)
     monkeypatch.setattr(module, "_REST", 3600.0)
-    async with _written(tmp_path) as (writer, client):
+    async with written(tmp_path) as (writer, client):
         for number in range(3):
             client.record(any_record("event.accepted"), event_id=str(number))
             await client.flushed()
@@ -91,7 +68,7 @@ async def test_next_commit_waits_while_few_records_come_until_somebody_waits_for
 
 async def test_next_commit_comes_soon_while_many_records_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LULL", 3600.0)
-    async with _written(tmp_path) as (writer, client):
+    async with written(tmp_path) as (writer, client):
         for number in range(3):
             for _ in range(module._LULL_RECORDS):
                 client.record(any_record("event.accepted"), event_id=str(number))

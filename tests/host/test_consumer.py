@@ -99,9 +99,7 @@ async def test_taker_with_little_room_is_offered_deliveries_together_and_never_l
         consumer.take(None, send_now, lambda: 1 - sum(not delivery.final for delivery in sent) / 4)
     )
     await asyncio.sleep(0)
-    await asyncio.gather(
-        *(queue.accept(NewEvent("deploy.completed", "{}"), [Subscriber("p", None)]) for _ in range(8))
-    )
+    await asyncio.gather(*(queue.accept(NewEvent("deploy.completed", "{}"), [Subscriber("p", None)]) for _ in range(8)))
     assert [delivery.seq for delivery in sent] == [1, 2, 3], "more than half of what it may have"
     consumer.ack(sent[0], Result("ok"))
     assert [delivery.seq for delivery in sent] == [1, 2, 3, 4, 5]
