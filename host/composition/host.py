@@ -238,7 +238,7 @@ class Host:
         ]
         restore = {ApiRegister.spec.verb: api_verbs.restore, PluginStage.spec.verb: registrations.restore}
         self._control = ControlServer(
-            endpoints, settings.role_of, audit.record, restore, debts.begin,
+            endpoints, settings.role_of, audit.record, restore, debts,
             console=settings.console.uid if settings.console is not None else None, may_call=settings.may_call,
             shut_out=lambda uid: channel.tell(messages.ShutOut(uid=uid)),
         )  # fmt: skip
@@ -364,6 +364,7 @@ class Host:
         await self._watches.close()
         if self._member is not None:
             await self._member.close()
+        self._control.drop_debts()
         if not await self._store.close():
             why = f"the outcomes of deliveries could not be written: {self._store.blocked}"
             raise IsolatorError(str(self._store.path), why, "free the disk or the lock")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from host.control.endpoints import Belonging, Caller, QuickEndpoint, may
-from host.queue.owed import UNKNOWN
+from host.queue.owed import UNKNOWN, Owed
 from host.wire.lines import LineProtocol, LineState
 from host.wire.strict_json import WireError, line, parse_object
 from isolator.audit.schema import MAX_ID, ControlCalled
@@ -44,6 +44,8 @@ class _Open:
     changes: bool
     """Whether it goes on although its caller has gone: a change that ended in between would be on disk, and neither in
     this process nor on record."""
+    begun: Owed | None = None
+    """Its record, which is owed while it changes something."""
 
 
 _NO_METHOD, _FAILED = -32601, -32000
@@ -127,10 +129,21 @@ class Connection(LineProtocol):
         """Whether a request is open that could not be made again."""
         return any(request.line is None for request in self._tasks.values())
 
+    @property
+    def begun_anew(self) -> list[Owed]:
+        """The records owed of the requests that the successor of this process begins anew."""
+        requests = self._tasks.values() if self._lasts else ()
+        return [one.begun for one in requests if one.line is not None and one.begun is not None]
+
+    @property
+    def _lasts(self) -> bool:
+        """Whether it can be handed on."""
+        return self.is_open and self._caller is not None and not self._caller.follows
+
     def pass_on_all(self, departure: Departure) -> ConnectionState | None:
         """Hand the connection on, with the requests that are not answered; None when it is closed instead."""
         caller = self._caller
-        if not self.is_open or caller is None or caller.follows:
+        if caller is None or not self._lasts:
             self.end()
             return None
         again = []
@@ -215,15 +228,10 @@ class Connection(LineProtocol):
         data = _answer_line(number, result=result, error=error)
         (self.send_soon if self._open > 1 else self.send)(data)  # with others that are awaited, or at once
 
-    @property
-    def _present(self) -> _Open:
-        """The request of the task that asks."""
-        return self._tasks[cast(asyncio.Task[None], asyncio.current_task())]
-
     async def _serve(self, message: dict[str, Any]) -> None:
         caller, number, verb = self._caller, message.get("id"), message.get("method")
         assert caller is not None
-        verdict, record = "ok", self._server.record
+        verdict, present = "ok", self._tasks[cast(asyncio.Task[None], asyncio.current_task())]
         endpoint = self._server.endpoint(verb)
         spec = endpoint.request.spec if endpoint is not None else None
         try:
@@ -242,13 +250,12 @@ class Connection(LineProtocol):
                 await endpoint.there_is_room()
                 if self._server.leaving:
                     await asyncio.Event().wait()  # pass_on_all ends it, and the successor begins it
-                self._present.line = None
-            if spec.changes:
-                record = self._server.begin_call(*_called(caller, verb, params, UNKNOWN))
+                present.line = None
+            if spec.changes and self._server.debts is not None:
+                present.begun = self._server.debts.begin(*_called(caller, verb, params, UNKNOWN))
             answer = _answer_line(number, result=await endpoint.answer(request, caller))
         except IsolatorError as error:
-            repeated = self._present.line is not None
-            if self._server.leaving and repeated and isinstance(error, UnavailableError):
+            if self._server.leaving and present.line is not None and isinstance(error, UnavailableError):
                 await asyncio.Event().wait()  # the supervisor has broken it off, and the successor begins it anew
             verdict = error.code
             answer = _answer_line(number, error=error)
@@ -260,8 +267,11 @@ class Connection(LineProtocol):
             answer = _answer_line(number, error=failed)
         if verdict == "denied" or (spec is not None and spec.recorded):
             called, plugin = _called(caller, verb, message.get("params"), verdict)
-            # Urgent: a change is with the kernel, on its way to the trail, before its answer.
-            record(called, plugin=plugin, urgent=verdict == "ok")
+            urgent = verdict == "ok"  # a change is with the kernel, on its way to the trail, before its answer
+            if present.begun is not None and self._server.debts is not None:
+                self._server.debts.end(present.begun, called, urgent=urgent)
+            else:
+                self._server.record(called, plugin=plugin, urgent=urgent)
         self.send_soon(answer)
 
 

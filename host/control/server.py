@@ -21,8 +21,8 @@ from typing import Any
 
 from host.control.connection import Connection, ConnectionState, refusal
 from host.control.endpoints import AnyEndpoint, Caller
+from host.queue.owed import Debts
 from host.wire.lines import Acceptor
-from isolator.audit.schema import ControlCalled
 from isolator.base.pacing import TokenBucket
 from isolator.ipc.body import Body, Json
 from isolator.ipc.succession import Departure, Descriptors
@@ -55,11 +55,11 @@ class ControlState(Body):
 class ControlServer:
     """Server of the control socket.
 
-    ``role_of``: uid → role, or None for a stranger. ``record`` takes ``ControlCalled`` records; ``begin`` owes that of
-    a call that changes something, and returns what takes it. ``restore``: by verb, the function that takes over a
-    belonging of a caller from the host whose place this one takes. ``console``: uid of
-    the console. ``may_call``: whether a uid has the role ``caller``, which one may have besides another. ``shut_out``:
-    called with the uid of a stranger when such connect without end.
+    ``role_of``: uid → role, or None for a stranger. ``record`` takes ``ControlCalled`` records, and ``debts`` owes
+    those of calls that change something. ``restore``: by verb, the function that takes over a belonging of a caller
+    from the host whose place this one takes. ``console``: uid of the console. ``may_call``: whether a uid has the role
+    ``caller``, which one may have besides another. ``shut_out``: called with the uid of a stranger when such connect
+    without end.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ControlServer:
         role_of: Callable[[int], str | None],
         record: Callable[..., None],
         restore: Mapping[str, Callable[[Caller, Json], None]] | None = None,
-        begin: Callable[[ControlCalled, str | None], Callable[..., None]] | None = None,
+        debts: Debts | None = None,
         console: int | None = None,
         may_call: Callable[[int], bool] = lambda _: False,
         shut_out: Callable[[int], None] = lambda _: None,
@@ -82,7 +82,7 @@ class ControlServer:
         """No request is begun any more: another process takes this one's place."""
         self._endpoints = {endpoint.request.spec.verb: endpoint for endpoint in endpoints}
         self.role_of, self.may_call = role_of, may_call
-        self.record, self.begin_call = record, begin or (lambda *_: record)
+        self.record, self.debts = record, debts
         self._acceptor: Acceptor | None = None
         self._connections: set[Connection] = set()
         self._of_uid: Counter[int] = Counter()
@@ -158,6 +158,11 @@ class ControlServer:
         for connection in self._connections:
             connection.hold("leaving")
         return listener
+
+    def drop_debts(self) -> None:
+        """Owe no record of what ``pass_on`` has begun anew; the database, which is closed by then, is open still."""
+        if self.debts is not None:
+            self.debts.drop([one for connection in self._connections for one in connection.begun_anew])
 
     def pass_on(self, listener: socket.socket, departure: Departure) -> ControlState:
         """Hand the listener and every connection to the successor of this process; the answers are written before."""

@@ -178,23 +178,19 @@ class Store:
         if self._scheduled is None:
             # asyncio has no interface for that; all that waited for this turn is in there by now.
             self._alone = not (self._syncing or self._loop._ready)  # type: ignore[attr-defined]
-            self._scheduled = self._loop.call_soon(self._commit)
-
-    def commit(self) -> None:
-        """Commit all that is submitted; what cannot be written now is tried again until it can."""
-        self._commit()
+            self._scheduled = self._loop.call_soon(self.commit)
 
     def commit_alone(self) -> None:
         """Commit what is due a turn early, if nothing else of this turn can share it, and no sync is under way."""
         if self._alone:
-            self._commit()
+            self.commit()
 
     async def committed(self) -> None:
         """Return once all that is submitted so far is in the log: at once, unless the database cannot be written now.
 
         In the log it survives the end of this process, though not yet that of the machine.
         """
-        self._commit()
+        self.commit()
         written = not self._ops
         while not written:
             future: asyncio.Future[bool] = self._loop.create_future()
@@ -264,7 +260,7 @@ class Store:
 
         Raises sqlite3.Error and OSError.
         """
-        self._commit()
+        self.commit()
         while self._ops:
             await self.committed()
         source = files.connect(self.path)
@@ -279,9 +275,10 @@ class Store:
 
     def _commit_lazy(self) -> None:
         self._lazy = None
-        self._commit()
+        self.commit()
 
-    def _commit(self) -> None:
+    def commit(self) -> None:
+        """Commit all that is submitted; what cannot be written now is tried again until it can."""
         if self._scheduled is not None:
             self._scheduled.cancel()  # or it is this one
         self._scheduled, self._alone = None, False
@@ -395,7 +392,7 @@ class Store:
         for done in over:  # only now: who is told may write, which comes behind what is kept
             done(None, UnavailableError(str(self.path), f"cannot be written: {why}", "free the disk or the lock"))
         if self._ops and self._scheduled is None:
-            self._scheduled = self._loop.call_later(RETRY, self._commit)
+            self._scheduled = self._loop.call_later(RETRY, self.commit)
 
     def _start_sync(self, *, one_has_ended: bool = False) -> None:
         """Begin the sync that operations wait for; a checkpoint that is due begins where a sync has ended.
@@ -429,7 +426,7 @@ class Store:
     def _release(self, job: Sync[_Op]) -> None:
         if self._checkpoint is job:
             self._checkpoint = None
-            self._commit()
+            self.commit()
 
     def _synced(self, ops: list[_Op], error: OSError | None, harm: str | None) -> None:
         if harm is not None:
@@ -477,7 +474,7 @@ class Store:
             with contextlib.suppress(UnavailableError):
                 await self.run(lambda _: None)
         self._checkpoint = None
-        self._commit()
+        self.commit()
         self._closed = True
         written = not self._ops
         await self._wal.close()

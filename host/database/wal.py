@@ -91,7 +91,7 @@ class WriteAheadLog(Generic[Op]):
         self._under_way: list[Op] = []
         """Operations of the direct sync that is under way."""
         self._found: tuple[OSError | None, str | None] = (None, None)
-        """Error and harm found in the files, which are looked at while they are being synced."""
+        """Error and harm found in the files, which are looked at while they are written or synced."""
         self._ended = asyncio.Event()
         self._ended.set()
         with contextlib.suppress(OSError):

@@ -156,13 +156,13 @@ class Servers(Sessions):
             self._record(sent, "not_sent", str(error))
             raise UnavailableError(f"tool {tool}", str(error), "try again") from None
         except asyncio.CancelledError:
-            if not self._leaving:
+            if (uid, key) in self._calls:  # not handed on
                 self._record(sent, "cancelled", "the caller no longer waits")
             if sent.given_up:
                 raise cancelled(tool) from None
             raise
         finally:
-            del self._calls[uid, key]
+            self._calls.pop((uid, key), None)
         judged = protocol.judge(answer)
         self._record(sent, judged.verdict, judged.detail)
         if judged.verdict in ("input_required", "bad_reply"):
@@ -327,6 +327,7 @@ class Servers(Sessions):
         while self._starting:
             self._record(self._starting.pop(), "not_sent", "another host process takes over")
         calls = tuple(one.call for one in self._calls.values())
+        self._calls.clear()
         sessions = {**self._sessions, **self._greeted}
         states = {name: session.leave(departure) for name, session in sessions.items() if session.lasts}
         return ServersState(sessions=states, calls=calls)

@@ -158,15 +158,24 @@ class Debts:
         """Owe records no more, in a transaction."""
         db.executemany("DELETE FROM owed WHERE id=?", [(one.id,) for one in records])
 
-    def begin(self, called: ControlCalled, plugin: str | None) -> Callable[..., None]:
-        """Owe a record of a call that begins now, whose verdict is ``UNKNOWN``; the returned function makes it.
+    def begin(self, called: ControlCalled, plugin: str | None) -> Owed:
+        """Owe a record of a call that begins now, whose verdict is ``UNKNOWN``, until ``end``.
 
         It is owed when this returns, unless the database cannot be written at the moment, for which no call waits.
         """
         begun = owed(called, plugin)
-        self._store.submit(lambda db: self.note(db, [begun]))
-        self._store.commit()
-        return lambda record, **more: self._make([replace(begun, record=record)], urgent=more["urgent"])
+        if self._store.blocked is None:
+            self._store.submit(lambda db: self.note(db, [begun]))
+            self._store.commit()
+        return begun
+
+    def end(self, begun: Owed, called: ControlCalled, *, urgent: bool) -> None:
+        """Record a call whose verdict is known by now; ``urgent`` as for ``AuditClient.record``."""
+        self._make([replace(begun, record=called)], urgent=urgent)
+
+    def drop(self, begun: Sequence[Owed]) -> None:
+        """Owe no records of calls that the successor of this process begins anew, and records."""
+        self._store.submit(lambda db: self.forget(db, begun))
 
     def pay(self, records: Sequence[Owed]) -> None:
         """Record what was noted; its change is safe. Where there is no room for it, it is recorded once there is."""

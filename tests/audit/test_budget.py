@@ -51,6 +51,7 @@ async def test_refusals_beyond_the_budget_of_a_caller_are_summed_up(daemon: Daem
     await send(host, lambda _: refusal(1001), FLOOD)
     host.record(refusal(1002))
     host.record(refusal(1001, "ok"))
+    host.record(refusal(1001, "unknown"))
     await durable(host)
     await daemon.flush()
     await daemon.stop()
@@ -61,8 +62,9 @@ async def test_refusals_beyond_the_budget_of_a_caller_are_summed_up(daemon: Daem
     assert len(written) + sum(s["count"] for s in summaries) == FLOOD
     assert {(s["type"], s["source"], s["uid"]) for s in summaries} == {("control.called", "host", 1001)}
     assert all(s["by"] == {"plugin.list": s["count"]} and s["first"] <= s["last"] for s in summaries)
-    # Another caller's refusal, and what was done, stand for themselves.
-    assert [d["uid"] for d in of if d not in written] == [1002, 1001]
+    # Another caller's refusal, what was done, and what may have been, stand for themselves.
+    others = [(1002, "denied"), (1001, "ok"), (1001, "unknown")]
+    assert [(d["uid"], d["verdict"]) for d in of if d not in written] == others
     assert not daemon.of_type("audit.gap") and not check(daemon).misfits
 
 

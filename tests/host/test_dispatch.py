@@ -151,16 +151,14 @@ NEW_MAJOR = """
 import host.events as events
 from host.schemas.shape import Property, Record, Scalar
 from isolator.policy import request
-from isolator.reader import manifest
 fields = {"project_id": Property(Scalar("string"), True), "seconds": Property(Scalar("integer"), True)}
-request.API_MAJORS = manifest.API_MAJORS = (1, 2)
+request.API_MAJORS = (1, 2)
 down = {2: lambda payload: {"project_id": payload["project_id"], "took_ms": payload["seconds"] * 1000}}
 events.BUILT_IN += (events.EventType("test.built", Record("test.built", fields), "project_id", version=2, down=down),)
 """
 
 
 async def test_two_majors_of_a_payload_are_served_at_once(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isolator.policy.request.API_MAJORS", (1, 2))
     monkeypatch.setattr("isolator.policy.request.API_MAJORS", (1, 2))
     await daemon.kill_host()
     daemon.first = NEW_MAJOR

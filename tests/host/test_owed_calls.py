@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import sqlite3
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from host.database.store import Store
+from host.queue.owed import UNKNOWN, Debts
+from isolator.audit.client import AuditClient
+from isolator.audit.schema import ControlCalled
 from isolator.errors import IsolatorError
 from isolator.ipc import messages
 from tests.host.fake_supervisor import Daemon
@@ -77,6 +84,20 @@ async def test_call_whose_host_is_killed_is_on_record_once(daemon: Daemon, at: s
     assert (record["plugin"], said["uid"], said["role"], said["verdict"]) == ("one", 0, "operator", verdict)
 
 
+async def test_call_that_the_next_host_begins_anew_is_on_record_once(daemon: Daemon) -> None:
+    daemon.add("one", LATER)
+    daemon.write_trail(daemon.paths.audit_log)
+    daemon.starts_may_go_on.clear()
+    call = asyncio.create_task(daemon.ask("plugin.start", name="one"))
+    await daemon.until(lambda: daemon.ensured)
+    await daemon.exchange_host()
+    await daemon.until(lambda: len(daemon.ensured) == 2)
+    daemon.starts_may_go_on.set()
+    await call
+    await settled(daemon)
+    assert [one["data"]["verdict"] for one in called(daemon, "plugin.start")] == ["ok"]
+
+
 async def test_calls_that_are_answered_are_owed_no_more_and_what_fails_has_its_code(daemon: Daemon) -> None:
     daemon.add("one", LATER)
     await daemon.ask("plugin.stop", name="one")
@@ -96,6 +117,18 @@ async def test_call_waits_for_no_database_that_cannot_be_written(daemon: Daemon)
     await daemon.until(lambda: called(daemon, "plugin.stop"))
     await settled(daemon)
     assert len(called(daemon, "plugin.stop")) == 1
+
+
+async def test_calls_do_not_pile_up_before_a_database_that_cannot_be_written(tmp_path: Path) -> None:
+    store, nobody = Store(tmp_path / "host.db", fatal=lambda _: None), AuditClient(None)
+    debts, called = Debts(store, nobody, tmp_path), ControlCalled(verb="v", uid=0, pid=1, role=None, verdict=UNKNOWN)
+    with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        for _ in range(100):
+            debts.begin(called, None)
+        assert len(store._ops) == 1, "each is tried again with every further one, for as long as that takes"
+    debts.close()
+    await store.close()
 
 
 async def test_loss_of_the_database_is_on_record_although_its_host_is_killed_as_it_makes_one(daemon: Daemon) -> None:

@@ -69,7 +69,7 @@ async def test_commit_that_fails_is_tried_again_once_however_many_events_come_al
             store.commit_alone()
             await asyncio.sleep(0)
         due = [timer for timer in loop._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]
-        assert [timer._callback for timer in due] == [store._commit]
+        assert [timer._callback for timer in due] == [store.commit]
         other.execute("ROLLBACK")
     await store.run(lambda _: None)
     assert len(accepted) == 3 and None not in accepted
@@ -544,13 +544,13 @@ async def test_a_lock_held_by_somebody_delays_and_loses_nothing(store: Store) ->
 @contextlib.contextmanager
 def _largest_log(store: Store) -> Iterator[list[int]]:
     """The largest size of the write-ahead log after any commit; the list's only item."""
-    largest, apply = [0], store._commit
+    largest, apply = [0], store.commit
 
     def commit() -> None:
         apply()
         largest[0] = max(largest[0], os.stat(f"{store.path}-wal").st_size)
 
-    store._commit = commit  # type: ignore[method-assign]
+    store.commit = commit  # type: ignore[method-assign]
     yield largest
 
 

@@ -41,6 +41,7 @@ class Beginning:
     def __init__(self) -> None:
         nobody: Any = None
         self.audit, self.sent, self.callers = Audit(), list[str](), {7}
+        self.is_sent = asyncio.Event()
         effective = SimpleNamespace(callers=self.callers, tools=("t",))
         plugin = SimpleNamespace(name="srv", mode="mcp", effective=effective)
         registry = SimpleNamespace(get=lambda _: plugin, need=lambda _: plugin)
@@ -57,6 +58,7 @@ class Beginning:
 
     def _write(self, number: str, *_: Any) -> None:
         self.sent.append(number)
+        self.is_sent.set()
 
     async def begin(self) -> asyncio.Task[Any]:
         task = asyncio.create_task(self.servers.call("srv", "t", {}, 7, "k", None))
@@ -103,6 +105,24 @@ async def test_call_that_another_host_begins_anew_has_its_end_on_record_once() -
     with pytest.raises(asyncio.CancelledError):
         await task
     beginning.check_ended("not_sent")
+
+
+@pytest.mark.parametrize(
+    ("goes_on", "ends"), [(False, ["cancelled"]), (True, [])], ids=["before it is handed on", "once it is handed on"]
+)
+async def test_call_whose_caller_goes_as_its_host_leaves_has_its_end_on_record(goes_on: bool, ends: list[str]) -> None:
+    beginning = Beginning()
+    task = await beginning.begin()
+    beginning.audit.room.set()
+    await beginning.is_sent.wait()
+    beginning.servers.hold()
+    if goes_on:
+        assert [one.id for one in beginning.servers.pass_on(Departure()).calls] == [beginning.audit.made[0][2]]
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert [how for kind, how, _ in beginning.audit.made if kind == "tool.called"] == ends
+    assert [one.id for one in beginning.servers.pass_on(Departure()).calls] == []
 
 
 def trail(folder: Path, *records: tuple[str, str, str, str]) -> Path:

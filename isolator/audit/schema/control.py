@@ -43,7 +43,12 @@ class ControlCalled(
     RecordData,
     type="control.called",
     sources=(HOST,),
-    summed=Summed("`verdict` not ok", by="verb", covers=lambda data: data.get("verdict") != "ok", by_caller=True),
+    summed=Summed(
+        "`verdict` neither ok nor unknown",
+        by="verb",
+        by_caller=True,
+        covers=lambda data: data.get("verdict") not in ("ok", "unknown"),
+    ),
 ):
     """A verb of the control socket was called that changes something, or was denied."""
 
