@@ -32,8 +32,7 @@ class Ticks:
             await self._wanted.wait()
             await asyncio.sleep(SECONDS)
             self._wanted.clear()
-            for tick in list(self._ticks):
-                if not tick():
-                    self.drop(tick)
-            if self._ticks:
-                self._wanted.set()
+            due, self._ticks = self._ticks, {}
+            for tick in due:
+                if tick():
+                    self.want(tick)

@@ -47,7 +47,7 @@ from isolator.layers.stopwatch import Stopwatch
 from isolator.layers.user import User
 from isolator.linux.apart import apart
 from isolator.linux.descriptors import close_all
-from isolator.linux.readable import is_readable, readable
+from isolator.linux.readable import readable
 from isolator.recovery.journal import Entry
 
 if TYPE_CHECKING:
@@ -391,15 +391,12 @@ class Cage:
 
         A cage that has ended is passed over: how it ended, ``wait`` tells.
         """
-        if is_readable(self.processes.pidfd):
-            return
+        process = Process(self.pid)
         try:
             for layer in self._layers:
-                layer.confirm(self._process)
-            if self._cgroup in self._layers:
-                self._cgroup.confirm_again(self._process)
+                layer.confirm(process)
         except (ConfinementError, OSError, KeyError) as error:
-            if is_readable(self.processes.pidfd):
+            if process.ending:
                 return
             if isinstance(error, ConfinementError):
                 raise
@@ -436,8 +433,11 @@ class Cage:
         self.processes.kill()
 
     def detect_drift(self) -> str:
-        """Compare the running cage's groups and /proc with their making; returns the first difference, or nothing."""
-        if self.processes.exited.is_set():
+        """Compare the running cage's groups and /proc with their making; returns the first difference, or nothing.
+
+        Of one that is being made, or ends, there is none.
+        """
+        if not self.processes.lasts:
             return ""
         try:
             if self._cgroup in self._layers:
@@ -445,7 +445,7 @@ class Cage:
             if self._proc in self._layers:
                 return self._proc.detect_drift(self._process, self._runtime.proc_watch)
         except (ConfinementError, OSError) as error:
-            return "" if self.processes.ended.is_set() else str(error)
+            return "" if self._process.ending else str(error)
         return ""
 
     def refresh_figures(self, usage: Mapping[str, object]) -> None:
@@ -463,14 +463,11 @@ class Cage:
             if not self._loading.cancelled():
                 self._loading.exception()
             self._loading = None
-        if self._spare is not None and self._processes is None:
+        if self._spare is not None and self._processes is None and self._spare.link.fileno() >= 0:
             await self._reap_late_clone(self._spare)
         self._proc.unwatch()
         if self._processes is not None and not self._processes.exited.is_set():
             self._processes.kill()
-        if self._kept_by is not None:
-            self._kept_by.forget(self.spec.leaf)
-            self._kept_by = None
         if self.listener >= 0:
             os.close(self.listener)
             self.listener = -1
@@ -482,6 +479,9 @@ class Cage:
         if self._processes is not None:
             await self._processes.reap()
             self._processes = None
+        if self._kept_by is not None:
+            self._kept_by.forget(self.spec.leaf)
+            self._kept_by = None
         await self._spare.release()
         if self._cgroup.leaf is not None:
             await empty(self._cgroup.leaf)

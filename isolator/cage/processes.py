@@ -65,7 +65,7 @@ class CageProcesses:
         """Time of the sidecar's exec, by the monotonic clock; 0 before that."""
         self._status = status
         self._leaf = leaf
-        self._stopping = False
+        self._stopping = self._killed = False
         self._oom = -1
         self._oom_seen = False
         self._loop = asyncio.get_running_loop()
@@ -85,6 +85,11 @@ class CageProcesses:
     def memory_events(self) -> tuple[int, bool]:
         """The eventfd of ``watch_memory`` (-1: none), and whether the cage was ended for its memory."""
         return self._oom, self._oom_seen
+
+    @property
+    def lasts(self) -> bool:
+        """Whether its program has begun, and neither has pid 1 ended nor has anybody here ended the cage."""
+        return self.started > 0 and not (self._killed or self.exited.is_set())
 
     @property
     def uptime(self) -> float:
@@ -128,6 +133,7 @@ class CageProcesses:
 
     def kill(self) -> None:
         """End the whole cage at once: its group, and pid 1, in case somebody has moved processes to another group."""
+        self._killed = True
         if self._leaf is not None:
             self._leaf.kill()
         self.signal(signal.SIGKILL)

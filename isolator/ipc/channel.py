@@ -298,7 +298,7 @@ class Channel:
             if self._readable():
                 self._listen()
                 self._loop.call_soon(self._read_out)
-            else:
+            elif not self._exhausted:  # else what waits for descriptors is read later, and the end behind it
                 self._loop.call_soon(self.close)
 
     def _flush(self) -> None:

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from isolator.policy.model import EffectivePolicy
 
 ControlState = Literal["enforced", "degraded", "unavailable"]
+_EXITING = 4
+"""``PF_EXITING`` of linux/sched.h, in the flags of proc_pid_stat(5)."""
 
 
 @struct_class(frozen=True)
@@ -203,6 +205,14 @@ class Process:
     def mounts(self) -> dict[str, str]:
         """The lines of /proc/PID/mountinfo by their mount points; of several on one, the topmost."""
         return {line.split(" ", 5)[4]: line for line in self.read("mountinfo").splitlines()}
+
+    @property
+    def ending(self) -> bool:
+        """Whether it ends, or has: the kernel takes its groups and namespaces before it tells (do_exit)."""
+        try:
+            return bool(int(self.read("stat").rpartition(")")[2].split()[6]) & _EXITING)
+        except OSError:
+            return True
 
     def read(self, name: str) -> str:
         """The text of /proc/PID/``name``."""

@@ -2,8 +2,8 @@
 
 The kernel has an event for that: mountinfo of the process becomes ready (proc_pid_mountinfo(5)). It is polled by native
 asynchronous I/O (``IOCB_CMD_POLL``, Linux 4.18), which keeps the file open by itself: hundreds of namespaces take no
-descriptor, and to ask costs no more than to read a variable. An open mountinfo keeps its namespace, and the file
-systems mounted in it, until the watch ends.
+descriptor, and to ask is a system call that opens nothing. An open mountinfo keeps its namespace, and the file systems
+mounted in it, until the watch ends.
 """
 
 from __future__ import annotations

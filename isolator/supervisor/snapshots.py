@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from isolator.ipc.messages import Origin
+from isolator.ipc.tasks import report
 
 if TYPE_CHECKING:
     from isolator.supervisor.lifecycle.plugin import Plugin
@@ -40,7 +41,12 @@ async def keep_snapshots(table: PluginTable, runners: Runners | None, interval: 
             if time.monotonic() >= until:
                 await asyncio.sleep(0)
                 until = time.monotonic() + _TURN
-            if (run := _look_at(plugin)) is not None:
+            try:
+                run = _look_at(plugin)
+            except Exception as error:  # whatever it was, it is one plugin's; the others' turn comes
+                report(asyncio.get_running_loop(), "snapshots", error, f"; plugin {plugin.name} is left out")
+                continue
+            if run is not None:
                 used.append((plugin, run, run.use.latest))
                 if run.shown and (plugin.name not in comparing or comparing[plugin.name].done()):
                     comparing[plugin.name] = table.own(plugin.compare_files(), to_the_end=False)
@@ -64,7 +70,7 @@ def _look_at(plugin: Plugin) -> Run | None:
         if not run.exited:
             run.cage.refresh_figures(usage)
         changed = run.detect_drift()
-    except OSError as error:  # one plugin's; the others' turn comes
+    except OSError as error:
         logger.error("plugin %s: no snapshot: %s", plugin.name, error)
         return None
     if changed:

@@ -57,7 +57,8 @@ class Line:
         local_is_meant = ({"cidr": "127.0.0.1/32", "port": port},)
         rules = Rules(listed("93.184.216.34:80", f"127.0.0.1:{port}", exceptions=local_is_meant))
         self.cage = Outbound("r1", "tester", rules, Fence(), shared, self._fetch, sockets)
-        self.flow = Flow(client, IPv4Address("93.184.216.34"), 80, 0.0, server=server)
+        now = asyncio.get_running_loop().time()  # else it stands idle on a host that is up for a day
+        self.flow = Flow(client, IPv4Address("93.184.216.34"), 80, now, server=server)
 
     @staticmethod
     async def _fetch(count: int, version: int) -> list[socket.socket]:

@@ -56,6 +56,22 @@ async def test_cage_is_ticked_until_nothing_is_left_and_again_when_something_com
         await second.done.wait()
 
 
+async def test_cage_is_ticked_again_that_gets_something_to_look_after_in_its_tick(ticking: Ticks) -> None:
+    """As when the last flow is ended there, and that is counted."""
+    ticked = asyncio.Queue[None](2)
+
+    def tick() -> bool:
+        ticked.put_nowait(None)
+        if not ticked.full():
+            ticking.want(tick)
+        return False
+
+    ticking.want(tick)
+    async with asyncio.timeout(seconds(10)):
+        while not ticked.full():  # noqa: ASYNC110 # until both are there
+            await asyncio.sleep(0.001)
+
+
 async def test_cage_that_has_ended_is_not_ticked(ticking: Ticks) -> None:
     ended, other = Cage(0), Cage(2)
     ticking.want(ended.tick)

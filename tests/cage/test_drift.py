@@ -5,13 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
+import signal
 import subprocess
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import pytest
 
+from isolator.cage.cage import Cage
+from isolator.cage.warm_pool import Spare
+from isolator.errors import ConfinementError
+from isolator.layers.base import Process
+from isolator.layers.cgroup.layer import Cgroup
+from isolator.layers.network.layer import Network
 from isolator.layers.proc import layer
 from isolator.linux import aio
 from isolator.linux.mount_watch import MountWatch
@@ -102,12 +110,11 @@ def test_change_of_each_limit_is_noticed_and_its_mending_too(shared_dir: Path) -
     """Each file that the cage's groups are limited by, one after the other."""
 
     async def look(started: StartedCage) -> dict[str, list[str]]:
-        cgroup = started.cage._cgroup
         found = {}
-        for name, right in {**cgroup._caps, **cgroup._processor_caps}.items():
+        for name, right in started.cage._cgroup._caps.items():
             file = Path(name)
             wrong = "4096 10000" if file.name == "cpu.max" else str(int(right) // 2) if right.isdigit() else "1"
-            if not file.exists() or right == "0" or file.name in ("memory.oom.group", "memory.high"):
+            if not file.exists() or right == "0" or file.name == "memory.high":
                 continue
             looks = [started.cage.detect_drift()]
             try:
@@ -121,11 +128,83 @@ def test_change_of_each_limit_is_noticed_and_its_mending_too(shared_dir: Path) -
         return found
 
     found = asyncio.run(_with_cage(shared_dir, look))
-    assert "pids.max" in found and len(found) >= 3
+    assert "pids.max" in found and len(found) >= 3 and {"cpu.max", "cpu.cfs_quota_us"} & found.keys()
     optional = {"memory.swappiness", "memory.kmem.tcp.limit_in_bytes", "memory.memsw.limit_in_bytes"}
     for name, (before, changed, again, mended) in found.items():
         assert before == mended == "", name
         assert (name in changed and name in again) or name in optional, name
+
+
+def test_limit_of_a_cage_that_was_taken_over_is_compared(shared_dir: Path) -> None:
+    """Also that of the processor, which the cage is not born with."""
+
+    async def look(started: StartedCage) -> list[str]:
+        cgroup, process = Cgroup(started.session.runtime.subtree), Process(started.cage.pid)
+        cgroup.adopt(started.cage.spec, started.cage._cgroup.hand_over())
+        cgroup.confirm(process)
+        cgroup.confirm_again(process)
+        noticed = []
+        for name, right in cgroup.leaf.cpu_values(started.cage.spec.policy.resources).items():  # type: ignore[union-attr]
+            file = Path(name)
+            file.write_text("4096 10000" if file.name == "cpu.max" else str(int(right) // 2))
+            for look in (cgroup.confirm, cgroup.confirm_again):
+                with pytest.raises(ConfinementError, match=file.name):
+                    look(process)
+            file.write_text(right)
+            cgroup.confirm_again(process)
+            noticed.append(file.name)
+        return noticed
+
+    assert asyncio.run(_with_cage(shared_dir, look))
+
+
+SIZE = [("memory.max", "5000", "4096", True), ("memory.max", "5000", "0", False), ("memory.max", "8192", "4096", False)]
+SWITCH = [("memory.oom.group", "1", "0", False), ("pids.max", "65", "64", False), ("cpu.weight", "100", "99", False)]
+
+
+@pytest.mark.parametrize(("name", "wanted", "found", "equal"), [*SIZE, *SWITCH])
+def test_value_is_another_unless_the_kernel_has_rounded_a_size_to_whole_pages(
+    tmp_path: Path, name: str, wanted: str, found: str, equal: bool
+) -> None:
+    file = tmp_path / name
+    file.write_text(f"{found}\n")
+    with contextlib.nullcontext() if equal else pytest.raises(ConfinementError, match=name):
+        Cgroup(cast(Any, None))._confirm_all({str(file): wanted}, {})
+
+
+async def test_cage_that_is_being_made_or_ends_has_not_been_changed(shared_dir: Path) -> None:
+    """What is read of it then is not yet, or no longer, what it was made with."""
+    looks: list[str] = []
+
+    class Looked(Cage):
+        def _confirm_early(self, moment: str, spare: Spare) -> None:
+            looks.append(self.detect_drift())
+            super()._confirm_early(moment, spare)
+
+    for _ in range(10):
+        async with cage(shared_dir, ["sleep", "60"], cage_type=Looked) as started:
+            looks.append(started.cage.detect_drift())
+            os.kill(started.cage.pid, signal.SIGKILL)
+            select.select([started.cage.processes.pidfd], [], [])  # the event loop has not heard of it
+            looks.append(started.cage.detect_drift())
+    assert looks == [""] * 40
+
+
+async def test_cage_that_is_looked_at_as_it_is_removed_is_watched_no_longer(
+    shared_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cage(shared_dir, ["sleep", "60"]) as started:
+        assert not started.cage.detect_drift()
+        watch, release = started.session.runtime.proc_watch.mounts, Network.release
+        assert watch._requests
+
+        def look(network: Network) -> None:
+            assert not started.cage.detect_drift()
+            release(network)
+
+        monkeypatch.setattr(Network, "release", look)
+        await started.cage.release()
+        assert not watch._requests
 
 
 def test_limit_that_is_changed_by_way_of_another_cgroup_namespace_is_noticed(shared_dir: Path) -> None:

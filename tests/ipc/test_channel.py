@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
-import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -263,86 +261,6 @@ async def test_answer_that_comes_as_its_asker_is_cancelled_leaves_no_descriptor(
     assert descriptors() == before
     asked.close()
     theirs.close()
-
-
-def _take_every_descriptor() -> list[int]:
-    """Open /dev/null until no descriptor is free in this process."""
-    taken = []
-    try:
-        while True:
-            taken.append(os.open("/dev/null", os.O_RDONLY))
-    except OSError:
-        return taken
-
-
-@contextlib.contextmanager
-def _few_descriptors() -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 16, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
-async def test_notification_waits_until_its_descriptors_find_room(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looked = asyncio.Event()
-    listen = Channel._listen
-    monkeypatch.setattr(Channel, "_listen", lambda channel: (looked.set(), listen(channel)))
-    got: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
-    calls: list[str] = []
-
-    async def take(_: NewAuditSocket, fds: list[int]) -> None:
-        got.set_result(list(fds))
-        fds.clear()
-
-    async def ensure(request: EnsureRun) -> Running:
-        calls.append(request.name)
-        return Running(run="r", pid=1)
-
-    before = descriptors()
-    mine, theirs = pair()
-    with _few_descriptors():
-        asked = Channel(mine)
-        serving = Channel(theirs, by_op(NewAuditSocket.on_fds(take), EnsureRun.on(ensure)))
-        null = os.open("/dev/null", os.O_RDONLY)
-        asked.tell(NewAuditSocket(), fds=[null])
-        behind = asyncio.create_task(asked.ask(EnsureRun(name="behind"), timeout=20))
-        taken = _take_every_descriptor()
-        looked.clear()
-        await looked.wait()  # once more: it was looked at in vain before
-        assert not got.done() and not calls, "what comes behind it waits, too"
-        os.close(taken.pop())
-        (fd,) = await got
-        assert (await behind).run == "r"
-        assert caplog.messages == ["no descriptor is free to receive what peer sent; it waits"]
-        for left in (*taken, fd, null):
-            os.close(left)
-    asked.close()
-    serving.close()
-    await asyncio.sleep(0)
-    assert descriptors() == before
-
-
-async def test_request_whose_descriptors_find_no_room_is_refused_at_once() -> None:
-    async def take(_: NewAuditSocket, fds: list[int]) -> None:
-        raise AssertionError("the handler was called")
-
-    mine, theirs = pair()
-    with _few_descriptors():
-        asked, serving = Channel(mine), Channel(theirs, by_op(NewAuditSocket.on_fds(take)))
-        null = os.open("/dev/null", os.O_RDONLY)
-        asking = asyncio.create_task(asked.ask(NewAuditSocket(), fds=[null], timeout=20))
-        await asyncio.sleep(0)  # it is sent
-        taken = _take_every_descriptor()
-        with pytest.raises(IsolatorError, match="no descriptor is free"):
-            await asking
-        for fd in (*taken, null):
-            os.close(fd)
-    asked.close()
-    serving.close()
 
 
 @pytest.mark.parametrize("begun", ["essential", "essential_at_once"])

@@ -43,10 +43,9 @@ class Cgroup(Layer):
         """The v1 groups that the parked process is in; they become the leaf's."""
         self._disks: list[str] = []
         self._caps: dict[str, str] = {}
-        """The value of each file of the leaf."""
-        self._processor_caps: dict[str, str] = {}
+        """The value of each file of the leaf, of the processor's from ``cap_processor`` on."""
         self._confirmed: dict[str, bytes] = {}
-        """What was last found in order in each file that was read back."""
+        """The content of each file as of the last ``confirm`` that found all in order."""
         self._plugin = ""
 
     @classmethod
@@ -113,13 +112,14 @@ class Cgroup(Layer):
         self._limits = spec.policy.resources
         self.leaf = Leaf.under(self._subtree, spec.leaf, self._limits)
         self._disks = list(map(str, kept.values["disks"]))
-        self._caps, self._processor_caps = self.leaf.values(self._limits), self.leaf.cpu_values(self._limits)
+        self._caps = self.leaf.values(self._limits) | self.leaf.cpu_values(self._limits)
 
     def confirm(self, process: Process) -> None:
         assert self.leaf is not None
         # "N:controllers:path" a line; the leaf's name carries the run, so there is only one group of that name.
         place = f"/{self._subtree.unified.name}/{self.leaf.unified.name}"
-        lines = self._read(f"/proc/{process.pid}/cgroup").splitlines()
+        self._confirmed, read = {}, dict[str, bytes]()
+        lines = _read(f"/proc/{process.pid}/cgroup", read).splitlines()
         inside = {
             controller
             for controllers, path in (line.split(":", 2)[1:] for line in lines)
@@ -129,9 +129,10 @@ class Cgroup(Layer):
         for controller in ("", *self.leaf.v1):
             if controller not in inside:
                 raise mismatch(self.name, f"{controller or 'v2'} group", place, "another")
-        if (found := self._read(f"/proc/{process.pid}/oom_score_adj").strip()) != OOM_SCORE_ADJ:
+        if (found := _read(f"/proc/{process.pid}/oom_score_adj", read).strip()) != OOM_SCORE_ADJ:
             raise mismatch(self.name, "oom_score_adj", OOM_SCORE_ADJ, found)
-        self._confirm_all(self._caps)
+        self._confirm_all(self._caps, read)
+        self._confirmed = read
 
     def cap_processor(self) -> None:
         """Put the processor's cap in force and read it back: after the child has entered its layers, before its exec.
@@ -141,21 +142,16 @@ class Cgroup(Layer):
         assert self.leaf is not None
         if self._plugin in self._subtree.behind:
             self.leaf.put_behind()
-        self._processor_caps = self.leaf.cap_processor(self._limits)
-        self._confirm_all(self._processor_caps)
+        of_processor = self.leaf.cap_processor(self._limits)
+        self._confirm_all(of_processor, {})
+        self._caps, self._confirmed = self._caps | of_processor, {}
 
     def confirm_again(self, process: Process) -> None:
-        """Confirm the groups of a running cage, the processor's cap included; every file of them is read."""
+        """Confirm the groups of a running cage; every file of them is read."""
         with contextlib.suppress(OSError):
             if self._confirmed and all(read_raw(path) == found for path, found in self._confirmed.items()):
                 return
-        self._confirmed = {}
-        try:
-            self.confirm(process)
-            self._confirm_all(self._processor_caps)
-        except BaseException:
-            self._confirmed = {}
-            raise
+        self.confirm(process)
 
     @property
     def caps_disks(self) -> bool:
@@ -176,10 +172,11 @@ class Cgroup(Layer):
             return
         disk.confirm(self.leaf, self._limits, self._disks, pid)
 
-    def _confirm_all(self, values: dict[str, str]) -> None:
+    def _confirm_all(self, values: dict[str, str], read: dict[str, bytes]) -> None:
+        """Compare files with their values; what each has is put into ``read``."""
         for path, wanted in values.items():
             try:
-                found = self._read(path).strip()
+                found = _read(path, read).strip()
             except FileNotFoundError:
                 if os.path.basename(path) in OPTIONAL:
                     continue
@@ -188,10 +185,6 @@ class Cgroup(Layer):
             is_size = name.startswith("memory.")
             if found != wanted and not (is_size and _same_pages(found, wanted)) and name not in OPTIONAL:
                 raise mismatch(self.name, path, wanted, found)
-
-    def _read(self, path: str) -> str:
-        self._confirmed[path] = found = read_raw(path)
-        return found.decode()
 
     def release(self) -> None:
         """Remove the groups, which the cage has emptied."""
@@ -203,6 +196,12 @@ class Cgroup(Layer):
             self.leaf = None
 
 
+def _read(path: str, read: dict[str, bytes]) -> str:
+    read[path] = read_raw(path)
+    return read[path].decode()
+
+
 def _same_pages(found: str, wanted: str) -> bool:
-    """Whether two sizes are equal in whole pages, to which the kernel rounds down."""
-    return found.isdigit() and wanted.isdigit() and 0 <= int(wanted) - int(found) < os.sysconf("SC_PAGE_SIZE")
+    """Whether two sizes are equal in whole pages, to which the kernel rounds down; less than a page is none."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    return found.isdigit() and wanted.isdigit() and int(found) == int(wanted) // page * page > 0

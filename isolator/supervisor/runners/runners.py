@@ -20,6 +20,7 @@ from isolator.ipc.accept_loop import AcceptLoop
 from isolator.ipc.messages import Origin
 from isolator.ipc.packet import receive_anything
 from isolator.ipc.run_request import MAX_BYTES, error_fields, read_request
+from isolator.ipc.tasks import report
 from isolator.linux.descriptors import check_open
 from isolator.linux.peer import allow_only, peer_groups, peer_ids
 from isolator.linux.readable import readable
@@ -201,6 +202,8 @@ class Runners:
                 run.take_snapshot()
             except OSError as error:
                 logger.error("run %s of %s: no snapshot: %s", run.id, run.name, error)
+            except Exception as error:  # whatever it was, it is one run's; the others' turn comes
+                report(asyncio.get_running_loop(), "snapshots", error, f"; run {run.id} is left out")
 
     # --- one connection ----------------------------------------------------------------------------------------
 
