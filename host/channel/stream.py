@@ -87,8 +87,8 @@ class StreamConnection(LineProtocol):
         self._call = call
         self._breach = breach
         self._pending: dict[str, tuple[Reply, float] | None] = {}
-        """By number of each request whose reply may still come: who waits for it, and the loop time until which that
-        is; None: nobody does any more."""
+        """Waiter of each request whose reply may still come, by number, and the loop time until which it waits; None:
+        nobody does any more."""
         self._timer: asyncio.TimerHandle | None = None
         """Fires at the first deadline, or before it: one timer, for thousands of requests a second."""
         self._calls = OpenCalls(self._answered)

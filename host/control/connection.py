@@ -42,7 +42,7 @@ class _Open:
     line: bytes | None
     """Its line as long as it may be made again."""
     changes: bool
-    """Whether it goes on although its caller has gone: a change that ended in between would be on disk, and neither in
+    """True if it goes on although its caller has gone: a change that ended in between would be on disk, and neither in
     this process nor on record."""
     begun: Owed | None = None
     """Its record, which is owed while it changes something."""
@@ -137,7 +137,7 @@ class Connection(LineProtocol):
 
     @property
     def _lasts(self) -> bool:
-        """Whether it can be handed on."""
+        """True if it can be handed on."""
         return self.is_open and self._caller is not None and not self._caller.follows
 
     def pass_on_all(self, departure: Departure) -> ConnectionState | None:

@@ -67,7 +67,7 @@ def refreshed(before: Usage, folders: Sequence[Path], pid: int, *, settled: bool
 
 
 def _read(wanted: frozenset[str], names: Iterable[tuple[str, frozenset[str]]]) -> Iterator[Usage]:
-    """What the files tell that there are in the groups, first those of the first."""
+    """Figures of the files that there are in the groups, first those of the first."""
     for folder, there in names:
         for name in there & wanted:
             yield _FILES[name](_text(folder + name))

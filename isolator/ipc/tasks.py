@@ -76,7 +76,7 @@ async def opened_in_thread(make: Callable[[], list[int]]) -> list[int]:
 
 
 async def made_in_thread(make: Callable[[], T], undo: Callable[[T], object]) -> T:
-    """What ``make`` makes in a thread; what it makes for a caller who is cancelled meanwhile is undone."""
+    """Return what ``make`` makes in a thread; what it makes for a caller who is cancelled meanwhile is undone."""
 
     def undo_made(making: asyncio.Future[T]) -> None:
         if not making.cancelled() and making.exception() is None:

@@ -208,7 +208,7 @@ class Process:
 
     @property
     def ending(self) -> bool:
-        """Whether it ends, or has: the kernel takes its groups and namespaces before it tells (do_exit)."""
+        """Tell whether it ends, or has: the kernel takes its groups and namespaces before it tells (do_exit)."""
         try:
             return bool(int(self.read("stat").rpartition(")")[2].split()[6]) & _EXITING)
         except OSError:

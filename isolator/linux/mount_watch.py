@@ -24,7 +24,7 @@ class MountWatch:
     def __init__(self) -> None:
         self._context: Context | None = None
         self._requests: dict[int, Iocb] = {}
-        """By the numbers of the namespaces in which nothing has changed."""
+        """Requests by the numbers of the namespaces in which nothing has changed."""
         self._last = 0
         self._possible = True
 

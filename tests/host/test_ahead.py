@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from host.database import wal
 from host.database.store import Store
 from host.delivery.ahead import MadeAhead
 from host.queue import accepting
@@ -19,7 +18,7 @@ from host.queue.sqlite import SqliteQueue
 from isolator.errors import UnavailableError
 from isolator.linux.aio import FileSync
 from tests.host.fake_supervisor import Daemon
-from tests.host.syncs import unheard
+from tests.host.syncs import noted_steps, unheard
 from tests.support import sidecars
 from tests.support.timeouts import seconds
 
@@ -29,18 +28,8 @@ EVENT = {"project_id": "p1", "deployment_id": "d2", "url": "https://a.example", 
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is done with the log, in turn; on a busy machine, too, the disk writes for long."""
-    steps: list[str] = []
-    monkeypatch.setattr(wal, "DELAY", 100.0)
     monkeypatch.setattr(accepting, "WRITING", 100.0)
-    for name, real in (("write", FileSync.write_out), ("sync", FileSync.begin)):
-
-        def noted(sync: FileSync, name: str = name, real: Callable[[FileSync], None] = real) -> None:
-            steps.append(name)
-            real(sync)
-
-        monkeypatch.setattr(FileSync, {"write": "write_out", "sync": "begin"}[name], noted)
-    return steps
+    return noted_steps(monkeypatch)
 
 
 @pytest.fixture
@@ -81,7 +70,7 @@ async def test_requests_are_prepared_once_the_disk_writes_and_before_the_sync(st
 
     async with _takers(queue, prepare, sent):
         accepted = await _accept(queue)
-    assert steps == ["write", "prepare", "prepare", "prepare", "sync"]
+    assert steps == ["write_out", "prepare", "prepare", "prepare", "begin"]
     assert prepared == [accepted.event] * 3
     assert sent == NAMES
 
@@ -93,7 +82,7 @@ async def test_no_more_is_prepared_than_the_disk_takes_time_for(
     queue, sent = SqliteQueue(store), list[str]()
     async with _takers(queue, lambda _: steps.append("prepare"), sent):
         await _accept(queue)
-    assert steps == ["write", "prepare", "sync"]
+    assert steps == ["write_out", "prepare", "begin"]
     assert sent == NAMES
 
 
@@ -101,7 +90,7 @@ async def test_long_request_is_not_prepared(store: Store, steps: list[str]) -> N
     queue, sent = SqliteQueue(store), list[str]()
     async with _takers(queue, lambda _: steps.append("prepare"), sent):
         await _accept(queue, f'{{"project_id":"{"x" * accepting.LONG}"}}')
-    assert steps == ["write", "sync"]
+    assert steps == ["write_out", "begin"]
     assert sent == NAMES
 
 
@@ -111,13 +100,13 @@ async def test_nothing_is_prepared_for_an_event_behind_a_sync(store: Store, step
         first = asyncio.create_task(queue.accept(NewEvent("deploy.completed", "{}"), []))
         await asyncio.sleep(0)  # it is submitted
         await asyncio.sleep(0)  # it is committed
-        assert steps == ["write", "sync"]
+        assert steps == ["write_out", "begin"]
         with unheard(store):
             second = _accept(queue)
             await asyncio.sleep(0)
             await asyncio.sleep(0)
         await asyncio.gather(first, second)
-    assert steps == ["write", "sync", "sync"]
+    assert steps == ["write_out", "begin", "begin"]
     assert sent == NAMES
 
 
@@ -130,7 +119,7 @@ async def test_request_that_cannot_be_prepared_keeps_no_event_from_its_plugins(s
 
     async with _takers(queue, prepare, sent):
         await _accept(queue)
-    assert steps == ["write", "prepare", "prepare", "prepare", "sync"]
+    assert steps == ["write_out", "prepare", "prepare", "prepare", "begin"]
     assert sent == NAMES
 
 
@@ -150,7 +139,7 @@ async def test_what_was_prepared_is_not_sent_when_the_sync_fails(
             await _accept(queue)
         monkeypatch.setattr(FileSync, "end", real)
         await asyncio.sleep(0)
-    assert steps == ["write", "prepare", "prepare", "prepare", "sync"]
+    assert steps == ["write_out", "prepare", "prepare", "prepare", "begin"]
     assert sent == []
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from host.database.store import Store
 from host.queue.interface import NewEvent
 from host.queue.sqlite import SqliteQueue
 from isolator.linux.aio import FileSync
-from tests.host.syncs import unheard
+from tests.host.syncs import noted_steps, unheard
 from tests.support.timeouts import seconds
 
 
@@ -26,18 +26,8 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is done with the log, in turn; a machine that is busy with other things does not count as a slow disk."""
-    steps: list[str] = []
-    monkeypatch.setattr(wal, "DELAY", 100.0)
     monkeypatch.setattr(wal, "AVOID", 1000.0)
-    for name, real in (("write_out", FileSync.write_out), ("begin", FileSync.begin)):
-
-        def noted(sync: FileSync, name: str = name, real: Callable[[FileSync], None] = real) -> None:
-            steps.append(name)
-            real(sync)
-
-        monkeypatch.setattr(FileSync, name, noted)
-    return steps
+    return noted_steps(monkeypatch)
 
 
 async def _accept(queue: SqliteQueue) -> None:

@@ -18,7 +18,7 @@ _SAME_LOOK = 1.0
 
 
 class ProcWatch:
-    """What the looks at all cages share: the events of their mounts, and the names of the kernel's entries."""
+    """The shared part of the looks at all cages: the events of their mounts, and the names of the kernel's entries."""
 
     def __init__(self) -> None:
         self.mounts = MountWatch()

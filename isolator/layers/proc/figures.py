@@ -57,7 +57,7 @@ class Figures:
     _seen: tuple[float, int] = (0.0, 0)
     """Uptime and processor time, in µs, at the last refresh."""
     _shown: dict[str, Any] = field(default_factory=dict)
-    """What each file was made of when it was written last."""
+    """Values of which each file was made when it was written last."""
 
     @classmethod
     def of(cls, folder: int, limits: ResourcePolicy, processors: tuple[int, ...], boot_offset: int) -> Figures:

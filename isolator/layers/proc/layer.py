@@ -235,7 +235,7 @@ def names_in(process: Process) -> frozenset[str]:
 
 
 def uncovered(names: frozenset[str], mounts: Mapping[str, str]) -> list[str]:
-    """Those names in /proc on which nothing is mounted; ``mounts``: `Process.mounts`."""
+    """List those names in /proc on which nothing is mounted; ``mounts``: `Process.mounts`."""
     return sorted(name for name in names if f"/proc/{name}" not in mounts)
 
 
