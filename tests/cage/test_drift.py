@@ -8,7 +8,7 @@ import os
 import select
 import signal
 import subprocess
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -21,7 +21,7 @@ from isolator.layers.base import Process
 from isolator.layers.cgroup.layer import Cgroup
 from isolator.layers.network.layer import Network
 from isolator.layers.proc import layer
-from isolator.linux import aio
+from isolator.linux import aio, mount_watch
 from isolator.linux.mount_watch import MountWatch
 from isolator.policy.model import ResourcePolicy
 from tests.support.cage_fixture import StartedCage, cage, policy
@@ -274,20 +274,63 @@ async def _until(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-def test_beyond_the_room_and_without_the_kernels_help_nothing_is_called_unchanged(
+@contextlib.contextmanager
+def _in_namespaces(number: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Processes in mount namespaces of their own, each of which waits for a line and then mounts something."""
+    command = ["unshare", "--mount", "sh", "-c", "echo; read _; mount -t tmpfs none /mnt; echo; exec sleep 60"]
+    with contextlib.ExitStack() as stack:
+        processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(number)]
+        for process in processes:
+            stack.callback(process.communicate)
+            stack.callback(process.kill)
+        for process in processes:
+            assert process.stdout is not None and process.stdout.readline() == b"\n"
+        yield processes
+
+
+def test_watch_has_no_bound_and_what_ends_gives_its_room_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mount_watch, "_ROOM", 1)
+    with contextlib.closing(MountWatch()) as watch, _in_namespaces(1) as (process,):
+        numbers = [watch.begin(process.pid) for _ in range(300)]
+        assert all(map(watch.unchanged, numbers))
+        contexts = len(watch._contexts)
+        assert contexts > 1, "one had room for all"
+        for _ in range(5):
+            for number in numbers[::2]:
+                watch.end(number)
+            numbers[::2] = [watch.begin(process.pid) for _ in numbers[::2]]
+        assert all(map(watch.unchanged, numbers))
+        assert len(watch._contexts) <= contexts + 1, "what has ended still takes room"
+
+
+def test_change_of_one_namespace_among_many_is_heard_of_by_its_own_number_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from isolator.linux import mount_watch
+    monkeypatch.setattr(mount_watch, "_ROOM", 1)
+    with contextlib.closing(MountWatch()) as watch, _in_namespaces(3) as processes:
+        others = [watch.begin(processes[0].pid) for _ in range(100)]
+        numbers = [watch.begin(process.pid) for process in processes]
+        for number in others[::3]:
+            watch.end(number)
+        assert all(map(watch.unchanged, numbers))
+        second = processes[1]
+        assert second.stdin is not None and second.stdout is not None
+        second.stdin.write(b"\n")
+        second.stdin.flush()
+        assert second.stdout.readline() == b"\n"
+        asyncio.run(_until(lambda: not watch.unchanged(numbers[1])))
+        assert [watch.unchanged(number) for number in numbers] == [True, False, True]
+        again = watch.begin(second.pid)
+        assert again and watch.unchanged(again)
+        assert all(watch.unchanged(number) == (at % 3 != 0) for at, number in enumerate(others))
 
-    monkeypatch.setattr(mount_watch, "_ROOM", 2)
-    with contextlib.closing(MountWatch()) as watch:
-        numbers = []
-        while number := watch.begin(os.getpid()):
-            numbers.append(number)
-        assert len(numbers) >= 2 and all(map(watch.unchanged, numbers))
-        assert not watch.unchanged(0)
-        watch.end(numbers[0])
-        asyncio.run(_until(lambda: watch.unchanged(numbers[1]) and watch.begin(os.getpid()) > 0))
-    monkeypatch.setattr(aio, "_NUMBERS", {})
-    with contextlib.closing(MountWatch()) as watch:
-        assert watch.begin(os.getpid()) == 0 and not watch.unchanged(0)
+
+def test_without_the_kernels_help_nothing_is_called_unchanged_and_it_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with contextlib.closing(MountWatch()) as watch, _in_namespaces(1) as (process,):
+        with monkeypatch.context() as without:
+            without.setattr(aio, "_NUMBERS", {})
+            assert watch.begin(process.pid) == 0 and not watch.unchanged(0)
+        number = watch.begin(process.pid)  # as once another program has given some of fs.aio-max-nr back
+        assert number and watch.unchanged(number)

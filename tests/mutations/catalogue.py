@@ -529,9 +529,15 @@ MUTATIONS = (
         ),
         (
             "a watch outlasts its cage",
-            "self._context.cancel(request)",
+            "request[0].cancel(request[1])",
             "pass",
             "cage/test_drift.py::test_watch_keeps_a_namespace_until_it_ends_and_no_longer",
+        ),
+        (
+            "a watch that has ended takes its room for ever",
+            "self._hear(context)  # else",
+            "pass  # else",
+            "cage/test_drift.py::test_watch_has_no_bound_and_what_ends_gives_its_room_to_others",
         ),
     ),
     *_mutations(
