@@ -112,14 +112,13 @@ def _steps(work: Coroutine[Any, Any, None], awaited: Any) -> Generator[Any, Any,
 
 
 async def unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
-    """Return the outcome of ``work``; None when it was given up because ``stop`` is set."""
+    """Return the outcome of ``work``; None when it was given up because ``stop`` is set. It ends with its caller."""
     task = asyncio.create_task(work)
     stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    if not task.done():
-        task.cancel()
-        await asyncio.wait({task})
+    try:
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await cancel_all((task, stopped))
     return None if task.cancelled() else task.result()
 
 

@@ -79,6 +79,23 @@ async def test_failure_of_work_that_nobody_awaits_is_reported_unless_it_is_expec
     assert reported == ["refill has failed: ValueError('a fault')"]
 
 
+async def test_work_ends_with_its_caller_although_nothing_has_stopped_it() -> None:
+    begun, ended = asyncio.Event(), list[str]()
+
+    async def work() -> None:
+        try:
+            begun.set()
+            await asyncio.Event().wait()
+        finally:
+            ended.append("ended")
+
+    caller = asyncio.create_task(tasks.unless(asyncio.Event(), work()))
+    await begun.wait()
+    caller.cancel()
+    await asyncio.wait([caller])
+    assert caller.cancelled() and ended == ["ended"]
+
+
 async def test_work_that_begins_at_once_needs_a_task_only_where_it_waits() -> None:
     done: list[str] = []
 
