@@ -164,7 +164,7 @@ class ChildProcess:
     async def _fork(self) -> None:
         self.starts += 1
         async with self.zygotes.ready() as zygote:
-            self.current = self.spawn(zygote, self.ways.inherit())
+            self.current = await self.spawn(zygote, self.ways.inherit())
 
     async def _introduce(self) -> None:
         assert self.current is not None
@@ -314,7 +314,7 @@ class ChildProcess:
         if generation is not None:
             self.ways.succeeded()
 
-    def spawn(self, zygote: Zygote, inherited: dict[str, int]) -> Generation:
+    async def spawn(self, zygote: Zygote, inherited: dict[str, int]) -> Generation:
         """Start a process, which waits for its hello, with the descriptors; they are closed here."""
         spec = self.spec
         with FdSet(inherited.values()) as given:
@@ -327,7 +327,7 @@ class ChildProcess:
                 self._journal.record(Entry(leaf.unified.name, "service", tuple(map(str, leaf.folders()))))
                 leaf.create()
                 leaf.prefer()
-                process = zygote.fork(spec, inherited)
+                process = await zygote.fork(spec, inherited)
                 (leaf.unified / "cgroup.procs").write_text(str(process.pid))
             except BaseException:
                 mine.close()

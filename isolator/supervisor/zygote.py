@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _MODULE = "isolator.zygote.service"
 _ROOM = 256
 """Bytes that a service's command line has to fit in: it takes the place of the zygote's."""
-_ANSWER_SECONDS = 20.0
 _END_SECONDS = 5.0
 
 
@@ -43,15 +42,16 @@ class Zygote:
         )  # fmt: skip
         theirs.close()
         self._sock = mine
+        self._sock.setblocking(False)
+        self._turn = asyncio.Lock()
         self._is_ready = False
 
     async def ready(self) -> None:
         """Return when it has imported everything; raises UnavailableError."""
         if not self._is_ready:
-            await alive.answered(readable(self._sock.fileno()), self.process.pid, "zygote")
-            self._is_ready = self._answer()["ready"]
+            self._is_ready = (await self._answer(alive.START_TICKS))["ready"]
 
-    def fork(self, spec: ServiceSpec, descriptors: Mapping[str, int]) -> Child:
+    async def fork(self, spec: ServiceSpec, descriptors: Mapping[str, int]) -> Child:
         """A service's process, a child of this one; the descriptors stay the caller's. Raises UnavailableError.
 
         It goes as far forward on a contended processor as this process does.
@@ -60,11 +60,12 @@ class Zygote:
             "module": spec.module, "uid": spec.uid, "gid": spec.gid, "descriptors": list(descriptors),
             "environment": self.environment, "nice": os.getpriority(os.PRIO_PROCESS, os.getpid()),
         }  # fmt: skip
-        try:
-            send_packet(self._sock, json.dumps(order).encode(), list(descriptors.values()))
-        except OSError as error:
-            raise UnavailableError("zygote", f"takes no order: {error}", "see the daemon's log") from None
-        return Child(self._answer()["pid"])
+        async with self._turn:
+            try:
+                send_packet(self._sock, json.dumps(order).encode(), list(descriptors.values()))
+            except OSError as error:
+                raise UnavailableError("zygote", f"takes no order: {error}", "see the daemon's log") from None
+            return Child((await self._answer(alive.BUSY_TICKS))["pid"])
 
     async def end(self) -> None:
         """End it; one that hangs is killed after a moment."""
@@ -75,16 +76,26 @@ class Zygote:
         self.process.kill()
         self.process.wait()
 
-    def _answer(self) -> dict[str, Any]:
-        self._sock.settimeout(_ANSWER_SECONDS)
+    async def _answer(self, ticks: int) -> dict[str, Any]:
+        """Wait for an answer while it makes progress, else kill it: what comes late would be taken for the next one."""
         try:
-            packet, _ = receive_packet(self._sock)
-        except OSError as error:
-            raise UnavailableError("zygote", f"does not answer: {error}", "see the daemon's log") from None
+            packet = await alive.answered(self._receive(), self.process.pid, "zygote", ticks=ticks)
+        except BaseException:
+            self.process.kill()
+            raise
         answer: dict[str, Any] = json.loads(packet or b'{"problem": "it has ended"}')
         if "problem" in answer:
             raise UnavailableError("zygote", answer["problem"], "see the daemon's log")
         return answer
+
+    async def _receive(self) -> bytes:
+        while True:
+            try:
+                return receive_packet(self._sock)[0]
+            except BlockingIOError:
+                await readable(self._sock.fileno())
+            except OSError as error:
+                raise UnavailableError("zygote", f"does not answer: {error}", "see the daemon's log") from None
 
 
 class Zygotes:

@@ -42,8 +42,8 @@ async def test_nothing_is_left_of_a_process_that_cannot_be_put_into_its_group(su
     class Removed(Zygote):
         """Somebody removes the empty group while the process is forked."""
 
-        def fork(self, spec: ServiceSpec, descriptors: Mapping[str, int]) -> Child:
-            forked.append(super().fork(spec, descriptors))
+        async def fork(self, spec: ServiceSpec, descriptors: Mapping[str, int]) -> Child:
+            forked.append(await super().fork(spec, descriptors))
             (leaf,) = subtree.unified.glob("service.*")
             leaf.rmdir()
             return forked[-1]
@@ -56,7 +56,7 @@ async def test_nothing_is_left_of_a_process_that_cannot_be_put_into_its_group(su
         try:
             await zygote.ready()
             with pytest.raises(FileNotFoundError):
-                service.spawn(zygote, {})
+                await service.spawn(zygote, {})
         finally:
             await zygote.end()
         assert not journal.open
@@ -110,7 +110,7 @@ async def test_descriptors_of_a_process_that_cannot_be_begun_are_closed(subtree:
         resource.setrlimit(resource.RLIMIT_NOFILE, (given, limits[1]))
         try:
             with pytest.raises(OSError, match="Too many open files"):
-                service.spawn(nobody, {"given": given})
+                await service.spawn(nobody, {"given": given})
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         with pytest.raises(OSError, match="Bad file descriptor"):

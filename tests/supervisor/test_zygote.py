@@ -18,6 +18,7 @@ from isolator.errors import UnavailableError
 from isolator.linux import unprivileged
 from isolator.linux.child import Child, ended
 from isolator.linux.unprivileged import drop_privileges, service_command
+from isolator.supervisor import alive
 from isolator.supervisor.service import ServiceSpec
 from isolator.supervisor.zygote import Zygote, Zygotes
 from tests.support.timeouts import seconds
@@ -35,7 +36,7 @@ def report(sock: socket.socket) -> dict[str, Any]:
 async def forked(zygote: Zygote, spec: ServiceSpec = SPEC) -> tuple[Child, dict[str, Any]]:
     """A forked service, which has ended, and what it was."""
     mine, theirs = socket.socketpair()
-    child = zygote.fork(spec, {"report": theirs.fileno()})
+    child = await zygote.fork(spec, {"report": theirs.fileno()})
     theirs.close()
     with mine:
         shown = report(mine)
@@ -135,7 +136,7 @@ async def test_service_that_would_be_root_is_none() -> None:
     mine, theirs = socket.socketpair()
     async with Zygotes().ready() as zygote:
         with theirs:
-            child = zygote.fork(ServiceSpec("shown", SPEC.module, 0, 0), {"report": theirs.fileno()})
+            child = await zygote.fork(ServiceSpec("shown", SPEC.module, 0, 0), {"report": theirs.fileno()})
         await ended(child)
     with mine:
         assert (child.returncode, mine.recv(1)) == (1, b"")
@@ -165,6 +166,27 @@ async def test_zygote_that_was_killed_is_an_error_and_the_next_one_serves() -> N
             async with zygotes.ready() as zygote:
                 os.kill(zygote.process.pid, signal.SIGKILL)
                 await ended(zygote.process)
-                zygote.fork(SPEC, {"report": theirs.fileno()})
+                await zygote.fork(SPEC, {"report": theirs.fileno()})
+        async with zygotes.ready() as zygote:
+            await forked(zygote)
+
+
+async def test_zygote_that_hangs_holds_nobody_up_but_those_who_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop goes on meanwhile, and what it would have answered late is taken for nothing else."""
+    monkeypatch.setattr(alive, "TICK", seconds(0.02))
+    zygotes, turns = Zygotes(), 0
+    mine, theirs = socket.socketpair()
+    with mine, theirs:
+        async with zygotes.ready() as zygote:
+            os.kill(zygote.process.pid, signal.SIGSTOP)
+            orders = [asyncio.create_task(zygote.fork(SPEC, {"report": theirs.fileno()})) for _ in range(2)]
+            while not all(order.done() for order in orders):
+                await asyncio.sleep(0)
+                turns += 1
+            for order in orders:
+                with pytest.raises(UnavailableError, match="zygote: "):
+                    await order
+            assert turns > 100
+            await ended(zygote.process)
         async with zygotes.ready() as zygote:
             await forked(zygote)

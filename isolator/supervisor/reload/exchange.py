@@ -47,7 +47,7 @@ async def exchange(service: ChildProcess) -> None:
         if old is None or old.channel.closed.is_set() or not service.up.is_set():
             raise UnavailableError(name, "is not up", "try again when it is")
         async with service.zygotes.ready() as zygote:
-            new = service.spawn(zygote, service.ways.succession())
+            new = await service.spawn(zygote, service.ways.succession())
         try:
             readable = await service.first_answer(new.channel.ask(ReadFormats()), new)
         except BaseException:

@@ -63,9 +63,9 @@ def main() -> None:
     spawn, hold, go_on, part = ChildProcess.spawn, ChildProcess.hold, ChildProcess.go_on, Passage.part
     first_answer = ChildProcess.first_answer
 
-    def spawned(self: ChildProcess, zygote: Zygote, inherited: dict[str, int]) -> Generation:
+    async def spawned(self: ChildProcess, zygote: Zygote, inherited: dict[str, int]) -> Generation:
         exchanged = self.changing.locked()
-        made = spawn(self, zygote, inherited)
+        made = await spawn(self, zygote, inherited)
         if exchanged:
             present.update(service=self, old=self.current, new=made)
             reached("loading")
