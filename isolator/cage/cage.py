@@ -18,9 +18,8 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from isolator.base.structs import struct_class
@@ -29,6 +28,7 @@ from isolator.cage.runtime import CageRuntime
 from isolator.cage.warm_pool import Spare, not_parked
 from isolator.errors import ConfinementError, ExecError
 from isolator.ipc.packet import receive_packet, send_packet
+from isolator.ipc.tasks import unless
 from isolator.launcher.client import Clone, Launcher, clone_remedy, exec_remedy
 from isolator.layers.base import CageSpec, Kept, Layer, Process
 from isolator.layers.capabilities import Capabilities
@@ -145,27 +145,34 @@ class Cage:
     async def __aexit__(self, *_: object) -> None:
         await self.release()
 
-    async def reserve(self) -> bool:
-        """Take a parked process for the cage, before ``start`` does; True. Nothing of a plugin runs in it.
+    async def start(self, stop: asyncio.Event | None = None) -> bool:
+        """Build the cage and exec; returns True once exec has happened, False if nothing runs because of ``stop``.
 
-        It may take as long as the launcher hangs. Who is cancelled waits no longer: what comes of it is removed then.
+        Once that is set nobody waits any more for a process that may hang: launcher, parked process, broker. What was
+        begun is removed by ``release``. If the program may have begun, the cage is killed, and ``wait`` tells that it
+        was stopped. Raises ConfinementError, and whatever ``admit`` and ``handover`` raise.
         """
-        if self._spare is None:
-            self._spare = await self._runtime.pool.take(self._names, self.spec.policy.network, self._journalled)
+        stop = stop or asyncio.Event()
+        try:
+            if not await unless(stop, self._build()):
+                return False
+            self._admit()
+            await self._execute(stop)
+        finally:
+            if self._runtime.keep_warm and self._spare is not None:
+                self._runtime.pool.refill(self._names)
         return True
 
-    async def start(self) -> None:
-        """Build the cage and exec; returns when exec has happened."""
+    async def _build(self) -> bool:
+        """Build the cage, up to the exec; True."""
         mark = Stopwatch(self.steps)
-        spec, runtime = self.spec, self._runtime
-        await self.reserve()
-        spare = self._spare
-        assert spare is not None
+        spec = self.spec
+        spare = self._spare = await self._runtime.pool.take(self._names, spec.policy.network, self._journalled)
         self._network.network, self._cgroup.ahead = spare.network, spare.groups
         self._namespaces.parked = spare.pid
         self._proc.folder = spare.figures
         mark("spare")
-        try:
+        async with self._in_time():
             birth = Birth()
             try:
                 if self._namespaces in self._layers:
@@ -185,14 +192,17 @@ class Cage:
             if self._network in self._layers:
                 self._loading = asyncio.create_task(self._load_network())
             mark("send")
+            await self._confirmed(spare, mark)
+        return True
+
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        try:
             async with asyncio.timeout(_SET_UP_SECONDS):
-                await self._build(spare, mark)
+                yield
         except TimeoutError:
             why = f"not built in {_SET_UP_SECONDS:g} s"
-            raise ConfinementError(f"cage of {spec.name}", why, "the host may be overloaded") from None
-        finally:
-            if runtime.keep_warm:
-                runtime.pool.refill(self._names)
+            raise ConfinementError(f"cage of {self.spec.name}", why, "the host may be overloaded") from None
 
     def _journalled(self) -> Leaf:
         """The cage's groups, on record before they are made."""
@@ -223,14 +233,20 @@ class Cage:
 
     async def _load_network(self) -> None:
         if not self._network.is_loaded(self.spec):
-            await apart(lambda: self._network.load(self.spec))
+            loading = asyncio.ensure_future(apart(lambda: self._network.load(self.spec)))
+            try:
+                await asyncio.shield(loading)
+            except asyncio.CancelledError:
+                await asyncio.gather(loading, return_exceptions=True)  # the thread is in what is to be released
+                raise
         if self._handover is not None:
             await self._handover(self.network)
 
-    async def _build(self, spare: Spare, mark: Stopwatch) -> None:
+    async def _confirmed(self, spare: Spare, mark: Stopwatch) -> None:
+        """Wait until the cage is built, and every layer is confirmed."""
         await self._wait_caged(spare, mark)
         if self._loading is not None:
-            await asyncio.shield(self._loading)  # a cancelled start waits for it in ``release``
+            await asyncio.shield(self._loading)  # ``release`` ends it
         mark("network")
         self._confirm("end")
         if self._cgroup in self._layers:
@@ -238,11 +254,18 @@ class Cage:
             if self._cgroup.caps_disks:
                 await asyncio.to_thread(self._cgroup.cap_disks, self.pid)
         mark("confirm")
-        self._admit()
+
+    async def _execute(self, stop: asyncio.Event) -> None:
+        mark, spare = Stopwatch(self.steps), self._spare
+        assert spare is not None
         send_packet(spare.link, b"x")
-        answer, _ = await self._receive(spare)
-        if answer:
-            raise self._failure(answer)
+        async with self._in_time():
+            answer = await unless(stop, self._receive(spare))
+            if answer is None:
+                await self.processes.stop(0.0)
+                answer = await self._receive(spare)
+        if answer[0]:
+            raise self._failure(answer[0])
         spare.link.close()
         mark("exec")
         self.processes.started, self._process = time.monotonic(), Process(self.pid)  # without what was read of it
@@ -298,16 +321,17 @@ class Cage:
         self._process = Process(clone.pid)
 
     async def _reap_late_clone(self, spare: Spare) -> None:
-        """Drain the link after a start that failed before the clone's pid arrived: the clone is a child to reap.
+        """Drain the link after a start that came to nothing before the clone's pid arrived: that is a child to reap.
 
         A clone that was killed before it could tell its pid is still in the parked process's process group.
         """
+        spare.kill()
         with contextlib.suppress(OSError):
-            spare.link.shutdown(socket.SHUT_WR)  # nothing more comes: what still waits there ends
             while True:
                 answer, fds = await self._receive(spare)
                 if "pid" in answer:
                     self._born(answer, fds, spare)
+                    self.kill()
                 else:
                     close_all(fds)
                 if not answer:
@@ -459,6 +483,8 @@ class Cage:
         and takes its memory and namespaces down, which is most of a removal.
         """
         if self._loading is not None:
+            if not self._loading.cancelling():
+                self._loading.cancel()  # the broker may hang
             await asyncio.wait([self._loading])
             if not self._loading.cancelled():
                 self._loading.exception()

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from isolator.recovery.journal import Journal
 
 _REST_SECONDS = 0.1
+_PARK_SECONDS = 20.0
 _EXPECTED = (IsolatorError, OSError)
 
 
@@ -104,9 +106,20 @@ class Spare:
         if self.name.startswith(PREFIX):
             self.journal.forget(self.name)
 
+    def kill(self) -> None:
+        """Kill the parked process, which may hang, and what it has cloned: that is in its group, until it has told so.
+
+        The group is there once ``prefork.park`` has begun; nothing is cloned before.
+        """
+        if self.pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+                os.killpg(self.pid, signal.SIGKILL)
+
     async def release(self) -> None:
         """End and remove every part that nobody has taken over; idempotent."""
         self.link.close()
+        self.kill()
         await self.ended()
         if self.status >= 0:
             os.close(self.status)
@@ -294,12 +307,13 @@ async def _parked(spare: Spare) -> None:
     That it is in its groups is confirmed. Where its taker waits, all that is left to the cage, which is born in the
     same groups and confirmed to be in its own.
     """
-    while True:
-        try:
-            packet, _ = receive_packet(spare.link)
-            break
-        except BlockingIOError:
-            await readable(spare.link.fileno())
+    try:
+        async with asyncio.timeout(_PARK_SECONDS):
+            if not is_readable(spare.link.fileno()):
+                await readable(spare.link.fileno())
+    except TimeoutError:
+        raise not_parked(f"it has said nothing in {_PARK_SECONDS:g} s") from None
+    packet, _ = receive_packet(spare.link)
     answer = json.loads(packet) if packet else {"detail": "it died"}
     if "detail" in answer:
         raise not_parked(answer["detail"])

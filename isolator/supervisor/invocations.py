@@ -18,7 +18,7 @@ from isolator.audit.schema import ExecEnded, ExecStarted
 from isolator.audit.snapshots import snapshot
 from isolator.cage.processes import CageExit
 from isolator.errors import ExecError, IsolatorError, UnavailableError, UsageError
-from isolator.ipc.messages import InvocationEnded, InvocationStarted, Origin, StartInvocation
+from isolator.ipc.messages import Environment, InvocationEnded, InvocationStarted, Origin, StartInvocation
 from isolator.ipc.tasks import Tasks, unless
 from isolator.layers.ledger import EVERY_LAYER
 from isolator.linux.descriptors import FdSet
@@ -74,9 +74,8 @@ class Invocation:
         try:
             with FdSet([stdin]):
                 run = self.run = await self._prepare(request, argv, stdin)
-                if await unless(self._stop, run.cage.reserve()) is None:
-                    raise UnavailableError(f"plugin {self.name}", "it was stopped as it was started", "try again")
-                await run.cage.start()
+                if not await run.cage.start(self._stop):
+                    raise self._stopped()
             self._started(run, request)
         except Exception as error:  # whoever has asked for it is answered, whatever it was
             not_started = ExecEnded(cause="did not start", origin=origin_of(error), reason=reason_of(error)[:512])
@@ -134,9 +133,9 @@ class Invocation:
 
     async def _prepare(self, request: StartInvocation, argv: list[str], stdin: int) -> Run:
         context = self._context
-        if context.wait_for_trail:
-            await context.audit.writable()
-        environment = request.environment or await context.host.environment(self.name)
+        environment = await unless(self._stop, self._environment(request))
+        if environment is None:
+            raise self._stopped()
         variables = {
             "PLUGIN_EVENT_ID": request.event,
             "PLUGIN_EVENT_TYPE": request.type,
@@ -147,6 +146,15 @@ class Invocation:
             self.fds.add(listener.detach())
         given = Input(stdin, variables, self._api)
         return await prepare_run(context, self._registration, self._effective, argv, self.id, environment, given)
+
+    async def _environment(self, request: StartInvocation) -> Environment:
+        """Wait until the trail can be written, and return the plugin's config."""
+        if self._context.wait_for_trail:
+            await self._context.audit.writable()
+        return request.environment or await self._context.host.environment(self.name)
+
+    def _stopped(self) -> UnavailableError:
+        return UnavailableError(f"plugin {self.name}", "it was stopped as it was started", "try again")
 
     def _started(self, run: Run, request: StartInvocation) -> None:
         # The next one may come before the pool has had its rest.

@@ -119,11 +119,11 @@ async def test_what_is_not_confirmed_never_runs(shared_dir: Path) -> None:
     """The read-back sees a limit that somebody changed between writing it and exec."""
 
     class Tampered(Cage):
-        async def _build(self, *args: object) -> None:
+        async def _confirmed(self, *args: object) -> None:
             for path in self.leaf.values(self.spec.policy.resources):
                 if path.endswith("/pids.max"):
                     Path(path).write_text("max")
-            await super()._build(*args)
+            await super()._confirmed(*args)
 
     with pytest.raises(ConfinementError, match=r"pids\.max is max"):
         async with cage(shared_dir, ["sh", "-c", "echo ran"], cage_type=Tampered):
@@ -137,9 +137,6 @@ async def test_a_lost_layer_is_noticed(shared_dir: Path) -> None:
     """A plan without the user section would leave root: the user layer's read-back refuses."""
 
     class Lost(Cage):
-        async def _build(self, *args: object) -> None:
-            await super()._build(*args)
-
         def __init__(self, *args: object, **others: object) -> None:
             super().__init__(*args, **others)
             user = next(layer for layer in self._layers if layer.name == "user")
@@ -320,9 +317,9 @@ def _is_open(number: str) -> bool:
 
 async def test_a_cage_of_a_plugin_in_the_background_is_there_from_its_first_program_on(shared_dir: Path) -> None:
     class Behind(Cage):
-        async def start(self) -> None:
+        async def start(self, stop: asyncio.Event | None = None) -> bool:
             self._runtime.subtree.behind.add(self.spec.name)
-            await super().start()
+            return await super().start(stop)
 
     for cage_type, state in ((Cage, "0"), (Behind, "1")):
         async with cage(shared_dir, ["sleep", "300"], cage_type=cage_type) as one:

@@ -194,7 +194,7 @@ async def test_one_whose_process_dies_at_the_last_moment_fails_the_start_and_lea
     pid = await _ahead(session.runtime)
 
     class Late(Cage):
-        async def _build(self, *args: object) -> None:
+        async def _confirmed(self, *args: object) -> None:
             raise ConfinementError("test", "given up before a word of the clone")
 
     os.kill(pid, signal.SIGSTOP)

@@ -58,7 +58,7 @@ def _open(pid: int) -> int:
 
 async def test_start_that_failed_before_its_clone_leaves_the_launcher_no_descriptor(shared_dir: Path) -> None:
     class Late(Cage):
-        async def _build(self, *args: object) -> None:
+        async def _confirmed(self, *args: object) -> None:
             raise ConfinementError("test", "given up before the clone")
 
     async with StandaloneSession(Paths.of(shared_dir)) as session:

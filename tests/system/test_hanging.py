@@ -86,6 +86,53 @@ def test_plugin_that_waits_for_a_launcher_that_hangs_is_stopped_at_once(tmp_path
         assert d.json("gc", "--dry-run") == []
 
 
+_FULL = """
+import os, signal, sys
+from isolator.ipc.packet import send_packet
+from isolator.launcher.client import Launcher
+from isolator.supervisor import alive
+alive.EVERY = 1e6
+keep = Launcher.keep
+async def full(launcher, cage, cgroup):
+    if os.path.exists(sys.argv[2] + "/fill"):
+        os.kill(launcher.pid, signal.SIGSTOP)
+        try:
+            while True:
+                send_packet(launcher._sock, b'{"forget": "nothing"}')
+        except BlockingIOError:
+            os.rename(sys.argv[2] + "/fill", sys.argv[2] + "/full")
+    await keep(launcher, cage, cgroup)
+Launcher.keep = full
+from host.cli.main import main
+sys.exit(main())
+"""
+
+
+class Full(Patient):
+    """As that one; its launcher hangs, and has no room for another order, once a cage is made and ``fill`` is there."""
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-I", "-c", _FULL, "--root", str(self.root), "serve"]
+
+
+def test_plugin_that_waits_for_room_at_a_launcher_that_hangs_is_stopped_at_once(tmp_path: Path) -> None:
+    with daemon(kind=Full) as d:
+        d.cli("plugin", "add", str(write_plugin(tmp_path / "one")), "--yes")
+        wait_for(lambda: d.service_pid(MODULES["launcher"], missing_ok=True))
+        launcher = d.service_pid(MODULES["launcher"])
+        (d.root / "fill").touch()
+        begun = d.begin("plugin", "start", "one")
+        wait_for((d.root / "full").exists)
+        with stopped(launcher):
+            d.cli("plugin", "disable", "one")
+            begun.communicate()
+        d.cli("plugin", "enable", "one")
+        d.cli("event", "emit", "deploy.completed", event(1), "--wait")
+        assert d.service_pid(MODULES["launcher"]) == launcher
+        assert d.stop() == 0
+        assert d.json("gc", "--dry-run") == []
+
+
 def test_daemon_stops_although_a_start_waits_for_a_launcher_that_hangs(tmp_path: Path) -> None:
     with daemon(kind=Patient) as d:
         for number in range(3):

@@ -190,9 +190,8 @@ class Life:
                     talks=self._plugin.mode == "mcp",
                 )
                 listener = run.for_start.add(self._context.host.listen(self._plugin.name, run.cage.spec.uid).detach())
-                if await unless(self.stopping, run.cage.reserve()) is None:
-                    return Ended(run_id, None, Origin.OPERATOR)  # nothing of it has run: the launcher may hang
-                await run.cage.start()
+                if not await run.cage.start(self.stopping):
+                    return Ended(run_id, None, Origin.OPERATOR)  # nothing of it has run
                 self._started(run, reason, listener)
             with self.waits:
                 await run.watch(

@@ -93,6 +93,8 @@ class RunnerRun:
         self._shown: set[str] = set()
         self._cause, self._origin = "", Origin.PLUGIN
         self._ended = False
+        self._stop = asyncio.Event()
+        """It is to end, however far its start has come."""
 
     async def serve(
         self, request: RunRequest, streams: Sequence[int], paths: Sequence[int], place: Place
@@ -129,6 +131,7 @@ class RunnerRun:
         """End the run at once; ``cause`` and ``origin`` are recorded as those of its end."""
         if not self._cause:
             self._cause, self._origin = cause, origin
+        self._stop.set()
         if self.cage is not None and self.cage.started:
             self.cage.kill()
 
@@ -254,7 +257,8 @@ class RunnerRun:
         cage = self.cage = Cage(spec, context.runtime, stdio, handover=hand_over)
         try:
             try:
-                await cage.start()
+                if not await cage.start(self._stop):
+                    raise UnavailableError(self.name, self._cause, "try again")
             except Exception as error:
                 self._record(RunEnded(cause="did not start", by=self._by, reason=str(error)[:_MOST_REASON]))
                 raise
