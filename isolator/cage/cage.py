@@ -427,8 +427,8 @@ class Cage:
             raise ConfinementError(f"cage of {self.spec.name}", f"cannot be read back: {error}") from None
 
     async def be_kept_by(self, launcher: Launcher) -> None:
-        """Have another launcher kill this cage when the supervisor goes away, and then the one before forget it."""
-        before, folder = self._kept_by, self.leaf.open_folder()
+        """Have another launcher kill this cage when the supervisor goes away, too."""
+        folder = self.leaf.open_folder()
         try:
             await launcher.keep(self.spec.leaf, folder)
         finally:
@@ -437,8 +437,6 @@ class Cage:
             launcher.forget(self.spec.leaf)
             return
         self._kept_by = launcher
-        if before is not None and not before.closed.is_set():
-            await before.forgotten(self.spec.leaf)
 
     def signal(self, number: int) -> None:
         """Send a signal to pid 1 of the cage, which forwards it to the sidecar or its group (``CageSpec.to_group``)."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
+from isolator.launcher.client import Launcher
 from isolator.linux.child import ended
 from isolator.supervisor.reload import adopt
+from isolator.supervisor.reload.adoption import Adoption
 from tests.support.hanging_file import file_that_does_not_close
 
 
@@ -38,3 +43,17 @@ async def test_child_that_hangs_in_a_file_system_does_not_hold_the_new_image_up(
         assert not Path(f"/proc/{waits}").exists(), "the other one was not reaped"
     await ended(left)
     assert not Path(f"/proc/{hangs}").exists()
+
+
+async def test_launcher_of_before_ends_without_the_cages_that_it_kept(tmp_path: Path) -> None:
+    """Also one that hangs, whom nobody can tell that another keeps them now."""
+    (tmp_path / "cgroup.kill").touch()
+    group, before = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY), Launcher()
+    await before.keep("one", group)
+    await before.alive()
+    os.close(group)
+    adoption = Adoption.__new__(Adoption)
+    adoption._kept_by = before
+    await adoption.change_launchers(cast(Any, SimpleNamespace(plugins={})), None)
+    assert before._process.wait() == -signal.SIGKILL
+    assert (tmp_path / "cgroup.kill").read_text() == ""

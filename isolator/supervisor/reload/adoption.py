@@ -90,7 +90,7 @@ class Adoption:
         return adopted
 
     async def change_launchers(self, table: PluginTable, runners: Runners | None) -> None:
-        """Have the new launcher keep every cage, and end the one before, which keeps none then."""
+        """Have the new launcher keep every cage, and kill the one before, which would end them, and which may hang."""
         cages = [run.cage for plugin in table.plugins.values() for run in plugin.runs]
         for cage in (*cages, *(runners.cages if runners is not None else ())):
             try:
@@ -100,6 +100,7 @@ class Adoption:
             except Exception as error:  # whatever it was, the others are kept
                 report(asyncio.get_running_loop(), f"change of the launcher of {cage.spec.leaf}", error)
                 cage.kill()
+        self._kept_by.kill()
         self._kept_by.close()
 
     def _clear(self, name: str, cage: CageState, fds: Iterable[int]) -> None:
