@@ -18,6 +18,7 @@ from isolator.ipc.messages import Origin
 from isolator.ipc.tasks import opened_in_thread, report
 from isolator.layers.base import CageSpec
 from isolator.layers.network import namespace as network_layer
+from isolator.linux.apart import apart
 from isolator.linux.descriptors import FdSet, check_open
 from isolator.registration.staging import hash_binary
 from isolator.supervisor.cage_spec import open_state, plugin_spec
@@ -124,7 +125,7 @@ async def prepare_run(
     name = registration.name
     if registration.release.kind == "binary":
         # Read whole, and from memory when the cage is specified.
-        await asyncio.to_thread(hash_binary, Path(registration.release.binary_path))
+        await apart(lambda: hash_binary(Path(registration.release.binary_path)))
 
     async def hand_over(made: network_layer.CageNetwork) -> None:
         await context.broker.attach(run_id, name, made, effective.network, run.terminate)

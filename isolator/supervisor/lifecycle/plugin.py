@@ -25,6 +25,7 @@ from isolator.cage.processes import CageExit
 from isolator.errors import DeniedError, IsolatorError, UnavailableError, UsageError
 from isolator.ipc.messages import Origin, PluginState, StartInvocation
 from isolator.ipc.tasks import report
+from isolator.linux.apart import apart
 from isolator.supervisor.ends import Ends
 from isolator.supervisor.invocations import MODE as EXEC
 from isolator.supervisor.invocations import Invocation, Invocations
@@ -255,12 +256,13 @@ class Plugin:
     async def compare_files(self) -> None:
         """Note which paths that its run is shown were replaced on the host: a mount stays with the file it was made of.
 
-        Paths may lie on file systems that hang, so whoever waits for this must not be waited for.
+        Paths may lie on file systems that hang, so whoever waits for this must not be waited for; nor does a thread
+        that others need.
         """
         run = self.run
         if run is None or not run.shown:
             return
-        replaced = await asyncio.to_thread(run.replaced)
+        replaced = await apart(run.replaced)
         why = f"{', '.join(replaced)}: replaced on the host; it sees what was there until it is restarted"
         outdated = why if replaced else ""
         if self.run is run and outdated != self.outdated:
