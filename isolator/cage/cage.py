@@ -29,7 +29,7 @@ from isolator.cage.warm_pool import Spare, not_parked
 from isolator.errors import ConfinementError, ExecError
 from isolator.ipc.packet import receive_packet, send_packet
 from isolator.ipc.tasks import unless
-from isolator.launcher.client import Clone, Launcher, clone_remedy, exec_remedy
+from isolator.launcher.client import HOSTS_DOING, Clone, Launcher, clone_remedy, exec_remedy
 from isolator.layers.base import CageSpec, Kept, Layer, Process
 from isolator.layers.capabilities import Capabilities
 from isolator.layers.cgroup.layer import Cgroup
@@ -48,6 +48,7 @@ from isolator.layers.user import User
 from isolator.linux.apart import apart
 from isolator.linux.descriptors import close_all
 from isolator.linux.readable import readable
+from isolator.linux.shortage import is_shortage
 from isolator.recovery.journal import Entry
 
 if TYPE_CHECKING:
@@ -360,6 +361,8 @@ class Cage:
             number = answer.get("errno")
             remedy = clone_remedy(number if isinstance(number, int) else 0)
             return ConfinementError(f"clone of the cage of {self.spec.name}", detail, remedy)
+        if step == "exec" and answer.get("errno") in HOSTS_DOING:
+            return ConfinementError(f"start of {self.spec.name}", detail, "see the kernel log, and the plugin's caps")
         if step == "exec":
             return ExecError(f"start of {self.spec.name}", detail, exec_remedy(answer.get("errno")))
         if step == "parked":
@@ -420,11 +423,11 @@ class Cage:
             for layer in self._layers:
                 layer.confirm(process)
         except (ConfinementError, OSError, KeyError) as error:
-            if process.ending:
+            if not is_shortage(error) and process.ending:
                 return
             if isinstance(error, ConfinementError):
                 raise
-            raise ConfinementError(f"cage of {self.spec.name}", f"cannot be read back: {error}") from None
+            raise ConfinementError(f"cage of {self.spec.name}", f"cannot be read back: {error}") from error
 
     async def be_kept_by(self, launcher: Launcher) -> None:
         """Have another launcher kill this cage when the supervisor goes away, too."""
@@ -457,7 +460,8 @@ class Cage:
     def detect_drift(self) -> str:
         """Compare the running cage's groups and /proc with their making; returns the first difference, or nothing.
 
-        Of one that is being made, or ends, there is none.
+        Of one that is being made, or ends, there is none. Raises OSError when this host is too short of something to
+        look: that is no change.
         """
         if not self.processes.lasts:
             return ""
@@ -467,6 +471,8 @@ class Cage:
             if self._proc in self._layers:
                 return self._proc.detect_drift(self._process, self._runtime.proc_watch)
         except (ConfinementError, OSError) as error:
+            if is_shortage(error):
+                raise
             return "" if self._process.ending else str(error)
         return ""
 

@@ -113,9 +113,13 @@ class CageProcesses:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._oom)
         assert self._leaf is not None
-        if self._leaf.populated():
+        try:
+            populated = self._leaf.populated()
+        except OSError:  # no descriptor is free
+            populated = True
+        if populated:
             self._oom_seen = True
-            self._leaf.kill()
+            self.kill()
 
     def _pid1_ended(self) -> None:
         self._loop.remove_reader(self.pidfd)
@@ -134,8 +138,9 @@ class CageProcesses:
     def kill(self) -> None:
         """End the whole cage at once: its group, and pid 1, in case somebody has moved processes to another group."""
         self._killed = True
-        if self._leaf is not None:
-            self._leaf.kill()
+        with contextlib.suppress(OSError):  # no descriptor may be free: pid 1 takes its namespace along all the same
+            if self._leaf is not None:
+                self._leaf.kill()
         self.signal(signal.SIGKILL)
 
     async def stop(self, grace: float) -> None:

@@ -164,9 +164,10 @@ class Launcher:
                     self._loop.add_writer(self._sock, self._has_room)
                 await asyncio.shield(self._room)
             except OSError as error:
-                if error.errno not in (errno.EPIPE, errno.ECONNRESET):  # else its end comes behind its last answers
-                    self._lost()
-                raise UnavailableError("launcher", "it has died", "the supervisor starts it again") from None
+                # That it has ended is told behind its last answers; any other error is this order's alone.
+                died = self.closed.is_set() or error.errno in (errno.EPIPE, errno.ECONNRESET)
+                why = "it has died" if died else f"the order cannot be sent: {error.strerror}"
+                raise UnavailableError("launcher", why, "the supervisor starts it again" if died else "") from None
 
     def _has_room(self) -> None:
         self._loop.remove_writer(self._sock)
@@ -258,6 +259,10 @@ def clone_remedy(number: int) -> str:
         errno.EAGAIN: "the host is out of process ids",
         errno.EBUSY: "the cgroup leaf distributes controllers; run 'isolator gc'",
     }.get(number, "see 'isolator check'")
+
+
+HOSTS_DOING = frozenset({errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EIO, errno.ETXTBSY})
+"""Numbers of an exec that failed for want of something, by the host's state or a cap, whatever the program is."""
 
 
 def exec_remedy(number: object) -> str:

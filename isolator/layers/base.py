@@ -208,10 +208,13 @@ class Process:
 
     @property
     def ending(self) -> bool:
-        """Tell whether it ends, or has: the kernel takes its groups and namespaces before it tells (do_exit)."""
+        """Tell whether it ends, or has: the kernel takes its groups and namespaces before it tells (do_exit).
+
+        Raises OSError when that cannot be read.
+        """
         try:
             return bool(int(self.read("stat").rpartition(")")[2].split()[6]) & _EXITING)
-        except OSError:
+        except (FileNotFoundError, ProcessLookupError):
             return True
 
     def read(self, name: str) -> str:

@@ -8,11 +8,13 @@ while this process sleeps (SIGSTOP, a paused machine) nobody's deadline passes.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from isolator.errors import IsolatorError, UnavailableError
+from isolator.linux.shortage import is_shortage
 
 T = TypeVar("T")
 
@@ -70,10 +72,13 @@ async def until_silent(
 
 
 def _progress(pid: int) -> tuple[str, ...]:
-    """A value that changes whenever the process runs: its CPU time, and how often its first thread was scheduled."""
+    """A value that changes whenever the process runs: its CPU time, and how often its first thread was scheduled.
+
+    Where that cannot be read it passes for one that runs.
+    """
     try:
         times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
         switches = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "ctxt_switches" in line]
-    except OSError:
-        return ()
+    except OSError as error:
+        return (str(time.monotonic_ns()),) if is_shortage(error) else ()
     return (*times, *switches)

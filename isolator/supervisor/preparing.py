@@ -20,6 +20,7 @@ from isolator.layers.base import CageSpec
 from isolator.layers.network import namespace as network_layer
 from isolator.linux.apart import apart
 from isolator.linux.descriptors import FdSet, check_open
+from isolator.linux.shortage import is_shortage
 from isolator.registration.staging import hash_binary
 from isolator.supervisor.cage_spec import open_state, plugin_spec
 from isolator.supervisor.reach import SOCKET_FOLDER, find_pipe, identity
@@ -108,7 +109,8 @@ def _adopt_run(
         run.cage.confirm()
     except ConfinementError as error:
         problem = str(error)
-        run.terminate(f"it did not hold when the daemon was reloaded: {error}", Origin.OPERATOR)
+        origin = Origin.DAEMON if is_shortage(error) else Origin.OPERATOR
+        run.terminate(f"it did not hold when the daemon was reloaded: {error}", origin)
     run.answer_denied(before.listener)
     run.for_start.close()
     return Adopted(run, without, problem)

@@ -8,7 +8,11 @@ from collections.abc import Callable, Iterator
 
 from isolator.errors import ConfinementError
 from isolator.layers.network import namespace as network_layer
+from isolator.linux.shortage import is_shortage
 from isolator.policy.model import NetworkPolicy
+
+_AGAIN = 0.2
+"""Seconds until rules are read again that could not be, as no descriptor was free: what was heard is not told twice."""
 
 
 @contextlib.contextmanager
@@ -18,11 +22,17 @@ def watched_ruleset(
     """Call ``changed`` with the difference when a ruleset is not the one that was loaded any more."""
     loop = asyncio.get_running_loop()
 
+    again: asyncio.TimerHandle | None = None
+
     def compare() -> None:
+        nonlocal again
         try:
             network_layer.confirm(network, policy)
         except ConfinementError as error:
-            changed(error.why)
+            if is_shortage(error):
+                again = loop.call_later(_AGAIN, compare)
+            else:
+                changed(error.why)
 
     descriptor = network_layer.watch(network)
     network_layer.settle(network)
@@ -31,3 +41,5 @@ def watched_ruleset(
         yield
     finally:
         loop.remove_reader(descriptor)
+        if again is not None:
+            again.cancel()

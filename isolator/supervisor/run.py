@@ -27,6 +27,7 @@ from isolator.ipc.messages import Origin
 from isolator.layers.network import namespace as network_layer
 from isolator.linux.descriptors import FdSet
 from isolator.linux.files import let_group_write, openat2
+from isolator.linux.shortage import is_shortage
 from isolator.policy.denial import DenialRule
 from isolator.supervisor import ports, reach
 from isolator.supervisor.cage_spec import SOCKET
@@ -54,6 +55,8 @@ NO_ANSWER = "no answer to the first request"
 """The same of one that is spoken to over its standard streams."""
 CLOSED_SECONDS = 2.0
 """Time between the end of a sidecar's standard input, which asks it to end, and SIGTERM."""
+UNSEEN_SECONDS = 0.2
+"""Time until a socket is looked for again, when no descriptor was free for that."""
 FROZEN_BEAT = 0.25
 """Seconds between two looks at whether a frozen cage goes on."""
 CTIME_STEP = 0.02
@@ -122,6 +125,8 @@ class Run:
     """The notifier's token of its seccomp listener."""
     stopping: bool = False
     """It is to end by itself, and is killed if it does not."""
+    _unseen: OSError | None = None
+    """Why its socket could not be looked for the last time."""
     _frozen_at: float | None = None
     """Loop time at which its cage was frozen, while it is."""
     _frozen_before: float = 0.0
@@ -187,7 +192,7 @@ class Run:
 
     def replaced(self) -> tuple[str, ...]:
         """The paths it is shown at which the host has something else by now; blocks while a file system does."""
-        return tuple(path for path, known in self.shown.items() if _identity_at(path) != known)
+        return tuple(path for path, known in self.shown.items() if _identity_at(path, known) != known)
 
     @functools.cached_property
     def use(self) -> Use:
@@ -220,11 +225,11 @@ class Run:
         self._check_socket()
         polling = asyncio.create_task(self._poll_port(self.port)) if self.port is not None else None
         watching = contextlib.ExitStack()
-        watching.enter_context(watched_ruleset(self.cage.network, self.effective.network, self.ruleset_changed))
         waiting = asyncio.create_task(self.cage.processes.ended.wait())
         there = asyncio.create_task(self.socket_there.wait())
         stopping = asyncio.create_task(self._stop_when(stop, drain))
         try:
+            watching.enter_context(watched_ruleset(self.cage.network, self.effective.network, self.ruleset_changed))
             await self.first_of({waiting, there}, self.began + patience)
             self.context.sockets.remove(watched)
             if self.socket_there.is_set():
@@ -234,7 +239,10 @@ class Run:
                     on_steady()
             elif not waiting.done():
                 missing = NO_ANSWER if self.streams else NO_SOCKET
-                self.forced_cause = self.forced_cause or f"{missing} in {patience:g} s"
+                cause = f"{missing} in {patience:g} s"
+                if self._unseen is not None:  # nobody knows whether it is there: that is not the plugin's doing
+                    cause, self.origin = f"its socket cannot be looked for: {self._unseen.strerror}", Origin.DAEMON
+                self.forced_cause = self.forced_cause or cause
                 await self._stop()
             await waiting
         finally:
@@ -253,7 +261,7 @@ class Run:
         await stop.wait()
         self.stopping = True
         if self.frozen:
-            self.usage()
+            self._last_look()
             self.freeze()
             return
         try:
@@ -261,8 +269,13 @@ class Run:
         except Exception as error:  # whatever it was, the run is stopped
             context = {"message": f"{self.plugin} was stopped without being drained", "exception": error}
             asyncio.get_running_loop().call_exception_handler(context)
-        self.usage()
+        self._last_look()
         await self._stop()
+
+    def _last_look(self) -> None:
+        """Note what it uses while it still runs, if that can be read."""
+        with contextlib.suppress(OSError):
+            self.usage()
 
     async def _stop(self) -> None:
         self.stopping = True
@@ -465,9 +478,15 @@ class Run:
     def _check_socket(self) -> None:
         if self.streams or self.port is not None:
             return
-        with contextlib.suppress(OSError), self.folder() as folder:
-            os.close(openat2(folder, SOCKET, os.O_PATH | os.O_NOFOLLOW))
+        self._unseen = None
+        try:
+            with self.folder() as folder:
+                os.close(openat2(folder, SOCKET, os.O_PATH | os.O_NOFOLLOW))
             self.socket_there.set()
+        except OSError as error:
+            if is_shortage(error):  # whoever has made it is told of once
+                self._unseen = error
+                asyncio.get_running_loop().call_later(UNSEEN_SECONDS, self._check_socket)
 
     def ruleset_changed(self, difference: str) -> None:
         """End it: somebody touched its ruleset, which still leads nowhere but loopback, but the promise is broken."""
@@ -476,8 +495,9 @@ class Run:
         self.terminate("its network rules were changed", Origin.OPERATOR)
 
 
-def _identity_at(path: str) -> Identity | None:
+def _identity_at(path: str, known: Identity) -> Identity | None:
+    """What is there; ``known`` where that cannot be told, as by a file system that is away."""
     try:
         return identity(os.lstat(path))
-    except OSError:
-        return None
+    except OSError as error:
+        return None if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP) else known

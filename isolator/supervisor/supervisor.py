@@ -240,7 +240,7 @@ async def running_daemon(
             stack.push_async_callback(runners.close)
             if before is None or before.runners is None:
                 runners.start()
-        tasks.keep("snapshots", lambda: keep_snapshots(table, runners, config.audit.snapshot_interval))
+        tasks.keep("snapshots", lambda: keep_snapshots(table, runners, config.audit.snapshot_interval, alarms))
         watch = PolicyWatch(table, context, config)
         stack.callback(watch.close)
         if before is not None:

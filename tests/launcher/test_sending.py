@@ -105,3 +105,18 @@ async def test_last_answer_of_a_launcher_that_has_died_is_taken_although_an_orde
     assert clone.pid == 7
     os.close(clone.pidfd)
     await asyncio.wait_for(launcher.closed.wait(), 60)
+
+
+async def test_order_that_cannot_be_sent_is_no_end_of_the_launcher() -> None:
+    """Which would be that of all its cages; here for a descriptor that is none, as for want of the kernel's memory."""
+    mine, theirs = pair()
+    launcher = Launcher((_Process(), mine), adopted=True)
+    gone = os.dup(mine.fileno())
+    os.close(gone)
+    with pytest.raises(UnavailableError, match="the order cannot be sent: Bad file descriptor"):
+        await launcher.keep("cage", gone)
+    assert not launcher.closed.is_set()
+    await launcher.forgotten("cage")
+    assert theirs.recv(4096) == b'{"forget": "cage"}'
+    launcher.dismiss()
+    theirs.close()

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from isolator.supervisor.alarms import Alarms
 from isolator.supervisor.runners.runners import Runners
 from isolator.supervisor.snapshots import keep_snapshots
 from tests.support.timeouts import seconds
@@ -38,7 +39,7 @@ async def test_fault_in_the_look_at_one_plugin_leaves_the_others_their_records(f
     recorded = asyncio.Queue[str]()
     plugins = [plugin("one", recorded), plugin("bad", recorded, fault), plugin("two", recorded)]
     table = SimpleNamespace(plugins={one.name: one for one in plugins})
-    looking = asyncio.create_task(keep_snapshots(cast(Any, table), None, 0.001))
+    looking = asyncio.create_task(keep_snapshots(cast(Any, table), None, 0.001, Alarms()))
     async with asyncio.timeout(seconds(10)):
         assert [await recorded.get() for _ in range(4)] == ["one", "two", "one", "two"]
     looking.cancel()

@@ -28,6 +28,7 @@ from isolator.layers.network import namespace as network_layer
 from isolator.layers.user import UidLease
 from isolator.linux.descriptors import FdSet
 from isolator.linux.readable import readable
+from isolator.linux.shortage import is_shortage
 from isolator.policy.denial import INSTEAD, DenialRule
 from isolator.policy.meet.single_run import Net, policy_for_run
 from isolator.registration.reading import read_policy
@@ -179,7 +180,8 @@ class RunnerRun:
         try:
             cage.confirm()
         except ConfinementError as error:
-            self.terminate(f"it did not hold when the daemon was reloaded: {error}", Origin.OPERATOR)
+            origin = Origin.DAEMON if is_shortage(error) else Origin.OPERATOR
+            self.terminate(f"it did not hold when the daemon was reloaded: {error}", origin)
         if before.listener >= 0:
             self._denials = context.notifier.watch(before.listener, self._denied)
         return policy

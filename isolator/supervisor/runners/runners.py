@@ -24,6 +24,7 @@ from isolator.ipc.tasks import report
 from isolator.linux.descriptors import check_open
 from isolator.linux.peer import allow_only, peer_groups, peer_ids
 from isolator.linux.readable import readable
+from isolator.linux.shortage import is_shortage
 from isolator.registration.collecting import MOST_GROUPS
 from isolator.supervisor.listener import listen
 from isolator.supervisor.runners.apart import Closers
@@ -195,15 +196,18 @@ class Runners:
         for run in self._runs:
             run.terminate(cause, Origin.DAEMON)
 
-    def take_snapshots(self) -> None:
-        """Record the resources of every run, and end those that somebody has changed."""
+    def take_snapshots(self) -> OSError | None:
+        """Record the resources of every run, end those that somebody has changed, and return what was too short to."""
+        unseen = None
         for run in list(self._runs):
             try:
                 run.take_snapshot()
             except OSError as error:
                 logger.error("run %s of %s: no snapshot: %s", run.id, run.name, error)
+                unseen = error if is_shortage(error) else unseen
             except Exception as error:  # whatever it was, it is one run's; the others' turn comes
                 report(asyncio.get_running_loop(), "snapshots", error, f"; run {run.id} is left out")
+        return unseen
 
     # --- one connection ----------------------------------------------------------------------------------------
 
