@@ -16,20 +16,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from isolator.base.structs import struct_class
+from isolator.cage.link import Link
 from isolator.cage.processes import CageExit, CageProcesses, empty, reap_group
 from isolator.cage.runtime import CageRuntime
-from isolator.cage.warm_pool import Spare, not_parked
-from isolator.errors import ConfinementError, ExecError
-from isolator.ipc.packet import receive_packet, send_packet
+from isolator.cage.warm_pool import Spare
+from isolator.errors import ConfinementError
+from isolator.ipc.packet import send_packet
 from isolator.ipc.tasks import unless
-from isolator.launcher.client import HOSTS_DOING, Clone, Launcher, clone_remedy, exec_remedy
+from isolator.launcher.client import Clone, Launcher
 from isolator.layers.base import CageSpec, Kept, Layer, Process
 from isolator.layers.capabilities import Capabilities
 from isolator.layers.cgroup.layer import Cgroup
@@ -47,7 +47,6 @@ from isolator.layers.stopwatch import Stopwatch
 from isolator.layers.user import User
 from isolator.linux.apart import apart
 from isolator.linux.descriptors import close_all
-from isolator.linux.readable import readable
 from isolator.linux.shortage import is_shortage
 from isolator.recovery.journal import Entry
 
@@ -172,6 +171,7 @@ class Cage:
         self._network.network, self._cgroup.ahead = spare.network, spare.groups
         self._namespaces.parked = spare.pid
         self._proc.folder = spare.figures
+        self._link = Link(spare.link, spec.name)
         mark("spare")
         async with self._in_time():
             birth = Birth()
@@ -261,12 +261,12 @@ class Cage:
         assert spare is not None
         send_packet(spare.link, b"x")
         async with self._in_time():
-            answer = await unless(stop, self._receive(spare))
+            answer = await unless(stop, self._link.receive())
             if answer is None:
                 await self.processes.stop(0.0)
-                answer = await self._receive(spare)
+                answer = await self._link.receive()
         if answer[0]:
-            raise self._failure(answer[0])
+            raise self._link.failure(answer[0])
         spare.link.close()
         mark("exec")
         self.processes.started, self._process = time.monotonic(), Process(self.pid)  # without what was read of it
@@ -275,16 +275,16 @@ class Cage:
         """Wait for three messages of the cage's, in this order: its pid, "viewed" and "caged"."""
         caged = False
         while not caged:
-            answer, fds = await self._receive(spare)
+            answer, fds = await self._link.receive()
             if "pid" in answer:
                 self._born(answer, fds, spare)
                 mark("clone")
-                self._confirm_early("birth", spare)
+                self._confirm_early("birth")
                 self.processes.watch_memory()
                 mark("confirm groups")
             elif answer.get("step") == "viewed":
                 mark("view")
-                self._confirm_early("view", spare)
+                self._confirm_early("view")
                 mark("confirm view")
                 await spare.ended()  # it counts as a task of the cage until then
             elif answer.get("step") == "caged":
@@ -294,7 +294,7 @@ class Cage:
                 if isinstance(took, dict):
                     self.steps.update({f"enter {step}": float(ms) for step, ms in took.items()})
             else:
-                raise self._failure(answer)
+                raise self._link.failure(answer)
         mark("enter")
 
     def _confirm(self, moment: str) -> None:
@@ -302,22 +302,17 @@ class Cage:
             if layer.in_force_from == moment:
                 layer.confirm(self._process)
 
-    def _confirm_early(self, moment: str, spare: Spare) -> None:
+    def _confirm_early(self, moment: str) -> None:
         try:
             self._confirm(moment)
         except (ConfinementError, OSError):
             # A process that has failed and ended is in no group any more; its report came before that.
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    packet, fds = receive_packet(spare.link)
-                    close_all(fds)
-                    answer = json.loads(packet) if packet else {}
-                    if answer.get("step") not in ("viewed", "caged"):
-                        raise self._failure(answer) from None
+            if (failure := self._link.told_failure()) is not None:
+                raise failure from None
             raise
 
-    def _born(self, answer: dict[str, object], fds: list[int], spare: Spare) -> None:
-        clone = Clone(int(str(answer["pid"])), fds[0])
+    def _born(self, answer: dict[str, Any], fds: list[int], spare: Spare) -> None:
+        clone = Clone(int(answer["pid"]), fds[0])
         self._processes = CageProcesses(clone, spare.status, self._cgroup.leaf)
         self._process = Process(clone.pid)
 
@@ -329,7 +324,7 @@ class Cage:
         spare.kill()
         with contextlib.suppress(OSError):
             while True:
-                answer, fds = await self._receive(spare)
+                answer, fds = await self._link.receive()
                 if "pid" in answer:
                     self._born(answer, fds, spare)
                     self.kill()
@@ -340,37 +335,6 @@ class Cage:
         if self._processes is None:
             await apart(lambda: reap_group(spare.pid))
         await spare.ended()
-
-    async def _receive(self, spare: Spare) -> tuple[dict[str, object], list[int]]:
-        """Receive the next message of the link; empty after exec (or death, which ``wait`` tells apart)."""
-        while True:
-            try:
-                packet, fds = receive_packet(spare.link)
-            except BlockingIOError:
-                await readable(spare.link.fileno())
-                continue
-            return (json.loads(packet) if packet else {}), fds
-
-    def _failure(self, answer: dict[str, object]) -> ConfinementError:
-        if not answer:
-            return ConfinementError(
-                f"cage of {self.spec.name}", "it died while it was being built", "see the kernel log"
-            )
-        step, detail = answer.get("step"), str(answer.get("detail"))
-        if step == "clone3":
-            number = answer.get("errno")
-            remedy = clone_remedy(number if isinstance(number, int) else 0)
-            return ConfinementError(f"clone of the cage of {self.spec.name}", detail, remedy)
-        if step == "exec" and answer.get("errno") in HOSTS_DOING:
-            return ConfinementError(f"start of {self.spec.name}", detail, "see the kernel log, and the plugin's caps")
-        if step == "exec":
-            return ExecError(f"start of {self.spec.name}", detail, exec_remedy(answer.get("errno")))
-        if step == "parked":
-            return not_parked(detail)
-        remedy = "see 'isolator check'"
-        if step == "working directory":
-            remedy = "only folders that the cage sees can be one: --read or --write shows it"
-        return ConfinementError(f"cage of {self.spec.name}", f"{step}: {detail}", remedy)
 
     # --- over an exec of this process ----------------------------------------------------------------------------
 

@@ -12,27 +12,24 @@ import errno
 import functools
 import os
 import socket
-import stat
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from isolator.audit.schema import FsDenied, NetDenied, SyscallDenied
+from isolator.audit.schema import NetDenied, SyscallDenied
 from isolator.base.pacing import Backoff
 from isolator.base.structs import replace
 from isolator.cage.cage import Cage
 from isolator.cage.processes import CageExit
-from isolator.errors import DeniedError, UnavailableError
+from isolator.errors import UnavailableError
 from isolator.ipc.messages import Origin
 from isolator.layers.network import namespace as network_layer
 from isolator.linux.descriptors import FdSet
-from isolator.linux.files import let_group_write, openat2
-from isolator.linux.shortage import is_shortage
 from isolator.policy.denial import DenialRule
 from isolator.supervisor import ports, reach
-from isolator.supervisor.cage_spec import SOCKET
 from isolator.supervisor.reach import Identity, identity
 from isolator.supervisor.ruleset_watch import watched_ruleset
+from isolator.supervisor.sidecar_socket import SidecarSocket
 from isolator.supervisor.use import Use
 from isolator.volume.volume import Volume
 
@@ -59,8 +56,6 @@ UNSEEN_SECONDS = 0.2
 """Time until a socket is looked for again, when no descriptor was free for that."""
 FROZEN_BEAT = 0.25
 """Seconds between two looks at whether a frozen cage goes on."""
-CTIME_STEP = 0.02
-"""Seconds after which a change of a file has another ``st_ctime``: two of the kernel's slowest ticks."""
 STEADY_SECONDS = 1.0
 """A new version whose socket has been there for so long is taken to be up."""
 
@@ -220,7 +215,7 @@ class Run:
         """
         patience = self.effective.restart.start_timeout
         watched = -1
-        with contextlib.suppress(FileNotFoundError), self.folder() as folder:  # it may have ended by now
+        with contextlib.suppress(FileNotFoundError), self.unix_socket.folder() as folder:  # it may have ended by now
             watched = self.context.sockets.add(folder, self._check_socket)
         self._check_socket()
         polling = asyncio.create_task(self._poll_port(self.port)) if self.port is not None else None
@@ -238,9 +233,8 @@ class Run:
                 if not waiting.done():
                     on_steady()
             elif not waiting.done():
-                missing = NO_ANSWER if self.streams else NO_SOCKET
-                cause = f"{missing} in {patience:g} s"
-                if self._unseen is not None:  # nobody knows whether it is there: that is not the plugin's doing
+                cause = f"{NO_ANSWER if self.streams else NO_SOCKET} in {patience:g} s"
+                if self._unseen is not None and not self.forced_cause:  # whether it is there nobody knows
                     cause, self.origin = f"its socket cannot be looked for: {self._unseen.strerror}", Origin.DAEMON
                 self.forced_cause = self.forced_cause or cause
                 await self._stop()
@@ -346,71 +340,16 @@ class Run:
             return FdSet(os.dup(pipe) for pipe in self.pipes)
         return FdSet(reach.open_pipe(self.cage.pid, pipe) for pipe in self.logs)
 
-    @contextlib.contextmanager
-    def folder(self) -> Iterator[int]:
-        """A descriptor of the socket directory (O_PATH); raises OSError, FileNotFoundError when the cage has ended."""
-        if not self.cage.started:
-            raise FileNotFoundError(errno.ENOENT, "the cage has ended", reach.SOCKET_FOLDER)
-        folder = reach.open_folder(self.cage.pid, self.place)
-        try:
-            yield folder
-        finally:
-            os.close(folder)
+    @functools.cached_property
+    def unix_socket(self) -> SidecarSocket:
+        """The sidecar's Unix socket."""
+        return SidecarSocket(self.plugin, self.id, self.cage, self.place, self.context.audit)
 
     def connect_at_once(self, uid: int) -> socket.socket:
         """Connect to the sidecar's Unix socket; raises OSError when that takes longer, and as ``connect``."""
-        fd = self._own_socket(uid)
-        try:
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            connection.setblocking(False)
-            try:
-                # Through the descriptor that was just checked: the name may mean something else by now.
-                connection.connect(f"/proc/self/fd/{fd}")
-            except BaseException:
-                connection.close()
-                raise
-            self.reached = True
-            return connection
-        finally:
-            os.close(fd)
-
-    async def lend_socket(self, uid: int, gid: int, alive: Callable[[], bool]) -> tuple[int, int]:
-        """Open the sidecar's socket file for processes with the group ``gid``, which may connect from then on.
-
-        Returns a descriptor that is good for nothing else, and the file's ``st_ctime_ns``. Until that changes, the name
-        stands for this file: to rename, replace or remove it changes the time. Raises OSError, or as ``connect``.
-        """
-        fd = self._own_socket(uid)
-        try:
-            let_group_write(fd, gid)
-            before = os.fstat(fd)
-            await asyncio.sleep(CTIME_STEP)
-            if alive():
-                with self.folder() as folder:
-                    now = os.stat(SOCKET, dir_fd=folder, follow_symlinks=False)
-                if (identity(now), now.st_ctime_ns) == (identity(before), before.st_ctime_ns):
-                    return fd, now.st_ctime_ns
-            raise UnavailableError(f"plugin {self.plugin}", "its socket was just replaced", "ask again")
-        except BaseException:
-            os.close(fd)
-            raise
-
-    def _own_socket(self, uid: int) -> int:
-        """Open what has the socket's name (O_PATH); raises DeniedError if it is no socket of the user's, OSError."""
-        try:
-            with self.folder() as folder:
-                fd = openat2(folder, SOCKET, os.O_PATH | os.O_NOFOLLOW)
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.EXDEV):
-                raise DeniedError(f"plugin {self.plugin}", "its socket is a link", "nothing was sent") from None
-            raise
-        info = os.fstat(fd)
-        if stat.S_ISSOCK(info.st_mode) and info.st_uid == uid:
-            return fd
-        os.close(fd)
-        denied = FsDenied(path=SOCKET, count=1, why="not a socket of the plugin's own")
-        self.context.audit.record(denied, plugin=self.plugin, run=self.id)
-        raise DeniedError(f"plugin {self.plugin}", "its socket was replaced by something else", "nothing was sent")
+        connection = self.unix_socket.connect(uid)
+        self.reached = True
+        return connection
 
     async def take_down(self) -> None:
         """Remove everything of the run; also after a start that failed half-way."""
@@ -443,7 +382,7 @@ class Run:
         self.stay()
         stdout, stderr = map(self.crossing.add, self.open_logs().release_all())
         try:
-            with self.folder() as folder:
+            with self.unix_socket.folder() as folder:
                 directory = os.dup(folder)
         except FileNotFoundError:  # it ends at this moment
             directory = reach.empty_folder()
@@ -480,13 +419,11 @@ class Run:
             return
         self._unseen = None
         try:
-            with self.folder() as folder:
-                os.close(openat2(folder, SOCKET, os.O_PATH | os.O_NOFOLLOW))
-            self.socket_there.set()
-        except OSError as error:
-            if is_shortage(error):  # whoever has made it is told of once
-                self._unseen = error
-                asyncio.get_running_loop().call_later(UNSEEN_SECONDS, self._check_socket)
+            if self.unix_socket.exists():
+                self.socket_there.set()
+        except OSError as error:  # its making is told of once
+            self._unseen = error
+            asyncio.get_running_loop().call_later(UNSEEN_SECONDS, self._check_socket)
 
     def ruleset_changed(self, difference: str) -> None:
         """End it: somebody touched its ruleset, which still leads nowhere but loopback, but the promise is broken."""

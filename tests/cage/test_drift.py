@@ -15,7 +15,6 @@ from typing import Any, TypeVar, cast
 import pytest
 
 from isolator.cage.cage import Cage
-from isolator.cage.warm_pool import Spare
 from isolator.errors import ConfinementError
 from isolator.layers.base import Process
 from isolator.layers.cgroup.layer import Cgroup
@@ -177,9 +176,9 @@ async def test_cage_that_is_being_made_or_ends_has_not_been_changed(shared_dir: 
     looks: list[str] = []
 
     class Looked(Cage):
-        def _confirm_early(self, moment: str, spare: Spare) -> None:
+        def _confirm_early(self, moment: str) -> None:
             looks.append(self.detect_drift())
-            super()._confirm_early(moment, spare)
+            super()._confirm_early(moment)
 
     for _ in range(10):
         async with cage(shared_dir, ["sleep", "60"], cage_type=Looked) as started:

@@ -415,7 +415,7 @@ MUTATIONS = (
         ),
     ),
     *_mutations(
-        "isolator/supervisor/run.py",
+        "isolator/supervisor/sidecar_socket.py",
         (
             "a socket of another owner is believed",
             " and info.st_uid == uid:",

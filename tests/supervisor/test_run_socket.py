@@ -16,51 +16,51 @@ import pytest
 
 from isolator.audit.schema import FsDenied
 from isolator.errors import DeniedError, UnavailableError
-from isolator.supervisor import run as run_module
+from isolator.supervisor import sidecar_socket
 from isolator.supervisor.cage_spec import SOCKET
-from isolator.supervisor.run import Run
+from isolator.supervisor.sidecar_socket import SidecarSocket
 from tests.support.descriptors import open_descriptors, opened_since
 
 PLUGIN, ANOTHER = 64995, 64996
+Scene = tuple[SidecarSocket, Path, list[Any]]
 
 
 @pytest.fixture
-def scene(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Run, Path, list[Any]]]:
+def scene(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     records: list[Any] = []
     directory = os.open(shared_dir, os.O_PATH | os.O_DIRECTORY)
-    run = object.__new__(Run)
-    run.id, run.plugin = "run", "plugin"
-    monkeypatch.setattr(run, "folder", lambda: nullcontext(directory), raising=False)
-    audit = SimpleNamespace(record=lambda record, **_: records.append(record))
-    run.context = SimpleNamespace(audit=audit)  # type: ignore[assignment]
-    yield run, shared_dir / SOCKET, records
+    audit: Any = SimpleNamespace(record=lambda record, **_: records.append(record))
+    cage: Any = None
+    sidecar = SidecarSocket("plugin", "run", cage, (0, 0), audit)
+    monkeypatch.setattr(sidecar, "folder", lambda: nullcontext(directory))
+    yield sidecar, shared_dir / SOCKET, records
     os.close(directory)
 
 
 @pytest.mark.parametrize("owner", [0, ANOTHER])
-def test_socket_of_another_user_is_refused_and_on_record(scene: tuple[Run, Path, list[Any]], owner: int) -> None:
-    run, path, records = scene
+def test_socket_of_another_user_is_refused_and_on_record(scene: Scene, owner: int) -> None:
+    sidecar, path, records = scene
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
         os.chown(path, owner, owner)
         with pytest.raises(DeniedError, match="was replaced by something else"):
-            run.connect_at_once(PLUGIN)
+            sidecar.connect(PLUGIN)
         assert [type(record) for record in records] == [FsDenied]
         listener.setblocking(False)
         with pytest.raises(BlockingIOError):
             listener.accept()  # nobody has come
         os.chown(path, PLUGIN, PLUGIN)
-        run.connect_at_once(PLUGIN).close()
+        sidecar.connect(PLUGIN).close()
         listener.accept()[0].close()
 
 
-def test_file_of_its_own_in_the_sockets_place_is_refused(scene: tuple[Run, Path, list[Any]]) -> None:
-    run, path, records = scene
+def test_file_of_its_own_in_the_sockets_place_is_refused(scene: Scene) -> None:
+    sidecar, path, records = scene
     path.write_text("")
     os.chown(path, PLUGIN, PLUGIN)
     with pytest.raises(DeniedError, match="was replaced by something else"):
-        run.connect_at_once(PLUGIN)
+        sidecar.connect(PLUGIN)
     assert len(records) == 1
 
 
@@ -78,8 +78,8 @@ def _listen(path: Path) -> socket.socket:
     return listener
 
 
-def _lend(run: Run, *, alive: bool = True) -> tuple[int, int]:
-    return asyncio.run(run.lend_socket(PLUGIN, HOST, lambda: alive))
+def _lend(sidecar: SidecarSocket, *, alive: bool = True) -> tuple[int, int]:
+    return asyncio.run(sidecar.lend(PLUGIN, HOST, lambda: alive))
 
 
 def _as_user(uid: int, do: Callable[[], object]) -> str:
@@ -108,25 +108,25 @@ def _connect(fd: int) -> None:
         sock.connect(f"/proc/self/fd/{fd}")
 
 
-def test_lent_socket_lets_the_hosts_group_connect_and_nobody_else(scene: tuple[Run, Path, list[Any]]) -> None:
-    run, path, records = scene
+def test_lent_socket_lets_the_hosts_group_connect_and_nobody_else(scene: Scene) -> None:
+    sidecar, path, records = scene
     with _listen(path):
         before = os.open(path, os.O_PATH)
         assert _as_user(HOST, lambda: _connect(before)) == "EACCES", "it was not lent"
-        fd, changed = _lend(run)
+        fd, changed = _lend(sidecar)
         assert _as_user(HOST, lambda: _connect(fd)) == "done"
         assert _as_user(OTHER, lambda: _connect(fd)) == "EACCES"
         assert (changed, records) == (os.fstat(fd).st_ctime_ns, [])
-        again, unchanged = _lend(run)
+        again, unchanged = _lend(sidecar)
         assert unchanged == changed, "what is open to the host is left as it is"
         for one in (before, fd, again):
             os.close(one)
 
 
-def test_lent_socket_is_good_for_connecting_alone(scene: tuple[Run, Path, list[Any]]) -> None:
-    run, path, _ = scene
+def test_lent_socket_is_good_for_connecting_alone(scene: Scene) -> None:
+    sidecar, path, _ = scene
     with _listen(path):
-        fd, _ = _lend(run)
+        fd, _ = _lend(sidecar)
         there = f"/proc/self/fd/{fd}"
         tries: dict[str, Callable[[], object]] = {
             "enter": lambda: os.fchdir(fd),
@@ -140,19 +140,17 @@ def test_lent_socket_is_good_for_connecting_alone(scene: tuple[Run, Path, list[A
         os.close(fd)
 
 
-def test_listener_that_is_gone_cannot_be_reached_by_its_lent_file(scene: tuple[Run, Path, list[Any]]) -> None:
-    run, path, _ = scene
+def test_listener_that_is_gone_cannot_be_reached_by_its_lent_file(scene: Scene) -> None:
+    sidecar, path, _ = scene
     with _listen(path):
-        fd, _ = _lend(run)
+        fd, _ = _lend(sidecar)
     assert _as_user(HOST, lambda: _connect(fd)) == "ECONNREFUSED"
     os.close(fd)
 
 
 @pytest.mark.parametrize("what", ["a file", "a link", "a socket of another user's"])
-def test_what_is_not_the_plugins_socket_is_not_lent_and_not_changed(
-    scene: tuple[Run, Path, list[Any]], what: str
-) -> None:
-    run, path, _ = scene
+def test_what_is_not_the_plugins_socket_is_not_lent_and_not_changed(scene: Scene, what: str) -> None:
+    sidecar, path, _ = scene
     other = path.with_name("other")
     with _listen(other):
         os.chown(other, ANOTHER, ANOTHER)
@@ -166,44 +164,44 @@ def test_what_is_not_the_plugins_socket_is_not_lent_and_not_changed(
         before = path.lstat(), path.stat()
         descriptors = open_descriptors()
         with pytest.raises(DeniedError):
-            _lend(run)
+            _lend(sidecar)
         assert (path.lstat(), path.stat()) == before
         assert not opened_since(descriptors)
 
 
 @pytest.mark.parametrize("change", ["rename", "replace", "remove", "shut"])
 def test_socket_that_is_changed_while_it_is_lent_is_not(
-    scene: tuple[Run, Path, list[Any]], change: str, monkeypatch: pytest.MonkeyPatch
+    scene: Scene, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The change comes at the same time as the supervisor's own, so that the file's time may not show it."""
-    run, path, _ = scene
+    sidecar, path, _ = scene
     changes: dict[str, Callable[[], object]] = {
         "rename": lambda: path.rename(path.with_name("gone")),
         "replace": lambda: path.with_name("next").rename(path),
         "remove": path.unlink,
         "shut": lambda: path.chmod(0),
     }
-    let = run_module.let_group_write
+    let = sidecar_socket.let_group_write
 
     def let_and_change(fd: int, gid: int) -> None:
         let(fd, gid)
         changes[change]()
 
-    monkeypatch.setattr(run_module, "let_group_write", let_and_change)
+    monkeypatch.setattr(sidecar_socket, "let_group_write", let_and_change)
     with _listen(path), _listen(path.with_name("next")):
         descriptors = open_descriptors()
         if change == "shut":
-            fd, _ = _lend(run)
+            fd, _ = _lend(sidecar)
             assert _as_user(HOST, lambda: _connect(fd)) == "EACCES", "it is shut for good, and the host asks"
             os.close(fd)
         else:
             with pytest.raises((UnavailableError, FileNotFoundError)):
-                _lend(run)
+                _lend(sidecar)
         assert not opened_since(descriptors)
 
 
-def test_change_after_a_socket_was_lent_changes_its_time(scene: tuple[Run, Path, list[Any]]) -> None:
-    run, path, _ = scene
+def test_change_after_a_socket_was_lent_changes_its_time(scene: Scene) -> None:
+    sidecar, path, _ = scene
     for change in (
         lambda: path.rename(path.with_name("gone")),
         lambda: path.with_name("next").rename(path),
@@ -211,7 +209,7 @@ def test_change_after_a_socket_was_lent_changes_its_time(scene: tuple[Run, Path,
         lambda: path.chmod(0o770),
     ):
         with _listen(path), _listen(path.with_name("next")):
-            fd, changed = _lend(run)
+            fd, changed = _lend(sidecar)
             change()  # at once: the file's time has gone on since the supervisor looked
             assert os.fstat(fd).st_ctime_ns != changed
             os.close(fd)
@@ -219,10 +217,10 @@ def test_change_after_a_socket_was_lent_changes_its_time(scene: tuple[Run, Path,
             left.unlink()
 
 
-def test_run_that_ends_meanwhile_lends_nothing(scene: tuple[Run, Path, list[Any]]) -> None:
-    run, path, _ = scene
+def test_run_that_ends_meanwhile_lends_nothing(scene: Scene) -> None:
+    sidecar, path, _ = scene
     with _listen(path):
         descriptors = open_descriptors()
         with pytest.raises(UnavailableError):
-            _lend(run, alive=False)
+            _lend(sidecar, alive=False)
         assert not opened_since(descriptors)

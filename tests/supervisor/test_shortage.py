@@ -10,17 +10,19 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from isolator.cage.cage import Cage
+from isolator.cage.link import Link
 from isolator.errors import ConfinementError, ExecError, UnavailableError
 from isolator.ipc.messages import Origin
 from isolator.layers.cgroup.layer import Cgroup
 from isolator.layers.network import namespace as network_layer
+from isolator.linux.descriptors import owning
 from isolator.linux.shortage import is_shortage
 from isolator.policy.model import NetworkPolicy
 from isolator.supervisor import alive, ruleset_watch
@@ -31,6 +33,7 @@ from isolator.supervisor.lifecycle.plugin import Plugin
 from isolator.supervisor.preparing import origin_of
 from isolator.supervisor.ruleset_watch import watched_ruleset
 from isolator.supervisor.run import Run
+from isolator.supervisor.sidecar_socket import SidecarSocket
 from isolator.supervisor.snapshots import keep_snapshots
 from tests.support.cage_fixture import cage
 from tests.support.descriptors import none_free
@@ -146,11 +149,15 @@ async def _nft(network: int, commands: str) -> None:
 def run(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     made = object.__new__(Run)
     made.streams, made.port, made.socket_there, made._unseen = [], None, asyncio.Event(), None
+    absent: Any = None
+    made.unix_socket = SidecarSocket("plugin", "run", absent, (0, 0), absent)
 
-    def folder() -> Any:
-        return contextlib.nullcontext(os.open(shared_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+    @contextlib.contextmanager
+    def folder() -> Iterator[int]:
+        with owning(os.open(shared_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as found:
+            yield found
 
-    monkeypatch.setattr(made, "folder", folder, raising=False)
+    monkeypatch.setattr(made.unix_socket, "folder", folder)
     monkeypatch.setattr(run_module, "UNSEEN_SECONDS", 0.01)
     return made
 
@@ -184,9 +191,7 @@ async def test_process_whose_progress_cannot_be_read_is_not_one_that_hangs(monke
      (errno.ENOMEM, Origin.DAEMON), (errno.EIO, Origin.DAEMON), (errno.EAGAIN, Origin.DAEMON)],
 )  # fmt: skip
 def test_program_is_to_blame_for_a_failed_exec_only_if_it_is_the_reason(number: int, origin: Origin) -> None:
-    made = Cage.__new__(Cage)
-    made.spec = cast(Any, SimpleNamespace(name="one"))
-    failure = made._failure({"step": "exec", "errno": number, "detail": os.strerror(number)})
+    failure = Link(cast(Any, None), "one").failure({"step": "exec", "errno": number, "detail": os.strerror(number)})
     assert origin_of(failure) == origin and isinstance(failure, ExecError) == (origin == Origin.PLUGIN)
 
 

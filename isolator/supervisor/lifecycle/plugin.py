@@ -216,12 +216,12 @@ class Plugin:
         return None
 
     async def lend_socket(self, run_id: str, gid: int) -> tuple[int, int]:
-        """Open the socket file of a run for processes with that group, as ``Run.lend_socket``; raises IsolatorError."""
+        """Open a run's socket file for processes with that group, as ``SidecarSocket.lend``; raises IsolatorError."""
         run = self.run
         if run is None or run.id != run_id or run.streams or run.port is not None:
             raise UnavailableError(f"plugin {self.name}", "that run has no socket", "ask again")
         try:
-            return await run.lend_socket(self.registration.uid, gid, lambda: self.run is run)
+            return await run.unix_socket.lend(self.registration.uid, gid, lambda: self.run is run)
         except OSError as error:
             raise UnavailableError(f"plugin {self.name}", f"its socket: {error.strerror}", "ask again") from None
 
