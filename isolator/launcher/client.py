@@ -21,11 +21,14 @@ from isolator.ipc.tasks import Tasks
 from isolator.layers.plan import ParkOrder
 from isolator.linux.apart import apart
 from isolator.linux.capability import last_capability
+from isolator.linux.shortage import is_shortage
 
 _BOOT = "import sys; sys.path[:0] = sys.argv[2:]; from isolator.launcher.server import main; main()"
 _IMPORT_PATH = str(Path(isolator.__file__).parents[1])
 
 _END_SECONDS = 5.0
+_SHORT_SECONDS = 0.1
+"""Until an order is sent again for which the kernel had no memory."""
 
 
 @struct_class(frozen=True)
@@ -164,6 +167,9 @@ class Launcher:
                     self._loop.add_writer(self._sock, self._has_room)
                 await asyncio.shield(self._room)
             except OSError as error:
+                if is_shortage(error):
+                    await asyncio.sleep(_SHORT_SECONDS)
+                    continue
                 # That it has ended is told behind its last answers; any other error is this order's alone.
                 died = self.closed.is_set() or error.errno in (errno.EPIPE, errno.ECONNRESET)
                 why = "it has died" if died else f"the order cannot be sent: {error.strerror}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -11,6 +12,7 @@ import pytest
 
 from isolator.errors import UnavailableError
 from isolator.ipc.packet import pair, send_packet
+from isolator.launcher import client
 from isolator.launcher.client import Launcher
 
 
@@ -108,7 +110,7 @@ async def test_last_answer_of_a_launcher_that_has_died_is_taken_although_an_orde
 
 
 async def test_order_that_cannot_be_sent_is_no_end_of_the_launcher() -> None:
-    """Which would be that of all its cages; here for a descriptor that is none, as for want of the kernel's memory."""
+    """Which would be that of all its cages; here for a descriptor that is none."""
     mine, theirs = pair()
     launcher = Launcher((_Process(), mine), adopted=True)
     gone = os.dup(mine.fileno())
@@ -118,5 +120,23 @@ async def test_order_that_cannot_be_sent_is_no_end_of_the_launcher() -> None:
     assert not launcher.closed.is_set()
     await launcher.forgotten("cage")
     assert theirs.recv(4096) == b'{"forget": "cage"}'
+    launcher.dismiss()
+    theirs.close()
+
+
+async def test_order_for_which_the_kernel_has_no_memory_is_sent_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = [OSError(errno.ENOBUFS, "No buffer space available")] * 3
+
+    def sent(sock: socket.socket, packet: bytes, fds: list[int]) -> None:
+        if short:
+            raise short.pop()
+        send_packet(sock, packet, fds)
+
+    monkeypatch.setattr(client, "send_packet", sent)
+    monkeypatch.setattr(client, "_SHORT_SECONDS", 0.0, raising=False)
+    mine, theirs = pair()
+    launcher = Launcher((_Process(), mine), adopted=True)
+    await launcher.forgotten("cage")
+    assert theirs.recv(4096) == b'{"forget": "cage"}' and not launcher.closed.is_set()
     launcher.dismiss()
     theirs.close()
