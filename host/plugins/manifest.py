@@ -11,9 +11,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from isolator.base.structs import field
 from isolator.errors import UsageError, translated
 from isolator.policy.filters import MOST, parse_filter
-from isolator.policy.frozen import Frozen, fresh
+from isolator.policy.frozen import Frozen
 from isolator.policy.parse.strict import Table, printable, prose
 from isolator.policy.request import MANIFEST_NAME, MAX_BYTES, MAX_DEPTH, MODES, ManifestCore
 from isolator.policy.units import parse_duration
@@ -90,7 +91,7 @@ class Transport(Frozen):
     """Mode http: the key of its config with which requests are signed."""
     era: Era = ERAS[0]
     """Mode mcp: the newest version of the protocol before, or the first since, it does without sessions."""
-    calls: dict[str, ToolCall] = fresh(default_factory=dict)
+    calls: dict[str, ToolCall] = field(default_factory=dict)
     """Mode mcp: by hook."""
 
 

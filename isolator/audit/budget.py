@@ -126,14 +126,8 @@ class Budgets:
         share = self._shares.get((record.type, cause))
         if share is None:
             if cause is not None and sum(type == record.type for type, _ in self._shares) >= most:
-                return self._of_the_rest(record.type)
+                return self._shares.setdefault((record.type, None), _Share(self._bucket()))
             share = self._shares[record.type, cause] = _Share(self._bucket())
-        return share
-
-    def _of_the_rest(self, type: str) -> _Share:
-        share = self._shares.get((type, None))
-        if share is None:
-            share = self._shares[type, None] = _Share(self._bucket())
         return share
 
     def _bucket(self, times: float = 1.0) -> TokenBucket:

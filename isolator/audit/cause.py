@@ -103,10 +103,6 @@ class _Windows:
         while self.finished and self.finished[0].end <= at - _LINGER_NS:
             self.finished.popleft()
 
-    def finish_all(self, at: int) -> None:
-        for key in list(self.open):
-            self.finish(key, at)
-
     def between(self, began: int, at: int, run: str | None) -> list[Window]:
         """Windows that were open at some moment from ``began`` to ``at``, in the order of their starts."""
         found = list(self.open.values())
@@ -167,7 +163,8 @@ class Causes:
     def host_restarted(self, now: int) -> None:
         """Finish every window: the events in flight were those of the old host process."""
         for windows in self._windows.values():
-            windows.finish_all(now)
+            for key in list(windows.open):
+                windows.finish(key, now)
 
     def tag(self, record: Incoming, now: int) -> None:
         """Give ``record`` the event in flight, or the list of them when there are several."""

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from isolator.linux.apart import outcome_of, settle
+
 T = TypeVar("T")
 
 
@@ -39,20 +41,6 @@ class FileThread:
     def _serve(self) -> None:
         while (call := self._calls.get()) is not None:
             future, function = call
-            try:
-                self._report(future, function(), None)
-            except BaseException as error:
-                self._report(future, None, error)
-
-    def _report(self, future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-            self._loop.call_soon_threadsafe(_settle, future, result, error)
-
-
-def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-    if future.cancelled():
-        return
-    if error is not None:
-        future.set_exception(error)
-    else:
-        future.set_result(result)
+            result, error = outcome_of(function)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                self._loop.call_soon_threadsafe(settle, future, result, error)

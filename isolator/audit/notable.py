@@ -63,12 +63,9 @@ class Notable:
             place = str(record.data.get("name") or record.data.get("address"))[:260]
             self._first(record.plugin, record.type, value, f"first connection or lookup that failed ({place}): {why}")
         elif record.type in _DENIALS and record.data.get("verdict", "denied") in _REFUSED:
-            self._denied(record.plugin, record.type, record.data)
-
-    def _denied(self, plugin: str, kind: str, data: _Data) -> None:
-        what, key = _DENIALS[kind]
-        value = str(data.get(key))[:200]
-        self._first(plugin, kind, value, f"first refused {what} ({value})")
+            what, key = _DENIALS[record.type]
+            value = str(record.data.get(key))[:200]
+            self._first(record.plugin, record.type, value, f"first refused {what} ({value})")
 
     def _first(self, plugin: str, kind: str, value: str, text: str) -> None:
         """Write ``text`` the first time that a plugin meets this ``value`` of a kind."""

@@ -362,16 +362,11 @@ def _within(paths: list[Path], wanted: Query) -> list[Path]:
     begins = [(record.time if (record := parse(files.first_line(path))) else None) for path in paths]
     since = _shifted(wanted.since, -_SLACK)
     until = _shifted(wanted.until, _SLACK)
-    kept = []
-    for index, path in enumerate(paths):
-        begin = begins[index]
-        after = begins[index + 1] if index + 1 < len(paths) else None
-        if until is not None and begin is not None and begin > until:
-            continue
-        if since is not None and after is not None and after < since:
-            continue
-        kept.append(path)
-    return kept
+    return [
+        path
+        for path, begin, following in zip(paths, begins, [*begins[1:], None], strict=True)
+        if not (until and begin and begin > until) and not (since and following and following < since)
+    ]
 
 
 def _shifted(time: str | None, by: timedelta) -> str | None:

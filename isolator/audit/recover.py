@@ -97,7 +97,7 @@ def recover(fd: int, directory: Path, head: Head | None, notes: list[schema.Audi
     known: dict[int, str] = {}
     start, data, scan_from = _tail(fd, size)
     good = start + scan_from
-    for line in _lines(data, scan_from):
+    for line in data[scan_from:].split(b"\n")[:-1]:
         seq = seq_of(line)
         if seq is None or not own_hash_fits(line) or parse(line) is None:
             break
@@ -161,10 +161,6 @@ def _read(fd: int, offset: int, length: int) -> bytes:
         parts.append(part)
         offset, length = offset + len(part), length - len(part)
     return b"".join(parts)
-
-
-def _lines(data: bytes, start: int) -> list[bytes]:
-    return data[start:].split(b"\n")[:-1]
 
 
 def _advance(end: ChainEnd, line: bytes) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from isolator.linux.descriptors import owning
 from isolator.linux.durable import replace_file
 from isolator.linux.files import read_plain
 
@@ -140,7 +141,7 @@ def _read_key(path: Path) -> Ed25519PrivateKey | None:
         if path.is_symlink():
             raise ValueError("was a symbolic link") from error
         raise
-    try:
+    with owning(fd):
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("was not a regular file")
@@ -149,8 +150,6 @@ def _read_key(path: Path) -> Ed25519PrivateKey | None:
         if status.st_mode & 0o077:
             raise ValueError(f"was open to others (mode {stat.S_IMODE(status.st_mode):04o})")
         der = _der(os.read(fd, 65536))
-    finally:
-        os.close(fd)
     if not der:
         raise ValueError("could not be read as a key")
     if not der.startswith(_PRIVATE) or len(der) != len(_PRIVATE) + 32:

@@ -45,11 +45,6 @@ def limits_of(config: Mapping[str, Any]) -> Limits:
     return Limits(**{field.name: section[field.name] for field in fields(Limits) if field.name in section})
 
 
-def family_of(address: str) -> socket.AddressFamily:
-    """The address family of a literal address."""
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
-
-
 async def serve(channel: socket.socket) -> None:
     """Serve until the channel closes."""
     writer: Writer | None = None
@@ -75,7 +70,8 @@ async def serve(channel: socket.socket) -> None:
             wanted = None
         if wanted is not None:
             try:
-                listener = socket.create_server(wanted, family=family_of(wanted[0]))
+                family = socket.AF_INET6 if ":" in wanted[0] else socket.AF_INET
+                listener = socket.create_server(wanted, family=family)
                 listeners.append(await serve_metrics(writer.metrics, listener))
             except OSError as error:  # the trail is worth more than its metrics
                 _log.error("no metrics on %s:%s: %s", *wanted, error.strerror)

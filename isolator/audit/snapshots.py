@@ -98,16 +98,11 @@ def _text(path: str) -> str:
         os.close(fd)
 
 
-def _single(field: str) -> Callable[[str], Usage]:
+def _single(field: str, unit: int = 1) -> Callable[[str], Usage]:
+    """A file that is one number; ``unit``: how many of it are one of the field."""
+
     def read(text: str) -> Usage:
-        return {field: int(text)} if text.strip().isdigit() else {}
-
-    return read
-
-
-def _nanoseconds(field: str) -> Callable[[str], Usage]:
-    def read(text: str) -> Usage:
-        return {field: int(text) // 1000} if text.strip().isdigit() else {}
+        return {field: int(text) // unit} if text.strip().isdigit() else {}
 
     return read
 
@@ -118,37 +113,28 @@ def _table(text: str) -> dict[str, int]:
     return {key: int(number) for key, number in zip(words, words, strict=False) if number.isdigit()}
 
 
-def _cpu(text: str) -> Usage:
-    table, usage = _table(text), Usage()
-    # v2 counts in microseconds under these names; v1's cpu.stat only knows throttling, in nanoseconds.
-    for key, field in (("usage_usec", "cpu_us"), ("user_usec", "user_us"), ("system_usec", "system_us")):
-        if key in table:
-            usage[field] = table[key]
-    if "throttled_usec" in table:
-        usage["throttled_us"] = table["throttled_usec"]
-    elif "throttled_time" in table:
-        usage["throttled_us"] = table["throttled_time"] // 1000
-    if "nr_throttled" in table:
-        usage["throttled"] = table["nr_throttled"]
-    return usage
+def _figures(*fields: tuple[str, str, int]) -> Callable[[str], Usage]:
+    """Lines of a table: key, field, and how many of its unit are one of the field's; of a field the first that is."""
+
+    def read(text: str) -> Usage:
+        table, usage = _table(text), Usage()
+        for key, field, unit in fields:
+            if key in table:
+                usage.setdefault(field, table[key] // unit)
+        return usage
+
+    return read
 
 
-def _memory(text: str) -> Usage:
-    table, usage = _table(text), Usage()
-    for key, field in (
-        ("anon", "anonymous"),
-        ("total_rss", "anonymous"),
-        ("file", "cached"),
-        ("total_cache", "cached"),
-    ):
-        if key in table:
-            usage.setdefault(field, table[key])
-    return usage
-
-
-def _memory_events(text: str) -> Usage:
-    table = _table(text)
-    return {"oom_kills": table["oom_kill"]} if "oom_kill" in table else {}
+_cpu = _figures(
+    ("usage_usec", "cpu_us", 1), ("user_usec", "user_us", 1), ("system_usec", "system_us", 1),
+    ("throttled_usec", "throttled_us", 1), ("throttled_time", "throttled_us", 1000), ("nr_throttled", "throttled", 1),
+)  # fmt: skip
+"""v2 counts in microseconds under these names; v1's cpu.stat only knows throttling, in nanoseconds."""
+_memory = _figures(
+    ("anon", "anonymous", 1), ("total_rss", "anonymous", 1), ("file", "cached", 1), ("total_cache", "cached", 1)
+)
+_memory_events = _figures(("oom_kill", "oom_kills", 1))
 
 
 def _io(text: str) -> Usage:
@@ -185,7 +171,7 @@ def _pressure(field: str) -> Callable[[str], Usage]:
 
 _FILES: dict[str, Callable[[str], Usage]] = {
     "cpu.stat": _cpu,
-    "cpuacct.usage": _nanoseconds("cpu_us"),
+    "cpuacct.usage": _single("cpu_us", 1000),
     "cpu.idle": _single("background"),
     "memory.current": _single("memory"),
     "memory.usage_in_bytes": _single("memory"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -33,6 +34,9 @@ _WHAT = 15
 _REPLY = 240
 _BAD = (".denied", ".crashed", ".failed", ".dead", ".quarantined")
 _GIVEN_UP = frozenset({"dead", "expired", "quarantined"})
+_GIVING_UP = (
+    schema.EventDead.TYPE, schema.EventQuarantined.TYPE, schema.EventSkipped.TYPE, schema.EventCancelled.TYPE,
+)  # fmt: skip
 Deliveries = Sequence[Mapping[str, Any]]
 _SENTENCE = re.compile(r"[\w ,.;:()/'-]*", re.ASCII)
 
@@ -276,13 +280,7 @@ def _verdict(
 ) -> tuple[str, bool]:
     """The outcome for one plugin in a few words, and whether it is bad."""
     sent = sum(r.type == schema.EventDispatched.TYPE for r in records)
-    given_up = (
-        schema.EventDead.TYPE,
-        schema.EventQuarantined.TYPE,
-        schema.EventSkipped.TYPE,
-        schema.EventCancelled.TYPE,
-    )
-    ends = (schema.EventResponse.TYPE, *given_up, schema.EventReplayed.TYPE, schema.EventDispatched.TYPE)
+    ends = (schema.EventResponse.TYPE, *_GIVING_UP, schema.EventReplayed.TYPE, schema.EventDispatched.TYPE)
     last = next((r for r in reversed(records) if r.type in ends and r.event_id == event_id), None)
     bad = False
     called = next((r for r in reversed(records) if r.type == schema.ToolCalled.TYPE and r.event_id == event_id), None)
@@ -291,7 +289,7 @@ def _verdict(
         text = f"{_field(called.data, 'tool')}: {_field(called.data, 'outcome', limit=20)}"
     elif last is None and any(r.type == schema.ToolStarted.TYPE for r in records):
         text = "the call is under way or was cut short"
-    elif delivery is not None and (last is None or (delivery["host"] and not _is_end(last, given_up))):
+    elif delivery is not None and (last is None or (delivery["host"] and not _is_end(last))):
         text, bad = _standing(delivery, event_id)
     elif last is None:
         text = "no request to it is on record here"
@@ -327,10 +325,10 @@ def _verdict(
     return text, bad
 
 
-def _is_end(record: Record, given_up: tuple[str, ...]) -> bool:
+def _is_end(record: Record) -> bool:
     """Whether a record is the end of a delivery."""
     answered = record.type == schema.EventResponse.TYPE and record.data.get("outcome") in ("ok", "skipped")
-    return answered or record.type in given_up
+    return answered or record.type in _GIVING_UP
 
 
 def _details(record: Record) -> str:
@@ -348,17 +346,11 @@ def _wrap(
     lead: str, text: str, columns: int, *, hang: int = _WHAT + 1, bad: bool = False, seq: int | None = None
 ) -> Iterator[Line]:  # fmt: skip
     """Break at spaces, and within what is too long for a line; what follows is indented below the details."""
-    width, line = columns - len(lead) - 1, ""
     space = f"{lead} " if lead else ""
-    for word in text.split(" "):
-        if line.strip() and len(line) + 1 + len(word) > width and len(word) <= width - hang:
-            yield Line(f"{space}{line}".rstrip(), bad, seq)
-            space, line = " " * len(space), " " * (hang - 1)
-        line = f"{line} {word}" if line else word
-        while len(line) > width:
-            yield Line(f"{space}{line[:width]}".rstrip(), bad, seq)
-            space, line = " " * len(space), " " * hang + line[width:]
-    yield Line(f"{space}{line}".rstrip(), bad, seq)
+    for line in textwrap.wrap(
+        text, columns, initial_indent=space, subsequent_indent=" " * (len(space) + hang), break_on_hyphens=False
+    ):
+        yield Line(line.rstrip(), bad, seq)
 
 
 def _fit(line: str, width: int) -> str:

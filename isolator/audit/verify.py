@@ -115,10 +115,8 @@ class Verifier:
                 f"a seal is missing: never more than {self._span} records go without one",
             )
         for seq, digest in self._anchors.items():
-            if seq in self._seen or (seq < report.first and not self._whole):
-                continue
-            if seq < report.first:
-                continue  # retired, or missing and named already
+            if seq in self._seen or seq < report.first:
+                continue  # of an earlier file, or retired, or missing and named already
             why = f"the trail ends at {self._seq}" if seq > self._seq else "that record is missing"
             self._misfit(seq, f"its hash {digest[:16]}… is known, but {why}: it was cut or is an older copy")
         return report

@@ -14,14 +14,16 @@ T = TypeVar("T")
 _FIELDS, _DEFAULTS = "__struct_fields__", "__struct_defaults__"
 
 
-class _Field:
+class Field:
+    """Default of a field: what ``make`` returns, for each object anew; None: the object sets it itself."""
+
     def __init__(self, make: Callable[[], Any] | None) -> None:
         self.make = make
 
 
 def field(*, default_factory: Callable[[], Any] | None = None, init: bool = True) -> Any:
     """A field whose default is made for each object anew; or (``init=False``) that ``__post_init__`` sets."""
-    return _Field(default_factory if init else None)
+    return Field(default_factory if init else None)
 
 
 @dataclass_transform(field_specifiers=(field,))
@@ -77,7 +79,7 @@ def _init(self: Any, *values: Any, **named: Any) -> None:
             continue
         if name not in defaults:
             raise TypeError(f"{cls.__name__} needs {name}")
-        elif not isinstance(default := defaults[name], _Field):
+        elif not isinstance(default := defaults[name], Field):
             made[name] = default
         elif default.make is not None:
             made[name] = default.make()

@@ -141,29 +141,27 @@ class Flow:
         return NetDenied(**self.endpoint(), protocol="tcp", verdict="denied", rule=rule, **found)
 
     def pass_on(self, departure: Departure) -> FlowState:
-        """Take it off the loop, and hand it to another broker; one that is not decided without its way out."""
-        pipes = tuple(pipe.pass_on() for pipe in self.pipes) if self.recorded else ()
-        server = -1
-        if self.server is not None:
-            if self.recorded:
-                server = departure.add(self.server.detach())
-            else:
+        """Take it off the loop, and hand it to another broker; one that is not decided goes as it was accepted."""
+        if not self.recorded:
+            if self.server is not None:
                 self.server.close()
+            self.name = self.server = self.dialled = None
+            self.via, self.rule = "", self.rule if self.cage_port is not None else ""
         return FlowState(
             client=departure.add(self.client.detach()),
-            server=server,
+            server=departure.add(self.server.detach()) if self.server is not None else -1,
             address=str(self.address),
             port=self.port,
             started=self.started,
-            name=self.name if self.recorded else None,
-            rule=self.rule if self.recorded or self.cage_port is not None else "",
-            dialled=str(self.dialled) if self.recorded and self.dialled is not None else None,
+            name=self.name,
+            rule=self.rule,
+            dialled=str(self.dialled) if self.dialled is not None else None,
             cage_port=self.cage_port,
-            via=self.via if self.recorded else "",
+            via=self.via,
             began=self.began,
             id=self.id,
-            first=to_text(self.first) if not self.recorded else "",
-            pipes=pipes,
+            first=to_text(self.first),
+            pipes=tuple(pipe.pass_on() for pipe in self.pipes),
         )
 
     @classmethod

@@ -22,6 +22,7 @@ from isolator.layers.seccomp.bpf import Equal
 from isolator.layers.seccomp.layer import compiled_rules
 from isolator.linux import landlock, seccomp
 from isolator.linux.coredump import start_no_handler
+from isolator.linux.descriptors import allow_many_files
 
 THREADS = 64
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
@@ -51,9 +52,7 @@ def harden(program: bytes, readable: Iterable[str] = ("/",)) -> None:
     start_no_handler()
     resource.setrlimit(resource.RLIMIT_NPROC, (THREADS, THREADS))
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Two descriptors for each flow of each cage.
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    allow_many_files()  # two for each flow of each cage
     prctl.set_no_new_privs(True)
     # Neither core dumps nor a debugger of the same uid.
     prctl.set_dumpable(False)

@@ -22,7 +22,7 @@ from isolator.broker.buffers import Buffers, keep_small
 from isolator.broker.flow import Flow, FlowState, FlowTable
 from isolator.broker.gate.gate import Gate, GateState
 from isolator.broker.relay import Scratch, reset, tune
-from isolator.broker.repeats import Write
+from isolator.broker.repeats import Repeatable, Write
 from isolator.broker.turns import Turns
 from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.accept_loop import AcceptLoop
@@ -63,6 +63,7 @@ class Inbound:
         listeners: Iterable[tuple[socket.socket, ListenRule]],
         fetch: Fetch,
         write: Write,
+        count: Callable[[Repeatable], None],
         fence: Fence,
         scratch: Scratch,
         buffers: Buffers,
@@ -73,8 +74,8 @@ class Inbound:
         busy: Callable[[], None] = lambda: None,
     ) -> None:
         self.flows = FlowTable(limit, self._end, busy)
-        self._fetch, self._write, self._scratch, self._refusal = fetch, write, scratch, refusal
-        self._buffers, self._fence, self._turns = buffers, fence, turns
+        self._fetch, self._write, self._count, self._refusal = fetch, write, count, refusal
+        self._scratch, self._buffers, self._fence, self._turns = scratch, buffers, fence, turns
         self._loop = asyncio.get_running_loop()
         self._stock: deque[socket.socket] = deque()
         self._tasks = Tasks()
@@ -125,7 +126,7 @@ class Inbound:
                 keep_small(client)
             self.flows.open(flow, self._open(flow))
         else:
-            self._write(flow.denied(refused))
+            self._count(flow.denied(refused))
             reset(client)
 
     async def _open(self, flow: Flow) -> None:
@@ -140,7 +141,7 @@ class Inbound:
         if failure is not None:
             flow.failed(failure)
             if not (flow.recorded or flow.left):
-                self._write(flow.unreachable())
+                self._count(flow.unreachable())
         flow.release(orderly=failure is None)
         if flow.roomy:
             self._buffers.give()

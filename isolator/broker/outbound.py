@@ -119,8 +119,9 @@ class Outbound:
         self._nflog = log
         self._loop.add_reader(log.fileno(), self._read_refusals)
         self._inbound = Inbound(
-            zip(inbound, policy.listen, strict=True), fetch, self._records.write_inbound, fence, shared.scratch,
-            self._buffers, self._turns, limit=policy.connects_open, refusal=shared.unrecordable, busy=self._busy,
+            zip(inbound, policy.listen, strict=True), fetch, self._records.write, self._records.count, fence,
+            shared.scratch, self._buffers, self._turns, limit=policy.connects_open, refusal=shared.unrecordable,
+            busy=self._busy,
         )  # fmt: skip
 
     async def pass_on(self, departure: Departure) -> CageState:

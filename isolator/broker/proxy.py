@@ -16,7 +16,8 @@ from isolator.broker.dial import dial
 from isolator.broker.flow import DescribedError
 from isolator.broker.resolver import ResolveError, Resolver
 from isolator.ipc.fence import Fence
-from isolator.policy.addresses import Address, parse_address
+from isolator.linux.readable import readable
+from isolator.policy.addresses import Address, bracketed, parse_address
 from isolator.policy.names import parse_egress
 
 ANSWER_SECONDS = 20.0
@@ -61,7 +62,7 @@ class Proxy:
         return await self._connect(str(tries[-1]), port, small), tries[-1]
 
     async def _connect(self, host: str, port: int, small: bool) -> socket.socket:
-        target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        target = f"{bracketed(host)}:{port}"
         addresses = await self._addresses()
         try:
             sock, _ = await dial(addresses, self._port, self._fence, small=small)
@@ -114,7 +115,7 @@ async def _read_status(sock: socket.socket) -> int:
     while True:
         head = b""
         while b"\r\n\r\n" not in head[-4:]:
-            await _readable(sock)
+            await readable(sock.fileno())
             data = sock.recv(MAX_HEAD, socket.MSG_PEEK)
             if not data:
                 raise ValueError("it ended before its answer did")
@@ -127,13 +128,3 @@ async def _read_status(sock: socket.socket) -> int:
             raise ValueError("no status")
         if not 100 <= int(found[1]) < 200:
             return int(found[1])
-
-
-async def _readable(sock: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    there = asyncio.Event()
-    loop.add_reader(sock, there.set)
-    try:
-        await there.wait()
-    finally:
-        loop.remove_reader(sock)

@@ -10,7 +10,7 @@ from isolator.audit.client import AuditClient
 from isolator.audit.schema import NetDenied, NetQuery, RecordData
 from isolator.broker import nflog
 from isolator.broker.dns import QUERIES_PER_SECOND, QUERY_BURST
-from isolator.broker.repeats import Repeatable, RepeatCounter
+from isolator.broker.repeats import RepeatCounter
 from isolator.broker.virtual import VirtualPool
 from isolator.linux.netlink import parse_nflog
 from isolator.policy.denial import DenialRule
@@ -41,13 +41,6 @@ class Records:
         self._audit.record(
             record, plugin=self._plugin, run=self._run, since_ns=since_ns, happened_ns=happened_ns, urgent=urgent
         )
-
-    def write_inbound(self, record: RecordData, *, since_ns: int | None = None, happened_ns: int | None = None) -> None:
-        """As ``write``, for a connection that comes in; count it where many may be alike."""
-        if isinstance(record, Repeatable) and "flow" not in record.data:
-            self.count(record)
-        else:
-            self.write(record, since_ns=since_ns, happened_ns=happened_ns)
 
     def query(self, name: str, kind: str, verdict: str, rule: str, count: int = 1) -> None:
         """Count a question to the name server."""

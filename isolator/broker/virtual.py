@@ -106,8 +106,7 @@ class VirtualPool:
 
     def _group(self, ports: frozenset[int]) -> VirtualGroup | None:
         """The group with exactly these ports, else the first, which has the ports of all."""
-        candidates: Iterable[VirtualGroup] = (group for group in self._groups if group.ports == ports)
-        return next(iter(candidates), self._groups[0] if self._groups else None)
+        return next((one for one in self._groups if one.ports == ports), self._groups[0] if self._groups else None)
 
     def _recycle(self) -> bool:
         """Free the address whose last answer is longest ago, if that is long enough and nothing uses it."""

@@ -70,7 +70,7 @@ def install(root: str | None, start: bool, print_unit: bool) -> None:
     if not start:
         return
     _systemctl("enable", "--quiet", place.name)
-    if _is_active(place.name) and _reload(program, paths):
+    if _run("systemctl", "is-active", "--quiet", place.name).returncode == 0 and _reload(program, paths):
         click.echo(f"{place.name} was reloaded: its plugins run on, and the unit itself takes effect at a restart")
     else:
         _systemctl("restart", place.name)
@@ -112,20 +112,17 @@ def _unit_path(paths: Paths) -> Path:
     return Path(f"/etc/systemd/system/{paths.named('isolator')}.service")
 
 
+def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
 def _systemctl(*arguments: str, check: bool = True) -> None:
-    result = subprocess.run(
-        ["systemctl", *arguments], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
-    )
+    result = _run("systemctl", *arguments)
     if check and result.returncode != 0:
         unit = arguments[-1]
         why = result.stderr.strip().splitlines()[0] if result.stderr else "it failed"
         remedy = f"journalctl -u {unit} -n 20" if unit.endswith(".service") else "see the journal"
         raise IsolatorError(f"systemctl {' '.join(arguments)}", why, remedy)
-
-
-def _is_active(service: str) -> bool:
-    found = subprocess.run(["systemctl", "is-active", "--quiet", service], check=False, stdin=subprocess.DEVNULL)
-    return found.returncode == 0
 
 
 def _reload(program: Path, paths: Paths) -> bool:
@@ -134,9 +131,7 @@ def _reload(program: Path, paths: Paths) -> bool:
     Raises IsolatorError when it can and refuses: then it, or the service that is named, still is of the version before.
     """
     root = ["--root", str(paths.root)] if paths.instance else []
-    result = subprocess.run(
-        [program, *root, "reload"], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
-    )
+    result = _run(program, *root, "reload")
     why = result.stderr.strip().removeprefix("isolator: ")
     if result.returncode and (_REFUSED in why or _OUTDATED in why):
         raise IsolatorError("upgrade", why, f"mend that and repeat it, or 'systemctl restart {_unit_path(paths).name}'")
@@ -202,9 +197,7 @@ def _write_completions(program: Path) -> None:
 
 def _write_man_pages(program: Path) -> None:
     """Have the program that was installed write its pages: the commands are known above this package alone."""
-    result = subprocess.run(
-        [program, "man", MAN_PAGES], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
-    )
+    result = _run(program, "man", MAN_PAGES)
     if result.returncode:
         click.echo(f"no man pages: {result.stderr.strip()}", err=True)
 

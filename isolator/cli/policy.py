@@ -153,16 +153,13 @@ def _proposal(root: str | None, file: Path, manifest: Path | None) -> Proposal:
         if manifest is not None:
             raise UsageError("--manifest", f"{file} is a manifest itself", "name a policy file before it")
         return meet(parse_manifest_core(_bytes(file), name=str(file)), None, _host(root))
-    if kind == "host":
-        host = load_host_config(_existing(file), also_owner=invoker())
-        core = parse_manifest_core(_bytes(manifest), name=str(manifest)) if manifest else None
-        nothing = PluginPolicy(source="no policy file", hooks=())
-        return meet(core, None, host) if core else policy_alone(nothing, host, "any-plugin")
-    host = _host(root)
-    grant = load_plugin_policy(file, host, also_owner=invoker())
-    if manifest is None:
-        return policy_alone(grant, host, file.stem)
-    return meet(parse_manifest_core(_bytes(manifest), name=str(manifest)), grant, host)
+    host = load_host_config(_existing(file), also_owner=invoker()) if kind == "host" else _host(root)
+    grant = None if kind == "host" else load_plugin_policy(file, host, also_owner=invoker())
+    if manifest is not None:
+        return meet(parse_manifest_core(_bytes(manifest), name=str(manifest)), grant, host)
+    if grant is None:
+        return policy_alone(PluginPolicy(source="no policy file", hooks=()), host, "any-plugin")
+    return policy_alone(grant, host, file.stem)
 
 
 def _host(root: str | None) -> HostConfig:

@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from isolator.linux._libc import syscall
 
@@ -69,13 +69,22 @@ def leave_descriptors() -> None:
     syscall("close_range", kept + 1, _EVERY, _CLOSE_RANGE_UNSHARE)
 
 
-def _settle(done: asyncio.Future[T], made: list[T], errors: list[BaseException]) -> None:
-    if done.cancelled():
+def outcome_of(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    """What ``work`` returns, or the error that it raises, whatever that is: to be handed to another thread."""
+    try:
+        return work(), None
+    except BaseException as error:
+        return None, error
+
+
+def settle(future: asyncio.Future[Any], result: object, error: BaseException | None) -> None:
+    """Give a future an outcome, unless nobody waits for it any more."""
+    if future.cancelled():
         return
-    if errors:
-        done.set_exception(errors[0])
+    if error is not None:
+        future.set_exception(error)
     else:
-        done.set_result(made[0])
+        future.set_result(result)
 
 
 async def apart(work: Callable[[], T]) -> T:
@@ -91,14 +100,9 @@ async def apart(work: Callable[[], T]) -> T:
 
     def body() -> None:
         _apart[threading.get_ident()] = waker.fd
-        made: list[T] = []
-        errors: list[BaseException] = []
-        try:
-            made.append(work())
-        except BaseException as error:  # handed to who awaits it, whatever it is
-            errors.append(error)
+        outcome = outcome_of(work)
         del _apart[threading.get_ident()]
-        waker.call(functools.partial(_settle, done, made, errors))
+        waker.call(functools.partial(settle, done, *outcome))
 
     _thread.start_new_thread(body, ())
     return await done

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
+import struct
 import time
 
 from isolator.linux._libc import call, libc
 
 _ABSOLUTE = 1
 _FAR = 9e9  # in nanoseconds they just fit
-
-
-class _Times(ctypes.Structure):
-    """``struct itimerspec``: the interval, then the first time."""
-
-    _fields_ = (
-        ("interval", ctypes.c_long), ("interval_ns", ctypes.c_long), ("value", ctypes.c_long),
-        ("value_ns", ctypes.c_long),
-    )  # fmt: skip
+_TIMES = struct.Struct("@4l")
+"""``struct itimerspec``: the interval, then the first time, each in seconds and nanoseconds."""
 
 
 def boottime() -> float:
@@ -44,8 +37,8 @@ class BootAlarm:
         """Go off at that time, once, at once if it has passed; None: not at all."""
         # Zero would mean never.
         nanoseconds = max(int(min(at, _FAR) * 1e9), 1) if at is not None else 0
-        times = _Times(value=nanoseconds // 1_000_000_000, value_ns=nanoseconds % 1_000_000_000)
-        call(libc.timerfd_settime, "timerfd_settime", self._fd, _ABSOLUTE, ctypes.byref(times), None)
+        times = _TIMES.pack(0, 0, *divmod(nanoseconds, 1_000_000_000))
+        call(libc.timerfd_settime, "timerfd_settime", self._fd, _ABSOLUTE, times, None)
 
     def clear(self) -> None:
         """Take note that it has gone off."""

@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 
 from isolator.linux._libc import failed, libc, syscall
 
-_PR_CAPBSET_READ, _PR_CAPBSET_DROP = 23, 24
+_PR_CAPBSET_DROP = 24
 _PR_CAP_AMBIENT, _AMBIENT_CLEAR_ALL = 47, 4
 _PR_SET_SECUREBITS = 28
 _PR_SET_NO_NEW_PRIVS = 38
 _VERSION_3 = 0x20080522
-
-
-class _Header(ctypes.Structure):
-    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
-
-
-class _Data(ctypes.Structure):
-    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+_HEADER, _SETS = struct.Struct("=Ii"), struct.Struct("=3I3I")
+"""Version and thread; the effective, permitted and inheritable set of the capabilities below 32, then of the others."""
+_OWN = _HEADER.pack(_VERSION_3, 0)
 
 
 @functools.cache
@@ -35,9 +31,9 @@ def last_capability() -> int:
 
 def has_capability(number: int) -> bool:
     """Whether the calling thread has a capability in its effective set."""
-    data = (_Data * 2)()
-    syscall("capget", ctypes.byref(_Header(_VERSION_3, 0)), ctypes.byref(data))
-    return bool(data[number // 32].effective >> number % 32 & 1)
+    data = ctypes.create_string_buffer(_SETS.size)
+    syscall("capget", _OWN, data)
+    return bool(_SETS.unpack(data)[number // 32 * 3] >> number % 32 & 1)
 
 
 def drop_bounding_set(last: int) -> None:
@@ -48,16 +44,17 @@ def drop_bounding_set(last: int) -> None:
 
 def clear_sets() -> None:
     """Empty the effective, permitted, inheritable and ambient sets."""
-    _prctl(_PR_CAP_AMBIENT, _AMBIENT_CLEAR_ALL)
-    syscall("capset", ctypes.byref(_Header(_VERSION_3, 0)), ctypes.byref((_Data * 2)()))
+    _set(0)
 
 
 def keep_only(number: int) -> None:
     """Empty the inheritable and ambient sets, and leave one capability below 32 in the other two."""
+    _set(1 << number)
+
+
+def _set(low: int) -> None:
     _prctl(_PR_CAP_AMBIENT, _AMBIENT_CLEAR_ALL)
-    sets = (_Data * 2)()
-    sets[0].effective = sets[0].permitted = 1 << number
-    syscall("capset", ctypes.byref(_Header(_VERSION_3, 0)), ctypes.byref(sets))
+    syscall("capset", _OWN, _SETS.pack(low, low, 0, 0, 0, 0))
 
 
 def set_securebits(bits: int) -> None:

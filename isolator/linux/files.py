@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import stat
+import struct
 
 from isolator.linux._libc import call, libc, syscall
 from isolator.linux.descriptors import owning
@@ -15,10 +16,8 @@ RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
 
 _AT_FDCWD, _AT_EACCESS, _AT_EMPTY_PATH = -100, 0x200, 0x1000
-
-
-class _OpenHow(ctypes.Structure):
-    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+_OPEN_HOW = struct.Struct("=3Q")
+"""Flags, mode and ``RESOLVE_`` flags of openat2(2)."""
 
 
 def openat2(
@@ -30,8 +29,8 @@ def openat2(
     resolve: int = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS,
 ) -> int:
     """Open ``path`` below the ``directory`` descriptor; by default no symlink is followed and ``..`` cannot escape."""
-    how = _OpenHow(flags=flags | os.O_CLOEXEC, mode=mode, resolve=resolve)
-    return syscall("openat2", directory, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how), what=path)
+    how = _OPEN_HOW.pack(flags | os.O_CLOEXEC, mode, resolve)
+    return syscall("openat2", directory, os.fsencode(path), how, len(how), what=path)
 
 
 def remove_tree(path: str | os.PathLike[str], *, ignore_errors: bool = False) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
+import struct
 from collections.abc import Iterable
 
 from isolator.linux._libc import syscall
@@ -24,15 +24,8 @@ SCOPE_ABSTRACT_UNIX_SOCKET, SCOPE_SIGNAL = 1, 2
 
 _VERSION = 1
 _PATH_BENEATH = 1
-
-
-class _Ruleset(ctypes.Structure):
-    _fields_ = (("fs", ctypes.c_uint64), ("net", ctypes.c_uint64), ("scoped", ctypes.c_uint64))
-
-
-class _PathBeneath(ctypes.Structure):
-    _pack_ = 1
-    _fields_ = (("allowed", ctypes.c_uint64), ("parent", ctypes.c_int32))
+_RULESET_ATTR, _PATH_BENEATH_ATTR = struct.Struct("=3Q"), struct.Struct("=Qi")
+"""What is handled of files and of the network, and the scopes; rights, and the descriptor below which they hold."""
 
 
 def abi() -> int:
@@ -74,26 +67,24 @@ def read_only_below(places: Iterable[str | int]) -> None:
 
 def new_ruleset(version: int, *, scoped: int = 0) -> int:
     """A descriptor of a ruleset that denies every file right, and the scopes where this ABI has them."""
-    attr = _Ruleset(handled_rights(version), 0, scoped if version >= 6 else 0)
+    attr = _RULESET_ATTR.pack(handled_rights(version), 0, scoped if version >= 6 else 0)
     size = 8 if version < 4 else 16 if version < 6 else 24
-    return syscall("landlock_create_ruleset", ctypes.byref(attr), size, 0)
+    return syscall("landlock_create_ruleset", attr, size, 0)
 
 
 def allow(ruleset: int, version: int, path: str, rights: int) -> None:
     """Allow rights on what ``path`` is now, and below it."""
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        allow_below(ruleset, version, fd, rights)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, f"landlock rule for {path}") from None
-    finally:
-        os.close(fd)
+    with owning(os.open(path, os.O_PATH | os.O_CLOEXEC)) as fd:
+        try:
+            allow_below(ruleset, version, fd, rights)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, f"landlock rule for {path}") from None
 
 
 def allow_below(ruleset: int, version: int, fd: int, rights: int) -> None:
     """Allow rights on what a descriptor refers to, and below it."""
-    rule = _PathBeneath(rights & handled_rights(version), fd)
-    syscall("landlock_add_rule", ruleset, _PATH_BENEATH, ctypes.byref(rule), 0)
+    rule = _PATH_BENEATH_ATTR.pack(rights & handled_rights(version), fd)
+    syscall("landlock_add_rule", ruleset, _PATH_BENEATH, rule, 0)
 
 
 def restrict_self(ruleset: int) -> None:

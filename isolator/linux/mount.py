@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from collections.abc import Mapping
 
 from isolator.linux._libc import call, failed, libc, syscall
@@ -35,10 +36,8 @@ _MOVE_EMPTY_FROM = 0x4
 _MNT_DETACH = 2
 _MS_REMOUNT = 32
 _MS_BIND, _MS_REC = 4096, 16384
-
-
-class _MountAttr(ctypes.Structure):
-    _fields_ = tuple((n, ctypes.c_uint64) for n in ("attr_set", "attr_clr", "propagation", "userns_fd"))
+_MOUNT_ATTR = struct.Struct("=4Q")
+"""Attributes to set and to clear, the propagation, and the descriptor of a user namespace."""
 
 
 def new_filesystem(kind: str, options: Mapping[str, str | None] | None = None, *, attributes: int = 0) -> int:
@@ -80,8 +79,8 @@ def set_propagation(path: str, propagation: int) -> None:
 def _setattr(
     fd: int, path: str, attributes: int, clear: int, propagation: int, flags: int, *, namespace: int = 0
 ) -> None:
-    attr = _MountAttr(attr_set=attributes, attr_clr=clear, propagation=propagation, userns_fd=namespace)
-    syscall("mount_setattr", fd, os.fsencode(path), flags, ctypes.byref(attr), ctypes.sizeof(attr))
+    attr = _MOUNT_ATTR.pack(attributes, clear, propagation, namespace)
+    syscall("mount_setattr", fd, os.fsencode(path), flags, attr, len(attr))
 
 
 def attach(fd: int, path: str) -> None:

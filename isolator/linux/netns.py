@@ -7,33 +7,26 @@ A socket keeps the namespace it was created in for its whole life, whichever pro
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
-from isolator.linux.apart import is_apart
-
-CLONE_NEWNET = 0x40000000
-
-_libc = ctypes.CDLL(None, use_errno=True)
+from isolator.linux._libc import call, libc
+from isolator.linux.apart import is_apart, outcome_of
+from isolator.linux.namespaces import CLONE_NEWNET
 
 T = TypeVar("T")
 
 
 def unshare_network() -> None:
     """Move the calling thread into a new, empty network namespace; raises OSError."""
-    if _libc.unshare(CLONE_NEWNET) != 0:
-        errno = ctypes.get_errno()
-        raise OSError(errno, f"unshare(CLONE_NEWNET): {os.strerror(errno)}")
+    call(libc.unshare, "unshare(CLONE_NEWNET)", CLONE_NEWNET)
 
 
 def enter_network(fd: int) -> None:
     """Move the calling thread into the network namespace behind ``fd``; raises OSError."""
-    if _libc.setns(fd, CLONE_NEWNET) != 0:
-        errno = ctypes.get_errno()
-        raise OSError(errno, f"setns(CLONE_NEWNET): {os.strerror(errno)}")
+    call(libc.setns, "setns(CLONE_NEWNET)", fd, CLONE_NEWNET)
 
 
 def current_network() -> int:
@@ -52,22 +45,17 @@ def in_network(fd: int, work: Callable[[], T]) -> T:
 
 
 def _in_thread(enter: Callable[[], None], work: Callable[[], T]) -> T:
-    if is_apart():
+    def entered() -> T:
         enter()
         return work()
-    results: list[T] = []
-    errors: list[BaseException] = []
 
-    def body() -> None:
-        try:
-            enter()
-            results.append(work())
-        except BaseException as error:  # handed to the caller's thread, whatever it is
-            errors.append(error)
-
-    thread = threading.Thread(target=body, name="netns", daemon=True)
+    if is_apart():
+        return entered()
+    outcomes: list[tuple[T | None, BaseException | None]] = []
+    thread = threading.Thread(target=lambda: outcomes.append(outcome_of(entered)), name="netns", daemon=True)
     thread.start()
     thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
+    ((result, error),) = outcomes
+    if error is not None:
+        raise error
+    return cast(T, result)

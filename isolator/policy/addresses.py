@@ -106,6 +106,12 @@ def wholly_blocked(network: IPNetwork) -> str | None:
     return f"everything outside {OPEN6}" if holder in _OUTSIDE6 else str(holder) if holder is not None else None
 
 
+def bracketed(host: object) -> str:
+    """A host as it stands before ``:PORT``: an IPv6 address in brackets."""
+    text = str(host)
+    return f"[{text}]" if ":" in text else text
+
+
 def is_subnet(inner: IPNetwork, outer: IPNetwork) -> bool:
     """Whether ``inner`` lies within ``outer``; False across IP versions."""
     if isinstance(inner, IPv4Network):

@@ -9,30 +9,20 @@ Fields may be of the types of ``isolator.base.typed``, and other models. The fie
 
 from __future__ import annotations
 
+import functools
 import json
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self, dataclass_transform
 
+from isolator.base.structs import Field, field
 from isolator.base.typed import Check, check_of
 
 _REQUIRED = object()
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 
 
-class _Fresh:
-    """Default of a field: what ``make`` returns, for each object anew."""
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self.make = make
-
-
-def fresh(*, default_factory: Callable[[], Any]) -> Any:
-    """A field whose default is made for each object anew."""
-    return _Fresh(default_factory)
-
-
-@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(fresh,))
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))
 class Frozen:
     """Base of every policy model: strict about unknown names and about types, immutable, comparable, hashable."""
 
@@ -54,7 +44,7 @@ class Frozen:
     def __init__(self, **values: Any) -> None:
         """Raise ValueError for a name that is no field, a field that is missing, and a value of another type."""
         values = self._completed(values)
-        checks = _checks(self.__class__) if values else {}
+        checks = _checks(self.__class__) if values else {}  # type: ignore[arg-type]  # hashed as a class
         made = self.__dict__
         for name, default in self._defaults.items():
             if name in values:
@@ -65,7 +55,7 @@ class Frozen:
             elif default is _REQUIRED:
                 raise ValueError(f"{type(self).__name__}.{name} is missing")
             else:
-                made[name] = default.make() if isinstance(default, _Fresh) else default
+                made[name] = default.make() if isinstance(default, Field) and default.make else default
         if values:
             raise ValueError(f"{type(self).__name__} has no {', '.join(map(repr, sorted(values)))}")
 
@@ -145,11 +135,7 @@ def _plain(value: Any, *, lists: bool) -> Any:
     return {key: _plain(one, lists=lists) for key, one in value.items()} if isinstance(value, dict) else value
 
 
-_made: dict[type[Frozen], dict[str, Check]] = {}
-
-
+@functools.cache
 def _checks(model: type[Frozen]) -> dict[str, Check]:
     """How each field of a model is checked; made when the first object is that needs it."""
-    if model not in _made:
-        _made[model] = {name: check_of(hint) for name, hint in field_types(model).items()}
-    return _made[model]
+    return {name: check_of(hint) for name, hint in field_types(model).items()}

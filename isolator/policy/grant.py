@@ -3,7 +3,8 @@
 None, or a name that a mapping lacks, means that the file is silent, so that the default posture holds there.
 """
 
-from isolator.policy.frozen import Frozen, fresh
+from isolator.base.structs import field
+from isolator.policy.frozen import Frozen
 from isolator.policy.host import Profile
 from isolator.policy.model import EgressRule, ListenRule
 
@@ -26,19 +27,19 @@ class PluginPolicy(Frozen):
     """Names and patterns of its MCP tools that callers may use."""
     callers: tuple[int, ...] = ()
     """Uids of the users who may."""
-    switches: dict[str, bool] = fresh(default_factory=dict)
+    switches: dict[str, bool] = field(default_factory=dict)
     """Yes-or-no keys that the file sets, by the names of ``keys.py``."""
-    limits: dict[str, int | float] = fresh(default_factory=dict)
+    limits: dict[str, int | float] = field(default_factory=dict)
     """Numbers that the file sets, likewise."""
-    restart: dict[str, int | float] = fresh(default_factory=dict)
+    restart: dict[str, int | float] = field(default_factory=dict)
     """Overrides of ``CrashPolicy``."""
     read: tuple[str, ...] | None = None
     syscalls: Profile | None = None
     certified: bool = False
     """``[require] certified``: only a version with a certificate that counts on this host is taken, and started."""
-    env: dict[str, str] = fresh(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
     """Variables of its environment."""
-    where: dict[str, str] = fresh(default_factory=dict)
+    where: dict[str, str] = field(default_factory=dict)
     """``FILE:LINE`` of every value by its dotted key: ``grant.egress``, ``grant.egress[1]``, ``limits.memory``."""
 
     def at(self, key: str) -> str:

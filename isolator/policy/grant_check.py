@@ -31,8 +31,7 @@ def check(policy: PluginPolicy) -> None:
     for rule in policy.egress or ():
         _same(names.parse_egress(names.format_egress(rule)), rule)
     for listen in policy.listen or ():
-        host = f"[{listen.address}]" if ":" in listen.address else listen.address
-        _same(names.parse_listen(f"{host}:{listen.port}:{listen.cage_port}"), listen)
+        _same(names.parse_listen(names.format_listen(listen)), listen)
     for tool in policy.tools:
         _same(names.parse_tool(tool), tool)
     for uid in policy.callers:

@@ -6,8 +6,9 @@ The models alone; ``parse/host_file.py`` reads the file. The values here are the
 
 from typing import Any, Literal
 
+from isolator.base.structs import field
 from isolator.policy.cluster import Cluster
-from isolator.policy.frozen import Frozen, fresh
+from isolator.policy.frozen import Frozen
 from isolator.policy.keys import CEILING, GIB, MIB, SWITCHES, Limits, Switches
 from isolator.policy.model import VIRTUAL, AddressException, EgressRule, RestartPolicy
 from isolator.policy.trust import Trust
@@ -125,7 +126,7 @@ class Console(Frozen):
     port: int | None = None
     emit: bool = False
     """Whether callers with the role ``emitter`` may emit over HTTP."""
-    ingress: dict[str, Ingress] = fresh(default_factory=dict)
+    ingress: dict[str, Ingress] = field(default_factory=dict)
     uid: int = -1
     """The process's own user, which the supervisor fills in."""
 
@@ -171,7 +172,7 @@ class HostConfig(Frozen):
     trust: Trust = Trust()
     source: str | None = None
     """The file it was read from; None when there is none."""
-    where: dict[str, str] = fresh(default_factory=dict)
+    where: dict[str, str] = field(default_factory=dict)
     """``FILE:LINE`` of every value that the file sets, by its dotted key (``ceiling.memory``)."""
 
     def notes(self) -> list[str]:
@@ -231,22 +232,15 @@ class HostConfig(Frozen):
         import hashlib
         import json
 
-        data = json.loads(self.model_dump_json(exclude={"source", "where"}))
+        data, usual = json.loads(self.model_dump_json(exclude={"source", "where"})), HostConfig()
+        for name in ("console", "cluster", "packages", "trust", "event_source"):
+            if getattr(self, name) == getattr(usual, name):
+                del data[name]
         if not self.roles.caller:
             del data["roles"]["caller"]
         if not self.roles.runner:
             del data["runner"], data["roles"]["runner"]
-        if self.console is None:
-            del data["console"]
-        if self.cluster is None:
-            del data["cluster"]
-        if self.packages == Packages():
-            del data["packages"]
-        if self.trust == Trust():
-            del data["trust"]
-        elif not self.trust.certifiers:
+        if "trust" in data and not self.trust.certifiers:
             del data["trust"]["certifiers"]
-        if self.event_source == HostConfig().event_source:
-            del data["event_source"]
         text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()

@@ -7,8 +7,9 @@ yes-or-no keys are inherited from where they are declared (``keys.py``, with the
 import json
 from typing import Any, Literal
 
+from isolator.base.structs import field
 from isolator.policy import keys
-from isolator.policy.frozen import Frozen, fresh
+from isolator.policy.frozen import Frozen
 
 VIRTUAL = "198.18.0.0/15"
 """Default of ``NetworkPolicy.virtual``: a range for benchmarks, of which no host is part."""
@@ -97,7 +98,7 @@ class EffectivePolicy(keys.DeliveryLimits):
     filesystem: FilesystemPolicy = FilesystemPolicy()
     syscalls: Literal["default", "strict"] = "default"
     restart: RestartPolicy = RestartPolicy()
-    env: dict[str, str] = fresh(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
     """Variables of its environment that the operator sets; no secrets, they are shown."""
     filters: tuple[str, ...] = ()
     """Of its events it receives those that pass all of these (``filters.py``)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 
 from isolator.base.patterns import pattern
+from isolator.policy.addresses import bracketed
 from isolator.policy.destinations import parse_host
 from isolator.policy.model import EgressRule, ListenRule
 from isolator.policy.units import shown
@@ -125,8 +126,7 @@ def sorted_ports(ports: object) -> tuple[int, ...]:
 
 def format_egress(rule: EgressRule) -> str:
     """The spelling that ``parse_egress`` reads back."""
-    host = f"[{rule.host}]" if ":" in rule.host else rule.host
-    return f"{host}:{','.join(map(str, rule.ports))}"
+    return f"{bracketed(rule.host)}:{','.join(map(str, rule.ports))}"
 
 
 def parse_listen(text: str) -> ListenRule:
@@ -147,8 +147,7 @@ def parse_listen(text: str) -> ListenRule:
 
 def format_listen(rule: ListenRule) -> str:
     """The spelling that ``parse_listen`` reads back."""
-    address = f"[{rule.address}]" if ":" in rule.address else rule.address
-    return f"{address}:{rule.port}:{rule.cage_port}"
+    return f"{bracketed(rule.address)}:{rule.port}:{rule.cage_port}"
 
 
 def parse_read_path(text: str) -> str:

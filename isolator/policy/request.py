@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar
 
 from isolator.base.patterns import pattern
+from isolator.base.structs import field
 from isolator.policy import names
 from isolator.policy.destinations import parse_host
-from isolator.policy.frozen import Frozen, fresh
+from isolator.policy.frozen import Frozen
 from isolator.policy.keys import COUNT, LIMITS, SWITCHES
 from isolator.policy.parse.strict import printable, prose
 
@@ -87,18 +88,18 @@ class ManifestCore(Frozen):
     description: str = ""
     permissions: tuple[str, ...] = ()
     sandbox: SandboxRequest = SandboxRequest()
-    limits: dict[str, int | float] = fresh(default_factory=dict)
+    limits: dict[str, int | float] = field(default_factory=dict)
     """Numbers that the manifest asks for, in ``sandbox`` or elsewhere, by the names of ``keys.py``."""
-    switches: dict[str, bool] = fresh(default_factory=dict)
+    switches: dict[str, bool] = field(default_factory=dict)
     """Yes-or-no keys, likewise."""
     mode: str = MODES[0]
     """``transport.mode``: how requests reach the sidecar."""
     port: int | None = None
     """``transport.port``: where on its own loopback it listens, in place of its socket."""
-    transport: dict[str, Any] = fresh(default_factory=dict)
-    delivery: dict[str, Any] = fresh(default_factory=dict)
-    activation: dict[str, Any] = fresh(default_factory=dict)
-    health: dict[str, Any] = fresh(default_factory=dict)
+    transport: dict[str, Any] = field(default_factory=dict)
+    delivery: dict[str, Any] = field(default_factory=dict)
+    activation: dict[str, Any] = field(default_factory=dict)
+    health: dict[str, Any] = field(default_factory=dict)
     config_schema: dict[str, Any] | None = None
     extra: tuple[str, ...] = ()
     """Unknown top-level keys: a newer author, an older host. Worth a warning, no more."""

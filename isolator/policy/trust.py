@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 
-from isolator.policy.frozen import Frozen, fresh
+from isolator.base.structs import field
+from isolator.policy.frozen import Frozen
 
 PAYLOAD_TYPE = "application/vnd.isolator.package+json"
 CERTIFICATE_TYPE = "application/vnd.isolator.certificate+json"
@@ -36,8 +37,8 @@ class Trust(Frozen):
     """Whether a plugin that nobody has signed is refused."""
     withdrawn: tuple[str, ...] = ()
     """``NAME VERSION``, or a digest: refused, whoever signed it."""
-    publishers: dict[str, Publisher] = fresh(default_factory=dict)
-    certifiers: dict[str, str] = fresh(default_factory=dict)
+    publishers: dict[str, Publisher] = field(default_factory=dict)
+    certifiers: dict[str, str] = field(default_factory=dict)
     """Keys, as a publisher's, by name: whose certificates count beside those that this host has made."""
 
     def may_publish(self, publisher: str, plugin: str) -> bool:

@@ -31,7 +31,7 @@ def parse_size(value: object) -> int:
             raise ValueError(f'"{value}" is negative')
         match = _SIZE.fullmatch(value.strip())
         if not match:
-            raise ValueError(f'"{_short(value)}" is not a size; write it like "64M" or "1G"')
+            raise ValueError(f'"{shown(value)}" is not a size; write it like "64M" or "1G"')
         exact = float(match[1]) * _MULTIPLE[(match[2] or "").upper()]
         number = int(exact)
         if number != exact:
@@ -41,7 +41,7 @@ def parse_size(value: object) -> int:
     if number < 0:
         raise ValueError(f"{number} is negative")
     if number > MAX_SIZE:
-        raise ValueError(f'"{_short(str(value))}" is larger than 1 PiB')
+        raise ValueError(f'"{shown(str(value))}" is larger than 1 PiB')
     return number
 
 
@@ -81,8 +81,8 @@ def parse_cpu(value: object) -> int:
             if number < 1:
                 raise ValueError(f'"{value}" is no cpu time at all; the least is "0.1%"')
             return number
-    shown = f'"{_short(value)}"' if isinstance(value, str) else str(value)
-    raise ValueError(f'{shown} is not a share of cpu; write a percentage of one core, like "25%" or "150%"')
+    given = f'"{shown(value)}"' if isinstance(value, str) else str(value)
+    raise ValueError(f'{given} is not a share of cpu; write a percentage of one core, like "25%" or "150%"')
 
 
 def format_cpu(number: int) -> str:
@@ -121,7 +121,7 @@ def parse_duration(value: object) -> float:
             raise ValueError(f'"{value}" is negative')
         if match := _DURATION.fullmatch(value.strip()):
             return round(float(match[1]) * _SECONDS[match[2]], 6)
-        raise ValueError(f'"{_short(value)}" is not a duration; write it like "500ms", "10s" or "15m"')
+        raise ValueError(f'"{shown(value)}" is not a duration; write it like "500ms", "10s" or "15m"')
     raise ValueError('a duration is text like "10s" or "15m"')
 
 
@@ -136,10 +136,7 @@ def format_duration(number: float) -> str:
     return f"{int(millis)}ms" if millis == int(millis) and number < 1 else f"{round(number, 6):.6f}".rstrip("0") + "s"
 
 
-def _short(text: str) -> str:
+def shown(text: str) -> str:
     """A stranger's text, fit for one line on a terminal: no control characters, at most 40 of the rest."""
     clean = "".join(c if c.isprintable() else "?" for c in text)
     return clean if len(clean) <= 40 else clean[:39] + "…"
-
-
-shown = _short

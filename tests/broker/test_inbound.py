@@ -166,8 +166,9 @@ async def test_refill_ahead_of_need_that_fails_is_reported_unless_the_supervisor
         return answer
 
     inbound = Inbound(
-        [], fetch, lambda *_, **__: None, Fence(), Scratch(), Buffers(), Turns(), limit=1, refusal=lambda: None
-    )
+        [], fetch, lambda *_, **__: None, lambda _: None, Fence(), Scratch(), Buffers(), Turns(),
+        limit=1, refusal=lambda: None,
+    )  # fmt: skip
     for _ in range(3):
         await asyncio.wait([inbound._fill()])
     (await inbound._take()).close()

@@ -129,21 +129,38 @@ HEADERS = """\
 #include <linux/seccomp.h>
 """
 
+
+def offsets(pattern: str) -> list[int]:
+    """Where each field of a format begins."""
+    order, found, fields = pattern[0] if pattern[0] in "=<>!@" else "@", [], ""
+    number = ""
+    for letter in pattern.removeprefix(order):
+        if letter.isdigit():
+            number += letter
+            continue
+        for _ in range(int(number or 1)):
+            fields += letter
+            if letter != "x":
+                found.append(struct.calcsize(order + fields) - struct.calcsize(f"={letter}"))
+        number = ""
+    return found
+
+
 STRUCTURES: dict[str, tuple[type[ctypes.Structure], str]] = {
-    "struct mount_attr": (mount._MountAttr, "attr_set attr_clr propagation userns_fd"),
     "struct sock_fprog": (kernel._Program, "len filter"),
-    "struct landlock_path_beneath_attr": (landlock._PathBeneath, "allowed_access parent_fd"),
-    "struct open_how": (files._OpenHow, "flags mode resolve"),
     "struct clone_args": (
         namespaces.CloneArgs,
         "flags pidfd child_tid parent_tid exit_signal stack stack_size tls set_tid set_tid_size cgroup",
     ),
-    "struct __user_cap_header_struct": (capability._Header, "version pid"),
-    "struct __user_cap_data_struct": (capability._Data, "effective permitted inheritable"),
 }
 """By structure of the kernel: ours, and the kernel's names of the fields."""
 
 FORMATS: dict[str, tuple[str, str]] = {
+    "struct mount_attr": (mount._MOUNT_ATTR.format, "attr_set attr_clr propagation userns_fd"),
+    "struct landlock_path_beneath_attr": (landlock._PATH_BENEATH_ATTR.format, "allowed_access parent_fd"),
+    "struct open_how": (files._OPEN_HOW.format, "flags mode resolve"),
+    "struct __user_cap_header_struct": (capability._HEADER.format, "version pid"),
+    "struct __user_cap_data_struct": (capability._SETS.format[:-2], "effective permitted inheritable"),
     "struct seccomp_notif": (
         kernel._NOTIFICATION.format,
         "id pid flags data.nr data.arch data.instruction_pointer data.args[0] data.args[1] data.args[2] data.args[3]"
@@ -184,7 +201,7 @@ VALUES: dict[str, int] = {
     "__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__": int(bpf._LOW == 0),
     "LANDLOCK_ACCESS_FS_REFER": landlock.REFER,
     "LANDLOCK_ACCESS_FS_MAKE_SYM": landlock.MAKE_SYM,
-    "offsetof(struct landlock_ruleset_attr, handled_access_fs)": landlock._Ruleset.fs.offset,
+    "offsetof(struct landlock_ruleset_attr, handled_access_fs)": offsets(landlock._RULESET_ATTR.format)[0],
     "LOOP_CTL_GET_FREE": loop._CTL_GET_FREE,
     "LOOP_CONFIGURE": loop._CONFIGURE,
     "LOOP_GET_STATUS64": loop._GET_STATUS64,
@@ -204,22 +221,6 @@ VALUES: dict[str, int] = {
 }
 
 
-def offsets(pattern: str) -> list[int]:
-    """Where each field of a format begins."""
-    order, found, fields = pattern[0] if pattern[0] in "=<>!@" else "@", [], ""
-    number = ""
-    for letter in pattern.removeprefix(order):
-        if letter.isdigit():
-            number += letter
-            continue
-        for _ in range(int(number or 1)):
-            fields += letter
-            if letter != "x":
-                found.append(struct.calcsize(order + fields) - struct.calcsize(f"={letter}"))
-        number = ""
-    return found
-
-
 def assertions() -> Iterator[tuple[str, int]]:
     """Every C expression with the value that we take it to have."""
     yield from VALUES.items()
@@ -234,7 +235,7 @@ def assertions() -> Iterator[tuple[str, int]]:
         for offset, its in zip(offsets(pattern), names.split(), strict=True):
             yield f"offsetof({structure}, {its})", offset
     tables = (_libc._OLD["aarch64"], {name: number for name, number in _libc.NUMBERS.items() if number > 424})
-    for table in (*tables, {name: number for name, (_, number) in kit._OLD.items()}):
+    for table in tables:
         yield from ((f"__NR_{name}", number) for name, number in table.items())
 
 

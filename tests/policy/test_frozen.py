@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from isolator.policy.frozen import Frozen, fresh
+from isolator.base.structs import field
+from isolator.policy.frozen import Frozen
 from isolator.policy.host import HostConfig
 
 
@@ -25,7 +26,7 @@ class Outer(Frozen):
     many: tuple[Inner, ...] = ()
     pair: tuple[int, str] = (1, "a")
     mode: Literal["a", "b"] = "a"
-    table: dict[str, int | float] = fresh(default_factory=dict)
+    table: dict[str, int | float] = field(default_factory=dict)
     json: Any = None
 
 

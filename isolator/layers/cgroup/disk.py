@@ -36,11 +36,8 @@ def check(found: Hierarchies) -> Control:
     def control(state: ControlState, reason: str, remedy: str) -> Control:
         return Control("disk bandwidth cap", "cgroup", state, reason, remedy, mandatory=False, part="io")
 
-    if ("io" in found.v2 or _comes_with_a_scope()) and found.v2 & {
-        "memory",
-        "cpu",
-        "pids",
-    }:  # else our own groups there distribute nothing
+    # Without one of the others, our own groups there distribute nothing.
+    if ("io" in found.v2 or _comes_with_a_scope()) and found.v2 & {"memory", "cpu", "pids"}:
         how = "cgroup v2"
     elif "blkio" in found.v1 and (found.v1["blkio"] / next(iter(_V1))).exists():
         how = "cgroup v1 (hybrid host)"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from isolator.base.structs import field, struct_class
 from isolator.errors import ConfinementError
 from isolator.layers.base import mismatch
+from isolator.linux.descriptors import owning
 from isolator.linux.files import write_file
 from isolator.policy.units import NO_CAP
 
@@ -181,23 +182,18 @@ class Leaf:
     def processes(self) -> list[int]:
         """The pids in the leaf, as seen from our pid namespace."""
         found = b""
-        with contextlib.suppress(FileNotFoundError):
-            fd = os.open(f"{self.unified}/cgroup.procs", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                while some := os.read(fd, 4096):
-                    found += some
-            finally:
-                os.close(fd)
+        with (
+            contextlib.suppress(FileNotFoundError),
+            owning(os.open(f"{self.unified}/cgroup.procs", os.O_RDONLY | os.O_CLOEXEC)) as fd,
+        ):
+            while some := os.read(fd, 4096):
+                found += some
         return [*map(int, found.split())]
 
     def kill(self) -> None:
         """Kill every process of the leaf at once; no error when it is empty, removed, or a v1 group."""
         with contextlib.suppress(FileNotFoundError):
-            fd = os.open(f"{self.unified}/cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
-            try:
-                os.write(fd, b"1")
-            finally:
-                os.close(fd)
+            write_file(f"{self.unified}/cgroup.kill", "1")
 
     def freeze(self) -> None:
         """Stop every process of the leaf where it is, until ``thaw``; the kernel lets nothing but a kill through."""
@@ -360,8 +356,5 @@ def read_file(path: str) -> str:
 
 def read_raw(path: str) -> bytes:
     """Read a file of a control group as it is; as ``read_file``."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with owning(os.open(path, os.O_RDONLY | os.O_CLOEXEC)) as fd:
         return os.read(fd, 1 << 14)
-    finally:
-        os.close(fd)

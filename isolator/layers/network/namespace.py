@@ -29,6 +29,7 @@ from isolator.layers.network.ruleset import PORT, TABLE, render
 from isolator.linux import netlink, netns, nftables
 from isolator.linux.descriptors import owning
 from isolator.linux.files import write_file
+from isolator.policy.addresses import bracketed
 from isolator.policy.destinations import Rules
 from isolator.policy.model import ListenRule, NetworkPolicy
 
@@ -364,9 +365,8 @@ def _host_listener(rule: ListenRule) -> socket.socket:
             errno.EADDRINUSE: "another program listens there already",
             errno.EADDRNOTAVAIL: "this host has no such address",
         }.get(error.errno or 0, error.strerror or str(error))
-        where = f"[{rule.address}]" if ":" in rule.address else rule.address
         remedy = "stop it, or grant another port in the policy's listen"
-        raise UnavailableError(f"listening on {where}:{rule.port}", why, remedy) from None
+        raise UnavailableError(f"listening on {bracketed(rule.address)}:{rule.port}", why, remedy) from None
 
 
 def _detach(sockets: list[socket.socket]) -> list[int]:

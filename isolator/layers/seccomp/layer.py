@@ -68,22 +68,19 @@ class Seccomp(Layer):
 
     @classmethod
     def check(cls) -> list[Control]:
+        def unavailable(reason: str, remedy: str) -> list[Control]:
+            return [Control("system call filter", cls.name, "unavailable", reason, remedy)]
+
         try:
             available = seccomp.action_available(seccomp.RET_USER_NOTIF)
         except OSError as error:
-            return [
-                Control("system call filter", cls.name, "unavailable", str(error.strerror), "enable CONFIG_SECCOMP")
-            ]
+            return unavailable(str(error.strerror), "enable CONFIG_SECCOMP")
         try:
             import pyseccomp  # noqa: F401
         except (ImportError, RuntimeError) as error:
-            return [Control("system call filter", cls.name, "unavailable", str(error), _INSTALL)]
+            return unavailable(str(error), _INSTALL)
         if not available:
-            return [
-                Control(
-                    "system call filter", cls.name, "unavailable", "no user notification", "use kernel 5.0 or newer"
-                )
-            ]
+            return unavailable("no user notification", "use kernel 5.0 or newer")
         return [Control("system call filter", cls.name, "enforced", "allowlist, denied calls recorded by name")]
 
     @classmethod

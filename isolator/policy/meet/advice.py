@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ipaddress import ip_network
 from typing import Any
 
-from isolator.policy.addresses import parse_address
+from isolator.policy.addresses import bracketed, parse_address
 from isolator.policy.denial import INSTEAD, DenialRule, Remedy
 from isolator.policy.destinations import normal_name
 from isolator.policy.keys import BY_NAME
@@ -130,13 +130,12 @@ def _inside(rule: DenialRule, data: Mapping[str, Any], policy: EffectivePolicy) 
 def _exception(item: AddressException) -> str:
     """An exception as it stands in host.toml; a whole address without its length."""
     network = ip_network(item.cidr)
-    host = str(network if network.num_addresses > 1 else network.network_address)
-    return f"[{host}]:{item.port}" if network.version == 6 else f"{host}:{item.port}"
+    return f"{bracketed(network if network.num_addresses > 1 else network.network_address)}:{item.port}"
 
 
 def _address(text: Any) -> str | None:
     address = parse_address(str(text))
-    return None if address is None else f"[{address}]" if address.version == 6 else str(address)
+    return None if address is None else bracketed(address)
 
 
 def _other(type: str, data: Mapping[str, Any], policy: EffectivePolicy, permissions: Sequence[str] | None) -> Advice:

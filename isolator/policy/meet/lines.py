@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 
 from isolator.policy import names
+from isolator.policy.addresses import bracketed
 from isolator.policy.destinations import PUBLIC, never_reachable
 from isolator.policy.filters import phrase
 from isolator.policy.grant import PluginPolicy
@@ -48,14 +49,8 @@ class _Explainer:
         self.wanted = request_bounds(core, host, unwritten=core.synthesised)
 
     def lines(self) -> Iterator[Line]:
-        yield from self._names("hooks", self.core.hooks, self.grant.hooks, self.effective.hooks, names.covers_hook)
-        yield from self._names(
-            "permissions",
-            self.core.permissions,
-            self.grant.permissions,
-            self.effective.permissions,
-            names.covers_permission,
-        )
+        yield from self._names("hooks", names.covers_hook)
+        yield from self._names("permissions", names.covers_permission)
         for index, text in enumerate(self.grant.filters or ()):
             words = phrase(text)
             yield self._line("filters", None, words, f"only {words}", "granted", key=f"grant.filters[{index}]")
@@ -91,18 +86,12 @@ class _Explainer:
     def _ceiling_source(self, key: str) -> str:
         return self.host.where.get(f"ceiling.{key}") or "ceiling"
 
-    def _names(
-        self,
-        kind: str,
-        wanted: tuple[str, ...],
-        granted: tuple[str, ...] | None,
-        effective: tuple[str, ...],
-        covers: Callable[[str, str], bool],
-    ) -> Iterator[Line]:
-        """Events or permissions: one line for each that is requested."""
-        most: tuple[str, ...] = getattr(self.host.ceiling, kind)
+    def _names(self, kind: str, covers: Callable[[str, str], bool]) -> Iterator[Line]:
+        """Events or permissions, by the field that each side has of them: one line for each that is requested."""
+        sides = (self.core, self.grant, self.effective, self.host.ceiling)
+        wanted, granted, effective, most = (getattr(side, kind) or () for side in sides)
         for name in wanted:
-            pattern = next(((i, g) for i, g in enumerate(granted or ()) if covers(g, name)), None)
+            pattern = next(((i, g) for i, g in enumerate(granted) if covers(g, name)), None)
             granting = pattern[1] if pattern else None
             key = f"grant.{kind}[{pattern[0]}]" if pattern else f"grant.{kind}"
             if any(covers(e, name) for e in effective):
@@ -113,7 +102,7 @@ class _Explainer:
                     kind, name, granting, "no", "refused", key=key, source=source, reason="over the ceiling"
                 )
             else:
-                add = toml_list(kind, (*(granted or ()), name))
+                add = toml_list(kind, (*granted, name))
                 yield self._line(kind, name, None, "no", "pending", key=f"grant.{kind}", add=add)
 
     def _egress(self) -> Iterator[Line]:
@@ -194,8 +183,7 @@ class _Explainer:
             else:
                 address = self.host.inbound.addresses[0]
                 port = entry.port if self.host.inbound.allows(address, entry.port) else self.host.inbound.ports[0][0]
-                shown = f"[{address}]" if ":" in address else address
-                add = toml_list("listen", [*present, f"{shown}:{port}:{entry.port}"])
+                add = toml_list("listen", [*present, f"{bracketed(address)}:{port}:{entry.port}"])
                 yield self._line(
                     "listen", text, None, "no", "pending", key="grant.listen", add=add, reason=entry.reason
                 )

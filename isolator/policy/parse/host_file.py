@@ -8,6 +8,7 @@ from ipaddress import ip_address, ip_network
 from typing import Any
 
 from isolator.policy import cluster, names, trust
+from isolator.policy.addresses import bracketed
 from isolator.policy.cluster import Cluster
 from isolator.policy.destinations import Name, Network, Wildcard, parse_host, parse_virtual
 from isolator.policy.host import (
@@ -350,8 +351,7 @@ def _resolver(text: str) -> str:
         rule = names.parse_egress(text)
     if len(rule.ports) != 1 or "/" in rule.host:
         raise ValueError(f'"{text}" is not ADDRESS or ADDRESS:PORT')
-    address = _address(rule.host)
-    return f"[{address}]:{rule.ports[0]}" if ":" in address else f"{address}:{rule.ports[0]}"
+    return f"{bracketed(_address(rule.host))}:{rule.ports[0]}"
 
 
 def _proxy(text: str) -> str:

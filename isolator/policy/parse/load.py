@@ -112,41 +112,27 @@ def over_ceiling(policy: PluginPolicy, host: HostConfig) -> list[UsageError]:
     for switch in SWITCHES:
         if policy.switches.get(switch.name) and not getattr(ceiling, switch.name):
             refuse(switch.policy, "the ceiling forbids it")
-    for index, hook in enumerate(policy.hooks or ()):
-        if not any(names.covers_hook(most, hook) for most in ceiling.hooks):
-            refuse(f"grant.hooks[{index}]", f"{hook} is over the ceiling, {', '.join(ceiling.hooks) or 'none'}")
-    for index, name in enumerate(policy.permissions or ()):
-        if not any(names.covers_permission(allowed, name) for allowed in ceiling.permissions):
-            refuse(
-                f"grant.permissions[{index}]", f"{name} is over the ceiling, {', '.join(ceiling.permissions) or 'none'}"
-            )
+    for kind, covers in (("hooks", names.covers_hook), ("permissions", names.covers_permission)):
+        allowed = getattr(ceiling, kind)
+        for index, name in enumerate(getattr(policy, kind) or ()):
+            if not any(covers(most, name) for most in allowed):
+                refuse(f"grant.{kind}[{index}]", f"{name} is over the ceiling, {', '.join(allowed) or 'none'}")
     if policy.egress_public and not ceiling.egress_public:
         refuse("grant.egress", '"public" is over the ceiling')
-    for rule in policy.egress or ():
-        blocked = never_reachable(rule, host.exceptions, host.virtual)
-        if not blocked and not egress_within(Egress(rules=(rule,)), ceiling_egress(ceiling)):
-            text = names.format_egress(rule)
-            refuse(_element(policy, "grant.egress", text), f"{text} is over the ceiling")
-        if blocked:
-            refuse(
-                _element(policy, "grant.egress", names.format_egress(rule)),
-                f"{names.format_egress(rule)} is never reachable ({blocked})",
-                "to open it for this host, list it in [network] exceptions of host.toml",
-            )
+    for index, rule in enumerate(policy.egress or ()):
+        text = names.format_egress(rule)
+        # Where "public" is in the list too, which is no rule, the places of the rules are not known.
+        key = "grant.egress" if policy.egress_public else f"grant.egress[{index}]"
+        if blocked := never_reachable(rule, host.exceptions, host.virtual):
+            remedy = "to open it for this host, list it in [network] exceptions of host.toml"
+            refuse(key, f"{text} is never reachable ({blocked})", remedy)
+        elif not egress_within(Egress(rules=(rule,)), ceiling_egress(ceiling)):
+            refuse(key, f"{text} is over the ceiling")
     for index, listen in enumerate(policy.listen or ()):
         if not host.inbound.allows(listen.address, listen.port):
-            refuse(
-                f"grant.listen[{index}]",
-                f"{listen.address} port {listen.port} is not open to plugins",
-                "allow it in [inbound] of host.toml",
-            )
+            why = f"{listen.address} port {listen.port} is not open to plugins"
+            refuse(f"grant.listen[{index}]", why, "allow it in [inbound] of host.toml")
     for index, path in enumerate(policy.read or ()):
-        if not any(names.path_covers(allowed, path) for allowed in ceiling.read):
+        if not any(names.path_covers(most, path) for most in ceiling.read):
             refuse(f"filesystem.read[{index}]", f"{path} is outside what the ceiling lets plugins read")
     return found
-
-
-def _element(policy: PluginPolicy, key: str, text: str) -> str:
-    """The path of the list element that holds a rule; of the list when that is unknown."""
-    rules = [names.format_egress(rule) for rule in policy.egress or ()]
-    return f"{key}[{rules.index(text)}]" if not policy.egress_public and text in rules else key

@@ -13,6 +13,7 @@ import stat
 from pathlib import Path
 
 from isolator.errors import DeniedError, NotFoundError, UsageError
+from isolator.linux.descriptors import owning
 from isolator.policy.host import HostConfig
 
 MAX_BYTES = 256 * 1024
@@ -43,7 +44,7 @@ def read_trusted(path: Path | str, *, also_owner: int | None = None) -> bytes:
         if error.errno == errno.ELOOP:
             raise DeniedError(str(path), "is a symbolic link", "name the file itself") from None
         raise DeniedError(str(path), error.strerror or str(error), "run as root") from None
-    try:
+    with owning(fd):
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise DeniedError(str(path), "is not a regular file", "name a TOML file")
@@ -54,14 +55,11 @@ def read_trusted(path: Path | str, *, also_owner: int | None = None) -> bytes:
         if status.st_mode & too_open:
             mode = stat.S_IMODE(status.st_mode)
             raise DeniedError(str(path), f"others can write it (mode {mode:04o})", f"chmod go-w {path}")
-        chunks = bytearray()
-        while len(chunks) <= MAX_BYTES and (chunk := os.read(fd, 65536)):
-            chunks += chunk
-        if len(chunks) > MAX_BYTES:
+        with open(fd, "rb", closefd=False) as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
             raise UsageError(str(path), f"larger than {MAX_BYTES} bytes", "split or shorten it")
-        return bytes(chunks)
-    finally:
-        os.close(fd)
+        return content
 
 
 def invoker() -> int:

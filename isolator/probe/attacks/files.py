@@ -138,28 +138,24 @@ def write_kernel_settings(promise: Promise) -> str:
 
 @attempt("filesystem", "read the kernel's memory")
 def kernel_memory(promise: Promise) -> str:
-    for path in ("/proc/kcore", "/dev/mem", "/dev/kmem"):
-        with contextlib.suppress(FileNotFoundError):
-            if _open_host_file(path, os.O_RDONLY):
-                return f"{path} opened"
-    raise Held("no such file")
+    return _open_host_file("/proc/kcore", "/dev/mem", "/dev/kmem")
 
 
 @attempt("filesystem", "read the kernel's log")
 def kernel_log(promise: Promise) -> str:
-    for path in ("/dev/kmsg", "/proc/kmsg"):
+    return _open_host_file("/dev/kmsg", "/proc/kmsg")
+
+
+def _open_host_file(*paths: str) -> str:
+    """Open one of these files that is there, and more than the cover of an entry of /proc, but do not read it."""
+    for path in paths:
         with contextlib.suppress(FileNotFoundError):
-            if _open_host_file(path, os.O_RDONLY | os.O_NONBLOCK):
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            device = os.fstat(fd).st_dev
+            os.close(fd)
+            if not path.startswith("/proc/") or device == os.stat("/proc/self").st_dev:
                 return f"{path} opened"
     raise Held("no such file")
-
-
-def _open_host_file(path: str, flags: int) -> bool:
-    """Open a file, but do not read it; says whether it is more than the cover of an entry of /proc."""
-    fd = os.open(path, flags)
-    device = os.fstat(fd).st_dev
-    os.close(fd)
-    return not path.startswith("/proc/") or device == os.stat("/proc/self").st_dev
 
 
 @attempt("filesystem", "find a disk or a terminal in /dev")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
 import mmap
 import os
 import signal
@@ -24,7 +25,6 @@ _NAMESPACES = {
     "cgroup": 0x02000000,
     "network": 0x40000000,
 }
-_FILES = {"mount": "mnt", "network": "net"}
 
 
 # --- mounts --------------------------------------------------------------------------------------------------
@@ -77,31 +77,26 @@ def pivot_root_(promise: Promise) -> str:
 # --- namespaces ----------------------------------------------------------------------------------------------
 
 
-def _unshare(kind: str) -> Callable[[Promise], str]:
-    def run(promise: Promise) -> str:
-        syscall("unshare", _NAMESPACES[kind])
-        return f"a new {kind} namespace"
-
-    return run
-
-
-for _kind in _NAMESPACES:
-    attempt("seccomp", f"unshare the {_kind} namespace", name=f"unshare-{_kind}")(_unshare(_kind))
+for _kind, _flag in _NAMESPACES.items():
+    step(
+        "seccomp", f"unshare-{_kind}", f"unshare the {_kind} namespace", functools.partial(syscall, "unshare", _flag),
+        f"a new {_kind} namespace",
+    )  # fmt: skip
 
 
 @attempt("seccomp", "clone into a new user namespace")
 def clone_user_namespace(promise: Promise) -> str:
-    pid = syscall("clone", _NAMESPACES["user"] | signal.SIGCHLD, 0, 0, 0, 0)
-    if pid == 0:
-        os._exit(0)
-    os.waitpid(pid, 0)
-    return "a child in a new user namespace"
+    return _ended(syscall("clone", _NAMESPACES["user"] | signal.SIGCHLD, 0, 0, 0, 0))
 
 
 @attempt("seccomp", "the same with clone3, whose flags a filter cannot read")
 def clone3_user_namespace(promise: Promise) -> str:
     arguments = (ctypes.c_uint64 * 11)(_NAMESPACES["user"], 0, 0, 0, signal.SIGCHLD)
-    pid = syscall("clone3", ctypes.byref(arguments), ctypes.sizeof(arguments))
+    return _ended(syscall("clone3", ctypes.byref(arguments), ctypes.sizeof(arguments)))
+
+
+def _ended(pid: int) -> str:
+    """End this process if it is the clone, else wait for that."""
     if pid == 0:
         os._exit(0)
     os.waitpid(pid, 0)
@@ -291,11 +286,7 @@ _terminal("line-discipline", "load a driver by changing the line discipline", 0x
 
 
 def _family(name: str, title: str, family: int, kind: int, protocol: int = 0, layer: str = "seccomp") -> None:
-    def run(promise: Promise) -> str:
-        socket.socket(family, kind, protocol).close()
-        return "the socket was made"
-
-    attempt(layer, title, name=name)(run)
+    step(layer, name, title, lambda: socket.socket(family, kind, protocol).close(), "the socket was made")
 
 
 _family("netlink-socket", "list the host's sockets by netlink", socket.AF_NETLINK, socket.SOCK_RAW, 4)  # SOCK_DIAG

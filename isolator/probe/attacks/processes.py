@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .kit import Held, Promise, attach_segment, attempt, libc, set_limit, step, syscall
 
-_PTRACE_ATTACH, _PTRACE_DETACH = 16, 17
+_PTRACE_ATTACH = 16
 _SHM_RDONLY = 0o10000
 
 
