@@ -99,6 +99,7 @@ _F_NOTIFY = 1026
 _RLIMIT_CORE = 4
 _POINTER = 0xFFFFFFFFFFFFFFFF
 _IPPROTO_IPV6, _FLOWLABEL_MGR = 41, 32
+_SOL_SOCKET, _BPF_PROGRAMS = 1, (26, 51)  # SO_ATTACH_FILTER, SO_ATTACH_REUSEPORT_CBPF
 _MAP_HUGETLB, _MFD_HUGETLB, _SHM_HUGETLB = 0x40000, 0x4, 0o4000
 _SHM_EXEC = 0o100000
 _MKNOD_DEVICES = (0o020000, 0o060000)  # S_IFCHR, S_IFBLK
@@ -119,7 +120,7 @@ def rules(profile: str) -> Iterator[Rule]:
     # Threads and processes, but no namespaces. clone3 hides its flags behind a pointer: ENOSYS, libc falls back.
     yield from _either("clone", AnyBit(0, _CLONE_NEW), DENY, ALLOW)
     yield from _only("ioctl", 1, _TERMINAL_IOCTLS, inside=DENY, outside=ALLOW)
-    # Loading a further filter can only take something away; that is how the second one of ``strict`` comes about.
+    # The second filter of ``strict`` is loaded under the first one, and allows no third.
     prctl = (*_PRCTL, _PR_SET_SECCOMP) if strict else _PRCTL
     yield from _only("prctl", 0, prctl, inside=ALLOW, outside=DENY)
     yield from _only("personality", 0, _PERSONALITIES, inside=ALLOW, outside=DENY)
@@ -169,13 +170,17 @@ def _host_wide() -> Iterator[Rule]:
     file of /usr. The limit on core dumps is 1 (layer rlimits), which is the one value that keeps the kernel from
     starting the host's core handler, as root, at every crash; 0 does not. So a change of it succeeds without effect:
     who forbids core dumps has none anyway. Not where the value before is asked for too, which nobody would fill in.
-    Leases of IPv6 flow labels come out of one pool of the host's, whatever the network namespace.
+    Leases of IPv6 flow labels come out of one pool of the host's, whatever the network namespace. So does the memory of
+    compiled BPF programs (net.core.bpf_jit_limit), which no memory cap counts: once sockets' filters have used it up,
+    nobody without CAP_BPF can load a filter any more, a cage that starts included. seccomp and bpf are denied anyway.
     (The requests of Linux native AIO are counted against one limit for the whole host, so its calls are not known here
     at all.)
     """
     for call in ("sync", "syncfs"):
         yield call, PRETEND, ()
     yield "setsockopt", REFUSE, (Equal(1, WORD, _IPPROTO_IPV6), Equal(2, WORD, _FLOWLABEL_MGR))
+    for option in _BPF_PROGRAMS:
+        yield "setsockopt", REFUSE, (Equal(1, WORD, _SOL_SOCKET), Equal(2, WORD, option))
     yield "setsockopt", ALLOW, ()
     core, changed = Equal(1, WORD, _RLIMIT_CORE), AnyBit(2, _POINTER)
     yield "setrlimit", PRETEND, (Equal(0, WORD, _RLIMIT_CORE),)
@@ -222,9 +227,11 @@ def sealing_rules() -> Iterator[Rule]:
 
     Everything that this does not name is allowed by it, and still judged by the first filter. Threads stay possible,
     and so does execve: a filter cannot tell the first one, which starts the sidecar, from a second. A program that
-    execs another is replaced by it, in the same cage and under the same filters. Refusals are EPERM and are not
-    recorded by name: a process has one listener, the first filter's.
+    execs another is replaced by it, in the same cage and under the same filters. Nor does it load filters of its own:
+    no cap counts the memory of their compiled programs (``_host_wide``), of 32,768 instructions for each thread.
+    Refusals are EPERM and are not recorded by name: a process has one listener, the first filter's.
     """
+    yield "prctl", REFUSE, (Equal(0, WORD, _PR_SET_SECCOMP),)
     for call in ("fork", "vfork"):
         yield call, REFUSE, ()
     yield "clone", REFUSE, (Equal(0, _CLONE_THREAD, 0),)

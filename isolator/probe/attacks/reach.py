@@ -87,6 +87,14 @@ def flow_labels(promise: Promise) -> str:
     return "one of some 3000 labels"
 
 
+@attempt("seccomp", "take the host's memory for compiled BPF programs, which no memory cap counts")
+def compiled_programs(promise: Promise) -> str:
+    program = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0xFFFFFFFF))  # return: all of the packet
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, 26, struct.pack("@HP", 1, ctypes.addressof(program)))  # SO_ATTACH_FILTER
+    return "a program of one of up to 4096 instructions; a cage cannot start without such memory"
+
+
 @attempt("seccomp", "have the host's core handler started, as root, by a crash")
 def core_handler(promise: Promise) -> str:
     # Under a limit of 1 it is not, under any other it is, 0 included.
