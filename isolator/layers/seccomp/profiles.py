@@ -36,7 +36,7 @@ _ALLOWED_NAMES = """
     recvmmsg recvmsg remap_file_pages removexattr rename renameat renameat2 restart_syscall rmdir rseq rt_sigaction
     rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait rt_tgsigqueueinfo
     sched_get_priority_max sched_get_priority_min sched_getaffinity sched_getattr sched_getparam sched_getscheduler
-    sched_rr_get_interval sched_setaffinity sched_setattr sched_setparam sched_setscheduler sched_yield select
+    sched_rr_get_interval sched_setaffinity sched_yield select
     semctl semget semop semtimedop sendfile sendmmsg sendmsg sendto set_robust_list set_thread_area set_tid_address
     setgid setgroups setitimer setpgid setpriority setregid setresgid setresuid setreuid setsid setuid
     setfsuid setfsgid setxattr shmat shmctl shmdt shutdown sigaltstack signalfd signalfd4 splice stat statfs statx
@@ -100,6 +100,7 @@ _RLIMIT_CORE = 4
 _POINTER = 0xFFFFFFFFFFFFFFFF
 _IPPROTO_IPV6, _FLOWLABEL_MGR = 41, 32
 _SOL_SOCKET, _BPF_PROGRAMS = 1, (26, 51)  # SO_ATTACH_FILTER, SO_ATTACH_REUSEPORT_CBPF
+_REAL_TIME = (1, 2, 0x40000001, 0x40000002)  # SCHED_FIFO, SCHED_RR; with SCHED_RESET_ON_FORK
 _MAP_HUGETLB, _MFD_HUGETLB, _SHM_HUGETLB = 0x40000, 0x4, 0o4000
 _SHM_EXEC = 0o100000
 _MKNOD_DEVICES = (0o020000, 0o060000)  # S_IFCHR, S_IFBLK
@@ -127,6 +128,7 @@ def rules(profile: str) -> Iterator[Rule]:
     yield from _sockets()
     yield from _watches()
     yield from _host_wide()
+    yield from _slices()
     yield from _huge_pages(strict=strict)
     for call, index in (("mknod", 1), ("mknodat", 2)):
         for kind in _MKNOD_DEVICES:
@@ -188,6 +190,17 @@ def _host_wide() -> Iterator[Rule]:
     yield "prlimit64", INVALID, (core, changed, AnyBit(3, _POINTER))
     yield "prlimit64", PRETEND, (core, changed)
     yield "prlimit64", ALLOW, ()
+
+
+def _slices() -> Iterator[Rule]:
+    """Keep the slice of a cage's threads, which is longer than the kernel's own (isolator.linux.priority).
+
+    A shorter one would interrupt the host and the other plugins at each wake-up. Any change of policy or parameters
+    sets the slice back, but to a real-time policy, which the kernel refuses by itself.
+    """
+    yield "sched_setattr", REFUSE, ()
+    yield "sched_setparam", PRETEND, ()
+    yield from _only("sched_setscheduler", 1, _REAL_TIME, inside=ALLOW, outside=PRETEND)
 
 
 def _huge_pages(*, strict: bool) -> Iterator[Rule]:

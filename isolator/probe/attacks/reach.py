@@ -1,7 +1,7 @@
 """Attempts that need no right at all and yet reach past the cage: on what the kernel keeps for the host as a whole.
 
 Watches on files that everybody uses, pools and counters of the whole host, protocols whose modules the kernel loads for
-whoever asks, the handler of core dumps.
+whoever asks, the handler of core dumps, precedence on the processors.
 """
 
 from __future__ import annotations
@@ -93,6 +93,29 @@ def compiled_programs(promise: Promise) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, 26, struct.pack("@HP", 1, ctypes.addressof(program)))  # SO_ATTACH_FILTER
     return "a program of one of up to 4096 instructions; a cage cannot start without such memory"
+
+
+@attempt("seccomp", "interrupt the host and other plugins by a shorter slice of the processor")
+def shorter_slice(promise: Promise) -> str:
+    # struct sched_attr: size, policy, flags, nice, priority, runtime (the slice, in nanoseconds), deadline, period
+    shape, before = "=IIQiIQQQ", _slice()
+    wanted = ctypes.create_string_buffer(struct.pack(shape, struct.calcsize(shape), 0, 0, 0, 0, 100_000, 0, 0))
+    why: OSError | None = None
+    try:
+        syscall("sched_setattr", 0, wanted, 0)
+    except OSError as error:
+        why = error
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # the kernel's own slice, then
+    os.sched_setparam(0, os.sched_param(0))
+    if (after := _slice()) < before:
+        return f"{after / 1e6:g} ms, not {before / 1e6:g}"
+    raise why or Held("the slice stays")
+
+
+def _slice() -> int:
+    found = ctypes.create_string_buffer(48)
+    syscall("sched_getattr", 0, found, len(found), 0)
+    return int(struct.unpack_from("=Q", found, 24)[0])
 
 
 @attempt("seccomp", "have the host's core handler started, as root, by a crash")
