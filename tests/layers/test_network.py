@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -171,6 +172,22 @@ def test_the_cages_own_loopback_works_and_is_not_tracked(make: Make) -> None:
     )
     assert count == ""
     assert denials(cage) == []
+
+
+def test_connections_that_have_ended_leave_few_buckets_behind(make: Make) -> None:
+    """No memory cap counts them, and all networks of the host share one table."""
+    cage = make(NetworkPolicy(mode="none"))
+
+    def connect_again_and_again() -> int:
+        with socket.create_server(("127.0.0.1", 80)) as server:
+            for _ in range(2000):
+                with socket.create_connection(("127.0.0.1", 80)):
+                    server.accept()[0].close()
+        lines = Path("/proc/thread-self/net/sockstat").read_text().splitlines()
+        words = next(line.split() for line in lines if line.startswith("TCP:"))
+        return int(words[words.index("tw") + 1])
+
+    assert 500 < netns.in_network(cage.netns_fd, connect_again_and_again) <= 1024
 
 
 def test_bulk_crosses_a_cages_loopback_in_large_packets(make: Make) -> None:
