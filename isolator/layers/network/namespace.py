@@ -234,6 +234,11 @@ def adopt(kept: Kept) -> CageNetwork:
     return CageNetwork(kept.fds["netns"], [], generations, inode, str(values["ruleset"]), number)
 
 
+def tcp_memory_of_nobody(network: CageNetwork) -> int:
+    """Bytes in the buffers of the cage's TCP connections that no process has, its own nor the broker; raises OSError."""
+    return _inside(network, lambda: netlink.tcp_memory_of_nobody(but_port=PORT))
+
+
 def release(network: CageNetwork) -> None:
     """Close every descriptor that is still held; idempotent. The namespace goes when its last process and socket do."""
     close_sockets(network)
