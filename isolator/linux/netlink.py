@@ -50,6 +50,8 @@ _CONNECTED = sum(1 << state for state in (1, 4, 5, 8, 9, 11))
 """States of a TCP socket with a peer: ESTABLISHED, FIN_WAIT1 and 2, CLOSE_WAIT, LAST_ACK, CLOSING."""
 _FOUND = struct.Struct("!4xH62xI")
 """Port and inode of ``struct inet_diag_msg``; an inode of 0 is one in any byte order."""
+TCP_SOCKET = 2500
+"""Bytes that the kernel takes for a TCP connection beside its buffers, about."""
 
 _NFNL_SUBSYS_ULOG, _NFNL_SUBSYS_NFTABLES = 4, 10
 _NFULNL_MSG_PACKET, _NFULNL_MSG_CONFIG = 0, 1
@@ -165,7 +167,7 @@ class RouteQuery:
 
 
 def tcp_memory_of_nobody(*, but_port: int) -> int:
-    """Bytes in the buffers of the namespace's TCP connections that no process has; raises OSError.
+    """Bytes that the kernel holds for the namespace's TCP connections that no process has; raises OSError.
 
     They are not accepted yet, or closed and not sent. Left out are those whose own port is ``but_port``.
     """
@@ -178,7 +180,7 @@ def tcp_memory_of_nobody(*, but_port: int) -> int:
                 memory = dict(attributes(body[_FOUND.size :])).get(_INET_DIAG_SKMEMINFO, b"")
                 if inode == 0 and port != but_port and len(memory) >= 32:
                     received, _, _, _, reserved, queued, _, backlog = struct.unpack_from("=8I", memory)
-                    total += received + reserved + queued + backlog
+                    total += TCP_SOCKET + received + reserved + queued + backlog
     return total
 
 

@@ -14,7 +14,7 @@ from isolator.base.pacing import TokenBucket
 from isolator.layers.seccomp import notifier
 from isolator.layers.seccomp.layer import compile_profile
 from isolator.linux import seccomp
-from tests.support.timeouts import seconds
+from tests.system.daemon import wait_for
 
 
 @pytest.fixture
@@ -54,9 +54,7 @@ async def test_sockets_that_are_lent_count_for_the_work_that_they_are(
     try:
         cage = answering.watch(listener, lambda denied: None)
         assert isinstance(cage, notifier._Watched)
-        async with asyncio.timeout(seconds(20)):
-            while not cage.paused:
-                await asyncio.sleep(0.01)
+        await asyncio.to_thread(wait_for, lambda: cage.paused)
         assert len(os.read(told, 4096)) == notifier.ANSWERS_PER_SECOND // notifier.LENDING
     finally:
         answering.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +88,7 @@ class Holder:
         self.ended.set()
 
 
-async def test_cage_that_holds_more_than_its_share_is_ended_once_the_pool_is_low(
+async def test_cage_that_holds_more_than_its_share_is_ended_once_much_is_in_use(
     network: namespace.CageNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks, low = asyncio.Queue[None](), False
@@ -96,7 +97,7 @@ async def test_cage_that_holds_more_than_its_share_is_ended_once_the_pool_is_low
         looks.put_nowait(None)
         return low
 
-    monkeypatch.setattr(tcp_memory, "pool_is_low", is_low)
+    monkeypatch.setattr(tcp_memory, "is_much_in_use", is_low)
     monkeypatch.setattr(tcp_memory, "INTERVAL", 0.001)
     quiet = namespace.make(NetworkPolicy(mode="none"))
     gone = namespace.make(NetworkPolicy(mode="none"))
@@ -121,12 +122,25 @@ async def test_cage_that_holds_more_than_its_share_is_ended_once_the_pool_is_low
         namespace.release(quiet)
 
 
-def test_pool_is_low_when_half_of_the_first_value_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    calm = int(Path("/proc/sys/net/ipv4/tcp_mem").read_text().split()[0])
-    shown = Path("/proc/net/sockstat").read_text()
-    assert not tcp_memory.pool_is_low()
-    mem = shown.partition("TCP: ")[2].partition(" mem ")[2].split()[0]
-    more = shown.replace(f" mem {mem}\n", f" mem {calm // 2 + 1}\n", 1)
-    real = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda path: more if path.name == "sockstat" else real(path))
-    assert tcp_memory.pool_is_low()
+@pytest.mark.parametrize(("connections", "pages", "much"), [(10, 499, False), (10, 505, True), (1000, 0, True)])
+def test_much_is_in_use_when_half_of_the_first_value_is(
+    connections: int, pages: int, much: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand connections without a byte are some 600 pages."""
+    shown = re.sub(r"alloc \d+ mem \d+", f"alloc {connections} mem {pages}", Path("/proc/net/sockstat").read_text())
+    assert f"alloc {connections} mem {pages}" in shown
+    monkeypatch.setattr(tcp_memory, "read_file", lambda path: shown if "sockstat" in path else "1020 2000 3000")
+    monkeypatch.setattr(tcp_memory, "_calm", tcp_memory._calm.__wrapped__)
+    assert tcp_memory.is_much_in_use() is much
+
+
+def test_a_connection_that_nobody_accepts_counts_without_a_byte(network: namespace.CageNetwork) -> None:
+    def work() -> list[socket.socket]:
+        listener = socket.create_server(("127.0.0.1", 80), backlog=200)
+        for _ in range(100):
+            socket.create_connection(("127.0.0.1", 80)).close()
+        return [listener]
+
+    (listener,) = netns.in_network(network.netns_fd, work)
+    with listener:
+        assert namespace.tcp_memory_of_nobody(network) >= 100 * netlink.TCP_SOCKET

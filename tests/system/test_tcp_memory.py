@@ -27,19 +27,19 @@ time.sleep(1000)
 """
 
 
-class LowPool(Daemon):
-    """A daemon to which the host's pool looks low: to use it up would end what runs beside this test."""
+class MuchInUse(Daemon):
+    """A daemon to which the host's pool looks used: to use it up would end what runs beside this test."""
 
     def command(self) -> list[str]:
         program = (
             "from host.cli.main import main; from isolator.supervisor import tcp_memory; import sys;"
-            "tcp_memory.pool_is_low = lambda: True; sys.exit(main())"
+            "tcp_memory.is_much_in_use = lambda: True; sys.exit(main())"
         )
         return [sys.executable, "-I", "-c", program, "--root", str(self.root), "serve"]
 
 
 def test_plugin_that_hoards_tcp_memory_is_ended(tmp_path: Path) -> None:
-    with daemon(kind=LowPool) as d:
+    with daemon(kind=MuchInUse) as d:
         d.cli("plugin", "add", str(write_plugin(tmp_path / "echo")), "--yes")
         d.cli("event", "emit", "deploy.completed", event(0), "--wait")
         run = d.json("plugin", "show", "echo")["run"]

@@ -235,7 +235,7 @@ def adopt(kept: Kept) -> CageNetwork:
 
 
 def tcp_memory_of_nobody(network: CageNetwork) -> int:
-    """Bytes in the buffers of the cage's TCP connections that no process has, its own nor the broker; raises OSError."""
+    """Bytes held for the cage's TCP connections that no process has, its own or the broker; raises OSError."""
     return _inside(network, lambda: netlink.tcp_memory_of_nobody(but_port=PORT))
 
 
