@@ -2,9 +2,9 @@
 
 The kernel charges a connection and its buffers to a control group as it is accepted, and has the buffers of all
 networks in one pool (``tcp_mem``, tcp(7)). So connections that a plugin makes to a port of its own, fills and never
-accepts are in no cap, and once the pool is used up, TCP fails for the whole host. On cgroup v1 those that it closes with
-bytes that nobody reads are beyond the cap, too. A cage that holds much in such connections is ended once TCP takes, in
-all, half of the memory of which the kernel thinks nothing; before that it takes nothing from anybody.
+accepts are in no cap, and once the pool is used up, TCP fails for the whole host. On cgroup v1 those that it closes
+with bytes that nobody reads are beyond the cap, too. A cage that holds much in such connections is ended once TCP
+takes, in all, half of the memory of which the kernel thinks nothing; before that it takes nothing from anybody.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from isolator.linux.netlink import TCP_SOCKET
 
 logger = logging.getLogger(__name__)
 
-INTERVAL = 1.0
-"""Seconds between two looks; a plugin with a quarter of a processor fills some 100 MB in one."""
+INTERVAL, LONGEST = 1.0, 5.0
+"""Seconds between two looks, and after one that took long; a plugin with a quarter of a processor fills some 100 MB in
+one second."""
 LOOKING = 50
-"""Looks at cages take at most one part in so many of the time, however many cages there are."""
+"""Looks take one part in so many of the time, unless that would put them off for longer."""
 SHARE = 8
 """A cage may hold this part of its memory cap in connections of no process."""
 CAUSE = "connections that no process has hold too much memory"
@@ -51,11 +52,11 @@ async def keep_tcp_memory(runs: Callable[[], Iterable[Holder]]) -> None:
     """Look from now on; ``runs`` returns the runs that there are."""
     took = 0.0
     while True:
-        await asyncio.sleep(max(INTERVAL, took * LOOKING))
+        await asyncio.sleep(min(max(INTERVAL, took * LOOKING), LONGEST))
         began = time.monotonic()
         for run in [*runs()] if is_much_in_use() else []:
             cage = run.cage
-            if cage is None or not cage.started:
+            if cage is None or not cage.started or not cage.processes.lasts:
                 continue
             with contextlib.suppress(OSError):  # it has ended, or this kernel does not tell
                 held = await apart(functools.partial(tcp_memory_of_nobody, cage.network))

@@ -78,14 +78,16 @@ class Holder:
 
     def __init__(self, network: namespace.CageNetwork | None, *, started: bool = True) -> None:
         policy = SimpleNamespace(resources=SimpleNamespace(memory=CAP))
-        self.cage: Any = SimpleNamespace(
-            started=started, network=network, spec=SimpleNamespace(leaf="x.1", policy=policy)
-        )
+        self.processes = SimpleNamespace(lasts=True)
+        spec = SimpleNamespace(leaf="x.1", policy=policy)
+        self.cage: Any = SimpleNamespace(started=started, processes=self.processes, network=network, spec=spec)
         self.ended = asyncio.Event()
 
     def terminate(self, cause: str, origin: Origin) -> None:
         assert (cause, origin) == (tcp_memory.CAUSE, Origin.PLUGIN)
+        assert not self.ended.is_set(), "it is being ended"
         self.ended.set()
+        self.processes.lasts = False
 
 
 async def test_cage_that_holds_more_than_its_share_is_ended_once_much_is_in_use(
