@@ -51,7 +51,7 @@ ABLATIONS = {
         "watch-files quota executable-data i386-call x32-call trace-child read-memory "
         "netlink-socket vsock-socket crypto-socket terminal-input terminal-input-64 console-paste console-paste-64 "
         "line-discipline watch-programs watch-programs-by-signal asynchronous-io huge-pages huge-pages-in-files "
-        "uncommon-protocol core-handler netlink-answers flow-labels compiled-programs shorter-slice",
+        "uncommon-protocol core-handler netlink-answers flow-labels compiled-programs options-of-sockets shorter-slice",
         {
             errno.ENOSYS: "this kernel does not have the call",
             errno.EAFNOSUPPORT: "this kernel does not have the socket family",

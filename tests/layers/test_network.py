@@ -190,6 +190,19 @@ def test_connections_that_have_ended_leave_few_buckets_behind(make: Make) -> Non
     assert 500 < netns.in_network(cage.netns_fd, connect_again_and_again) <= 1024
 
 
+def test_options_of_a_socket_take_a_page_at_most(make: Make) -> None:
+    cage = make(NetworkPolicy(mode="none"))
+
+    def options() -> int:
+        file = Path("/proc/thread-self/root/proc/sys/net/core/optmem_max")
+        return int(file.read_text()) if file.exists() else 0
+
+    found = netns.in_network(cage.netns_fd, options)
+    if not found:
+        pytest.skip("this kernel has one limit for all networks (before Linux 6.8)")
+    assert found == 4096
+
+
 def test_bulk_crosses_a_cages_loopback_in_large_packets(make: Make) -> None:
     """The kernel gives the size back where it knows it (Linux 6.3)."""
     cage = make(NetworkPolicy(mode="none"))

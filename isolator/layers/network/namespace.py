@@ -49,6 +49,8 @@ _SYSCTLS = {
     "tcp_wmem": "4096 65536 2097152",
 }
 """Settings of IPv4, by name."""
+_OPTION_MEMORY = 4096
+"""Bytes that one socket's options may take, which no cgroup counts (``optmem_max``, per namespace since Linux 6.8)."""
 
 
 @struct_class()
@@ -310,6 +312,8 @@ def _set_sysctls() -> None:
     with owning(os.open("/proc/sys/net/ipv4", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
         for name, value in _SYSCTLS.items():
             write_file(name, value, folder=folder)
+        with contextlib.suppress(FileNotFoundError):
+            write_file("../core/optmem_max", str(_OPTION_MEMORY), folder=folder)
 
 
 @functools.lru_cache(_MOST_READ)

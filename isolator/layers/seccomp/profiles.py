@@ -98,8 +98,17 @@ _USES = 0x1 | 0x10 | 0x20  # IN_ACCESS, IN_CLOSE_NOWRITE, IN_OPEN
 _F_NOTIFY = 1026
 _RLIMIT_CORE = 4
 _POINTER = 0xFFFFFFFFFFFFFFFF
-_IPPROTO_IPV6, _FLOWLABEL_MGR = 41, 32
-_SOL_SOCKET, _BPF_PROGRAMS = 1, (26, 51)  # SO_ATTACH_FILTER, SO_ATTACH_REUSEPORT_CBPF
+_SOL_SOCKET, _IP, _TCP, _IPV6 = 1, 0, 6, 41
+_UNCOUNTED = (
+    (_IPV6, WORD, 32, REFUSE),  # FLOWLABEL_MGR: leases come out of one pool of the host's
+    (_SOL_SOCKET, WORD, 26, REFUSE), (_SOL_SOCKET, WORD, 51, REFUSE),  # ATTACH_FILTER, ATTACH_REUSEPORT_CBPF
+    (_SOL_SOCKET, WORD, 37, REFUSE), (_SOL_SOCKET, WORD, 65, REFUSE),  # TIMESTAMPING, which fills the error queue
+    (_IP, WORD, 11, PRETEND), (_IPV6, WORD, 25, PRETEND),  # RECVERR, which does, too; the C library asks for it
+    (_TCP, WORD, 14, REFUSE), (_TCP, WORD, 32, REFUSE), (_TCP, WORD, 38, REFUSE),  # MD5SIG, its EXT, AO_ADD_KEY
+    (_IPV6, WORD, 6, REFUSE),  # 2292PKTOPTIONS, up to 64 KiB
+    (_IPV6, WORD - 1, 20, PRETEND), (_IPV6, WORD - 1, 42, PRETEND), (_IPV6, WORD - 3, 44, PRETEND),  # multicast
+)  # fmt: skip
+"""Options of sockets by which the kernel keeps what no memory cap counts: level, mask and value, and the answer."""
 _REAL_TIME = (1, 2, 0x40000001, 0x40000002)  # SCHED_FIFO, SCHED_RR; with SCHED_RESET_ON_FORK
 _MAP_HUGETLB, _MFD_HUGETLB, _SHM_HUGETLB = 0x40000, 0x4, 0o4000
 _SHM_EXEC = 0o100000
@@ -175,14 +184,15 @@ def _host_wide() -> Iterator[Rule]:
     Leases of IPv6 flow labels come out of one pool of the host's, whatever the network namespace. So does the memory of
     compiled BPF programs (net.core.bpf_jit_limit), which no memory cap counts: once sockets' filters have used it up,
     nobody without CAP_BPF can load a filter any more, a cage that starts included. seccomp and bpf are denied anyway.
+    Other options have each socket keep from 20 to 400 KiB that no cap counts either (sock_kmalloc, the error queue): a
+    cage may have tens of thousands of sockets. Joins of multicast groups, to which no cage can send, succeed.
     (The requests of Linux native AIO are counted against one limit for the whole host, so its calls are not known here
     at all.)
     """
     for call in ("sync", "syncfs"):
         yield call, PRETEND, ()
-    yield "setsockopt", REFUSE, (Equal(1, WORD, _IPPROTO_IPV6), Equal(2, WORD, _FLOWLABEL_MGR))
-    for option in _BPF_PROGRAMS:
-        yield "setsockopt", REFUSE, (Equal(1, WORD, _SOL_SOCKET), Equal(2, WORD, option))
+    for level, mask, option, action in _UNCOUNTED:
+        yield "setsockopt", action, (Equal(1, WORD, level), Equal(2, mask, option))
     yield "setsockopt", ALLOW, ()
     core, changed = Equal(1, WORD, _RLIMIT_CORE), AnyBit(2, _POINTER)
     yield "setrlimit", PRETEND, (Equal(0, WORD, _RLIMIT_CORE),)

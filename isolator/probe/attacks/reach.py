@@ -95,6 +95,29 @@ def compiled_programs(promise: Promise) -> str:
     return "a program of one of up to 4096 instructions; a cage cannot start without such memory"
 
 
+@attempt("seccomp", "have sockets keep memory that no memory cap counts, by their options")
+def options_of_sockets(promise: Promise) -> str:
+    key = struct.pack("=HH", socket.AF_INET, 0).ljust(128, b"\0") + struct.pack("=BBHi", 0, 0, 1, 0).ljust(88, b"k")
+    why: OSError | None = None
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as datagrams, socket.socket() as stream:
+        for sock, level, option, value, what in (
+            (datagrams, 41, 6, struct.pack("@Nii", 4000, 0x1234, 0).ljust(4000), "IPV6_2292PKTOPTIONS keeps 64 KiB"),
+            (stream, 6, 14, key, "TCP_MD5SIG keeps 128 KiB"),
+            (datagrams, 1, 37, struct.pack("=I", 2), "SO_TIMESTAMPING fills a queue of 400 KiB"),
+        ):
+            try:
+                sock.setsockopt(level, option, value)
+            except OSError as error:
+                why = error
+            else:
+                return what
+        datagrams.setsockopt(41, 25, 1)
+        if datagrams.getsockopt(41, 25):
+            return "IPV6_RECVERR fills a queue of 400 KiB"
+    assert why is not None
+    raise why
+
+
 @attempt("seccomp", "interrupt the host and other plugins by a shorter slice of the processor")
 def shorter_slice(promise: Promise) -> str:
     # struct sched_attr: size, policy, flags, nice, priority, runtime (the slice, in nanoseconds), deadline, period
