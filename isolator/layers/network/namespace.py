@@ -49,8 +49,9 @@ _SYSCTLS = {
     "tcp_wmem": "4096 65536 2097152",
 }
 """Settings of IPv4, by name."""
-_OPTION_MEMORY = 4096
-"""Bytes that one socket's options may take, which no cgroup counts (``optmem_max``, per namespace since Linux 6.8)."""
+_CORE = {"optmem_max": "4096", "tstamp_allow_data": "0"}
+"""Settings of all sockets, by name, where they are the namespace's own (Linux 6.8, and a later one). No cgroup counts
+what options of a socket take, nor its error queue, where copies wait of what it has sent with a time stamp."""
 
 
 @struct_class()
@@ -312,8 +313,9 @@ def _set_sysctls() -> None:
     with owning(os.open("/proc/sys/net/ipv4", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
         for name, value in _SYSCTLS.items():
             write_file(name, value, folder=folder)
-        with contextlib.suppress(FileNotFoundError):
-            write_file("../core/optmem_max", str(_OPTION_MEMORY), folder=folder)
+        for name, value in _CORE.items():
+            with contextlib.suppress(FileNotFoundError):
+                write_file(f"../core/{name}", value, folder=folder)
 
 
 @functools.lru_cache(_MOST_READ)
