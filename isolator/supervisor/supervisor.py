@@ -48,10 +48,11 @@ from isolator.supervisor.plugins import PluginTable
 from isolator.supervisor.policy_watch import PolicyWatch
 from isolator.supervisor.reloads import Reloads
 from isolator.supervisor.rest import Rest
-from isolator.supervisor.run import RunContext
+from isolator.supervisor.run import Run, RunContext
 from isolator.supervisor.services import HOST_MODULE, Services
 from isolator.supervisor.snapshots import keep_snapshots
 from isolator.supervisor.socket_watch import SocketWatch
+from isolator.supervisor.tcp_memory import keep_tcp_memory
 from isolator.supervisor.tickets import Tickets
 from isolator.supervisor.updates import Updates
 from isolator.supervisor.zygote import Zygotes
@@ -60,6 +61,7 @@ from isolator.volume.volume import Volume
 
 if TYPE_CHECKING:
     from isolator.ipc.handover import DaemonState
+    from isolator.supervisor.runners.run import RunnerRun
     from isolator.supervisor.runners.runners import Runners
 
 logger = logging.getLogger(__name__)
@@ -240,7 +242,8 @@ async def running_daemon(
             stack.push_async_callback(runners.close)
             if before is None or before.runners is None:
                 runners.start()
-        tasks.keep("snapshots", lambda: keep_snapshots(table, runners, config.audit.snapshot_interval, alarms))
+            tasks.keep("snapshots", lambda: keep_snapshots(table, runners, config.audit.snapshot_interval, alarms))
+            tasks.keep("memory of TCP", lambda: keep_tcp_memory(lambda: _runs(table, runners)))
         watch = PolicyWatch(table, context, config)
         stack.callback(watch.close)
         if before is not None:
@@ -250,6 +253,12 @@ async def running_daemon(
         if before is not None:
             tasks.run("exchange of the services of before", services.exchange())
         yield Daemon(runtime, notifier, services, table, runners, tickets, alarms, rest, reloads, fences)
+
+
+def _runs(table: PluginTable, runners: Runners | None) -> list[Run | RunnerRun]:
+    """Every run that there is."""
+    runs: list[Run | RunnerRun] = [run for plugin in table.plugins.values() for run in plugin.runs]
+    return runs + (runners.runs if runners is not None else [])
 
 
 def _runners(context: RunContext, config: HostConfig, before: DaemonState | None) -> Runners | None:

@@ -323,6 +323,22 @@ except OSError as error:
     assert "through\n" in isolator(shared_dir, "run", "--", "/usr/bin/python3", "-c", code).stdout
 
 
+FILTER = """
+import ctypes, os, struct
+libc = ctypes.CDLL(None, use_errno=True)
+program = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0x7FFF0000))  # return: allow
+wanted = ctypes.create_string_buffer(struct.pack("@HP", 1, ctypes.addressof(program)))
+libc.prctl(ctypes.c_int(22), ctypes.c_ulong(2), wanted)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+print(ctypes.get_errno())
+"""
+
+
+def test_strict_loads_no_filter_of_a_plugins_own(shared_dir: Path, strict: list[str]) -> None:
+    """The memory of its compiled program is counted against no cap, and there is one pool of it for the whole host."""
+    assert isolator(shared_dir, *strict, "/usr/bin/python3", "-c", FILTER).stdout == "1\n"
+    assert isolator(shared_dir, "run", "--", "/usr/bin/python3", "-c", FILTER).stdout == "1\n"
+
+
 def test_strict_allows_threads_and_a_second_exec(shared_dir: Path, strict: list[str]) -> None:
     """What it cannot tell from the first exec replaces the program; it stays under both filters."""
     threads = "import threading; t = threading.Thread(target=print, args=['fine']); t.start(); t.join()"

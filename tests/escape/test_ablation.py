@@ -51,7 +51,7 @@ ABLATIONS = {
         "watch-files quota executable-data i386-call x32-call trace-child read-memory "
         "netlink-socket vsock-socket crypto-socket terminal-input terminal-input-64 console-paste console-paste-64 "
         "line-discipline watch-programs watch-programs-by-signal asynchronous-io huge-pages huge-pages-in-files "
-        "uncommon-protocol core-handler netlink-answers flow-labels",
+        "uncommon-protocol core-handler netlink-answers flow-labels compiled-programs options-of-sockets shorter-slice",
         {
             errno.ENOSYS: "this kernel does not have the call",
             errno.EAFNOSUPPORT: "this kernel does not have the socket family",
@@ -140,6 +140,7 @@ _NEEDS = {"raise-limit": 24}
 """Capabilities that some containers keep from their root, by number: there the attempt cannot get through either."""
 
 _NO_FILE = {
+    "shorter-slice": ("the slice stays", "this kernel has one slice for all (before Linux 6.12)"),
     "kernel-memory": ("no such file", "this kernel offers no /proc/kcore, /dev/mem or /dev/kmem"),
     "host-uptime": (
         "this host keeps no promise about it (namespaces.time)",

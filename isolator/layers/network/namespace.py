@@ -41,13 +41,18 @@ BACKLOG = 128
 INSTALL = "apt-get install libnftables1"
 
 # The owner of a redirected connection's buffers is the broker, not the cage's cgroup: without a cap, 64 flows could
-# pin 64 times 33 MB there. Per namespace since Linux 4.15.
+# pin 64 times 33 MB there. Per namespace since Linux 4.15. No cgroup counts what is left of a connection for a minute
+# (TIME_WAIT, 256 bytes), all are in one table of the host's, and each namespace may fill half of it by default.
 _SYSCTLS = {
     "ip_unprivileged_port_start": "0",
+    "tcp_max_tw_buckets": "1024",
     "tcp_rmem": "4096 131072 2097152",
     "tcp_wmem": "4096 65536 2097152",
 }
 """Settings of IPv4, by name."""
+_CORE = {"optmem_max": "4096", "tstamp_allow_data": "0"}
+"""Settings of all sockets, by name, where they are the namespace's own (Linux 6.8, and a later one). No cgroup counts
+what options of a socket take, nor its error queue, where copies wait of what it has sent with a time stamp."""
 
 
 @struct_class()
@@ -233,6 +238,11 @@ def adopt(kept: Kept) -> CageNetwork:
     return CageNetwork(kept.fds["netns"], [], generations, inode, str(values["ruleset"]), number)
 
 
+def tcp_memory_of_nobody(network: CageNetwork) -> int:
+    """Bytes held for the cage's TCP connections that no process has, its own or the broker; raises OSError."""
+    return _inside(network, lambda: netlink.tcp_memory_of_nobody(but_port=PORT))
+
+
 def release(network: CageNetwork) -> None:
     """Close every descriptor that is still held; idempotent. The namespace goes when its last process and socket do."""
     close_sockets(network)
@@ -304,6 +314,9 @@ def _set_sysctls() -> None:
     with owning(os.open("/proc/sys/net/ipv4", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
         for name, value in _SYSCTLS.items():
             write_file(name, value, folder=folder)
+        for name, value in _CORE.items():
+            with contextlib.suppress(FileNotFoundError):
+                write_file(f"../core/{name}", value, folder=folder)
 
 
 @functools.lru_cache(_MOST_READ)

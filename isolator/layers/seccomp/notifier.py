@@ -29,7 +29,8 @@ from isolator.linux.descriptors import owning
 
 AF_NETLINK, NETLINK_ROUTE = 16, 0
 _WORD = 0xFFFFFFFF
-ANSWERS_PER_SECOND = 500
+ANSWERS_PER_SECOND, LENDING = 500, 10
+"""Answers to a cage, and how many of them a socket that is lent counts for: it takes that much more work."""
 NETLINK_SOCKETS = 20
 """Netlink sockets in a cage's network at once, those of the daemon among them. What waits in one, up to 416 KiB, is
 charged to nobody."""
@@ -178,10 +179,11 @@ class SeccompNotifier:
             notification = seccomp.receive(listener)
             if notification is None:
                 return
-            cage.answers.take()
             if _asks_for_netlink(notification):
+                cage.answers.take(LENDING)
                 _lend_netlink(listener, notification)
                 return
+            cage.answers.take()
             # Before the answer: the plugin cannot have gone on, so the event that it works on is still in flight.
             now = time.monotonic_ns()
             denied = cage.counts.setdefault(notification.number, Denied(call_name(notification.number), now, now))

@@ -36,7 +36,7 @@ _ALLOWED_NAMES = """
     recvmmsg recvmsg remap_file_pages removexattr rename renameat renameat2 restart_syscall rmdir rseq rt_sigaction
     rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait rt_tgsigqueueinfo
     sched_get_priority_max sched_get_priority_min sched_getaffinity sched_getattr sched_getparam sched_getscheduler
-    sched_rr_get_interval sched_setaffinity sched_setattr sched_setparam sched_setscheduler sched_yield select
+    sched_rr_get_interval sched_setaffinity sched_yield select
     semctl semget semop semtimedop sendfile sendmmsg sendmsg sendto set_robust_list set_thread_area set_tid_address
     setgid setgroups setitimer setpgid setpriority setregid setresgid setresuid setreuid setsid setuid
     setfsuid setfsgid setxattr shmat shmctl shmdt shutdown sigaltstack signalfd signalfd4 splice stat statfs statx
@@ -98,7 +98,18 @@ _USES = 0x1 | 0x10 | 0x20  # IN_ACCESS, IN_CLOSE_NOWRITE, IN_OPEN
 _F_NOTIFY = 1026
 _RLIMIT_CORE = 4
 _POINTER = 0xFFFFFFFFFFFFFFFF
-_IPPROTO_IPV6, _FLOWLABEL_MGR = 41, 32
+_SOL_SOCKET, _IP, _TCP, _IPV6 = 1, 0, 6, 41
+_UNCOUNTED = (
+    (_IPV6, WORD, 32, REFUSE),  # FLOWLABEL_MGR: leases come out of one pool of the host's
+    (_SOL_SOCKET, WORD, 26, REFUSE), (_SOL_SOCKET, WORD, 51, REFUSE),  # ATTACH_FILTER, ATTACH_REUSEPORT_CBPF
+    (_SOL_SOCKET, WORD, 37, REFUSE), (_SOL_SOCKET, WORD, 65, REFUSE),  # TIMESTAMPING, which fills the error queue
+    (_IP, WORD, 11, PRETEND), (_IPV6, WORD, 25, PRETEND),  # RECVERR, which does, too; the C library asks for it
+    (_TCP, WORD, 14, REFUSE), (_TCP, WORD, 32, REFUSE), (_TCP, WORD, 38, REFUSE),  # MD5SIG, its EXT, AO_ADD_KEY
+    (_IPV6, WORD, 6, REFUSE),  # 2292PKTOPTIONS, up to 64 KiB
+    (_IPV6, WORD - 1, 20, PRETEND), (_IPV6, WORD - 1, 42, PRETEND), (_IPV6, WORD - 3, 44, PRETEND),  # multicast
+)  # fmt: skip
+"""Options of sockets by which the kernel keeps what no memory cap counts: level, mask and value, and the answer."""
+_REAL_TIME = (1, 2, 0x40000001, 0x40000002)  # SCHED_FIFO, SCHED_RR; with SCHED_RESET_ON_FORK
 _MAP_HUGETLB, _MFD_HUGETLB, _SHM_HUGETLB = 0x40000, 0x4, 0o4000
 _SHM_EXEC = 0o100000
 _MKNOD_DEVICES = (0o020000, 0o060000)  # S_IFCHR, S_IFBLK
@@ -119,13 +130,14 @@ def rules(profile: str) -> Iterator[Rule]:
     # Threads and processes, but no namespaces. clone3 hides its flags behind a pointer: ENOSYS, libc falls back.
     yield from _either("clone", AnyBit(0, _CLONE_NEW), DENY, ALLOW)
     yield from _only("ioctl", 1, _TERMINAL_IOCTLS, inside=DENY, outside=ALLOW)
-    # Loading a further filter can only take something away; that is how the second one of ``strict`` comes about.
+    # The second filter of ``strict`` is loaded under the first one, and allows no third.
     prctl = (*_PRCTL, _PR_SET_SECCOMP) if strict else _PRCTL
     yield from _only("prctl", 0, prctl, inside=ALLOW, outside=DENY)
     yield from _only("personality", 0, _PERSONALITIES, inside=ALLOW, outside=DENY)
     yield from _sockets()
     yield from _watches()
     yield from _host_wide()
+    yield from _slices()
     yield from _huge_pages(strict=strict)
     for call, index in (("mknod", 1), ("mknodat", 2)):
         for kind in _MKNOD_DEVICES:
@@ -169,13 +181,18 @@ def _host_wide() -> Iterator[Rule]:
     file of /usr. The limit on core dumps is 1 (layer rlimits), which is the one value that keeps the kernel from
     starting the host's core handler, as root, at every crash; 0 does not. So a change of it succeeds without effect:
     who forbids core dumps has none anyway. Not where the value before is asked for too, which nobody would fill in.
-    Leases of IPv6 flow labels come out of one pool of the host's, whatever the network namespace.
+    Leases of IPv6 flow labels come out of one pool of the host's, whatever the network namespace. So does the memory of
+    compiled BPF programs (net.core.bpf_jit_limit), which no memory cap counts: once sockets' filters have used it up,
+    nobody without CAP_BPF can load a filter any more, a cage that starts included. seccomp and bpf are denied anyway.
+    Other options have each socket keep from 20 to 400 KiB that no cap counts either (sock_kmalloc, the error queue): a
+    cage may have tens of thousands of sockets. Joins of multicast groups, to which no cage can send, succeed.
     (The requests of Linux native AIO are counted against one limit for the whole host, so its calls are not known here
     at all.)
     """
     for call in ("sync", "syncfs"):
         yield call, PRETEND, ()
-    yield "setsockopt", REFUSE, (Equal(1, WORD, _IPPROTO_IPV6), Equal(2, WORD, _FLOWLABEL_MGR))
+    for level, mask, option, action in _UNCOUNTED:
+        yield "setsockopt", action, (Equal(1, WORD, level), Equal(2, mask, option))
     yield "setsockopt", ALLOW, ()
     core, changed = Equal(1, WORD, _RLIMIT_CORE), AnyBit(2, _POINTER)
     yield "setrlimit", PRETEND, (Equal(0, WORD, _RLIMIT_CORE),)
@@ -183,6 +200,17 @@ def _host_wide() -> Iterator[Rule]:
     yield "prlimit64", INVALID, (core, changed, AnyBit(3, _POINTER))
     yield "prlimit64", PRETEND, (core, changed)
     yield "prlimit64", ALLOW, ()
+
+
+def _slices() -> Iterator[Rule]:
+    """Keep the slice of a cage's threads, which is longer than the kernel's own (isolator.linux.priority).
+
+    A shorter one would interrupt the host and the other plugins at each wake-up. Any change of policy or parameters
+    sets the slice back, but to a real-time policy, which the kernel refuses by itself.
+    """
+    yield "sched_setattr", REFUSE, ()
+    yield "sched_setparam", PRETEND, ()
+    yield from _only("sched_setscheduler", 1, _REAL_TIME, inside=ALLOW, outside=PRETEND)
 
 
 def _huge_pages(*, strict: bool) -> Iterator[Rule]:
@@ -222,9 +250,11 @@ def sealing_rules() -> Iterator[Rule]:
 
     Everything that this does not name is allowed by it, and still judged by the first filter. Threads stay possible,
     and so does execve: a filter cannot tell the first one, which starts the sidecar, from a second. A program that
-    execs another is replaced by it, in the same cage and under the same filters. Refusals are EPERM and are not
-    recorded by name: a process has one listener, the first filter's.
+    execs another is replaced by it, in the same cage and under the same filters. Nor does it load filters of its own:
+    no cap counts the memory of their compiled programs (``_host_wide``), of 32,768 instructions for each thread.
+    Refusals are EPERM and are not recorded by name: a process has one listener, the first filter's.
     """
+    yield "prctl", REFUSE, (Equal(0, WORD, _PR_SET_SECCOMP),)
     for call in ("fork", "vfork"):
         yield call, REFUSE, ()
     yield "clone", REFUSE, (Equal(0, _CLONE_THREAD, 0),)

@@ -23,7 +23,7 @@ CALLS = (
     "add_key adjtimex bpf chroot clone clone3 fanotify_init fsconfig fsmount fsopen init_module io_setup "
     "io_uring_setup ioctl kexec_load keyctl memfd_create mknodat mount move_mount mq_open name_to_handle_at "
     "open_by_handle_at open_tree perf_event_open personality pidfd_getfd pivot_root process_vm_readv ptrace quotactl "
-    "reboot sethostname setns shmctl shmget swapon syslog umount2 unshare userfaultfd"
+    "reboot sched_getattr sched_setattr sethostname setns shmctl shmget swapon syslog umount2 unshare userfaultfd"
 ).split()
 NUMBERS: dict[str, int] = {}
 """Numbers of those calls by name, as the battery is told: nothing in a cage knows the numbers of its machine."""

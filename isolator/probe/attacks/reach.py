@@ -1,7 +1,7 @@
 """Attempts that need no right at all and yet reach past the cage: on what the kernel keeps for the host as a whole.
 
 Watches on files that everybody uses, pools and counters of the whole host, protocols whose modules the kernel loads for
-whoever asks, the handler of core dumps.
+whoever asks, the handler of core dumps, precedence on the processors.
 """
 
 from __future__ import annotations
@@ -85,6 +85,60 @@ def flow_labels(promise: Promise) -> str:
         request = struct.pack("=16sIBBHHHI", bytes(15) + b"\1", 0, 0, 255, 1, 6, 6, 0)
         sock.setsockopt(socket.IPPROTO_IPV6, 32, request)  # IPV6_FLOWLABEL_MGR
     return "one of some 3000 labels"
+
+
+@attempt("seccomp", "take the host's memory for compiled BPF programs, which no memory cap counts")
+def compiled_programs(promise: Promise) -> str:
+    program = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0xFFFFFFFF))  # return: all of the packet
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, 26, struct.pack("@HP", 1, ctypes.addressof(program)))  # SO_ATTACH_FILTER
+    return "a program of one of up to 4096 instructions; a cage cannot start without such memory"
+
+
+@attempt("seccomp", "have sockets keep memory that no memory cap counts, by their options")
+def options_of_sockets(promise: Promise) -> str:
+    key = struct.pack("=HH", socket.AF_INET, 0).ljust(128, b"\0") + struct.pack("=BBHi", 0, 0, 1, 0).ljust(88, b"k")
+    why: OSError | None = None
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as datagrams, socket.socket() as stream:
+        for sock, level, option, value, what in (
+            (datagrams, 41, 6, struct.pack("@Nii", 4000, 0x1234, 0).ljust(4000), "IPV6_2292PKTOPTIONS keeps 64 KiB"),
+            (stream, 6, 14, key, "TCP_MD5SIG keeps 128 KiB"),
+            (datagrams, 1, 37, struct.pack("=I", 2), "SO_TIMESTAMPING fills a queue of 400 KiB"),
+        ):
+            try:
+                sock.setsockopt(level, option, value)
+            except OSError as error:
+                why = error
+            else:
+                return what
+        datagrams.setsockopt(41, 25, 1)
+        if datagrams.getsockopt(41, 25):
+            return "IPV6_RECVERR fills a queue of 400 KiB"
+    assert why is not None
+    raise why
+
+
+@attempt("seccomp", "interrupt the host and other plugins by a shorter slice of the processor")
+def shorter_slice(promise: Promise) -> str:
+    # struct sched_attr: size, policy, flags, nice, priority, runtime (the slice, in nanoseconds), deadline, period
+    shape, before = "=IIQiIQQQ", _slice()
+    wanted = ctypes.create_string_buffer(struct.pack(shape, struct.calcsize(shape), 0, 0, 0, 0, 100_000, 0, 0))
+    why: OSError | None = None
+    try:
+        syscall("sched_setattr", 0, wanted, 0)
+    except OSError as error:
+        why = error
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # the kernel's own slice, then
+    os.sched_setparam(0, os.sched_param(0))
+    if (after := _slice()) < before:
+        return f"{after / 1e6:g} ms, not {before / 1e6:g}"
+    raise why or Held("the slice stays")
+
+
+def _slice() -> int:
+    found = ctypes.create_string_buffer(48)
+    syscall("sched_getattr", 0, found, len(found), 0)
+    return int(struct.unpack_from("=Q", found, 24)[0])
 
 
 @attempt("seccomp", "have the host's core handler started, as root, by a crash")

@@ -114,6 +114,11 @@ class Runners:
     # --- over an exec of this process --------------------------------------------------------------------------
 
     @property
+    def runs(self) -> list[RunnerRun]:
+        """The runs that there are."""
+        return [*self._runs]
+
+    @property
     def cages(self) -> list[Cage]:
         """The cages of the runs that have one."""
         return [run.cage for run in self._runs if run.cage is not None and run.cage.started]
