@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from host.cluster.clock import Clock, Handle
 from host.cluster.entries import Position, Release
 from host.cluster.fold import Shard, State
-from host.cluster.follower import Fences, Follower
+from host.cluster.follower import Follower
 from host.cluster.lease import Fence
+from host.fence.fences import Fences
 
 _EXTENDED = 1.0
 """Seconds by which a deadline has to have moved before those beside the host hear of it."""

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from host.cluster.access import inbox_of
-from host.cluster.follower import Fences, Follower
+from host.cluster.follower import Follower
 from host.cluster.log import Log, UnusableLog
 from host.cluster.node import Node
 from host.cluster.parts import Settings
 from host.cluster.problems import Kind
 from host.database.store import Store
+from host.fence.fences import Fences
 from isolator import __version__
 from isolator.base.lean import give_asyncio_tls
 from isolator.errors import IsolatorError, UnavailableError

@@ -22,7 +22,7 @@ from host.cluster.decisions import AGAIN
 from host.cluster.entries import Beat, Entry, Event, EventRef, Parting, Release, Replay
 from host.cluster.events import Events
 from host.cluster.fold import Applied, Shard, State
-from host.cluster.follower import Fences, Follower
+from host.cluster.follower import Follower
 from host.cluster.footing import RETRY, Footing
 from host.cluster.holding import Holding
 from host.cluster.lease import HOLD, could_hold
@@ -34,6 +34,7 @@ from host.cluster.problems import FINAL, HARMLESS, OF_THE_LOG, Kind, LogTroubles
 from host.cluster.snapshots import EVERYBODY, Snapshots, subject_of
 from host.cluster.store import keep_log, make_tables
 from host.database.store import Store as Database
+from host.fence.fences import Fences
 from isolator.errors import IsolatorError
 from isolator.ipc.tasks import cancel_all
 

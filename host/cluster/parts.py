@@ -8,7 +8,7 @@ from pathlib import Path
 
 from host.cluster.clock import Clock
 from host.cluster.events import Events
-from host.cluster.follower import Fences, Follower
+from host.cluster.follower import Follower
 from host.cluster.footing import Footing
 from host.cluster.holding import Holding
 from host.cluster.log import Log
@@ -16,6 +16,7 @@ from host.cluster.outbox import Outbox
 from host.cluster.problems import LogTroubles, Problems
 from host.cluster.snapshots import Snapshots
 from host.database.store import Store as Database
+from host.fence.fences import Fences
 
 
 @dataclass(frozen=True, slots=True)

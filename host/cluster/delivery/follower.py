@@ -21,9 +21,9 @@ from host.cluster.delivery.replies import Replies
 from host.cluster.delivery.unread import GONE, UNREAD, Loss, bounded, lose, losses, ranges, since, told
 from host.cluster.entries import Beat, Ended, Event, EventRef, Lost, Plugin, Position, Range, Release, Replay
 from host.cluster.fold import Applied, Shard, State
-from host.cluster.follower import Fences
 from host.cluster.log import LogUnavailableError
 from host.cluster.node import Node
+from host.fence.fences import Fences
 from host.queue.interface import Delivery, Result
 from isolator.ipc.tasks import Tasks
 
