@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from host.cluster.clock import Clock
 from host.cluster.events import Events
@@ -17,29 +16,14 @@ from host.cluster.problems import LogTroubles, Problems
 from host.cluster.snapshots import Snapshots
 from host.database.store import Store as Database
 from host.fence.fences import Fences
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """This host in its cluster. ``outbox``: bytes of events that may wait for the log.
-
-    ``snapshots`` is a folder for copies of the fold, which new hosts need once the log's beginning is gone.
-    """
-
-    host: str
-    labels: tuple[str, ...] = ()
-    version: str = ""
-    outbox: int = 256 << 20
-    snapshots: Path | None = None
-    distrusted: tuple[str, ...] = ()
-    """Hosts whose messages of an unknown format are passed over, as what no host writes is."""
+from isolator.policy.cluster import Cluster
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
     """Those who work together; ``random`` gives a number of so many bits."""
 
-    settings: Settings
+    settings: Cluster
     log: Log
     database: Database
     follower: Follower
@@ -58,4 +42,4 @@ class Parts:
 
     @property
     def host(self) -> str:
-        return self.settings.host
+        return self.settings.name
