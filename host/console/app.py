@@ -22,7 +22,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response, Stream
 from starlette.routing import Route
 
 from host.console import api, events
-from host.console.connections import Message, Peer, Receive, Send
+from host.console.connections import Message, Receive, Send
 from host.console.pages import Context, Pages
 from host.console.rendering import environment
 from host.console.sessions import COOKIE, SESSION_SECONDS, Sessions, new_host
@@ -138,7 +138,7 @@ class App:
         """Refuse what does not come from this console's own pages; raises DeniedError, UsageError."""
         if "content-length" in request.headers and "transfer-encoding" in request.headers:
             raise UsageError("request", "has a Content-Length and a Transfer-Encoding", "send one of them")
-        if _peer(request) is not None or _path(request).startswith(INGRESS):
+        if _uid(request) is not None or _path(request).startswith(INGRESS):
             return
         host = request.headers.get("host", "")
         if not _is_loopback(host):
@@ -151,9 +151,9 @@ class App:
 
     def _caller(self, request: Request) -> int | None:
         """The uid whose rights a request has; None for nobody."""
-        peer = _peer(request)
-        if peer is not None:
-            return peer.uid
+        uid = _uid(request)
+        if uid is not None:
+            return uid
         session = self._sessions.of(request.cookies.get(COOKIE, ""), _name_of(request.headers.get("host", "")))
         return session.uid if session is not None else None
 
@@ -190,7 +190,7 @@ class App:
 
     async def _live_stream(self, request: Request) -> Response:
         uid = self._need(request)
-        listener = self._live.listen(request.cookies.get(COOKIE, "") if _peer(request) is None else uid)
+        listener = self._live.listen(request.cookies.get(COOKIE, "") if _uid(request) is None else uid)
 
         async def stream() -> AsyncIterator[str]:
             try:
@@ -232,7 +232,7 @@ class App:
 
     async def _enter(self, request: Request) -> Response:
         name = _name_of(request.headers.get("host", ""))
-        cookie = self._sessions.enter(request.query_params.get("token", ""), name) if _peer(request) is None else None
+        cookie = self._sessions.enter(request.query_params.get("token", ""), name) if _uid(request) is None else None
         if cookie is None:
             raise DeniedError("token", "is not valid, or was used already", "type 'isolator console' for another")
         answer = RedirectResponse("/", 303)
@@ -270,7 +270,7 @@ class App:
         return read
 
     async def _emit(self, request: Request) -> Response:
-        if _peer(request) is None:
+        if _uid(request) is None:
             raise DeniedError("events", "are not taken at the port", "use the Unix socket, or an ingress")
         if not self._settings.emit:
             raise DeniedError("events", "are not taken over HTTP on this host", "[console] emit = true in host.toml")
@@ -288,7 +288,7 @@ class App:
 
     async def _body(self, request: Request) -> bytes:
         """The body of a request; raises UsageError for one that is too long, UnavailableError for one too many."""
-        found, known = bytearray(), _peer(request) is not None
+        found, known = bytearray(), _uid(request) is not None
         try:
             async for part in request.stream():
                 found += part
@@ -352,9 +352,10 @@ def _json(value: Any, status: int = 200) -> Response:
     return Response(json.dumps(value), status, media_type="application/json")
 
 
-def _peer(request: Request) -> Peer | None:
-    found = request.scope["state"]["peer"]
-    return found if isinstance(found, Peer) else None
+def _uid(request: Request) -> int | None:
+    """The uid of the process at the other end of the Unix socket; None: somebody at the port."""
+    found = request.scope["state"]["uid"]
+    return found if isinstance(found, int) else None
 
 
 def _path(request: Request) -> str:

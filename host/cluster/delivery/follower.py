@@ -38,7 +38,7 @@ _WHY = 1000
 
 
 class TypesFollower:
-    """Whoever keeps the event types that the log has, and here nobody; see ``Follower`` for the first four."""
+    """Whoever keeps the event types that the log has; see ``Follower`` for the first four."""
 
     def applied(self, db: sqlite3.Connection, entries: Sequence[Applied]) -> None: ...
 
@@ -50,9 +50,6 @@ class TypesFollower:
 
     def follow(self, *, complete: bool = False) -> None:
         """Have this host know what the fold has; ``complete``: the log was read, what it does not have is gone."""
-
-
-NO_TYPES: Final = TypesFollower()
 
 
 class QueueFollower:
@@ -68,8 +65,8 @@ class QueueFollower:
         subscriptions: Subscriptions,
         ready: Callable[[], Sequence[str]],
         fences: Fences,
-        lost_events: Callable[[Sequence[Loss]], None] = lambda _: None,
-        types: TypesFollower = NO_TYPES,
+        lost_events: Callable[[Sequence[Loss]], None],
+        types: TypesFollower,
     ) -> None:
         self._queue, self._subscriptions, self._ready, self._fences = queue, subscriptions, ready, fences
         self._lost_events, self._types = lost_events, types
