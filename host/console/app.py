@@ -26,7 +26,7 @@ from host.console.connections import Message, Receive, Send
 from host.console.pages import Context, Pages
 from host.console.rendering import environment
 from host.console.sessions import COOKIE, SESSION_SECONDS, Sessions, new_host
-from host.console.upstream import Listener, Live, Upstream
+from host.console.upstream import Live, Upstream
 from host.control.endpoints import ROLES
 from isolator.base.pacing import TokenBucket
 from isolator.errors import DeniedError, IsolatorError, NotFoundError, UnavailableError, UsageError
@@ -74,7 +74,7 @@ class App:
         self._port, self._config, self._secrets = port, config, secrets or {}
         self._settings = config.console if config is not None and config.console is not None else Console()
         self._pages, self._templates = Pages(upstream, live, trail), environment()
-        self._ending = asyncio.Event()
+        self._ending = False
         self._document = b""
         self._bodies: Counter[bool] = Counter()
         """Bytes of bodies that are held, by whether their callers are known."""
@@ -111,7 +111,8 @@ class App:
 
     def end(self) -> None:
         """End the live streams, so that their connections close."""
-        self._ending.set()
+        self._ending = True
+        self._live.notify("end")
 
     async def asgi(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -195,9 +196,9 @@ class App:
         async def stream() -> AsyncIterator[str]:
             try:
                 yield "retry: 2000\n\n"
-                while True:
-                    topics = await self._next(listener)
-                    if self._ending.is_set() or self._caller(request) is None:
+                while not self._ending:
+                    topics = await listener.take(QUIET)
+                    if self._ending or self._caller(request) is None:
                         return  # a session ends, and so does what it may see
                     yield f"event: changed\ndata: {json.dumps(topics)}\n\n" if topics else ": quiet\n\n"
                     await listener.rest()
@@ -205,17 +206,6 @@ class App:
                 self._live.forget(listener)
 
         return StreamingResponse(stream(), media_type="text/event-stream")
-
-    async def _next(self, listener: Listener) -> list[str]:
-        """The next topics, or none at the end."""
-        ending = asyncio.ensure_future(self._ending.wait())
-        taking = asyncio.ensure_future(listener.take(QUIET))
-        try:
-            await asyncio.wait({ending, taking}, return_when=asyncio.FIRST_COMPLETED)
-            return taking.result() if taking.done() else []
-        finally:
-            ending.cancel()
-            taking.cancel()
 
     # --- sessions ----------------------------------------------------------------------------------------------------
 
