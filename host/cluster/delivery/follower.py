@@ -199,10 +199,7 @@ class QueueFollower:
         places, state = self._queue.places, self._node.state
         known = state.plugins[shard[0]]
         self._draining.discard(shard)
-        cursor = self._held[shard] = Held(
-            shard, known.plugin.shards, epoch, position if position.epoch else None, known.began,
-            places.held_before(shard), self._queue, self._subscriptions, self._gave_up,
-        )  # fmt: skip
+        cursor = self._held[shard] = Held(shard, epoch, position, self._queue, self._subscriptions, self._gave_up)
         places.hold(shard, epoch)
         gone, found = bounded(ranges(cursor.lost)), self._queue.store.read(lambda db: since(db, known))
         unread = bounded(places.unread(found, position))
