@@ -21,17 +21,15 @@ from typing import Final
 from host.cluster.clock import Clock
 from host.cluster.decisions import AGAIN
 from host.cluster.entries import Beat, Entry, Event, EventRef, Parting, Release, Replay
-from host.cluster.events import Events
 from host.cluster.fold import Applied, Shard, State
 from host.cluster.follower import Follower
-from host.cluster.footing import RETRY, Footing
-from host.cluster.holding import Holding
+from host.cluster.footing import RETRY
 from host.cluster.lease import HOLD, could_hold
 from host.cluster.life import Life
 from host.cluster.log import QUESTION, Facts, Log, LogUnavailableError
-from host.cluster.outbox import Outbox, OutboxFullError
+from host.cluster.outbox import OutboxFullError
 from host.cluster.parts import Parts
-from host.cluster.problems import FINAL, HARMLESS, OF_THE_LOG, Kind, LogTroubles, Problems, StoppedError
+from host.cluster.problems import FINAL, HARMLESS, OF_THE_LOG, Kind, Problems, StoppedError
 from host.cluster.snapshots import EVERYBODY, Snapshots, subject_of
 from host.cluster.store import keep_log, make_tables
 from host.database.store import Store as Database
@@ -71,23 +69,18 @@ class Node:
         self.settings = settings
         self.answers: list[Callable[[bytes], bytes | None]] = []
         """Those who answer other hosts' questions to this one, each its own kind; None: it is none."""
-        clock = clock or Clock()
         copies: Snapshots | None = None
         if folder is not None:
             copies = Snapshots(self.host, database, folder)
             self.answers.append(copies.answer)
             log.answer(EVERYBODY, copies.answer)
         log.answer(subject_of(self.host), self._answered)
-        troubles = LogTroubles(self.problems, clock)
-        self._footing = Footing(log, database, follower, clock, self.problems, troubles)
-        self._outbox = Outbox(database, self.host, settings.outbox, random)
+        parts = self._parts = Parts(
+            settings, log, database, follower, fences, clock or Clock(), random, self.problems, copies
+        )
+        self._footing, self._outbox = parts.footing, parts.outbox
+        self._events, self._holding = parts.events, parts.holding
         self._outbox.renumbered = follower.renumbered
-        self._events = Events(self.host, self._outbox, database, log, clock, self._footing.write, troubles.writes)
-        self._holding = Holding(self.host, follower, fences, clock)
-        self._parts = Parts(
-            settings, log, database, follower, fences, clock, random, self.problems, troubles, self._footing,
-            self._outbox, self._events, self._holding, copies,
-        )  # fmt: skip
         self._parting: Parting = ""
         self._task: asyncio.Task[None] | None = None
         self._life = self._new_life()

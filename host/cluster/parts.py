@@ -19,7 +19,7 @@ from host.fence.fences import Fences
 from isolator.policy.cluster import Cluster
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class Parts:
     """Those who work together; ``random`` gives a number of so many bits."""
 
@@ -31,15 +31,13 @@ class Parts:
     clock: Clock
     random: Callable[[int], int]
     problems: Problems
-    troubles: LogTroubles
-    footing: Footing
-    outbox: Outbox
-    events: Events
-    holding: Holding
     copies: Snapshots | None
     clocks: dict[str, float] = field(default_factory=dict)
     """Seconds by which the wall clocks of other hosts were ahead of this one's when their newest beat was read."""
 
-    @property
-    def host(self) -> str:
-        return self.settings.name
+    def __post_init__(self) -> None:
+        self.host = self.settings.name
+        self.troubles = LogTroubles(self.problems, self.clock)
+        self.footing, self.holding = Footing(self), Holding(self)
+        self.outbox = Outbox(self.database, self.host, self.settings.outbox, self.random)
+        self.events = Events(self)
