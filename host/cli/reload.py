@@ -80,11 +80,7 @@ def _wait(root: str | None, wanted: int, end: float, host: int | None, progress:
                     services = _outdated(client, found, host) if host is not None else {}
                     progress.reach(_STEPS - len(services), _STEPS)
                     if all(services.values()):
-                        if not services:
-                            return found
-                        name, why = next(iter(services.items()))
-                        why = f"{name} goes on as before the reload: {why}"
-                        raise IsolatorError("reload", why, "mend that and repeat it")
+                        return _complete(found, services)
                     left = ", ".join(services)
             if found["generation"] < wanted and found["refused"]:
                 raise IsolatorError("reload", f"refused, and nothing has changed: {found['refused']}")
@@ -104,3 +100,9 @@ def _outdated(client: Client, found: dict[str, Any], host: int) -> dict[str, str
     if "outdated" in found:
         return dict(found["outdated"])
     return {"host": ""} if client.call("status")["pid"] == host else {}
+
+
+def _complete(found: dict[str, Any], services: dict[str, str]) -> dict[str, Any]:
+    for name, why in services.items():
+        raise IsolatorError("reload", f"{name} goes on as before the reload: {why}", "mend that and repeat it")
+    return found
