@@ -24,8 +24,8 @@ from host.cluster.access import inbox_of
 from host.cluster.entries import Event, Plugin
 from host.cluster.nats import Access, NatsLog, make_stream
 from host.cluster.node import Node
-from host.cluster.parts import Settings
 from host.database.store import Store
+from isolator.policy.cluster import Cluster
 from tests.cluster.hosts import Following
 from tests.support.nats_servers import Server, nats_servers
 
@@ -39,7 +39,7 @@ class Host:
         self.database, self.follower = Store(folder / name), Following()
         self.follower.names = ("p",)
         log = NatsLog(Access(tuple(one.url for one in servers), inbox=inbox_of(name)))
-        self.node = Node(Settings(name), log, self.database, self.follower, self.follower)
+        self.node = Node(Cluster(name=name, servers=()), log, self.database, self.follower, self.follower)
 
     async def emit(self, text: str) -> None:
         await self.database.run(lambda db: self.node.emit(db, Event(text)))

@@ -5,20 +5,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from host.cli import arguments
-from host.cli.options import CONFIG
+from host.cli.options import CONFIG, F, declaring
 from isolator.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from host.authoring.recorder.recorder import Recorder
     from host.authoring.trial import Plan
 
-F = TypeVar("F", bound=Callable[..., Any])
-_OPTIONS = (
+_OPTIONS = declaring(
     click.argument("folder", metavar="DIR"),
     click.option("--payload", metavar="JSON", help="JSON, @FILE or -, for one --event (default: an example)."),
     CONFIG,
@@ -45,9 +44,7 @@ def of_a_plugin(command: F) -> F:
     ) -> Any:  # fmt: skip
         return command(plan=plan_of(folder, events, payload, config, policy, schemas, timeout), **others)
 
-    for option in reversed(_OPTIONS):
-        planned = option(planned)
-    return cast(F, planned)
+    return cast(F, _OPTIONS(planned))
 
 
 def plan_of(

@@ -10,13 +10,13 @@ from typing import Any, cast
 import click
 
 from host.cli import arguments
-from host.cli.options import CONFIG, NAME, F, Manner, registering
+from host.cli.options import CONFIG, NAME, F, Manner, declaring, registering
 from host.cli.packages.package import Wishes
 from host.cli.registration import AS_LONG_AS_STARTS_TAKE, register_plugin, update_plugin
 from host.client.client import Client
 from isolator.errors import UsageError
 
-_OF_PACKAGE = (
+_OF_PACKAGE = declaring(
     click.option("--mcp", metavar="PACKAGE", help="An MCP server: npm:NAME@VERSION or pypi:NAME==VERSION."),
     click.option("--program", metavar="P", help="Which program of the package, if it has several."),
     click.option("--arg", "args", metavar="A", multiple=True, help="An argument for it; repeatable."),
@@ -32,9 +32,7 @@ def _of_package(command: F) -> F:
     def called(*, program: str | None, args: tuple[str, ...], egress: tuple[str, ...], **others: Any) -> Any:
         return command(wishes=Wishes(program, args, egress), **others)
 
-    for option in reversed(_OF_PACKAGE):
-        called = option(called)
-    return cast(F, called)
+    return cast(F, _OF_PACKAGE(called))
 
 
 @click.command(

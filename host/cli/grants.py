@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from host.cli.options import NAME, F, yes
+from host.cli.options import NAME, declaring, yes
 from host.cli.output import safe
 from host.client.client import Client
 from isolator.base.pacing import Backoff
@@ -27,7 +27,7 @@ from isolator.policy.edit import LISTS, Value
 
 _PATIENCE = 3.0
 """Seconds for the daemon to notice the file and restart the plugin with it."""
-_PARAMETERS: tuple[Callable[[F], F], ...] = (
+_of_an_edit = declaring(
     NAME,
     click.argument("kind", type=click.Choice(["egress", "hook", "permission", "tool", "caller"])),
     click.argument("value"),
@@ -38,20 +38,13 @@ _PARAMETERS: tuple[Callable[[F], F], ...] = (
 _NONE_BY_DEFAULT = ("tool", "caller")
 
 
-def _edits(command: F) -> F:
-    """Give a command the parameters of an edit."""
-    for declare in reversed(_PARAMETERS):
-        command = declare(command)
-    return command
-
-
 @click.command(
     epilog="\b\nExamples:\n  isolator plugin grant slack egress hooks.slack.com:443\n"
     "  isolator plugin grant slack permission read:projects\n"
     "  isolator plugin grant slack hook 'deploy.*' --dry-run\n"
     "  isolator plugin grant github tool 'get_*'\n  isolator plugin grant github caller alice"
 )
-@_edits
+@_of_an_edit
 def grant(root: str | None, name: str, kind: str, value: str, dry_run: bool, yes: bool, as_json: bool) -> None:
     """Add a value to a plugin's policy file; a plugin that runs is restarted with it.
 
@@ -68,7 +61,7 @@ def grant(root: str | None, name: str, kind: str, value: str, dry_run: bool, yes
     epilog="\b\nExamples:\n  isolator plugin revoke slack egress hooks.slack.com:443\n"
     "  isolator plugin revoke slack hook 'deploy.*'"
 )
-@_edits
+@_of_an_edit
 def revoke(root: str | None, name: str, kind: str, value: str, dry_run: bool, yes: bool, as_json: bool) -> None:
     """Take a value out of a plugin's policy file; a plugin that runs is restarted without it."""
     from isolator.policy.edit import revoked

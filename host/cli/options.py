@@ -22,6 +22,17 @@ SINCE = click.option("--since", metavar="TIME", help="From this time on: 2h, 30m
 VERBOSE = click.option("-v", "--verbose", is_flag=True, help="Also what each layer promises, in sentences.")
 
 
+def declaring(*declarations: Callable[[F], F]) -> Callable[[F], F]:
+    """One decorator of several: the options and arguments of a command, in their order."""
+
+    def declare(command: F) -> F:
+        for one in reversed(declarations):
+            command = one(command)
+        return command
+
+    return declare
+
+
 def yes(meaning: str = "Agree to what is shown.") -> Callable[[F], F]:
     """Declare ``--yes``, which answers a question before it is asked."""
     return click.option("--yes", "-y", is_flag=True, help=meaning)

@@ -12,6 +12,7 @@ from host.cluster.fold import Shard, State
 from host.cluster.lease import Fence, Watch
 from host.cluster.parts import Parts
 from host.cluster.problems import StoppedError
+from isolator import __version__
 
 CLAIMS: Final = 200
 """Claims in one message."""
@@ -41,7 +42,7 @@ class Beats:
         positions = self._some_positions()
         beat = Beat(
             labels=settings.labels,
-            version=settings.version,
+            version=__version__,
             clock=parts.clock.wall(),
             place=state.place,
             digest=state.digest,

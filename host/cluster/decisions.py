@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from host.cluster.clock import Clock
 from host.cluster.entries import MAX_MESSAGE, Entry, Message, Number, encode, subject
 from host.cluster.fold import Applied
 from host.cluster.lease import BEAT, HOLD, Fence
-from host.cluster.log import Log, LogUnavailableError
+from host.cluster.log import LogUnavailableError
+
+if TYPE_CHECKING:
+    from host.cluster.parts import Parts
 
 AGAIN: Final = 1.0
 """Seconds after which what was not read back is sent again."""
@@ -32,17 +34,10 @@ class Decisions:
     """
 
     def __init__(
-        self,
-        host: str,
-        log: Log,
-        fence: Fence,
-        clock: Clock,
-        rest: Callable[[], Sequence[Entry]],
-        due: Callable[[float], float],
-        writes: Callable[[LogUnavailableError | None], None],
+        self, parts: Parts, fence: Fence, rest: Callable[[], Sequence[Entry]], due: Callable[[float], float]
     ) -> None:
-        self._host, self._log, self._fence, self._clock = host, log, fence, clock
-        self._rest, self._due, self._writes = rest, due, writes
+        self._host, self._log, self._clock, self._troubles = parts.host, parts.log, parts.clock, parts.troubles
+        self._fence, self._rest, self._due = fence, rest, due
         self.session = 0
         """The session of this life; 0 before it has begun."""
         self._number = 0
@@ -135,8 +130,8 @@ class Decisions:
         while self._flying:
             try:
                 await self._log.append(subject(self._host, "ctl"), body)
-                self._writes(None)
+                self._troubles.writes(None)
             except LogUnavailableError as error:
-                self._writes(error)
+                self._troubles.writes(error)
             if self._flying:
                 await self._clock.event(self._back, AGAIN)

@@ -5,40 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import sqlite3
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from host.cluster.clock import Clock
 from host.cluster.decisions import AGAIN
 from host.cluster.entries import Event, Replay, encode, subject
 from host.cluster.fold import Member
-from host.cluster.log import Log, LogUnavailableError
-from host.cluster.outbox import Outbox
-from host.database.store import Store as Database
+from host.cluster.log import LogUnavailableError
 from isolator.errors import UnavailableError
 
-Write = Callable[[Callable[[sqlite3.Connection], Any]], Awaitable[Any]]
+if TYPE_CHECKING:
+    from host.cluster.parts import Parts
 
 
 class Events:
-    """Sends what the outbox has, which is in ``database``; ``write`` has something on disk there, once it takes that.
+    """Sends what the outbox has."""
 
-    ``writes`` gets how the log answers.
-    """
-
-    def __init__(
-        self,
-        host: str,
-        outbox: Outbox,
-        database: Database,
-        log: Log,
-        clock: Clock,
-        write: Write,
-        writes: Callable[[LogUnavailableError | None], None],
-    ) -> None:
-        self._host, self._outbox, self._database, self._log, self._clock = host, outbox, database, log, clock
-        self._write, self._writes = write, writes
+    def __init__(self, parts: Parts) -> None:
+        self._host, self._outbox, self._database = parts.host, parts.outbox, parts.database
+        self._log, self._clock, self._footing, self._troubles = parts.log, parts.clock, parts.footing, parts.troubles
         self.unsent, self.back = asyncio.Event(), asyncio.Event()
         """Something was put into the outbox; something of it was read back."""
 
@@ -50,9 +35,7 @@ class Events:
             await database.durable()
             if database.read(functools.partial(outbox.is_fit, log=known())):
                 return database.read(functools.partial(outbox.next, log=known(), end=end))
-        found: tuple[int, tuple[Event | Replay, ...]]
-        found = await self._write(functools.partial(outbox.next, log=known()))
-        return found
+        return await self._footing.write(functools.partial(outbox.next, log=known()))
 
     async def run(self, known: Callable[[], Member]) -> None:
         """Send until it is cancelled; ``known`` is this host as far as the log was read."""
@@ -65,9 +48,9 @@ class Events:
             self.back.clear()
             try:
                 await self._log.append(subject(self._host, "ev"), encode(message))
-                self._writes(None)
+                self._troubles.writes(None)
             except LogUnavailableError as error:
-                self._writes(error)
+                self._troubles.writes(error)
             last = message.first.number + len(message.entries) - 1
             read = known().events
             if read.series != message.first.series or read.number < last:

@@ -113,6 +113,10 @@ class State:
         """The host's part of the state; one that has never written has the first numbers."""
         return self.members.get(host) or Member()
 
+    def position(self, shard: Shard) -> entries.Position:
+        """How far the shard's holders are by their beats; one of the epoch 0, at the beginning, where none has told."""
+        return self.positions.get(shard) or entries.Position(*shard, 0)
+
     def claim(self, shard: Shard) -> entries.Claim:
         """The claim of a shard that counts if nothing is written before it; raises KeyError for an unknown plugin."""
         digest = self.plugins[shard[0]].plugin.digest

@@ -1,4 +1,4 @@
-"""Those who follow a cluster's log on this host: the queue, and what keeps deadlines beside the host."""
+"""The queue of this host, which follows the cluster's log."""
 
 from __future__ import annotations
 
@@ -8,22 +8,6 @@ from typing import Protocol
 
 from host.cluster.entries import EventRef, Position
 from host.cluster.fold import Applied, Shard, State
-
-
-class Fences(Protocol):
-    """Until when this host's plugins may act, as broker and supervisor keep it beside the host."""
-
-    def hold(self, plugin: str, until: float) -> None:
-        """Let a plugin act until a time of CLOCK_BOOTTIME; each later call moves it on."""
-
-    def bind(self, plugin: str) -> None:
-        """Let a plugin that is bound to no time act on none, until it is held or freed."""
-
-    def free(self, plugin: str) -> None:
-        """Bind a plugin to no time: it is not the cluster's any more, or runs on all hosts."""
-
-    def lost(self, plugin: str) -> None:
-        """Let a plugin act no more: another host holds it, or may. Its cages are ended, frozen as they may be."""
 
 
 class Follower(Protocol):

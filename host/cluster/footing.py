@@ -7,17 +7,17 @@ import hashlib
 import logging
 import sqlite3
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from host.cluster import snapshots
-from host.cluster.clock import Clock
 from host.cluster.fold import State
-from host.cluster.follower import Follower
-from host.cluster.log import Entered, Facts, Log, LogUnavailableError
-from host.cluster.problems import LASTS, OF_THE_LOG, LogTroubles, Problems, StoppedError, check_bounds
+from host.cluster.log import Entered, Facts, LogUnavailableError
+from host.cluster.problems import LASTS, OF_THE_LOG, StoppedError, check_bounds
 from host.cluster.store import FoldStore, keep_log, kept
-from host.database.store import Store as Database
 from isolator.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from host.cluster.parts import Parts
 
 RETRY: Final = 1.0
 T = TypeVar("T")
@@ -27,18 +27,10 @@ _logger = logging.getLogger(__name__)
 class Footing:
     """The fold and its place."""
 
-    def __init__(
-        self,
-        log: Log,
-        database: Database,
-        follower: Follower,
-        clock: Clock,
-        problems: Problems,
-        troubles: LogTroubles,
-    ) -> None:
-        self._log, self._database, self._follower, self._clock = log, database, follower, clock
-        self._problems, self._troubles = problems, troubles
-        self.store = FoldStore(database)
+    def __init__(self, parts: Parts) -> None:
+        self._log, self._database, self._follower = parts.log, parts.database, parts.follower
+        self._clock, self._problems, self._troubles = parts.clock, parts.problems, parts.troubles
+        self.store = FoldStore(parts.database)
         self.state = State()
         self.place = 0
         """Up to here the log was read; entries that nobody can read included."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from host.cluster.clock import Clock, Handle
+from host.cluster.clock import Handle
 from host.cluster.entries import Position, Release
 from host.cluster.fold import Shard, State
-from host.cluster.follower import Fences, Follower
 from host.cluster.lease import Fence
+
+if TYPE_CHECKING:
+    from host.cluster.parts import Parts
 
 _EXTENDED = 1.0
 """Seconds by which a deadline has to have moved before those beside the host hear of it."""
@@ -17,8 +20,8 @@ _EXTENDED = 1.0
 class Holding:
     """Shards that the follower holds. ``fence`` is this life's."""
 
-    def __init__(self, host: str, follower: Follower, fences: Fences, clock: Clock) -> None:
-        self._host, self._follower, self._fences, self._clock = host, follower, fences, clock
+    def __init__(self, parts: Parts) -> None:
+        self._host, self._follower, self._fences, self._clock = parts.host, parts.follower, parts.fences, parts.clock
         self.fence = Fence()
         self.epochs: dict[Shard, int] = {}
         """The shards, with their epochs."""

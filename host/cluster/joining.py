@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from host.cluster.access import inbox_of
-from host.cluster.follower import Fences, Follower
 from host.cluster.log import Log, UnusableLog
-from host.cluster.node import Node
-from host.cluster.parts import Settings
-from host.cluster.problems import Kind
-from host.database.store import Store
-from isolator import __version__
 from isolator.base.lean import give_asyncio_tls
 from isolator.errors import IsolatorError, UnavailableError
 from isolator.policy.authority import context_of
@@ -44,19 +36,6 @@ def connect(settings: Cluster) -> Log:
     from host.cluster.nats import NatsLog
 
     return NatsLog(access)
-
-
-def join(
-    settings: Cluster,
-    database: Store,
-    follower: Follower,
-    fences: Fences,
-    notice: Callable[[Kind, str | None], None],
-    folder: Path,
-) -> Node:
-    """This host's node, which has not begun; ``folder`` is for copies of the fold."""
-    here = Settings(settings.name, settings.labels, __version__, settings.outbox, folder, settings.distrusted)
-    return Node(here, connect(settings), database, follower, fences, notice=notice)
 
 
 def access_of(servers: tuple[str, ...], secret: str, *, tls: bool, ca: str, host: str = "") -> Access:

@@ -48,9 +48,7 @@ class Life:
         self.watch = Watch(parts.host, parts.clock.now())
         self.watch.look(parts.footing.state, parts.clock.now())
         self.beats = Beats(parts, self.watch, fence, parting)
-        self.decisions = Decisions(
-            parts.host, parts.log, fence, parts.clock, self._rest, self.beats.due, parts.troubles.writes
-        )
+        self.decisions = Decisions(parts, fence, self._rest, self.beats.due)
         self.unheld = Unheld()
         self.came_back = False
         """A decision of this life was read back."""

@@ -129,7 +129,7 @@ class NatsLog:
                 return None
             raise LogUnavailableError(f"a direct get was answered {status or 'without a place'}")
         try:
-            time = datetime.fromisoformat(_microseconds(headers["Nats-Time-Stamp"])).timestamp()
+            time = datetime.fromisoformat(headers["Nats-Time-Stamp"]).timestamp()
             body = message.data if headers[PUBLISHED] else b""
             return Entered(int(headers["Nats-Sequence"]), time, headers["Nats-Subject"], body)
         except (KeyError, ValueError) as error:
@@ -406,11 +406,6 @@ def _said(error: Exception) -> str:
 
 def _plain(url: str) -> str:
     return url.rpartition("@")[2].removeprefix("nats://").removeprefix("tls://")
-
-
-def _microseconds(stamp: str) -> str:
-    """A time of RFC 3339 with at most six digits behind the second, which is what Python reads."""
-    return re.sub(r"(\.\d{6})\d+", r"\1", stamp).replace("Z", "+00:00")
 
 
 def addresses(servers: Sequence[str], tls: bool) -> tuple[str, ...]:

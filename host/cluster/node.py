@@ -15,27 +15,28 @@ import secrets
 import sqlite3
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import Final
 
 from host.cluster.clock import Clock
 from host.cluster.decisions import AGAIN
 from host.cluster.entries import Beat, Entry, Event, EventRef, Parting, Release, Replay
-from host.cluster.events import Events
 from host.cluster.fold import Applied, Shard, State
-from host.cluster.follower import Fences, Follower
-from host.cluster.footing import RETRY, Footing
-from host.cluster.holding import Holding
+from host.cluster.follower import Follower
+from host.cluster.footing import RETRY
 from host.cluster.lease import HOLD, could_hold
 from host.cluster.life import Life
 from host.cluster.log import QUESTION, Facts, Log, LogUnavailableError
-from host.cluster.outbox import Outbox, OutboxFullError
-from host.cluster.parts import Parts, Settings
-from host.cluster.problems import FINAL, HARMLESS, OF_THE_LOG, Kind, LogTroubles, Problems, StoppedError
+from host.cluster.outbox import OutboxFullError
+from host.cluster.parts import Parts
+from host.cluster.problems import FINAL, HARMLESS, OF_THE_LOG, Kind, Problems, StoppedError
 from host.cluster.snapshots import EVERYBODY, Snapshots, subject_of
 from host.cluster.store import keep_log, make_tables
 from host.database.store import Store as Database
+from host.fence.fences import Fences
 from isolator.errors import IsolatorError
 from isolator.ipc.tasks import cancel_all
+from isolator.policy.cluster import Cluster
 
 ANSWER: Final = 2.0
 """Seconds for an answer of another host."""
@@ -45,42 +46,41 @@ _logger = logging.getLogger(__name__)
 
 
 class Node:
-    """This host in its cluster. ``notice``: a problem begins, with its line, or ends (None)."""
+    """This host in its cluster. ``notice``: a problem begins, with its line, or ends (None).
+
+    ``folder`` is for copies of the fold, which new hosts need once the log's beginning is gone.
+    """
 
     def __init__(
         self,
-        settings: Settings,
+        settings: Cluster,
         log: Log,
         database: Database,
         follower: Follower,
         fences: Fences,
+        folder: Path | None = None,
         *,
         clock: Clock | None = None,
         notice: Callable[[Kind, str | None], None] = lambda _, __: None,
         random: Callable[[int], int] = secrets.randbits,
     ) -> None:
-        self.host, self.log = settings.host, log
+        self.host, self.log = settings.name, log
         self.problems = Problems(notice)
         self.settings = settings
         self.answers: list[Callable[[bytes], bytes | None]] = []
         """Those who answer other hosts' questions to this one, each its own kind; None: it is none."""
-        clock = clock or Clock()
         copies: Snapshots | None = None
-        if settings.snapshots is not None:
-            copies = Snapshots(settings.host, database, settings.snapshots)
+        if folder is not None:
+            copies = Snapshots(self.host, database, folder)
             self.answers.append(copies.answer)
             log.answer(EVERYBODY, copies.answer)
-        log.answer(subject_of(settings.host), self._answered)
-        troubles = LogTroubles(self.problems, clock)
-        self._footing = Footing(log, database, follower, clock, self.problems, troubles)
-        self._outbox = Outbox(database, settings.host, settings.outbox, random)
+        log.answer(subject_of(self.host), self._answered)
+        parts = self._parts = Parts(
+            settings, log, database, follower, fences, clock or Clock(), random, self.problems, copies
+        )
+        self._footing, self._outbox = parts.footing, parts.outbox
+        self._events, self._holding = parts.events, parts.holding
         self._outbox.renumbered = follower.renumbered
-        self._events = Events(settings.host, self._outbox, database, log, clock, self._footing.write, troubles.writes)
-        self._holding = Holding(settings.host, follower, fences, clock)
-        self._parts = Parts(
-            settings, log, database, follower, fences, clock, random, self.problems, troubles, self._footing,
-            self._outbox, self._events, self._holding, copies,
-        )  # fmt: skip
         self._parting: Parting = ""
         self._task: asyncio.Task[None] | None = None
         self._life = self._new_life()

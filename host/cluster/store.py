@@ -73,7 +73,6 @@ class Kept:
     ``mark`` is that of the message at the fold's place.
     """
 
-    host: str
     log: str
     session: int
     mark: str
@@ -95,7 +94,7 @@ def make_tables(db: sqlite3.Connection, host: str, generation: int) -> None:
 
 def kept(db: sqlite3.Connection) -> Kept:
     """The database's facts about this host."""
-    return Kept(*db.execute("SELECT host, log, session, mark FROM cluster_self").fetchone())
+    return Kept(*db.execute("SELECT log, session, mark FROM cluster_self").fetchone())
 
 
 def keep_log(db: sqlite3.Connection, created: str) -> None:

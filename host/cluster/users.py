@@ -7,7 +7,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,9 @@ def _secrets(passwords: Mapping[str, str]) -> dict[str, str]:
 def _write_new(folder: Path, files: Mapping[str, str], remedy: str) -> list[Path]:
     """Write files that only their owner reads; none of them if one is there already, or cannot be written."""
     made: list[Path] = []
-    _refuse_known((folder / name for name in files), remedy)
+    for path in (folder / name for name in files):
+        if path.exists():
+            raise UsageError(str(path), "is there already, and no password is changed", remedy)
     try:
         for name, text in files.items():
             path = folder / name
@@ -103,12 +105,6 @@ def _write_new(folder: Path, files: Mapping[str, str], remedy: str) -> list[Path
                 path.unlink()
         raise _failed(folder, error) from None
     return made
-
-
-def _refuse_known(paths: Iterable[Path], remedy: str) -> None:
-    for path in paths:
-        if path.exists():
-            raise UsageError(str(path), "is there already, and no password is changed", remedy)
 
 
 def _failed(path: Path, error: OSError) -> IsolatorError:

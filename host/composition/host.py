@@ -31,7 +31,6 @@ from host.control.endpoints import AnyEndpoint
 from host.control.event_verbs import EventVerbs
 from host.control.follow import TrailStreams
 from host.control.mcp_verbs import McpVerbs
-from host.control.operation_verbs import OperationVerbs
 from host.control.platform_types import ApiRegister
 from host.control.plugin_types import PluginStage
 from host.control.plugin_verbs import PluginVerbs
@@ -212,9 +211,8 @@ class Host:
         registrations = RegistrationVerbs(link, catalogue, registry, config, lifecycle, audit, debts)
         elsewhere = Elsewhere(member.holders) if member is not None else Elsewhere()
         endpoints: list[AnyEndpoint] = [
-            *EventVerbs(intake, queue, dispatcher, registry, catalogue, debts).endpoints(),
+            *EventVerbs(intake, queue, dispatcher, registry, catalogue, debts, self._jobs).endpoints(),
             *CatalogueVerbs(catalogue, registry, store, member.types if member is not None else None).endpoints(),
-            *OperationVerbs(queue, dispatcher, registry, debts, self._jobs, elsewhere).endpoints(),
             *api_verbs.endpoints(),
             *PluginVerbs(
                 link,
@@ -264,8 +262,8 @@ class Host:
             messages.RunStarted.on_fds_now(self._run_started),
             messages.DrainRun.on(self._drain_run),
             messages.RunEnded.on_now(self._run_ended),
-            messages.InvocationBegun.on_fds_now(self._invocation_begun),
-            messages.InvocationEnded.on_now(self._invocation_ended),
+            messages.InvocationBegun.on_fds_now(self._dispatcher.invocation_begun),
+            messages.InvocationEnded.on_now(self._dispatcher.invocation_ended),
             messages.GetStderrTail.on(self._stderr_tail),
             messages.NewAuditSocket.on_fds(self._audit_source),
             messages.AlarmsChanged.on_now(self._alarms_changed),
@@ -450,13 +448,8 @@ class Host:
             self._load_servers().run_started(name, run)
 
     async def _drain_run(self, request: messages.DrainRun) -> None:
-        if self._servers is not None:
-            await asyncio.gather(
-                self._dispatcher.drain(request.name, request.run, request.reason),
-                self._servers.drain(request.name, request.run),
-            )
-            return
-        await self._dispatcher.drain(request.name, request.run, request.reason)
+        servers = [self._servers.drain(request.name, request.run)] if self._servers is not None else []
+        await asyncio.gather(self._dispatcher.drain(request.name, request.run, request.reason), *servers)
 
     def _run_ended(self, request: messages.RunEnded) -> None:
         name, run = request.name, request.run
@@ -466,12 +459,6 @@ class Host:
         if self._servers is not None:
             self._servers.run_ended(name, run)
         self._dispatcher.run_ended(name, run, crashed=_is_crash(request))
-
-    def _invocation_begun(self, begun: messages.InvocationBegun, fds: list[int]) -> None:
-        self._dispatcher.invocation_begun(begun, fds)
-
-    def _invocation_ended(self, ended: messages.InvocationEnded) -> None:
-        self._dispatcher.invocation_ended(ended)
 
     async def _stderr_tail(self, request: messages.GetStderrTail) -> messages.StderrTail:
         return messages.StderrTail(stderr=tuple(await self._logs.stderr_tail(request.name, request.run)))

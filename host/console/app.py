@@ -22,11 +22,11 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response, Stream
 from starlette.routing import Route
 
 from host.console import api, events
-from host.console.connections import Message, Peer, Receive, Send
+from host.console.connections import Message, Receive, Send
 from host.console.pages import Context, Pages
 from host.console.rendering import environment
 from host.console.sessions import COOKIE, SESSION_SECONDS, Sessions, new_host
-from host.console.upstream import Listener, Live, Upstream
+from host.console.upstream import Live, Upstream
 from host.control.endpoints import ROLES
 from isolator.base.pacing import TokenBucket
 from isolator.errors import DeniedError, IsolatorError, NotFoundError, UnavailableError, UsageError
@@ -74,7 +74,7 @@ class App:
         self._port, self._config, self._secrets = port, config, secrets or {}
         self._settings = config.console if config is not None and config.console is not None else Console()
         self._pages, self._templates = Pages(upstream, live, trail), environment()
-        self._ending = asyncio.Event()
+        self._ending = False
         self._document = b""
         self._bodies: Counter[bool] = Counter()
         """Bytes of bodies that are held, by whether their callers are known."""
@@ -111,7 +111,8 @@ class App:
 
     def end(self) -> None:
         """End the live streams, so that their connections close."""
-        self._ending.set()
+        self._ending = True
+        self._live.notify("end")
 
     async def asgi(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -138,7 +139,7 @@ class App:
         """Refuse what does not come from this console's own pages; raises DeniedError, UsageError."""
         if "content-length" in request.headers and "transfer-encoding" in request.headers:
             raise UsageError("request", "has a Content-Length and a Transfer-Encoding", "send one of them")
-        if _peer(request) is not None or _path(request).startswith(INGRESS):
+        if _uid(request) is not None or _path(request).startswith(INGRESS):
             return
         host = request.headers.get("host", "")
         if not _is_loopback(host):
@@ -151,9 +152,9 @@ class App:
 
     def _caller(self, request: Request) -> int | None:
         """The uid whose rights a request has; None for nobody."""
-        peer = _peer(request)
-        if peer is not None:
-            return peer.uid
+        uid = _uid(request)
+        if uid is not None:
+            return uid
         session = self._sessions.of(request.cookies.get(COOKIE, ""), _name_of(request.headers.get("host", "")))
         return session.uid if session is not None else None
 
@@ -190,14 +191,14 @@ class App:
 
     async def _live_stream(self, request: Request) -> Response:
         uid = self._need(request)
-        listener = self._live.listen(request.cookies.get(COOKIE, "") if _peer(request) is None else uid)
+        listener = self._live.listen(request.cookies.get(COOKIE, "") if _uid(request) is None else uid)
 
         async def stream() -> AsyncIterator[str]:
             try:
                 yield "retry: 2000\n\n"
-                while True:
-                    topics = await self._next(listener)
-                    if self._ending.is_set() or self._caller(request) is None:
+                while not self._ending:
+                    topics = await listener.take(QUIET)
+                    if self._ending or self._caller(request) is None:
                         return  # a session ends, and so does what it may see
                     yield f"event: changed\ndata: {json.dumps(topics)}\n\n" if topics else ": quiet\n\n"
                     await listener.rest()
@@ -205,17 +206,6 @@ class App:
                 self._live.forget(listener)
 
         return StreamingResponse(stream(), media_type="text/event-stream")
-
-    async def _next(self, listener: Listener) -> list[str]:
-        """The next topics, or none at the end."""
-        ending = asyncio.ensure_future(self._ending.wait())
-        taking = asyncio.ensure_future(listener.take(QUIET))
-        try:
-            await asyncio.wait({ending, taking}, return_when=asyncio.FIRST_COMPLETED)
-            return taking.result() if taking.done() else []
-        finally:
-            ending.cancel()
-            taking.cancel()
 
     # --- sessions ----------------------------------------------------------------------------------------------------
 
@@ -232,7 +222,7 @@ class App:
 
     async def _enter(self, request: Request) -> Response:
         name = _name_of(request.headers.get("host", ""))
-        cookie = self._sessions.enter(request.query_params.get("token", ""), name) if _peer(request) is None else None
+        cookie = self._sessions.enter(request.query_params.get("token", ""), name) if _uid(request) is None else None
         if cookie is None:
             raise DeniedError("token", "is not valid, or was used already", "type 'isolator console' for another")
         answer = RedirectResponse("/", 303)
@@ -270,7 +260,7 @@ class App:
         return read
 
     async def _emit(self, request: Request) -> Response:
-        if _peer(request) is None:
+        if _uid(request) is None:
             raise DeniedError("events", "are not taken at the port", "use the Unix socket, or an ingress")
         if not self._settings.emit:
             raise DeniedError("events", "are not taken over HTTP on this host", "[console] emit = true in host.toml")
@@ -288,7 +278,7 @@ class App:
 
     async def _body(self, request: Request) -> bytes:
         """The body of a request; raises UsageError for one that is too long, UnavailableError for one too many."""
-        found, known = bytearray(), _peer(request) is not None
+        found, known = bytearray(), _uid(request) is not None
         try:
             async for part in request.stream():
                 found += part
@@ -352,9 +342,10 @@ def _json(value: Any, status: int = 200) -> Response:
     return Response(json.dumps(value), status, media_type="application/json")
 
 
-def _peer(request: Request) -> Peer | None:
-    found = request.scope["state"]["peer"]
-    return found if isinstance(found, Peer) else None
+def _uid(request: Request) -> int | None:
+    """The uid of the process at the other end of the Unix socket; None: somebody at the port."""
+    found = request.scope["state"]["uid"]
+    return found if isinstance(found, int) else None
 
 
 def _path(request: Request) -> str:

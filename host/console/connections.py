@@ -6,7 +6,6 @@ import asyncio
 import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
 from typing import Any
 
 import h11
@@ -26,23 +25,17 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
-@dataclass(frozen=True)
-class Peer:
-    """The process at the other end of the Unix socket; None in its place: somebody at the port."""
-
-    uid: int
-    pid: int
-
-
 class Places:
     """Count of the open connections."""
 
     def __init__(self) -> None:
         self._of: Counter[int | None] = Counter()
 
-    def take(self, peer: Peer | None) -> bool:
-        """Count one more; False when there is no place."""
-        uid = peer.uid if peer is not None else None
+    def take(self, uid: int | None) -> bool:
+        """Count one more, of the process at the other end of the Unix socket, or (None) of somebody at the port.
+
+        False when there is no place.
+        """
         known = sum(count for owner, count in self._of.items() if owner is not None)
         if self._of[uid] >= (CONNECTIONS if uid is None or uid == 0 else SHARE):
             return False
@@ -51,8 +44,7 @@ class Places:
         self._of[uid] += 1
         return True
 
-    def leave(self, peer: Peer | None) -> None:
-        uid = peer.uid if peer is not None else None
+    def leave(self, uid: int | None) -> None:
         self._of[uid] -= 1
         if not self._of[uid]:
             del self._of[uid]
@@ -77,10 +69,10 @@ class _Deadline:
 
 
 def protocol(places: Places) -> type[H11Protocol]:
-    """The protocol class for uvicorn: it notes the peer in each request's state, and ends what is too slow."""
+    """The protocol class for uvicorn: it notes the peer's uid in each request's state, and ends what is too slow."""
 
     class Connection(H11Protocol):
-        _peer: Peer | None = None
+        _uid: int | None = None
         _counted = False
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -89,13 +81,12 @@ def protocol(places: Places) -> type[H11Protocol]:
             transport.set_write_buffer_limits(0)  # paused is: an answer waits for the caller to read it
             found = transport.get_extra_info("socket")
             if found.family == socket.AF_UNIX:
-                pid, uid, _ = peer_ids(found)
-                self._peer = Peer(uid, pid)
-            self._counted = places.take(self._peer)
+                self._uid = peer_ids(found)[1]
+            self._counted = places.take(self._uid)
             if not self._counted:
                 transport.abort()
                 return
-            self.app_state = {**self.app_state, "peer": self._peer}
+            self.app_state = {**self.app_state, "uid": self._uid}
             self._request.set(transport)
 
         def data_received(self, data: bytes) -> None:
@@ -130,7 +121,7 @@ def protocol(places: Places) -> type[H11Protocol]:
             self._request.lift()
             self._answer.lift()
             if self._counted:
-                places.leave(self._peer)
+                places.leave(self._uid)
             super().connection_lost(exc)
 
     return Connection

@@ -101,7 +101,7 @@ class Live:
                         self._take(record)
             except IsolatorError as error:
                 self.problem = str(error)
-                self._notify("trail")
+                self.notify("trail")
             lines, self.first = 0, 0  # what is behind the fault is followed as another trail
             await asyncio.sleep(_RETRY)
 
@@ -111,7 +111,7 @@ class Live:
         kind = record.type
         if kind == AuditSeal.TYPE:
             self.seal = record
-            self._notify("trail")
+            self.notify("trail")
         elif kind in (Resources.TYPE, ExecEnded.TYPE) and record.plugin is not None:
             if record.plugin not in self._usage and len(self._usage) >= PLUGINS:
                 del self._usage[next(iter(self._usage))]
@@ -119,16 +119,16 @@ class Live:
             if kind == ExecEnded.TYPE:
                 data = by_invocation(data, _POINT.unpack(points[-1])[1] if points else 0.0)
             points.append(_POINT.pack(seconds_of(record.time), *(_number(data.get(key)) for key in USED)))
-            self._notify("usage")
+            self.notify("usage")
         elif kind in TYPES:
             line = record.line.encode()
             found = parse(line) if len(line) <= LONGEST else None
             if found is not None and refused(found):
                 self._denials.append((found.plugin, line))
-                self._notify("denials")
+                self.notify("denials")
         if kind in invocations.TYPES:
             self.invocations.take(kind, record.plugin, record.run, record.data)
-        self._notify(kind.partition(".")[0])
+        self.notify(kind.partition(".")[0])
 
     def denials(self, plugin: str | None = None) -> Iterator[Record]:
         """The denials of a plugin, or of all, oldest first."""
@@ -171,7 +171,8 @@ class Live:
         """Tell a listener no more."""
         self._listeners.pop(listener, None)
 
-    def _notify(self, topic: str) -> None:
+    def notify(self, topic: str) -> None:
+        """Tell every listener that a topic has changed."""
         for listener in self._listeners:
             listener.add(topic)
 

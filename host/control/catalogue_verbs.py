@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from host.control.endpoints import Caller, Verbs, serves
 from host.control.platform_types import EventRegister, EventTypeList, EventTypes, EventUnregister, RegisteredEvent
@@ -15,24 +15,8 @@ from host.plugins.registry import Registry
 from host.queue import rows
 from isolator.errors import UsageError
 
-
-class SharedTypes(Protocol):
-    """Event types that several hosts have in common."""
-
-    def readers(self, name: str) -> Sequence[str]:
-        """Plugins of any host that want such events."""
-
-    def waiting(self, name: str) -> int:
-        """Number of its events that a plugin of any host is not through with."""
-
-    async def register(self, made: EventType, schema: str, by: str, *, unread: bool) -> None:
-        """Have all hosts know a type from now on; ``unread``: only if no plugin of any host wants such events by then.
-
-        Raises UsageError if it has changed meanwhile, UnavailableError if the hosts cannot agree now.
-        """
-
-    async def unregister(self, name: str, by: str) -> None:
-        """Have all hosts forget a type; raises as ``register``."""
+if TYPE_CHECKING:
+    from host.membership.types import ClusterTypes
 
 
 class CatalogueVerbs(Verbs):
@@ -43,7 +27,7 @@ class CatalogueVerbs(Verbs):
     """
 
     def __init__(
-        self, catalogue: Catalogue, registry: Registry, store: Store, shared: SharedTypes | None = None
+        self, catalogue: Catalogue, registry: Registry, store: Store, shared: ClusterTypes | None = None
     ) -> None:
         self._catalogue, self._registry, self._store, self._shared = catalogue, registry, store, shared
 

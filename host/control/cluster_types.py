@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypedDict
+from typing import Annotated, Literal, TypedDict
 
-from host.control.parameters import Flag, ListOf, Request, Text, Whole
+from host.control.parameters import Flag, ListOf, OneOf, Request, Whole
 from host.control.terms import Name
 
 
@@ -111,7 +111,7 @@ class ClusterPlace(Request, verb="cluster.place", role="operator", recorded=True
     """
 
     name: Name
-    placement: Annotated[str | None, Text(most=3, nullable=True)] = None
+    placement: Annotated[Literal["one", "all"] | None, OneOf(("one", "all"))] = None
     shards: Annotated[int, Whole(64)] = 0
     labels: Annotated[list[str] | None, ListOf(str)] = None
     anew: Annotated[bool, Flag()] = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
 from host.control import cluster_types
 from host.control.endpoints import Caller, Verbs, serves
@@ -45,13 +45,9 @@ class ClusterVerbs(Verbs):
         from host.cluster.placing import place
         from host.cluster.unheld import why_unheld
 
-        wanted = request.placement
-        if wanted is not None and wanted not in ("one", "all"):
-            raise UsageError("placement", "must be one or all")
-        placement: Literal["one", "all"] | None = None if wanted is None else "one" if wanted == "one" else "all"
         plugin = self._registry.get(request.name)
         placed = await place(
-            node, request.name, placement=placement, shards=request.shards or None, labels=request.labels,
+            node, request.name, placement=request.placement, shards=request.shards or None, labels=request.labels,
             anew=request.anew, here=plugin.digest if plugin is not None else None,
             hooks=plugin.wanted if plugin is not None else (),
         )  # fmt: skip

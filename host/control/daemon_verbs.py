@@ -100,12 +100,7 @@ class DaemonVerbs(Verbs):
             if error.why != NO_OPERATION:
                 raise
             outdated = {"host": ""}  # the supervisor is of the version before, and will exchange this process, too
-        return {
-            "generation": found.generation,
-            "version": found.version,
-            "refused": found.refused,
-            "outdated": outdated,
-        }
+        return cast(daemon_types.Reloaded, found.to_json() | {"outdated": outdated})
 
     @serves(daemon_types.DaemonSnapshot)
     async def snapshot(self, request: daemon_types.DaemonSnapshot, caller: Caller) -> daemon_types.SnapshotTaken:

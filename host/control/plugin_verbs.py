@@ -136,6 +136,18 @@ class PluginVerbs(Verbs):
         run = await self._link.ask(messages.RestartRun(name=self._startable(request.name)))
         return {"run": run.run, "pid": run.pid}
 
+    @serves(plugin_types.PluginPause)
+    async def pause(self, request: plugin_types.PluginPause, caller: Caller) -> plugin_types.PauseChange:
+        name = self._registry.need(request.name).name
+        changed = await self._dispatcher.pause(name, caller.by)
+        return {"paused": True, "changed": changed, "holders": [*self._elsewhere.holders(name)]}
+
+    @serves(plugin_types.PluginResume)
+    async def resume(self, request: plugin_types.PluginResume, caller: Caller) -> plugin_types.PauseChange:
+        name = self._registry.need(request.name).name
+        changed = await self._dispatcher.resume(name, caller.by) is not None
+        return {"paused": False, "changed": changed, "holders": [*self._elsewhere.holders(name)]}
+
     def _startable(self, name: str) -> str:
         """The plugin's name; raises IsolatorError where a start would only show that its config lacks a value."""
         plugin = self._registry.need(name)

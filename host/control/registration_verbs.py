@@ -78,7 +78,7 @@ class RegistrationVerbs(Verbs):
             where = os.path.join(request.path or os.path.dirname(request.binary or ""), "plugin.json")
             text = _read_all(answer.fds)
             manifest = manifests.parse(text, name=where)
-            checked = self._config.check(manifest, request.config)
+            checked = manifests.check_values(manifest, request.config)
             self._check_hooks(manifest.core.hooks)
             self._check_calls(manifest)
             check_mode(manifest.transport.mode)
@@ -91,14 +91,13 @@ class RegistrationVerbs(Verbs):
         if resolved is not None:
             record = PackageResolved(by=caller.by, digest=found.digest, **resolved)
             self._audit.record(record, plugin=manifest.core.name)
-        required = [spec.key for spec in manifest.config or () if spec.required and spec.default is None]
         shown = {
             **found.to_json(),
             "version": manifest.core.version,
             "description": manifest.core.description,
             "warnings": [*manifest.warnings, *_deaf(found.proposal)],
             "config": [f.model_dump() for f in manifest.config or ()],
-            "missing": [key for key in required if key not in checked],
+            "missing": [key for key in manifest.required if key not in checked],
             "secrets_given": sorted(spec.key for spec, _ in checked.values() if spec.secret),
             "mode": manifest.transport.mode,
         }

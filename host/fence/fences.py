@@ -48,12 +48,12 @@ class Fences:
             self.hold(plugin, LOST)
 
     def free(self, plugin: str) -> None:
-        """Bind a plugin to no time any more."""
+        """Bind a plugin to no time any more: it is not the cluster's, or runs on all hosts."""
         self._move(plugin, None)
         self._tell(FreePlugin(name=plugin))
 
     def lost(self, plugin: str) -> None:
-        """Let a plugin act no more: its cages are killed, and none is started until ``hold``."""
+        """Let a plugin act no more, as another host may: its cages are killed, and none is started until ``hold``."""
         self._move(plugin, LOST)
         self._tell(LosePlugin(name=plugin))
         self.ended(plugin)

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -58,7 +59,7 @@ class HostApi:
     ) -> None:  # fmt: skip
         self._registry, self._audit, self._logs, self._redactor = registry, audit, logs, redactor
         self._fences = fences
-        self._limits: dict[str, Limits] = {}
+        self._limits: defaultdict[str, Limits] = defaultdict(Limits)
         self._listeners: dict[str, Acceptor] = {}
         self._runs: dict[str, str] = {}
         """The run of each listener; listeners by plugin, those of invocations by ``PLUGIN.RUN``."""
@@ -104,10 +105,7 @@ class HostApi:
 
     def limits(self, name: str) -> Limits:
         """Return a plugin's limits, which a new run does not refill."""
-        found = self._limits.get(name)
-        if found is None:
-            found = self._limits[name] = Limits()
-        return found
+        return self._limits[name]
 
     def forget(self, name: str) -> None:
         """Close a plugin's listener and connections."""

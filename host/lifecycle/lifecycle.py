@@ -9,7 +9,7 @@ import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from host.database.store import Store
 from host.delivery.dispatch import Dispatcher
@@ -29,6 +29,9 @@ from isolator.errors import IsolatorError, UsageError
 from isolator.ipc import messages
 from isolator.ipc.body import Body
 from isolator.ipc.tasks import Tasks
+
+if TYPE_CHECKING:
+    from host.membership.member import Member
 
 EAGER_STARTS = 4
 """Eager plugins that are started at once: plugins for which events wait come first."""
@@ -55,28 +58,6 @@ def _dead(name: str, ended: list[tuple[int, str, int]]) -> list[Owed]:
     return [owed(EventDead(reason=why, attempts=attempts), name, event_id) for _, event_id, attempts in ended]
 
 
-class Membership(Protocol):
-    """A host's part in a cluster, as far as it has to hear of plugins."""
-
-    def serve(self, plugin: str) -> None:
-        """Take note of a plugin that this host has, or that has changed."""
-
-    def forget(self, plugin: str) -> None:
-        """Take note of a plugin that this host has no more."""
-
-    async def registered(self, plugin: Plugin, *, new: bool) -> None:
-        """Have the cluster use the version of a plugin that a command has brought here; ``new``: or begin with it."""
-
-    async def removed(self, name: str) -> None:
-        """Have the cluster end with a plugin that a command has removed here, if no other host has it."""
-
-    def check_alone(self, name: str) -> None:
-        """Raise UsageError for a plugin that another living host has, too, or that is none of the cluster."""
-
-    async def end(self, name: str) -> None:
-        """Have the cluster end with a plugin, whoever has it."""
-
-
 @dataclass
 class PluginLifecycle:
     """The parts of the host that know plugins, kept in step with the supervisor's table."""
@@ -92,7 +73,7 @@ class PluginLifecycle:
     api: HostApi
     dispatcher: Dispatcher
     watches: Watches
-    member: Membership | None = None
+    member: Member | None = None
     """This host's part in a cluster, where it has one."""
     _starts: dict[asyncio.Task[None], tuple[str, str]] = field(default_factory=dict, init=False)
     """Starts under way, each with the plugin's name and the reason."""

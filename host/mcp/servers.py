@@ -112,13 +112,13 @@ class Servers(Sessions):
 
     async def shown_to(self, name: str, uid: int) -> tuple[str, list[Mapping[str, Any]], str]:
         """View of a caller: the instructions, the tools, and the server's name; raises IsolatorError."""
-        plugin = self._admit(name, uid)
+        self._admit(name, uid)
         with self._use(name):
             session = await self.session(name)
             now = await self._offers(name, session, again=True)
         usable = [item for item in self.pins.of(name) if is_unchanged(item, now.get(item.name))]
-        granted = plugin.effective.tools if plugin.effective is not None else ()
-        tools = [item.body for item in usable if item.name != INSTRUCTIONS and permits(granted, item.name)]
+        granted = self.granted(name)
+        tools = [item.body for item in usable if item.name != INSTRUCTIONS and granted(item.name)]
         texts = [str(item.body.get("instructions", "")) for item in usable if item.name == INSTRUCTIONS]
         assert session.greeting is not None
         return "".join(texts), tools, session.greeting.name
@@ -276,18 +276,16 @@ class Servers(Sessions):
 
     def _check_grant(self, name: str, tool: str, uid: int) -> None:
         """Raise DeniedError unless the policy of a server lets the user call the tool."""
-        plugin = self._admit(name, uid)
-        granted = plugin.effective.tools if plugin.effective is not None else ()
-        if not permits(granted, tool):
+        self._admit(name, uid)
+        if not self.granted(name)(tool):
             remedy = f'add "{shown(tool, str, 80)}" to tools in [grant] of policies/{name}.toml, to allow it'
             raise DeniedError(f"tool {shown(tool, str, 80)}", f"is not granted by the policy of {name}", remedy)
 
-    def _admit(self, name: str, uid: int) -> Plugin:
+    def _admit(self, name: str, uid: int) -> None:
         plugin = self._server(name)
         if plugin.effective is None or uid not in plugin.effective.callers:
             why = f"its policy does not name uid {uid} as a caller"
             raise DeniedError(f"plugin {name}", why, f"add {uid} to callers in [grant] of policies/{name}.toml")
-        return plugin
 
     def _server(self, name: str) -> Plugin:
         plugin = self._registry.need(name)

@@ -23,7 +23,7 @@ from host.cluster.delivery.unread import Loss
 from host.cluster.entries import MAX_NUMBER, Entry
 from host.cluster.entries import Plugin as Described
 from host.cluster.fold import Applied, State
-from host.cluster.joining import join
+from host.cluster.joining import connect
 from host.cluster.log import LogUnavailableError
 from host.cluster.node import Node
 from host.cluster.problems import Kind
@@ -94,7 +94,10 @@ class Member:
 
         No plugin that one host has is started before this host holds it.
         """
-        node = self.node = join(self._settings, self._store, self.follower, self._fences, self._notice, self._folder)
+        node = self.node = Node(
+            self._settings, connect(self._settings), self._store, self.follower, self._fences, self._folder,
+            notice=self._notice,
+        )  # fmt: skip
         self.follower.attach(node)
         await node.start()
         self.types.follow()

@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 class ClusterTypes(TypesFollower):
-    """See ``host.control.catalogue_verbs.SharedTypes``; ``decide`` has the log decide something."""
+    """Event types that all hosts have in common; ``decide`` has the log decide something."""
 
     def __init__(
         self,
@@ -63,12 +63,18 @@ class ClusterTypes(TypesFollower):
     # As commands ask
 
     def readers(self, name: str) -> Sequence[str]:
+        """Plugins of any host that want such events."""
         return [one.plugin.name for one in self._state().plugins.values() if name in one.plugin.hooks]
 
     def waiting(self, name: str) -> int:
+        """Number of its events that a plugin of any host is not through with."""
         return self._store.read(lambda db: waiting(db, self._state(), name, time.time()))
 
     async def register(self, made: EventType, schema: str, by: str, *, unread: bool) -> None:
+        """Have all hosts know a type from now on; ``unread``: only if no plugin of any host wants such events by then.
+
+        Raises UsageError if it has changed meanwhile, UnavailableError if the hosts cannot agree now.
+        """
         known = self._state().types.get(made.name)
         try:
             entry = Entry(made.name, schema, made.order_by, made.version, by, known.digest if known else "", unread)
@@ -82,6 +88,7 @@ class ClusterTypes(TypesFollower):
             await self._write(entry, "registered")
 
     async def unregister(self, name: str, by: str) -> None:
+        """Have all hosts forget a type; raises as ``register``."""
         known = self._state().types.get(name)
         if known is None:
             raise UsageError(f"event {name}", "is on its way into the cluster's log", "try again in a moment")

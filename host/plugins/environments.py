@@ -43,8 +43,7 @@ class Environments:
     def _of(self, name: str) -> Environment:
         plugin = self.registry.get(name)
         manifest, digest = (plugin.manifest, plugin.digest) if plugin is not None else (None, "")
-        found = self.config.environment(name, manifest, digest)
-        return Environment(env=found.env, files=found.files, secrets=tuple(found.secrets))
+        return self.config.environment(name, manifest, digest)
 
     def _record(self, name: str, handed_out: Environment) -> None:
         if handed_out.secrets:

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from isolator.base.structs import field
-from isolator.errors import UsageError, translated
+from isolator.errors import NotFoundError, UsageError, translated
 from isolator.policy.filters import MOST, parse_filter
 from isolator.policy.frozen import Frozen
-from isolator.policy.parse.strict import Table, printable, prose
+from isolator.policy.parse.strict import Table, did_you_mean, printable, prose
 from isolator.policy.request import MANIFEST_NAME, MAX_BYTES, MAX_DEPTH, MODES, ManifestCore
 from isolator.policy.units import parse_duration
 from isolator.reader.json_text import load_json_with_lines
@@ -146,6 +146,11 @@ class Manifest(Frozen):
         """Oddities that do no harm, one line each."""
         return tuple(f'unknown key "{key}" is ignored' for key in self.core.extra)
 
+    @property
+    def required(self) -> list[str]:
+        """Keys of its config without which it does not start."""
+        return [field.key for field in self.config or () if field.required and field.default is None]
+
     def field(self, key: str) -> ConfigField | None:
         """Find the schema's entry for a key."""
         return next((field for field in self.config or () if field.key == key), None)
@@ -223,6 +228,26 @@ def check_value(field: ConfigField, text: str) -> str:
     if field.type == "enum" and text not in field.values:
         raise UsageError(subject, "must be one of " + ", ".join(field.values))
     return text
+
+
+def check_values(manifest: Manifest, values: Mapping[str, str]) -> dict[str, tuple[ConfigField, str]]:
+    """Check config values, and return them by key as they would be stored; raises UsageError or NotFoundError.
+
+    A key may be named by its variable, too: ``SLACK_WEBHOOK_URL`` means ``slack_webhook_url``.
+    """
+    checked = {}
+    for key, text in values.items():
+        if manifest.config is None:
+            with translated(ValueError, UsageError, f"config {key}"):
+                spec = ConfigField(key=check_key(key), secret=True)
+        else:
+            named = manifest.field(key) or next((f for f in manifest.config if key in environment_names(f.key)), None)
+            if named is None:
+                known = tuple(f.key for f in manifest.config)
+                raise NotFoundError(f"config {key}", "is not in the plugin's schema", did_you_mean(key, known))
+            spec = named
+        checked[spec.key] = (spec, check_value(spec, text))
+    return checked
 
 
 def _transport(table: Table, hooks: Sequence[str]) -> Transport:

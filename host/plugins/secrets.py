@@ -33,15 +33,13 @@ from host.plugins.keyfile import KeyFile
 from host.plugins.manifest import (
     MAX_CONFIG,
     MAX_FILES,
-    ConfigField,
     Manifest,
-    check_key,
-    check_value,
+    check_values,
     environment_names,
 )
-from isolator.base.structs import field, struct_class
-from isolator.errors import IsolatorError, NotFoundError, UsageError, translated
-from isolator.policy.parse.strict import did_you_mean
+from isolator.base.structs import struct_class
+from isolator.errors import IsolatorError, NotFoundError, UsageError
+from isolator.ipc.messages import Environment
 
 FILES_AT = "/run/isolator/config"
 """Folder of values of type ``file`` in the cage: one 0400 file each, named by its key."""
@@ -88,15 +86,6 @@ class Redactor:
                 if found.start() < at < found.end():
                     return found.start() or found.end()
         return at
-
-
-@struct_class(frozen=True)
-class Environment:
-    """Config as a sidecar gets it; ``secrets`` are the names of the variables that hold secrets."""
-
-    env: dict[str, str] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
-    secrets: tuple[str, ...] = ()
 
 
 @struct_class()
@@ -161,21 +150,24 @@ class ConfigStore:
             )
         return redactor
 
-    def check(self, manifest: Manifest, values: Mapping[str, str]) -> dict[str, tuple[ConfigField, str]]:
-        """Check values, and return them by key as they would be stored; raises UsageError or NotFoundError."""
-        checked = {}
-        for key, text in values.items():
-            if manifest.config is None:
-                with translated(ValueError, UsageError, f"config {key}"):
-                    spec = ConfigField(key=check_key(key), secret=True)
-            else:
-                found = manifest.field(key) or _by_variable(manifest, key)
-                if found is None:
-                    known = tuple(f.key for f in manifest.config)
-                    raise NotFoundError(f"config {key}", "is not in the plugin's schema", did_you_mean(key, known))
-                spec = found
-            checked[spec.key] = (spec, check_value(spec, text))
-        return checked
+    def _given(
+        self, plugin: str, manifest: Manifest, values: Mapping[str, str], beside: Mapping[str, _Value]
+    ) -> dict[str, _Value]:
+        """The values as they are kept, ``beside`` others; raises IsolatorError."""
+        if self._unusable is not None:
+            raise self._unusable
+        checked = check_values(manifest, values)
+        given = {key: _Value(text, spec.secret, spec.type) for key, (spec, text) in checked.items()}
+        _check_size(plugin, {**beside, **given})
+        return given
+
+    def _rows(self, values: Mapping[str, _Value], *place: str) -> list[tuple[Any, ...]]:
+        """The rows of values; ``place``: the plugin, and the digest of a version that is not confirmed."""
+        now = time.time()
+        return [
+            (*place, key, value.secret, value.type, self._keys.seal(place[0], key, value.text), now)
+            for key, value in values.items()
+        ]
 
     async def set(
         self, plugin: str, manifest: Manifest, values: Mapping[str, str], *, replace: bool = False,
@@ -183,18 +175,9 @@ class ConfigStore:
     ) -> None:  # fmt: skip
         """Store values; ``replace`` deletes all others first (a plugin of that name is new)."""
         async with self._changing:
-            if self._unusable is not None:
-                raise self._unusable
-            checked = self.check(manifest, values)
-            current = {} if replace else dict(self._values.get(plugin, {}))
-            for key, (spec, text) in checked.items():
-                current[key] = _Value(text, spec.secret, spec.type)
-            _check_size(plugin, current)
-            now = time.time()
-            rows = [
-                (plugin, key, spec.secret, spec.type, self._keys.seal(plugin, key, text), now)
-                for key, (spec, text) in checked.items()
-            ]
+            current = {} if replace else self._values.get(plugin, {})
+            given = self._given(plugin, manifest, values, current)
+            rows = self._rows(given, plugin)
 
             def write(db: sqlite3.Connection) -> None:
                 if replace:
@@ -203,7 +186,7 @@ class ConfigStore:
                 beside(db)
 
             await self._store.run(write)
-            self._values[plugin] = current
+            self._values[plugin] = {**current, **given}
             self._redactors.pop(plugin, None)
             self.broken.pop(plugin, None)
 
@@ -213,16 +196,8 @@ class ConfigStore:
     ) -> None:  # fmt: skip
         """Keep values for the version of that digest; those of an earlier attempt at it are dropped."""
         async with self._changing:
-            if self._unusable is not None:
-                raise self._unusable
-            checked = self.check(manifest, values)
-            kept = {key: _Value(text, spec.secret, spec.type) for key, (spec, text) in checked.items()}
-            _check_size(plugin, {**self._values.get(plugin, {}), **kept})
-            now = time.time()
-            rows = [
-                (plugin, digest, key, value.secret, value.type, self._keys.seal(plugin, key, value.text), now)
-                for key, value in kept.items()
-            ]
+            kept = self._given(plugin, manifest, values, self._values.get(plugin, {}))
+            rows = self._rows(kept, plugin, digest)
 
             def write(db: sqlite3.Connection) -> None:
                 db.execute("DELETE FROM config_next WHERE plugin=? AND digest=?", (plugin, digest))
@@ -301,7 +276,7 @@ class ConfigStore:
         """List every key of the schema and every key that is set, as listings show it; secrets without their value."""
         values = self._values.get(plugin, {})
         items = []
-        fields = {f.key: f for f in (manifest.config or ()) if manifest is not None} if manifest is not None else {}
+        fields = {f.key: f for f in manifest.config or ()} if manifest is not None else {}
         for key in sorted({*fields, *values}):
             spec, value = fields.get(key), values.get(key)
             secret = (value.secret if value else False) or (spec.secret if spec else False)
@@ -317,9 +292,8 @@ class ConfigStore:
 
     def missing(self, plugin: str, manifest: Manifest, digest: str = "") -> list[str]:
         """Find required keys without a value, for the version of that digest."""
-        required = [f.key for f in manifest.config or () if f.required and f.default is None]
-        values = self._in_use(plugin, digest) if required else {}
-        return [key for key in required if key not in values]
+        values = self._in_use(plugin, digest) if manifest.required else {}
+        return [key for key in manifest.required if key not in values]
 
     def check_whole(self, plugin: str, manifest: Manifest | None, digest: str = "") -> None:
         """Raise IsolatorError if a version cannot start: a required value is missing, or the config cannot be read."""
@@ -351,7 +325,7 @@ class ConfigStore:
                 env[variable] = text
                 if value.secret:
                     hidden.append(variable)
-        return Environment(env, files, tuple(hidden))
+        return Environment(env=env, files=files, secrets=tuple(hidden))
 
     def value(self, plugin: str, manifest: Manifest | None, digest: str, key: str) -> str | None:
         """The text of one value, or its default; None when there is neither."""
@@ -402,8 +376,3 @@ def _check_size(plugin: str, values: Mapping[str, _Value]) -> None:
         raise UsageError(f"config of {plugin}", f"has files of more than {MAX_FILES} bytes in all")
     if (sum(len(value.text.encode()) + len(key) for key, value in values.items()) - files) * 2 > MAX_CONFIG:
         raise UsageError(f"config of {plugin}", f"is larger than {MAX_CONFIG // 2} bytes in all, besides public files")
-
-
-def _by_variable(manifest: Manifest, name: str) -> ConfigField | None:
-    """Find a field by its variable: ``--config SLACK_WEBHOOK_URL=…`` means the key ``slack_webhook_url``."""
-    return next((f for f in manifest.config or () if name in environment_names(f.key)), None)

@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 from host.cluster.entries import Event, EventRef, Plugin, Position
 from host.cluster.fold import Applied, Shard, State
 from host.cluster.node import Node
-from host.cluster.parts import Settings
 from host.cluster.problems import Kind
 from host.database.store import Store
+from host.fence.fences import Fences
+from isolator.policy.cluster import Cluster as Settled
 from tests.cluster.log_in_memory import MemoryLog, Servers
 from tests.cluster.stepped_clock import SteppedClock, View
 
@@ -23,7 +24,7 @@ T = TypeVar("T")
 _FOLLOWED = "CREATE TABLE IF NOT EXISTS followed (place INTEGER PRIMARY KEY)"
 
 
-class Following:
+class Following(Fences):
     """A follower that notes what it learns, and the fences of its host."""
 
     def __init__(self) -> None:
@@ -121,9 +122,9 @@ class Host:
         self.follower = Following()
         self.follower.names = self.cluster.names
         self.log = MemoryLog(self.cluster.servers, self.clock)
-        settings = Settings(self.name, (), "1", self.outbox, self.folder / "folds", self.cluster.distrusted)
+        settings = Settled(name=self.name, servers=(), outbox=self.outbox, distrusted=self.cluster.distrusted)
         self.node = Node(
-            settings, self.log, self.database, self.follower, self.follower, clock=self.clock,
+            settings, self.log, self.database, self.follower, self.follower, self.folder / "folds", clock=self.clock,
             notice=lambda kind, line: self.problems.append((kind, line)), random=self.cluster.random.getrandbits,
         )  # fmt: skip
         await self.node.start()

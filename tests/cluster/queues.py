@@ -25,13 +25,13 @@ from host.cluster.entries import Event as LogEvent
 from host.cluster.fold import Applied, Incarnation, Shard
 from host.cluster.log import LogUnavailableError
 from host.cluster.node import Node
-from host.cluster.parts import Settings
 from host.cluster.problems import Kind
 from host.database.store import Store
 from host.events import Catalogue
 from host.membership.types import ClusterTypes
 from host.plugins.registry import load_event_types
 from host.queue.interface import Delivery, Event, EventRow, NewEvent, Result, Subscriber
+from isolator.policy.cluster import Cluster as Settled
 from tests.cluster.faulty_log import Faults, FaultyLog, StoppableView
 from tests.cluster.log_in_memory import Servers
 from tests.cluster.stepped_clock import SteppedClock, View
@@ -182,8 +182,8 @@ class SimHost:
         log = self.log = FaultyLog(cluster.servers, self.clock, (cluster.faults, self.faults), cluster.random)
         self._connect()
         self.node = Node(
-            Settings(self.name, self.labels, outbox=cluster.outbox, snapshots=self.path.with_suffix(".folds")),
-            log, self.store, _Watched(self), self.fences, clock=self.clock,
+            Settled(name=self.name, servers=(), labels=self.labels, outbox=cluster.outbox),
+            log, self.store, _Watched(self), self.fences, self.path.with_suffix(".folds"), clock=self.clock,
             notice=self._notice, random=cluster.random.getrandbits,
         )  # fmt: skip
         self.follower.attach(self.node)

@@ -23,7 +23,6 @@ from host.cluster.joining import connect
 from host.cluster.log import LogUnavailableError
 from host.cluster.nats import Access, NatsLog, addresses
 from host.cluster.node import Node
-from host.cluster.parts import Settings
 from host.cluster.standing import standing
 from host.control.cluster_types import ClusterHost, ClusterLog, ClusterPlugin, ClusterStanding
 from host.control.verbs import result_keys
@@ -160,13 +159,15 @@ async def test_host_joins_with_its_file_and_without_another_user(served: tuple[S
     secret = (users / "h1.secret").read_text().strip()
     settings = {"name": "h1", "servers": (f"127.0.0.1:{server.port}",), "tls": False}
     database, follower = Store(tmp_path / "db"), Following()
-    node = Node(Settings("h1"), connect(Settled(**settings, secret=secret)), database, follower, follower)
+    settled = Settled(**settings, secret=secret)
+    node = Node(settled, connect(settled), database, follower, follower)
     await node.start()
     async with asyncio.timeout(seconds(60)):
         while not node.is_member:  # noqa: ASYNC110 # a beat has to come back
             await asyncio.sleep(0.05)
     await node.close()
-    stranger = Node(Settings("h1"), connect(Settled(**settings, secret="h1:guess")), database, follower, follower)
+    settled = Settled(**settings, secret="h1:guess")
+    stranger = Node(settled, connect(settled), database, follower, follower)
     await stranger.start()
     async with asyncio.timeout(seconds(60)):
         while "refused" not in stranger.problems.lines:  # noqa: ASYNC110 # as above

@@ -20,9 +20,9 @@ from host.cluster.entries import Event
 from host.cluster.log import Entered, LogFullError, LogRefusedError, LogUnavailableError
 from host.cluster.nats import Access, NatsLog, addresses, make_stream
 from host.cluster.node import Node
-from host.cluster.parts import Settings
 from host.cluster.snapshots import subject_of
 from host.database.store import Store
+from isolator.policy.cluster import Cluster
 from tests.cluster.hosts import Following
 from tests.support.nats_servers import Server, nats_servers
 from tests.support.timeouts import seconds
@@ -136,7 +136,8 @@ async def test_no_accepted_event_is_lost_or_counted_twice_while_the_streams_lead
     hosts = []
     for name in ("a", "b"):
         database, follower = Store(tmp_path / name), Following()
-        node = Node(Settings(name), NatsLog(_access(servers, inbox=inbox_of(name))), database, follower, follower)
+        log = NatsLog(_access(servers, inbox=inbox_of(name)))
+        node = Node(Cluster(name=name, servers=()), log, database, follower, follower)
         await node.start()
         hosts.append((node, database, follower))
     emitted = [f"{number}" for number in range(200)]

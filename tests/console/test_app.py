@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 
 from host.console.app import BODIES, App
-from host.console.connections import Peer
 from host.console.sessions import Sessions
 from host.console.upstream import Live
 from isolator.policy.host import Console, HostConfig, Ingress
 
-ROOT = Peer(0, 1)
+ROOT = 0
 
 
 class Faulty:
@@ -29,7 +28,7 @@ class Faulty:
 
 
 async def ask(
-    app: App, path: str, accept: str = "", *, method: str = "GET", peer: Peer | None = ROOT, receive: Any = None
+    app: App, path: str, accept: str = "", *, method: str = "GET", uid: int | None = ROOT, receive: Any = None
 ) -> tuple[int, str]:
     """Status and text of one request."""
     sent: list[dict[str, Any]] = []
@@ -42,7 +41,7 @@ async def ask(
 
     scope = {
         "type": "http", "method": method, "path": path, "query_string": b"", "headers": [(b"accept", accept.encode())],
-        "state": {"peer": peer}, "server": None, "client": None, "scheme": "http", "http_version": "1.1",
+        "state": {"uid": uid}, "server": None, "client": None, "scheme": "http", "http_version": "1.1",
     }  # fmt: skip
     await app.asgi(scope, receive or whole, send)
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent).decode()
@@ -76,9 +75,9 @@ async def test_bodies_of_nobody_take_no_memory_of_callers_that_are_known(
         await ended.wait()
         yield {"type": "http.disconnect"}
 
-    def send_half(peer: Peer | None) -> Awaitable[tuple[int, str]]:
-        path = "/v1/ingress/shop" if peer is None else "/v1/events"
-        return asyncio.ensure_future(ask(app, path, method="POST", peer=peer, receive=half().__anext__))
+    def send_half(uid: int | None) -> Awaitable[tuple[int, str]]:
+        path = "/v1/ingress/shop" if uid is None else "/v1/events"
+        return asyncio.ensure_future(ask(app, path, method="POST", uid=uid, receive=half().__anext__))
 
     slow = [send_half(None) for _ in range(BODIES // 1_000_000 + 1)]
     (refused,), others = await asyncio.wait(slow, return_when=asyncio.FIRST_COMPLETED)

@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 
 from host.console import connections, upstream
-from host.console.connections import Peer, Places, protocol
+from host.console.connections import Places, protocol
 from host.console.serving import LONGEST_HEAD
 from host.console.upstream import Upstream
 from isolator.errors import UnavailableError
@@ -123,8 +123,8 @@ async def test_bytes_that_are_no_http_after_an_answer_leave_no_trace(
 
 def test_nobody_takes_the_places_of_others() -> None:
     places = Places()
-    taken = sum(places.take(Peer(1000, 1)) for _ in range(connections.CONNECTIONS))
-    assert taken == connections.SHARE and places.take(Peer(1001, 1)) and places.take(Peer(0, 1)) and places.take(None)
+    taken = sum(places.take(1000) for _ in range(connections.CONNECTIONS))
+    assert taken == connections.SHARE and places.take(1001) and places.take(0) and places.take(None)
 
 
 async def test_daemon_that_hangs_keeps_nobodys_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,14 @@ def test_sidecar_that_ends_is_told_of_as_such(daemon: TakenOver, home: Path, mod
     assert "bad luck" in [line["line"] for line in found["log"]], found
 
 
+def test_runner_takes_config_as_the_daemon_does(daemon: TakenOver, home: Path) -> None:
+    folder = write(home, answering())
+    (answer,) = trial(daemon, ALICE, folder, "--config", "GREETING=hello")["events"]
+    assert answer["outcome"] == "ok", answer
+    refused = trial(daemon, ALICE, folder, "--config", "greting=hello", code=3)["error"]
+    assert 'did you mean "greeting"' in refused["remedy"], refused
+
+
 def test_plugin_that_asks_for_more_than_a_runner_has_is_refused_with_the_reason(daemon: TakenOver, home: Path) -> None:
     egress = {"network": {"egress": [{"host": "other.example", "ports": [443]}]}}
     folder = write(home, answering(), sandbox=egress, config_schema={})

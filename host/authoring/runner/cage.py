@@ -21,8 +21,8 @@ from host.authoring.trial import Trial
 from host.channel.exit_codes import outcome_of
 from host.channel.reply import NotSentError, Outcome
 from host.events import format_time
-from host.plugins.manifest import Manifest, check_value
-from isolator.errors import NotFoundError, UsageError
+from host.plugins.manifest import Manifest, check_values
+from isolator.errors import UsageError
 from isolator.ipc.messages import InvocationEnded, Origin
 from isolator.policy.keys import BY_NAME
 from isolator.policy.model import EffectivePolicy
@@ -185,18 +185,13 @@ def _end(line: str) -> dict[str, Any] | None:
 
 def _values(manifest: Manifest, config: Mapping[str, str]) -> dict[str, str]:
     """The config by key; raises UsageError or NotFoundError."""
-    values = {}
-    fields = {field.key: field for field in manifest.config or ()}
-    for key, text in config.items():
-        if manifest.config is not None and key not in fields:
-            why = "is not in the plugin's schema"
-            raise NotFoundError(f"config {key}", why, "see config_schema of its plugin.json")
-        values[key] = check_value(fields[key], text) if key in fields else text
-    for key, field in fields.items():
-        if field.default is not None:
-            values.setdefault(key, field.default)
-        if field.required and key not in values:
+    values = {key: text for key, (_, text) in check_values(manifest, config).items()}
+    for key in manifest.required:
+        if key not in values:
             raise UsageError(f"plugin {manifest.core.name}", f"needs the config {key}", f"add --config {key}=VALUE")
-        if field.type == "file" and key in values:
-            raise UsageError(f"config {key}", "a file is given by root alone", "sudo isolator plugin test DIR")
+    for field in manifest.config or ():
+        if field.default is not None:
+            values.setdefault(field.key, field.default)
+        if field.type == "file" and field.key in values:
+            raise UsageError(f"config {field.key}", "a file is given by root alone", "sudo isolator plugin test DIR")
     return values

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from host.authoring.runner.cage import Cage
 from host.authoring.trial import Trial
+from host.channel.oneshot import Exchange
 from host.channel.reply import (
-    ONESHOT_REPLY,
     PERMISSION_DENIED,
     STREAM_MESSAGE,
     LostError,
@@ -89,20 +89,23 @@ def _to_a_sidecar(cage: Cage, trial: Trial) -> Iterator[Callable[[], socket.sock
 
 @contextlib.contextmanager
 def _oneshot(cage: Cage, trial: Trial) -> Iterator[Sender]:
-    with _to_a_sidecar(cage, trial) as connect:
-
-        def send(one: Sending) -> Outcome:
-            line = oneshot_request(
-                one.event, one.hook, one.event_type, attempt=1, timeout=one.timeout, major=_major(cage),
-                meta=cage.manifest.transport.meta == "fit",
-            )  # fmt: skip
-            if line is None:
-                return _TOO_LARGE
-            connection = connect()
+    async def send(connect: Callable[[], socket.socket], one: Sending) -> Outcome:
+        line = oneshot_request(
+            one.event, one.hook, one.event_type, attempt=1, timeout=one.timeout, major=_major(cage),
+            meta=cage.manifest.transport.meta == "fit",
+        )  # fmt: skip
+        if line is None:
+            return _TOO_LARGE
+        with connect() as sock:
+            sock.setblocking(False)
             one.begin()
-            return _exchange(connection, line, one.timeout)
+            with contextlib.closing(Exchange(sock, line, one.timeout)) as exchange:
+                exchange.send()
+                exchange.listen()
+                return read_reply(await exchange.reply)
 
-        yield send
+    with _to_a_sidecar(cage, trial) as connect, asyncio.Runner() as loop:
+        yield lambda one: loop.run(send(connect, one))
 
 
 @contextlib.contextmanager
@@ -274,29 +277,6 @@ def attempt(send: Sender, one: Sending) -> tuple[Outcome, int | None]:
     except LostError as error:
         outcome = error.outcome
     return outcome, (time.perf_counter_ns() - one.sent_ns) // 1000 if one.sent_ns else None
-
-
-def _exchange(connection: socket.socket, line: bytes, timeout: float) -> Outcome:
-    """One line, one line back, as the daemon does it; closes the connection."""
-    reply, deadline = b"", time.monotonic() + timeout
-    with connection:
-        try:
-            connection.settimeout(timeout)
-            connection.send(line)
-            while b"\n" not in reply and len(reply) <= ONESHOT_REPLY:
-                connection.settimeout(max(0.001, deadline - time.monotonic()))
-                piece = connection.recv(65536)
-                if not piece:
-                    break
-                reply += piece
-        except TimeoutError:
-            return Outcome("unknown", detail=f"none within {timeout:g} s")
-        except OSError as error:
-            return Outcome("unknown", detail=f"connection broken: {error.strerror}")
-    reply = reply.partition(b"\n")[0]
-    if len(reply) > ONESHOT_REPLY:
-        return Outcome("failed", "bad_reply", f"reply longer than {ONESHOT_REPLY} bytes")
-    return read_reply(reply) if reply else Outcome("unknown", detail="connection closed without a reply")
 
 
 def _major(cage: Cage) -> int:

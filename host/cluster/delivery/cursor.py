@@ -87,41 +87,37 @@ class Cursor(ABC):
 class Held(Cursor):
     """A shard that this host holds in an epoch. ``position`` is what the log has of it.
 
-    ``before``: the epoch in which this host held it last. If nobody else has written a position since, what this host
-    knows of its own deliveries is newer than the position: ``gave_up`` gets those that it gave up, with their states.
+    If nobody else has written a position since this host held it last, what this host knows of its own deliveries is
+    newer than the position: ``gave_up`` gets those that it gave up, with their states.
     """
 
     def __init__(
         self,
         shard: Shard,
-        shards: int,
         epoch: int,
-        position: Position | None,
-        began: int,
-        before: int | None,
+        position: Position,
         queue: ClusterQueue,
         subscriptions: Subscriptions,
         gave_up: Callable[[Held, EventRef, str], None],
     ) -> None:
         # Who has held it may be hostile: what it says of senders that there are not would be in every later position.
-        members = queue.places.state.members
-        self.read = {ref.host: ref for ref in position.read if ref.host in members} if position is not None else {}
-        at = queue.store.read(lambda db: queue.places.begin(db, self.read, began))
+        members, known = queue.places.state.members, queue.places.state.plugins[shard[0]]
+        self.read = {ref.host: ref for ref in position.read if ref.host in members}
+        at = queue.store.read(lambda db: queue.places.begin(db, self.read, known.began))
         super().__init__(shard[0], queue, subscriptions, at)
-        self.shard, self.epoch, self._shards, self._gave_up = shard, epoch, shards, gave_up
+        self.shard, self.epoch, self._shards, self._gave_up = shard, epoch, known.plugin.shards, gave_up
         self.unconfirmed = 0
         """Deliveries that have ended and stand in no position that was read back."""
         self._ended = 0
         self._made: deque[tuple[Position, int]] = deque()
         """Positions that were handed out to be written, each with the number of deliveries that had ended."""
-        self._written = position if position is not None and position.epoch == epoch else None
-        opened = position.open if position is not None else ()
-        known = position is None or position.epoch == before
-        refs = [one.event for one in opened]
-        self._local = queue.places.local(self.plugin, refs, at) if known else {}
+        self._written = position if position.epoch == epoch else None
+        is_ours = position.epoch == queue.places.held_before(shard)
+        refs = [one.event for one in position.open]
+        self._local = queue.places.local(self.plugin, refs, at) if is_ours else {}
         self._left = {delivery.seq: delivery for delivery in queue.lane(self.plugin).pending()}
         """Deliveries that another process of this host had in flight, and handed over."""
-        self.lost = self._take_open(opened)
+        self.lost = self._take_open(position.open)
         """Events that are open and that this host does not have."""
 
     def _take_open(self, opened: Iterable[Opened]) -> list[EventRef]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from host.cluster.delivery.places import GIVEN_UP, Place, is_later, shard_of_event
-from host.cluster.entries import EventRef, Position
+from host.cluster.entries import EventRef
 from host.cluster.fold import Incarnation, Lease, Shard, State
 from host.queue.interface import DeliveryRow, Event, Subscriber
 
@@ -51,7 +51,7 @@ class Fates:
                 continue
             shard = (plugin, shard_of_event(self.event.id, to.key, known.plugin.shards))
             lease = self.state.leases.get(shard)
-            state, attempts = _stands(self.state, self.state.positions.get(shard), self.ref, self.at)
+            state, attempts = _stands(self.state, shard, self.ref, self.at)
             rows[plugin] = self._lost(shard) or self._held(plugin, state, attempts, lease)
         for known in self._absent(here, subscribers):
             if self.ref is not None and _waits(self.state, known, self.ref, self.at):
@@ -115,10 +115,11 @@ def _is_from_the_log(row: DeliveryRow) -> bool:
     return row.state == "moved" or (row.state in GIVEN_UP and not row.attempts and row.status is None)
 
 
-def _stands(state: State, position: Position | None, ref: EventRef | None, at: Place | None) -> tuple[str, int]:
+def _stands(state: State, shard: Shard, ref: EventRef | None, at: Place | None) -> tuple[str, int]:
     """State and attempts of a delivery of an event, as far as the shard's holder has told."""
-    if position is None or ref is None or at is None:
+    if ref is None or at is None:
         return "queued", 0
+    position = state.position(shard)
     for one in position.open:
         if one.event == ref:
             return ("retry" if one.attempts else "queued"), one.attempts
@@ -144,5 +145,5 @@ def waiting(db: sqlite3.Connection, state: State, name: str, now: float) -> int:
 def _waits(state: State, known: Incarnation, ref: EventRef, at: Place | None) -> bool:
     if at is not None and at[0] <= known.began:
         return False
-    positions = [state.positions.get((known.plugin.name, shard)) for shard in range(known.plugin.shards)]
-    return any(_stands(state, position, ref, at)[0] != "ok" for position in positions)
+    shards = ((known.plugin.name, number) for number in range(known.plugin.shards))
+    return any(_stands(state, shard, ref, at)[0] != "ok" for shard in shards)

@@ -21,9 +21,9 @@ from host.cluster.delivery.replies import Replies
 from host.cluster.delivery.unread import GONE, UNREAD, Loss, bounded, lose, losses, ranges, since, told
 from host.cluster.entries import Beat, Ended, Event, EventRef, Lost, Plugin, Position, Range, Release, Replay
 from host.cluster.fold import Applied, Shard, State
-from host.cluster.follower import Fences
 from host.cluster.log import LogUnavailableError
 from host.cluster.node import Node
+from host.fence.fences import Fences
 from host.queue.interface import Delivery, Result
 from isolator.ipc.tasks import Tasks
 
@@ -38,7 +38,7 @@ _WHY = 1000
 
 
 class TypesFollower:
-    """Whoever keeps the event types that the log has, and here nobody; see ``Follower`` for the first four."""
+    """Whoever keeps the event types that the log has; see ``Follower`` for the first four."""
 
     def applied(self, db: sqlite3.Connection, entries: Sequence[Applied]) -> None: ...
 
@@ -50,9 +50,6 @@ class TypesFollower:
 
     def follow(self, *, complete: bool = False) -> None:
         """Have this host know what the fold has; ``complete``: the log was read, what it does not have is gone."""
-
-
-NO_TYPES: Final = TypesFollower()
 
 
 class QueueFollower:
@@ -68,8 +65,8 @@ class QueueFollower:
         subscriptions: Subscriptions,
         ready: Callable[[], Sequence[str]],
         fences: Fences,
-        lost_events: Callable[[Sequence[Loss]], None] = lambda _: None,
-        types: TypesFollower = NO_TYPES,
+        lost_events: Callable[[Sequence[Loss]], None],
+        types: TypesFollower,
     ) -> None:
         self._queue, self._subscriptions, self._ready, self._fences = queue, subscriptions, ready, fences
         self._lost_events, self._types = lost_events, types
@@ -202,10 +199,7 @@ class QueueFollower:
         places, state = self._queue.places, self._node.state
         known = state.plugins[shard[0]]
         self._draining.discard(shard)
-        cursor = self._held[shard] = Held(
-            shard, known.plugin.shards, epoch, position if position.epoch else None, known.began,
-            places.held_before(shard), self._queue, self._subscriptions, self._gave_up,
-        )  # fmt: skip
+        cursor = self._held[shard] = Held(shard, epoch, position, self._queue, self._subscriptions, self._gave_up)
         places.hold(shard, epoch)
         gone, found = bounded(ranges(cursor.lost)), self._queue.store.read(lambda db: since(db, known))
         unread = bounded(places.unread(found, position))

@@ -244,15 +244,15 @@ class Places:
             return []
         lacking: set[Range] = set()
         for shard in range(known.plugin.shards):
-            position = self.state.positions.get((name, shard))
+            position = self.state.position((name, shard))
             lacking.update(self.unread(found, position))
-            opened = [one.event for one in position.open] if position is not None else []
+            opened = (one.event for one in position.open)
             lacking.update(unread.ranges(ref for ref in opened if self.seq_of(db, ref) is None))
         return sorted(lacking)
 
-    def unread(self, found: Iterable[Range], position: Position | None) -> list[Range]:
+    def unread(self, found: Iterable[Range], position: Position) -> list[Range]:
         """Events that this host has never read, and with which a position goes on."""
-        read = {ref.host: ref for ref in position.read} if position is not None else {}
+        read = {ref.host: ref for ref in position.read}
         rest = (unread.rest(self.state, one, read) for one in found)
         return [one for one in rest if one is not None]
 
@@ -266,10 +266,13 @@ class Places:
         row = (plugin, *at)
         self._store.submit(lambda db: db.execute("INSERT OR IGNORE INTO cluster_read VALUES (?,?,?)", row))
 
-    @staticmethod
-    def seq_of(db: sqlite3.Connection, ref: EventRef) -> int | None:
+    def seq_of(self, db: sqlite3.Connection, ref: EventRef) -> int | None:
         """This host's number of an event, if it has it."""
-        where = "SELECT seq FROM cluster_events WHERE host=? AND series=? AND number=?"
+        return self._of(db, "seq", ref)
+
+    @staticmethod
+    def _of(db: sqlite3.Connection, column: str, ref: EventRef) -> int | None:
+        where = f"SELECT {column} FROM cluster_events WHERE host=? AND series=? AND number=?"
         found = db.execute(where, ref).fetchone()
         return found[0] if found is not None else None
 
@@ -347,25 +350,17 @@ class Places:
             if known.plugin.placement != "one":
                 continue
             for shard in range(known.plugin.shards):
-                position = self.state.positions.get((name, shard))
-                read = {ref.host: ref for ref in position.read} if position is not None else {}
+                position = self.state.position((name, shard))
+                read = {ref.host: ref for ref in position.read}
                 floors.append(self.begin(db, read, known.began)[0])
-                floors += [
-                    place for one in (position.open if position is not None else ())
-                    if (place := self._place_of(db, one.event)) is not None
-                ]  # fmt: skip
+                opened = (self._of(db, "place", one.event) for one in position.open)
+                floors += [place for place in opened if place is not None]
         found = db.execute(
             "SELECT min(e.seq) FROM cluster_events c JOIN events e ON e.seq=c.seq"
             " WHERE (c.place >= ? OR c.place IS NULL) AND e.expires > ?",
             (min(floors, default=self.state.place + 1), now),
         ).fetchone()[0]
         return int(found) if found is not None else None
-
-    @staticmethod
-    def _place_of(db: sqlite3.Connection, ref: EventRef) -> int | None:
-        where = "SELECT place FROM cluster_events WHERE host=? AND series=? AND number=?"
-        found = db.execute(where, ref).fetchone()
-        return found[0] if found is not None else None
 
     def held_before(self, shard: Shard) -> int | None:
         """The epoch in which this host held a shard last."""
