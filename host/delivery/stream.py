@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from host.channel.reply import STREAM_MESSAGE, NotSentError, event_params, judge_reply
@@ -155,7 +156,7 @@ class StreamDelivery:
             return True
         self._requests.send(
             plugin, delivery, session.run, number, request,
-            lambda one: connection.write(number, request, plugin.timeout, one), connection.flush,
+            partial(connection.write, number, request, plugin.timeout), connection.flush,
         )  # fmt: skip
         return True
 
