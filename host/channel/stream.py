@@ -69,7 +69,7 @@ class StreamState(Body):
 
 
 class StreamConnection(LineProtocol):
-    """Connection to one run of a plugin; ``closed`` is set when it ends, ``why`` has the reason."""
+    """Connection to one run of a plugin."""
 
     limit = STREAM_MESSAGE
     write_high = STREAM_MESSAGE
@@ -80,10 +80,16 @@ class StreamConnection(LineProtocol):
         super().__init__()
         self.cpu, self._redact = cpu, redact
         self.budget = TokenBucket(BYTES_A_SECOND, BYTES_AT_ONCE)
-        self.closed = asyncio.Event()
+        self.closed = False
+        """It has ended."""
         self.why = ""
+        """The reason for that."""
+        self.agreed: Greeting | None = None
+        """The plugin's greeting, once it is there."""
         self._writable = asyncio.Event()
         self._writable.set()
+        self.is_writable = self._writable.is_set
+        """Tells whether the plugin may be sent more: it has read enough, or is gone."""
         self._call = call
         self._breach = breach
         self._pending: dict[str, tuple[Reply, float] | None] = {}
@@ -116,7 +122,7 @@ class StreamConnection(LineProtocol):
 
     def write(self, number: str, data: bytes, timeout: float, reply: Reply) -> None:
         """Gather the line of a request until ``flush``; ``reply`` gets what ``request`` returns or raises."""
-        if self.closed.is_set() or self.transport is None or self.transport.is_closing():
+        if self.closed or self.transport is None or self.transport.is_closing():
             reply.set_exception(NotSentError(self.why or "the connection is closed"))
             return
         self.gather(data)
@@ -152,11 +158,6 @@ class StreamConnection(LineProtocol):
             self.notify("$/cancel", {"id": number})
             if len(self._pending) > 1000:
                 self.abort("too many requests were never answered")
-
-    @property
-    def is_writable(self) -> bool:
-        """Whether the plugin may be sent more: it has read enough, or is gone."""
-        return self._writable.is_set()
 
     async def writable(self, timeout: float) -> None:
         """Wait until the plugin has read enough to be sent more; cut it off if that takes ``timeout`` seconds."""
@@ -219,11 +220,12 @@ class StreamConnection(LineProtocol):
         handles = result.get("handles")
         capabilities = result.get("capabilities")
         named = {name for name, on in capabilities.items() if on} if isinstance(capabilities, dict) else capabilities
-        return Greeting(
+        self.agreed = Greeting(
             protocol,
             frozenset(granted if not isinstance(handles, list) else (h for h in granted if h in handles)),
             frozenset(str(c) for c in named) if isinstance(named, (list, set)) else frozenset(),
         )
+        return self.agreed
 
     def _error_text(self, error: Any) -> str:
         if not isinstance(error, dict):
@@ -233,7 +235,7 @@ class StreamConnection(LineProtocol):
 
     def abort(self, why: str, code: int = -32600) -> None:
         """Send an error with the reason, record the breach, close."""
-        if self.closed.is_set():
+        if self.closed:
             return
         self.why = why
         self.send(line({"jsonrpc": "2.0", "id": None, "error": {"code": code, "message": why}}))
@@ -314,7 +316,7 @@ class StreamConnection(LineProtocol):
         self.begin()
 
     def _end(self) -> None:
-        self.closed.set()
+        self.closed = True
         self._writable.set()
         pending, self._pending = self._pending, {}
         self._set_timer(None)

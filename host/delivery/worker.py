@@ -402,8 +402,6 @@ class Worker:
             self._outcomes.note_failure(self._registry.get(self.name), delivery, error)
         self._backoff.reset()
         self.blocked_on = None
-        if not self._oneshot.busy:
-            self._sidecar.status = "idle"
         return True
 
     async def _deliver(self, delivery: Delivery) -> None:
@@ -453,11 +451,10 @@ class Worker:
         return _make_nothing if plugin.mode == "oneshot" and self._oneshot.prepare(alone=alone) else None
 
     def _make_ahead(self, event: Event) -> None:
-        """Make the request of an event's first attempt on the stream while it is being synced."""
+        """Make a part of the request of an event's first attempt on the stream while it is being synced."""
         plugin = self._registry.get(self.name)
-        hook = plugin.hooks.get(event.name) if plugin is not None else None
-        if plugin is not None and hook is not None:
-            self._stream.make_ahead(plugin, hook, event)
+        if plugin is not None:
+            self._stream.make_ahead(plugin, event)
 
 
 def _make_nothing(_: Event) -> None:

@@ -277,7 +277,7 @@ class SqliteConsumer:
                 if delivery.event is None or delivery.expires <= now or not send_now(delivery):
                     self._lane.put_back(delivery, delivery.due)
                     break
-                if self._room() <= 0 or not self._lane.has_next:
+                if not self._lane.has_next or self._room() <= 0:
                     return True
         finally:
             self._offering = False
