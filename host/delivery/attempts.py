@@ -46,7 +46,8 @@ class Attempts:
     def begin(self, attempt: Attempt) -> None:
         """Count, record and send an attempt, by the loop's next turn if database and trail can be written."""
         self._gathered.append(attempt)
-        self.schedule()
+        if not self._scheduled:
+            self.schedule()
 
     def schedule(self) -> None:
         """Begin in the loop's next turn the attempts that have gathered by then.

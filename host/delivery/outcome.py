@@ -78,7 +78,8 @@ class _Ended:
     latency: int
 
 
-class _Begun(NamedTuple):
+@dataclass(eq=False, slots=True)
+class _Begun:
     """An attempt as ``Outcomes.begin`` has it."""
 
     outcomes: Outcomes

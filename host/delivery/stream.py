@@ -38,7 +38,7 @@ HostApiCall = Callable[[str, str, str, Any], Awaitable[dict[str, Any]]]
 """Answers a call of a stream plugin to the host API: (plugin, run, method, params) → its reply's fields."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Session:
     """The connection with one run."""
 
@@ -133,7 +133,7 @@ class StreamDelivery:
         if hook not in connection.agreed.handles:
             self._outcomes.give_up(delivery, "the plugin said in host.hello that it does not handle this event")
             return True
-        if not self._requests.has_room(plugin) or not connection.is_writable():
+        if not self._requests.has_room(plugin) or not connection.is_writable:
             return False
         number = random_hex()
         request = event_request(hook, self._params(plugin, event, delivery.attempts + 1, delivery.epoch), number)

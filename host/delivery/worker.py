@@ -82,7 +82,7 @@ class Worker:
         self.name = sidecar.name
         self.blocked_on: str | None = None
         """Why nothing is being sent at the moment, else None."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         self.last_used = loop.time()
         """Loop time at which the newest delivery was taken."""
         self._consumer, self._registry, self._gate = consumer, registry, gate
@@ -145,7 +145,7 @@ class Worker:
             yield
         finally:
             self._users -= 1
-            self.last_used = asyncio.get_running_loop().time()
+            self.last_used = self._loop.time()
 
     def pause(self) -> None:
         """Send no further event until ``resume``; what is in flight is answered, and the sidecar stays."""
@@ -424,7 +424,7 @@ class Worker:
         plugin = self._registry.get(self.name)
         event = delivery.event
         assert event is not None
-        self.last_used = asyncio.get_running_loop().time()
+        self.last_used = self._loop.time()
         if plugin is not None and plugin.state == "rejected":
             raise NotSentError(plugin.error or "its policy or manifest is of no use")
         if plugin is not None:
