@@ -40,6 +40,7 @@ class PendingRequest(Generic[A]):
     write: Callable[[PendingRequest[A]], None] | None = None
     """Writes it; None: it is written, by this host or by another."""
     flush: Callable[[], None] | None = None
+    """Sends what that only gathers."""
     sent_ns: int = 0
 
     def send(self) -> None:
@@ -55,7 +56,7 @@ class PendingRequest(Generic[A]):
             self.write, self.request = None, b""
 
     def listen(self) -> None:
-        """Send what was only gathered."""
+        """Send what was only gathered: every request of this turn is, by now."""
         if self.flush is not None:
             self.flush()
 

@@ -126,10 +126,12 @@ class StreamDelivery:
     def deliver_now(self, plugin: Plugin, hook: str, delivery: Delivery) -> bool:
         """As ``deliver``, if that takes no wait; returns whether it took none."""
         session, event = self._present, delivery.event
-        if session is None or session.connection.agreed is None:
+        if session is None:
+            return False
+        connection = session.connection
+        if connection.agreed is None:
             return False
         assert event is not None
-        connection = session.connection
         if hook not in connection.agreed.handles:
             self._outcomes.give_up(delivery, "the plugin said in host.hello that it does not handle this event")
             return True

@@ -128,8 +128,8 @@ class AuditClient:
         """Queue one record; ``urgent`` hands it to the kernel before returning if there is room (see ``flushed``).
 
         ``happened_ns`` is the CLOCK_MONOTONIC of the recorded fact, where that was noticeably before this call;
-        ``since_ns`` that of the first of several facts which one record sums up. ``at``: the moment of it, which several
-        records share.
+        ``since_ns`` that of the first of several facts which one record sums up. ``at`` is the moment of a record which
+        others have, too.
         """
         if len(self._pending) + len(self._unacked) >= MAX_PENDING:
             self.lost += 1

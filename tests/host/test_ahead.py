@@ -165,7 +165,7 @@ reply.params_text = noted("make", reply.params_text)
 """Have a host note when it writes its log, makes requests and syncs; that fails once the file ``armed`` exists."""
 
 
-async def test_request_on_an_idle_stream_is_made_while_its_event_is_written_and_not_sent_if_the_sync_fails(
+async def test_what_requests_on_streams_share_is_made_while_their_event_is_written_and_none_is_sent_if_the_sync_fails(
     daemon: Daemon,
 ) -> None:
     await daemon.kill_host()

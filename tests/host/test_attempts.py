@@ -80,6 +80,7 @@ async def test_attempts_of_one_turn_share_a_transaction_and_a_packet_and_are_rec
         if not found:
             lines = [json.loads(line) for line in theirs.recv(1 << 16).splitlines()]
             found.append((store.commits, [line["plugin"] for line in lines]))
+            assert len({(line["time"], line["mono"]) for line in lines}) == 1, "they begin at one moment"
             assert list(_rows(store).values()) == [("in_flight", 1)] * 3
         else:
             all_sent.set()
