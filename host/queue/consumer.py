@@ -231,6 +231,7 @@ class SqliteConsumer:
         pending = self._lane.pending()
         for delivery in pending:
             delivery.final = True
+            delivery.ahead = delivery.behind = None  # or they keep each other
         self._in_flight.clear()
         self._lane = Lane()
         self._wake()

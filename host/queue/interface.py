@@ -113,6 +113,7 @@ class Delivery:
     ahead: Delivery | None = field(default=None, repr=False)
     """The one before it in the order of its key, in its lane."""
     behind: Delivery | None = field(default=None, repr=False)
+    """The one after it."""
     epoch: int = 0
     """In a cluster the number of the lease under which it is sent; a later holder of its plugin has a higher one."""
 

@@ -5,7 +5,8 @@ retry, or is in flight, holds back the rest of its key and nothing else. Among t
 oldest delivery goes first. All times here are those of a monotonic clock, so that setting the clock of the host
 neither fires every retry at once nor stops them for a day.
 
-Every method is O(log n); a delivery that waits costs some 350 bytes because its payload stays on disk.
+Every method but ``expedite`` and ``pending`` is O(log n); a delivery that waits costs some 350 bytes because its
+payload stays on disk.
 """
 
 from __future__ import annotations
