@@ -10,6 +10,7 @@ recorded, and ends the connection. Requests in flight then have an unknown outco
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Reply(Protocol):
         """Take the reason why there will be none."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Greeting:
     """The plugin's answer to ``host.hello``."""
 
@@ -69,7 +70,7 @@ class StreamState(Body):
 
 
 class StreamConnection(LineProtocol):
-    """Connection to one run of a plugin; ``closed`` is set when it ends, ``why`` has the reason."""
+    """Connection to one run of a plugin."""
 
     limit = STREAM_MESSAGE
     write_high = STREAM_MESSAGE
@@ -80,10 +81,16 @@ class StreamConnection(LineProtocol):
         super().__init__()
         self.cpu, self._redact = cpu, redact
         self.budget = TokenBucket(BYTES_A_SECOND, BYTES_AT_ONCE)
-        self.closed = asyncio.Event()
+        self.closed = False
+        """It has ended."""
         self.why = ""
+        """The reason for that."""
+        self.agreed: Greeting | None = None
+        """The plugin's greeting, once it is there."""
+        self.is_writable = True
+        """The plugin may be sent more: it has read enough, or is gone."""
         self._writable = asyncio.Event()
-        self._writable.set()
+        """Set once it is again, for those who wait."""
         self._call = call
         self._breach = breach
         self._pending: dict[str, tuple[Reply, float] | None] = {}
@@ -91,6 +98,8 @@ class StreamConnection(LineProtocol):
         nobody does any more."""
         self._timer: asyncio.TimerHandle | None = None
         """Fires at the first deadline, or before it: one timer, for thousands of requests a second."""
+        self._expires = math.inf
+        """When it does."""
         self._calls = OpenCalls(self._answered)
         """Calls of the plugin that are not answered."""
 
@@ -116,21 +125,21 @@ class StreamConnection(LineProtocol):
 
     def write(self, number: str, data: bytes, timeout: float, reply: Reply) -> None:
         """Gather the line of a request until ``flush``; ``reply`` gets what ``request`` returns or raises."""
-        if self.closed.is_set() or self.transport is None or self.transport.is_closing():
+        if self.closed or self.transport is None or self.transport.is_closing():
             reply.set_exception(NotSentError(self.why or "the connection is closed"))
             return
-        self.gather(data)
+        self._gathered.append(data)
         self._await(number, self._loop.time() + timeout, reply)
 
     def _await(self, number: str, deadline: float, reply: Reply) -> None:
         self._pending[number] = (reply, deadline)
-        if self._timer is None or deadline < self._timer.when():
+        if deadline < self._expires:
             self._set_timer(deadline)
 
-    def _set_timer(self, when: float | None) -> None:
+    def _set_timer(self, when: float = math.inf) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_at(when, self._expire) if when is not None else None
+        self._expires, self._timer = when, self._loop.call_at(when, self._expire) if when < math.inf else None
 
     def _expire(self) -> None:
         """Give up the requests whose time is over."""
@@ -143,7 +152,7 @@ class StreamConnection(LineProtocol):
                 if not reply.done():
                     reply.set_exception(LostError("no reply in time"))
                 self._give_up(number)
-        self._set_timer(min((one[1] for one in self._pending.values() if one is not None), default=None))
+        self._set_timer(min((one[1] for one in self._pending.values() if one is not None), default=math.inf))
 
     def _give_up(self, number: str) -> None:
         """Await a reply no more. The request stays pending: its reply may still come, and is no breach then."""
@@ -153,14 +162,9 @@ class StreamConnection(LineProtocol):
             if len(self._pending) > 1000:
                 self.abort("too many requests were never answered")
 
-    @property
-    def is_writable(self) -> bool:
-        """Whether the plugin may be sent more: it has read enough, or is gone."""
-        return self._writable.is_set()
-
     async def writable(self, timeout: float) -> None:
         """Wait until the plugin has read enough to be sent more; cut it off if that takes ``timeout`` seconds."""
-        if self._writable.is_set():
+        if self.is_writable:
             return
         try:
             async with asyncio.timeout(timeout):
@@ -170,10 +174,15 @@ class StreamConnection(LineProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self.is_writable = False
         self._writable.clear()
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self._set_writable()
+
+    def _set_writable(self) -> None:
+        self.is_writable = True
         self._writable.set()
 
     def notify(self, method: str, params: Mapping[str, Any]) -> None:
@@ -219,11 +228,12 @@ class StreamConnection(LineProtocol):
         handles = result.get("handles")
         capabilities = result.get("capabilities")
         named = {name for name, on in capabilities.items() if on} if isinstance(capabilities, dict) else capabilities
-        return Greeting(
+        self.agreed = Greeting(
             protocol,
             frozenset(granted if not isinstance(handles, list) else (h for h in granted if h in handles)),
             frozenset(str(c) for c in named) if isinstance(named, (list, set)) else frozenset(),
         )
+        return self.agreed
 
     def _error_text(self, error: Any) -> str:
         if not isinstance(error, dict):
@@ -233,7 +243,7 @@ class StreamConnection(LineProtocol):
 
     def abort(self, why: str, code: int = -32600) -> None:
         """Send an error with the reason, record the breach, close."""
-        if self.closed.is_set():
+        if self.closed:
             return
         self.why = why
         self.send(line({"jsonrpc": "2.0", "id": None, "error": {"code": code, "message": why}}))
@@ -297,7 +307,7 @@ class StreamConnection(LineProtocol):
     def pass_on_all(self, departure: Departure) -> StreamState:
         """Hand the connection on; a call of the plugin's that is still unanswered is read again."""
         deadlines = {number: one[1] if one is not None else 0.0 for number, one in self._pending.items()}
-        self._set_timer(None)
+        self._set_timer()
         return StreamState(line=self.pass_on(departure, again=self._calls.break_off()), deadlines=deadlines)
 
     async def take_over_all(
@@ -314,10 +324,10 @@ class StreamConnection(LineProtocol):
         self.begin()
 
     def _end(self) -> None:
-        self.closed.set()
-        self._writable.set()
+        self.closed = True
+        self._set_writable()
         pending, self._pending = self._pending, {}
-        self._set_timer(None)
+        self._set_timer()
         for one in pending.values():
             if one is not None and not one[0].done():
                 one[0].set_exception(LostError(self.why or "connection lost", crash=True))

@@ -10,26 +10,26 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Protocol
 
 from host.queue.interface import Delivery, Queue
-from isolator.audit.client import AuditClient
+from isolator.audit.client import AuditClient, Moment, moment
 from isolator.audit.schema import EventDispatched
 from isolator.ipc.tasks import essential_at_once
 
 
-class Attempt(NamedTuple):
-    """A delivery that is about to be tried; ``send`` writes the request at once, or gathers it, and never raises.
-
-    ``listen`` writes what was gathered and awaits the reply, once every request of this turn is sent.
-    """
+class Attempt(Protocol):
+    """A delivery that is about to be tried."""
 
     delivery: Delivery
     run: str
     request: bytes
-    send: Callable[[], None]
-    listen: Callable[[], None] | None = None
+
+    def send(self) -> None:
+        """Write the request at once, or gather it; never raises."""
+
+    def listen(self) -> None:
+        """Write what was gathered and await the reply, once every request of this turn is sent; never raises."""
 
 
 class Attempts:
@@ -46,7 +46,8 @@ class Attempts:
     def begin(self, attempt: Attempt) -> None:
         """Count, record and send an attempt, by the loop's next turn if database and trail can be written."""
         self._gathered.append(attempt)
-        self.schedule()
+        if not self._scheduled:
+            self.schedule()
 
     def schedule(self) -> None:
         """Begin in the loop's next turn the attempts that have gathered by then.
@@ -73,9 +74,9 @@ class Attempts:
     async def _begin(self) -> None:
         attempts, self._gathered = self._gathered, []
         await self._queue.sent([attempt.delivery for attempt in attempts])
-        now = self._loop.time()
+        now, at = self._loop.time(), moment()
         for attempt in attempts:
-            self._record(attempt, now)
+            self._record(attempt, now, at)
         if self._wait_for_trail:
             await self._audit.flushed()
         else:
@@ -83,10 +84,9 @@ class Attempts:
         for attempt in attempts:
             attempt.send()
         for attempt in attempts:
-            if attempt.listen is not None:
-                attempt.listen()
+            attempt.listen()
 
-    def _record(self, attempt: Attempt, now: float) -> None:
+    def _record(self, attempt: Attempt, now: float, at: Moment) -> None:
         delivery = attempt.delivery
         assert delivery.event is not None
         waited = now - delivery.ready_at if delivery.ready_at else None
@@ -103,6 +103,7 @@ class Attempts:
             run=attempt.run,
             event_id=delivery.event.id,
             delivery_id=delivery.id,
+            at=at,
         )
 
     @property

@@ -26,17 +26,13 @@ class DispatchGate:
     @property
     def is_open(self) -> bool:
         """Whether a request may be sent now."""
-        return not self._halted and self._store.blocked is None and self._free.is_set()
-
-    @property
-    def _halted(self) -> bool:
-        return self._halt_without_audit and self._audit.blocked is not None
+        halted = self._halt_without_audit and self._audit.blocked is not None
+        return not halted and self._store.blocked is None and self._free.is_set()
 
     async def wait_open(self) -> None:
         """Return once ``is_open``."""
         while not self.is_open:
             await self._free.wait()
-            if self._halted:
+            if self._halt_without_audit:
                 await self._audit.writable()
-            else:
-                await self._store.unblocked.wait()
+            await self._store.unblocked.wait()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, ParamSpec
 
 from host.channel.reply import Outcome, shown
-from host.delivery.attempts import Attempt, Attempts
+from host.delivery.attempts import Attempts
 from host.fence.fences import NO_LEASE
 from host.plugins.registry import Plugin
 from host.plugins.secrets import Redactor
@@ -76,6 +76,27 @@ class _Ended:
     run: str
     outcome: Outcome
     latency: int
+
+
+@dataclass(eq=False, slots=True)
+class _Begun:
+    """An attempt as ``Outcomes.begin`` has it."""
+
+    outcomes: Outcomes
+    delivery: Delivery
+    run: str
+    request: bytes
+    write: Callable[[], None]
+    give_up: Callable[[str], None]
+    awaits: Callable[[], None] | None
+
+    def send(self) -> None:
+        why = self.outcomes.note_sent(self.delivery, self.run)
+        self.write() if why is None else self.give_up(why)
+
+    def listen(self) -> None:
+        if self.awaits is not None:
+            self.awaits()
 
 
 class AttemptedState(Body):
@@ -197,12 +218,7 @@ class Outcomes:
         ``give_up`` is called in its place, with the reason, if it may not be written after all. ``listen`` is called
         after either, once all attempts that begin in this turn are written.
         """
-
-        def written() -> None:
-            why = self.note_sent(delivery, run)
-            send() if why is None else give_up(why)
-
-        self.attempts.begin(Attempt(delivery, run, request, written, listen))
+        self.attempts.begin(_Begun(self, delivery, run, request, send, give_up, listen))
 
     def note_sent(self, delivery: Delivery, run: str) -> str | None:
         """Note that a request is written now; returns the reason if it may not be."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from host.channel.reply import LostError, NotSentError, Outcome
-from host.delivery.attempts import Attempt
 from host.delivery.outcome import Outcomes, judged
 from host.delivery.sidecar import SidecarLink
 from host.plugins.registry import Plugin
@@ -36,13 +35,17 @@ class PendingRequest(Generic[A]):
     delivery: Delivery
     run: str
     number: str
+    request: bytes = b""
+    """What is to be written."""
     write: Callable[[PendingRequest[A]], None] | None = None
     """Writes it; None: it is written, by this host or by another."""
+    flush: Callable[[], None] | None = None
+    """Sends what that only gathers."""
     sent_ns: int = 0
 
     def send(self) -> None:
         """Write the request, which is on record by now, if its answer is still awaited."""
-        if self.done():
+        if self.number not in self.requests.unanswered:
             return
         self.sent_ns = time.perf_counter_ns()
         why = self.requests.outcomes.note_sent(self.delivery, self.run)
@@ -50,7 +53,12 @@ class PendingRequest(Generic[A]):
             self.set_exception(LostError(why))
         elif self.write is not None:
             self.write(self)
-            self.write = None  # with the bytes that it writes
+            self.write, self.request = None, b""
+
+    def listen(self) -> None:
+        """Send what was only gathered: every request of this turn is, by now."""
+        if self.flush is not None:
+            self.flush()
 
     def done(self) -> bool:
         """Whether the answer is no longer awaited."""
@@ -111,9 +119,8 @@ class Requests(Generic[A]):
         ``flush`` is called once every request of this turn is written: to send what ``write`` only gathers.
         """
         self._sidecar.begin_request(run)
-        one = self.unanswered[number] = PendingRequest(self, plugin, delivery, run, number, write)
-        self.outcomes.attempts.begin(Attempt(delivery, run, request, one.send, flush))
-        self._sidecar.status = "in_flight"
+        one = self.unanswered[number] = PendingRequest(self, plugin, delivery, run, number, request, write, flush)
+        self.outcomes.attempts.begin(one)
 
     def conclude(self, one: PendingRequest[A], answer: A | LostError | NotSentError) -> None:
         """End the attempt of a request, unless it is no longer awaited; never raises."""

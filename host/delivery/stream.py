@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from host.channel.reply import STREAM_MESSAGE, NotSentError, event_params, judge_reply
@@ -21,11 +22,10 @@ from host.channel.stream import (
     event_request,
     open_stream,
 )
-from host.delivery.ahead import MadeAhead
 from host.delivery.outcome import Outcomes
 from host.delivery.requests import Requests, RequestState
 from host.delivery.sidecar import SidecarLink
-from host.events import Catalogue, EventType, random_hex
+from host.events import Catalogue, random_hex
 from host.plugins.registry import Plugin
 from host.queue.interface import Delivery, Event
 from host.wire.lines import CPU_A_SECOND, CPU_AT_ONCE
@@ -38,7 +38,7 @@ HostApiCall = Callable[[str, str, str, Any], Awaitable[dict[str, Any]]]
 """Answers a call of a stream plugin to the host API: (plugin, run, method, params) → its reply's fields."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Session:
     """The connection with one run."""
 
@@ -50,23 +50,11 @@ class _Session:
     """The number of that request."""
     reply: asyncio.Future[Read] | None = None
     """The reply to it; None: another host had it."""
-    _greeting: Greeting | None = None
-
-    @property
-    def greeting(self) -> Greeting | None:
-        """The plugin's greeting, if there is one."""
-        if self._greeting is None and self.greeted.done():
-            fails = self.greeted.cancelled() or self.greeted.exception() is not None
-            self._greeting = None if fails else self.greeted.result()
-        return self._greeting
-
-    @property
-    def is_open(self) -> bool:
-        return not self.connection.closed.is_set()
 
     def can(self, capability: str) -> bool:
         """Whether the plugin can still be sent a message that it declared in its greeting."""
-        return self.is_open and (greeting := self.greeting) is not None and capability in greeting.capabilities
+        connection = self.connection
+        return not connection.closed and connection.agreed is not None and capability in connection.agreed.capabilities
 
 
 class SessionState(Body):
@@ -103,7 +91,6 @@ class StreamDelivery:
         """A connection is being made, and not greeted yet."""
         self._tasks = Tasks()
         self._cpu = TokenBucket(CPU_A_SECOND, CPU_AT_ONCE)
-        self._request = MadeAhead(_numbered)
 
     @property
     def busy(self) -> bool:
@@ -114,14 +101,15 @@ class StreamDelivery:
     def ready(self) -> bool:
         """Whether a run has been greeted that goes on, so that a request can be sent at once."""
         session = self._present
-        return session is not None and session.greeting is not None
+        return session is not None and session.connection.agreed is not None
 
     @property
     def _present(self) -> _Session | None:
         """The session, if it is open and its run goes on."""
         session = self._session
-        goes_on = session is not None and session.is_open and not self._sidecar.is_over(session.run)
-        return session if goes_on else None
+        if session is None or session.connection.closed or self._sidecar.is_over(session.run):
+            return None
+        return session
 
     async def deliver(self, plugin: Plugin, hook: str, delivery: Delivery) -> None:
         """Send a delivery, which concludes by itself; raises NotSentError or IsolatorError when nothing can be sent."""
@@ -130,41 +118,42 @@ class StreamDelivery:
             await asyncio.shield(session.greeted)
             await self._requests.slot(plugin)
             await session.connection.writable(plugin.timeout)
-            if not session.is_open:
+            if session.connection.closed:
                 raise NotSentError(session.connection.why)
             if self.deliver_now(plugin, hook, delivery):
                 return
 
     def deliver_now(self, plugin: Plugin, hook: str, delivery: Delivery) -> bool:
         """As ``deliver``, if that takes no wait; returns whether it took none."""
-        session = self._present
-        greeting = session.greeting if session is not None else None
-        if session is None or greeting is None:
+        session, event = self._present, delivery.event
+        if session is None:
             return False
-        event = delivery.event
+        connection = session.connection
+        if connection.agreed is None:
+            return False
         assert event is not None
-        if hook not in greeting.handles:
+        if hook not in connection.agreed.handles:
             self._outcomes.give_up(delivery, "the plugin said in host.hello that it does not handle this event")
             return True
-        connection = session.connection
         if not self._requests.has_room(plugin) or not connection.is_writable:
             return False
-        number, request = self._request(hook, *self._content(plugin, event), delivery.attempts + 1, delivery.epoch)
+        number = random_hex()
+        request = event_request(hook, self._params(plugin, event, delivery.attempts + 1, delivery.epoch), number)
         if len(request) > STREAM_MESSAGE:
             self._outcomes.give_up(delivery, "payload_too_large")
             return True
         self._requests.send(
             plugin, delivery, session.run, number, request,
-            lambda one: connection.write(number, request, plugin.timeout, one), connection.flush,
+            partial(connection.write, number, request, plugin.timeout), connection.flush,
         )  # fmt: skip
         return True
 
-    def make_ahead(self, plugin: Plugin, hook: str, event: Event) -> None:
-        """Make the request of an event's first attempt, which ``deliver_now`` sends."""
-        self._request.prepare(hook, *self._content(plugin, event), 1, 0)
+    def make_ahead(self, plugin: Plugin, event: Event) -> None:
+        """Make what the requests of an event's first attempts have in common; ``deliver_now`` finds it again."""
+        self._params(plugin, event, 1, 0)
 
-    def _content(self, plugin: Plugin, event: Event) -> tuple[Event, EventType | None, int, float]:
-        return event, self._catalogue.get(event.name), plugin.major, plugin.timeout
+    def _params(self, plugin: Plugin, event: Event, attempt: int, epoch: int) -> str:
+        return event_params(event, self._catalogue.get(event.name), plugin.major, attempt, plugin.timeout, epoch)
 
     async def _connect(self, plugin: Plugin) -> _Session:
         """Open a session with the present run in the place of the one before; its ``greeted`` is under way."""
@@ -245,7 +234,8 @@ class StreamDelivery:
             return None
         connection = session.connection.pass_on_all(departure)
         requests = self._requests.pass_on(connection.deadlines)
-        greeting = session.greeting or Greeting("", frozenset(), frozenset())
+        agreed = session.connection.agreed
+        greeting = agreed or Greeting("", frozenset(), frozenset())
         state = SessionState(
             run=session.run,
             connection=connection,
@@ -253,7 +243,7 @@ class StreamDelivery:
             handles=tuple(greeting.handles),
             capabilities=tuple(greeting.capabilities),
             requests=requests,
-            hello="" if session.greeting is not None else session.hello,
+            hello="" if agreed is not None else session.hello,
         )
         self._tasks.cancel()
         return state
@@ -273,8 +263,9 @@ class StreamDelivery:
             greeted = self._greeted(connection, hooks, reply)
             self._session = _Session(state.run, connection, greeted, state.hello, reply)
         else:
+            connection.agreed = Greeting(state.protocol, frozenset(state.handles), frozenset(state.capabilities))
             greeted = loop.create_future()
-            greeted.set_result(Greeting(state.protocol, frozenset(state.handles), frozenset(state.capabilities)))
+            greeted.set_result(connection.agreed)
             self._session = _Session(state.run, connection, greeted)
         await connection.take_over_all(state.connection, awaited, descriptors)
 
@@ -285,7 +276,7 @@ class StreamDelivery:
         deadline, and may well be too busy for a ping.
         """
         session = self._session
-        if session is None or not session.is_open or session.connection.in_flight:
+        if session is None or session.connection.closed or session.connection.in_flight:
             return False
         await session.connection.request("ping", {}, timeout)
         return True
@@ -309,11 +300,3 @@ class StreamDelivery:
         self._requests.cancel()
         if self._session is not None:
             self._session.connection.close()
-
-
-def _numbered(
-    hook: str, event: Event, event_type: EventType | None, major: int, timeout: float, attempt: int, epoch: int
-) -> tuple[str, bytes]:  # fmt: skip
-    """Number and line of a request."""
-    number = random_hex()
-    return number, event_request(hook, event_params(event, event_type, major, attempt, timeout, epoch), number)

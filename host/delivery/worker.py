@@ -82,7 +82,7 @@ class Worker:
         self.name = sidecar.name
         self.blocked_on: str | None = None
         """Why nothing is being sent at the moment, else None."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         self.last_used = loop.time()
         """Loop time at which the newest delivery was taken."""
         self._consumer, self._registry, self._gate = consumer, registry, gate
@@ -145,7 +145,7 @@ class Worker:
             yield
         finally:
             self._users -= 1
-            self.last_used = asyncio.get_running_loop().time()
+            self.last_used = self._loop.time()
 
     def pause(self) -> None:
         """Send no further event until ``resume``; what is in flight is answered, and the sidecar stays."""
@@ -402,8 +402,6 @@ class Worker:
             self._outcomes.note_failure(self._registry.get(self.name), delivery, error)
         self._backoff.reset()
         self.blocked_on = None
-        if not self._oneshot.busy:
-            self._sidecar.status = "idle"
         return True
 
     async def _deliver(self, delivery: Delivery) -> None:
@@ -426,7 +424,7 @@ class Worker:
         plugin = self._registry.get(self.name)
         event = delivery.event
         assert event is not None
-        self.last_used = asyncio.get_running_loop().time()
+        self.last_used = self._loop.time()
         if plugin is not None and plugin.state == "rejected":
             raise NotSentError(plugin.error or "its policy or manifest is of no use")
         if plugin is not None:
@@ -453,11 +451,10 @@ class Worker:
         return _make_nothing if plugin.mode == "oneshot" and self._oneshot.prepare(alone=alone) else None
 
     def _make_ahead(self, event: Event) -> None:
-        """Make the request of an event's first attempt on the stream while it is being synced."""
+        """Make a part of the request of an event's first attempt on the stream while it is being synced."""
         plugin = self._registry.get(self.name)
-        hook = plugin.hooks.get(event.name) if plugin is not None else None
-        if plugin is not None and hook is not None:
-            self._stream.make_ahead(plugin, hook, event)
+        if plugin is not None:
+            self._stream.make_ahead(plugin, event)
 
 
 def _make_nothing(_: Event) -> None:

@@ -7,9 +7,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from host.queue.interface import Delivery, KeptState, Prepare, Result
+from host.queue.interface import Delivery, Event, KeptState, Prepare, Result
 from host.queue.lane import Lane
 
+_CACHED = 4096
+"""Deliveries per lane that keep their payload in memory; the rest is read back when its turn comes."""
+_CACHED_BYTES = 1 << 20
+"""Depth of the lane times size of the payload from which on it is read back, too: so a lane holds a few MiB at most."""
 _PREFETCH = 64
 """Payloads that are read back together."""
 AMPLE, GATHER = 0.5, 0.0003
@@ -44,6 +48,7 @@ class SqliteConsumer:
 
     def __init__(self, rows: DeliveryRows, on_expired: Callable[[Delivery], None]) -> None:
         self._rows, self._on_expired = rows, on_expired
+        self._loop = asyncio.get_running_loop()
         self._lane = Lane()
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -75,7 +80,7 @@ class SqliteConsumer:
     @property
     def next_attempt(self) -> float | None:
         due = self._lane.next_due()
-        return None if due is None else time.time() + due - asyncio.get_running_loop().time()
+        return None if due is None else time.time() + due - self._loop.time()
 
     @property
     def held_by(self) -> str | None:
@@ -94,11 +99,17 @@ class SqliteConsumer:
         hook = self._on_delivery_pending
         return hook(alone) if hook is not None and self.reserved == 1 and self._lane.depth == 0 else None
 
-    def add(self, delivery: Delivery) -> None:
-        """Let a delivery that is safe on disk enter the lane, unless everything was dropped meanwhile."""
+    def add(self, delivery: Delivery, event: Event | None = None) -> None:
+        """Let a delivery that is safe on disk enter the lane, unless everything was dropped meanwhile.
+
+        With its ``event`` it need not be read back, where few wait before it.
+        """
         if self._closed:
             delivery.final = True
             return
+        depth = self._lane.depth
+        if event is not None and depth < _CACHED and depth * len(event.payload) < _CACHED_BYTES:
+            delivery.load(event)
         self._lane.add(delivery)
         self._wake(AMPLE)
 
@@ -109,20 +120,19 @@ class SqliteConsumer:
         room: Callable[[], float] = lambda: 1.0,
     ) -> Delivery:
         self._room = room
-        loop = asyncio.get_running_loop()
         while True:
             if self._at_once == AT_ONCE:
                 self._at_once = 0
                 await asyncio.sleep(0)
-            delivery = self._lane.pop(loop.time())
+            delivery = self._lane.pop(self._loop.time())
             if delivery is None:
                 self._at_once = 0
-                await self._wait(loop, on_delivery_pending, send_now)
+                await self._wait(on_delivery_pending, send_now)
                 continue
             self._at_once += 1
             if delivery.event is None:
                 self._load(delivery)
-            if delivery.expires <= loop.time():
+            if delivery.expires <= self._loop.time():
                 self.term(delivery, Result("expired", detail="not delivered in time"))
                 self._on_expired(delivery)
                 continue
@@ -146,7 +156,7 @@ class SqliteConsumer:
         if delivery.final:
             return
         self._rows.write(delivery, result, time.time() + delay)
-        self._put_back(delivery, asyncio.get_running_loop().time() + delay)
+        self._put_back(delivery, self._loop.time() + delay)
         self._wake()
 
     def release(self, delivery: Delivery) -> None:
@@ -221,6 +231,7 @@ class SqliteConsumer:
         pending = self._lane.pending()
         for delivery in pending:
             delivery.final = True
+            delivery.ahead = delivery.behind = None  # or they keep each other
         self._in_flight.clear()
         self._lane = Lane()
         self._wake()
@@ -228,12 +239,12 @@ class SqliteConsumer:
 
     async def _wait(
         self,
-        loop: asyncio.AbstractEventLoop,
         on_delivery_pending: Callable[[bool], Prepare | None] | None,
         send_now: Callable[[Delivery], bool] | None,
     ) -> None:
-        self._waiter, self._on_delivery_pending, self._send_now = loop.create_future(), on_delivery_pending, send_now
-        self._set_timer(loop)
+        self._waiter = self._loop.create_future()
+        self._on_delivery_pending, self._send_now = on_delivery_pending, send_now
+        self._set_timer()
         try:
             await self._waiter
         finally:
@@ -242,12 +253,12 @@ class SqliteConsumer:
                 self._timer.cancel()
                 self._timer = None
 
-    def _set_timer(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _set_timer(self) -> None:
         """Let the taker look again when the first delivery that waits is due."""
         if self._timer is not None:
             self._timer.cancel()
         due = self._lane.next_due()
-        self._timer = loop.call_at(due, self._wake) if due is not None else None
+        self._timer = self._loop.call_at(due, self._wake) if due is not None else None
 
     def _gathered(self) -> None:
         self._gathering = None
@@ -259,25 +270,24 @@ class SqliteConsumer:
             return
         if room < ample:
             if self._gathering is None:
-                self._gathering = asyncio.get_running_loop().call_later(GATHER, self._gathered)
+                self._gathering = self._loop.call_later(GATHER, self._gathered)
         elif self._send_now is None or not self._offer(self._send_now):
             self._waiter.set_result(None)
 
     def _offer(self, send_now: Callable[[Delivery], bool]) -> bool:
         """Have deliveries sent without a turn of the loop; returns whether the taker may go on waiting."""
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = self._loop.time()
         self._offering = True
         try:
             for _ in range(AT_ONCE):
                 delivery = self._lane.pop(now)
                 if delivery is None:
-                    self._set_timer(loop)
+                    self._set_timer()
                     return True
                 if delivery.event is None or delivery.expires <= now or not send_now(delivery):
                     self._lane.put_back(delivery, delivery.due)
                     break
-                if self._room() <= 0 or not self._lane.has_next:
+                if not self._lane.has_next or self._room() <= 0:
                     return True
         finally:
             self._offering = False

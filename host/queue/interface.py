@@ -78,7 +78,7 @@ class Accepted(NamedTuple):
     duplicate: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Delivery:
     """One event on its way to one plugin. ``attempts`` counts attempts that were sent, this one not included.
 
@@ -90,10 +90,14 @@ class Delivery:
     key: str | None
     attempts: int = 0
     crashes: int = 0
+    expires: float = 0.0
+    ready_at: float = 0.0
+    """Loop time at which it could first be taken; only for latency figures."""
+    counted: bool = False
+    """Its next attempt is in the database already, though not in ``attempts``: it was counted with the event."""
     unreadable: int = 0
     """Answers that were no reply, since this process started."""
     due: float = 0.0
-    expires: float = 0.0
     event: Event | None = None
     """The event while a taker has the delivery, and of some that will soon be taken."""
     event_id: str = ""
@@ -102,14 +106,14 @@ class Delivery:
     """A taker has it; otherwise it waits in its lane, unless it is ``final``."""
     final: bool = False
     """Set once the delivery has left its lane for good; a late ``ack``, ``nak``, ``term``, ``release`` does nothing."""
-    counted: bool = False
-    """Its next attempt is in the database already, though not in ``attempts``: it was counted with the event."""
     busy: int = 0
     """Requests that were answered busy since this process started."""
     place: int = 0
     """Number of its newest entry in its lane's order."""
-    ready_at: float = 0.0
-    """Loop time at which it could first be taken; only for latency figures."""
+    ahead: Delivery | None = field(default=None, repr=False)
+    """The one before it in the order of its key, in its lane."""
+    behind: Delivery | None = field(default=None, repr=False)
+    """The one after it."""
     epoch: int = 0
     """In a cluster the number of the lease under which it is sent; a later holder of its plugin has a higher one."""
 

@@ -5,14 +5,14 @@ retry, or is in flight, holds back the rest of its key and nothing else. Among t
 oldest delivery goes first. All times here are those of a monotonic clock, so that setting the clock of the host
 neither fires every retry at once nor stops them for a day.
 
-Every method is O(log n); a delivery that waits costs some two hundred bytes because its payload stays on disk.
+Every method but ``expedite`` and ``pending`` is O(log n); a delivery that waits costs some 350 bytes because its
+payload stays on disk.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections import deque
 
 from host.queue.interface import Delivery
 
@@ -22,7 +22,8 @@ class Lane:
 
     def __init__(self) -> None:
         self.depth = 0
-        self._keys: dict[object, deque[Delivery]] = {}
+        self._last: dict[object, Delivery] = {}
+        """The newest of each key, behind which the next one stands."""
         # Only the entry with a delivery's newest ``place`` counts; it may have others, and stand beside its replay.
         self._ready: list[tuple[int, int, Delivery]] = []
         self._waiting: list[tuple[float, int, int, Delivery]] = []
@@ -42,15 +43,16 @@ class Lane:
         if len(self._oldest) > 2 * self.depth + 64:  # the oldest one stays for long, and many have passed behind it
             self._oldest = [entry for entry in self._oldest if not entry[2].final]
             heapq.heapify(self._oldest)
-        heapq.heappush(self._oldest, (delivery.seq, next(self._number), delivery))
+        delivery.place = next(self._number)
+        entry = (delivery.seq, delivery.place, delivery)
+        heapq.heappush(self._oldest, entry)
         key = self._key(delivery)
-        line = self._keys.get(key)
-        if line is not None:
-            line.append(delivery)
-            return
-        self._keys[key] = deque((delivery,))
-        if not delivery.taken:
-            self._offer(delivery)
+        delivery.ahead = ahead = self._last.get(key)
+        self._last[key] = delivery
+        if ahead is not None:
+            ahead.behind = delivery
+        elif not delivery.taken:
+            self._push(entry)
 
     def pop(self, now: float) -> Delivery | None:
         """Take the oldest delivery that may go at ``now``; None if there is none."""
@@ -89,7 +91,9 @@ class Lane:
 
     def expedite(self, delivery: Delivery) -> Delivery | None:
         """Let a delivery that no taker has go at once; returns the earlier one of its key that has to go first."""
-        first = self._keys[self._key(delivery)][0]
+        first = delivery
+        while first.ahead is not None:
+            first = first.ahead
         if first is not delivery:
             return first
         delivery.due = 0.0
@@ -102,31 +106,43 @@ class Lane:
             raise ValueError("the delivery is final already")
         delivery.final = True
         self.depth -= 1
-        key = self._key(delivery)
-        line = self._keys[key]
-        if line[0] is not delivery:
-            line.remove(delivery)
-            return
-        line.popleft()
-        if line:
-            self._offer(line[0])
+        ahead, behind = delivery.ahead, delivery.behind
+        delivery.ahead = delivery.behind = None
+        if ahead is not None:
+            ahead.behind = behind
+        if behind is not None:
+            behind.ahead = ahead
+            if ahead is None:
+                self._offer(behind)
+        elif ahead is not None:
+            self._last[self._key(delivery)] = ahead
         else:
-            del self._keys[key]
+            del self._last[self._key(delivery)]
 
     def upcoming(self, count: int) -> list[Delivery]:
         """Deliveries that will be taken soon, at most ``count``; their payload is worth loading now."""
         return [d for _, number, d in self._ready[:count] if not d.final and number == d.place]
 
     def pending(self) -> list[Delivery]:
-        """Every delivery that is not final."""
-        return [delivery for line in self._keys.values() for delivery in line]
+        """Every delivery that is not final, those of one key together and in their order."""
+        found: list[Delivery] = []
+        for one in reversed(self._last.values()):
+            delivery: Delivery | None = one
+            while delivery is not None:
+                found.append(delivery)
+                delivery = delivery.ahead
+        return found[::-1]
 
     def _offer(self, delivery: Delivery) -> None:
         delivery.place = next(self._number)
-        if delivery.due > 0.0:
-            heapq.heappush(self._waiting, (delivery.due, delivery.seq, delivery.place, delivery))
+        self._push((delivery.seq, delivery.place, delivery))
+
+    def _push(self, entry: tuple[int, int, Delivery]) -> None:
+        due = entry[2].due
+        if due > 0.0:
+            heapq.heappush(self._waiting, (due, *entry))
         else:
-            heapq.heappush(self._ready, (delivery.seq, delivery.place, delivery))
+            heapq.heappush(self._ready, entry)
 
     @staticmethod
     def _key(delivery: Delivery) -> object:

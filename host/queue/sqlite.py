@@ -50,10 +50,6 @@ from host.queue.states import States
 from host.queue.watching import Watcher
 from isolator.errors import UsageError
 
-_CACHED = 4096
-"""Deliveries per lane that keep their payload in memory; the rest is read back when its turn comes."""
-_CACHED_BYTES = 1 << 20
-"""Depth of the lane times size of the payload from which on it is read back, too: so a lane holds a few MiB at most."""
 _READ_AHEAD = 1 << 14
 """Characters of a payload that is read before its turn comes."""
 _PRUNE_EVERY = 1000
@@ -237,23 +233,10 @@ class SqliteQueue(Listing):
         return None
 
     def _enter_lanes(self, entry: Accepting, now: float) -> None:
-        for subscriber, consumer in entry.admitted:
-            delivery = Delivery(
-                entry.event.seq,
-                subscriber.plugin,
-                subscriber.key,
-                expires=now + entry.new.ttl,
-                counted=subscriber.plugin in entry.counted,
-                ready_at=now,
-            )
-            self._enter(consumer, delivery, entry.event)
-
-    @staticmethod
-    def _enter(consumer: SqliteConsumer, delivery: Delivery, event: Event) -> None:
-        depth = consumer.depth
-        if depth < _CACHED and depth * len(event.payload) < _CACHED_BYTES:
-            delivery.load(event)
-        consumer.add(delivery)
+        event, counted = entry.event, entry.counted
+        seq, expires = event.seq, now + entry.new.ttl
+        for (plugin, key), consumer in entry.admitted:
+            consumer.add(Delivery(seq, plugin, key, 0, 0, expires, now, plugin in counted), event)
 
     # Delivering
 

@@ -194,10 +194,6 @@ class LineProtocol(asyncio.Protocol):
             self._loop.call_soon(self.flush)
         self._gathered.append(data)
 
-    def gather(self, data: bytes) -> None:
-        """As ``send_soon``, for a caller that calls ``flush`` in this turn."""
-        self._gathered.append(data)
-
     def flush(self) -> None:
         """Write what was gathered."""
         if not self._gathered:

@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from isolator.audit.schema import IDENTIFIERS, MAX_ID, AuditGap, RecordData
 from isolator.ipc.packet import MAX_PACKET, receive_anything
@@ -49,6 +49,20 @@ def _gap_instead(sent: dict[str, Any], why: str) -> bytes:
     # Of the identifiers only as much as the writer keeps: they may be all that was too long.
     names = {key: str(sent[key])[:MAX_ID] for key in IDENTIFIERS if sent[key] is not None}
     return _to_json(sent | names | {"type": gap.TYPE, "data": gap.data})
+
+
+class Moment(NamedTuple):
+    """A moment as records have it."""
+
+    time: str
+    """as ``utc_now`` writes it"""
+    mono: int
+    """CLOCK_MONOTONIC in ns"""
+
+
+def moment() -> Moment:
+    """This moment, for the records of one turn to share."""
+    return Moment(utc_now(), time.monotonic_ns())
 
 
 def utc_now() -> str:
@@ -109,11 +123,13 @@ class AuditClient:
         urgent: bool = False,
         happened_ns: int | None = None,
         since_ns: int | None = None,
+        at: Moment | None = None,
     ) -> None:
         """Queue one record; ``urgent`` hands it to the kernel before returning if there is room (see ``flushed``).
 
         ``happened_ns`` is the CLOCK_MONOTONIC of the recorded fact, where that was noticeably before this call;
-        ``since_ns`` that of the first of several facts which one record sums up.
+        ``since_ns`` that of the first of several facts which one record sums up. ``at`` is the moment of a record which
+        others have, too.
         """
         if len(self._pending) + len(self._unacked) >= MAX_PENDING:
             self.lost += 1
@@ -122,8 +138,9 @@ class AuditClient:
             lost, self.lost = self.lost, 0
             self.record(AuditGap(count=lost, why="the sender's buffer was full"))
         self._number += 1
+        time_, mono = at or moment()
         sent: dict[str, Any] = {
-            "time": utc_now(),
+            "time": time_,
             "type": record.TYPE,
             "plugin": plugin,
             "run": run,
@@ -131,7 +148,7 @@ class AuditClient:
             "delivery_id": delivery_id,
             "data": record.data,
             "n": f"{self.session}:{self._number}",
-            "mono": time.monotonic_ns() if happened_ns is None else happened_ns,
+            "mono": mono if happened_ns is None else happened_ns,
         }
         if since_ns is not None:
             sent["since"] = since_ns

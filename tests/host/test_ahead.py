@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from host.database.store import Store
-from host.delivery.ahead import MadeAhead
 from host.queue import accepting
 from host.queue.interface import Accepted, Delivery, Event, NewEvent, Prepare, Subscriber
 from host.queue.sqlite import SqliteQueue
@@ -143,29 +142,10 @@ async def test_what_was_prepared_is_not_sent_when_the_sync_fails(
     assert sent == []
 
 
-def test_result_that_was_made_ahead_is_used_once_and_for_equal_arguments_alone() -> None:
-    made: list[tuple[str, int]] = []
-
-    def make(text: str, number: int) -> str:
-        made.append((text, number))
-        return f"{text}{number}"
-
-    function = MadeAhead(make)
-    function.prepare("a", 1)
-    assert function("a", 1) == "a1"
-    assert made == [("a", 1)]
-    assert function("a", 1) == "a1"
-    assert made == [("a", 1)] * 2
-    function.prepare("a", 1)
-    assert function("a", 2) == "a2"
-    assert function("a", 1) == "a1"
-    assert made == [("a", 1)] * 3 + [("a", 2), ("a", 1)]
-
-
 NOTED = """
 import os
 from host.database import wal
-from host.delivery import stream
+from host.channel import reply
 from host.queue import accepting
 from isolator.linux.aio import FileSync
 wal.DELAY = accepting.WRITING = 100.0
@@ -180,12 +160,12 @@ def ended(sync):
     return OSError(5, "of the test") if os.path.exists({armed!r}) else error
 FileSync.write_out, FileSync.begin = noted("write", FileSync.write_out), noted("sync", FileSync.begin)
 FileSync.end = ended
-stream.event_params = noted("make", stream.event_params)
+reply.params_text = noted("make", reply.params_text)
 """
 """Have a host note when it writes its log, makes requests and syncs; that fails once the file ``armed`` exists."""
 
 
-async def test_request_on_an_idle_stream_is_made_while_its_event_is_written_and_not_sent_if_the_sync_fails(
+async def test_what_requests_on_streams_share_is_made_while_their_event_is_written_and_none_is_sent_if_the_sync_fails(
     daemon: Daemon,
 ) -> None:
     await daemon.kill_host()

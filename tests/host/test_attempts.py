@@ -7,13 +7,14 @@ import contextlib
 import json
 import shutil
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from host.database.store import Store
-from host.delivery.attempts import Attempt, Attempts
+from host.delivery.attempts import Attempts
 from host.intake.intake import EventRecords
 from host.queue.interface import Delivery, Event, NewEvent, Result, Subscriber
 from host.queue.sqlite import SqliteQueue
@@ -34,6 +35,19 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
     opened = Store(tmp_path / "host.db")
     yield opened
     await opened.close()
+
+
+@dataclass(eq=False)
+class Begun:
+    """An attempt of a delivery."""
+
+    delivery: Delivery
+    send: Callable[[], None]
+    run: str = "run"
+    request: bytes = b"request"
+
+    def listen(self) -> None:
+        """Await nothing."""
 
 
 def _unprepared(_: Event) -> None:
@@ -66,13 +80,14 @@ async def test_attempts_of_one_turn_share_a_transaction_and_a_packet_and_are_rec
         if not found:
             lines = [json.loads(line) for line in theirs.recv(1 << 16).splitlines()]
             found.append((store.commits, [line["plugin"] for line in lines]))
+            assert len({(line["time"], line["mono"]) for line in lines}) == 1, "they begin at one moment"
             assert list(_rows(store).values()) == [("in_flight", 1)] * 3
         else:
             all_sent.set()
 
     deliveries, before = await _taken(queue), store.commits
     for delivery in deliveries:
-        attempts.begin(Attempt(delivery, "run", b"request", send))
+        attempts.begin(Begun(delivery, send))
     await asyncio.wait_for(all_sent.wait(), seconds(5))
     assert found == [(before + 1, NAMES)]
     with pytest.raises(BlockingIOError):
@@ -89,7 +104,7 @@ async def test_waiting_worker_sends_in_the_turn_after_the_event_is_safe_and_answ
 
     async def work(name: str) -> None:
         delivery = await queue.consumer(name).take()
-        attempts.begin(Attempt(delivery, "run", b"request", lambda: sent.append(name)))
+        attempts.begin(Begun(delivery, lambda: sent.append(name)))
 
     workers = [asyncio.create_task(work(name)) for name in NAMES]
     await asyncio.sleep(0)
@@ -128,7 +143,7 @@ async def test_taker_that_needs_no_wait_sends_in_the_turn_of_its_event_whose_rec
             assert {attempts for _, attempts in _rows(store).values()} == {1}
             sent.append(delivery.plugin)
 
-        attempts.begin(Attempt(delivery, "run", b"request", send))
+        attempts.begin(Begun(delivery, send))
         return True
 
     takers = [asyncio.create_task(queue.consumer(name).take(lambda _: _unprepared, begin)) for name in NAMES]
@@ -180,7 +195,7 @@ async def test_delivery_is_not_sent_before_the_kernel_has_its_record(store: Stor
         audit.record(any_record("net.query", text="x" * 10_000))
         audit.flush()
     for delivery in deliveries:
-        attempts.begin(Attempt(delivery, "run", b"request", lambda name=delivery.plugin: sent.append(name)))
+        attempts.begin(Begun(delivery, lambda name=delivery.plugin: sent.append(name)))
     await asyncio.sleep(0.1)
     assert sent == []
     assert {attempt for _, attempt in _rows(store).values()} == {1}

@@ -76,6 +76,8 @@ def test_a_lane_keeps_order_per_key_and_loses_nothing(steps: list[tuple[str, obj
             now += float(argument)  # type: ignore[arg-type]
         assert lane.depth == len(pending)
         assert {d.seq for d in lane.pending()} == set(pending)
+        for key in "abc":
+            assert [d.seq for d in lane.pending() if d.key == key] == [s for s, d in pending.items() if d.key == key]
     for key, order in finished.items():
         if key is not None:
             assert order == sorted(order)

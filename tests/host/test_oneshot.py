@@ -273,8 +273,9 @@ async def test_stream_to_a_newer_run_than_the_next_host_has_heard_of_is_used_unt
     near, far = socket.socketpair()
     near.setblocking(False)
     greeted = asyncio.get_running_loop().create_future()
-    greeted.set_result(Greeting("1", frozenset({"x.y"}), frozenset()))
     connection = await open_stream(near, lambda: delivery._connection("newer"))
+    connection.agreed = Greeting("1", frozenset({"x.y"}), frozenset())
+    greeted.set_result(connection.agreed)
     delivery._session = _Session("newer", connection, greeted)
     link.run = "older"
     link.run_ended("older")

@@ -116,7 +116,7 @@ def _stream(cage: Cage, trial: Trial) -> Iterator[Sender]:
         from host.channel.stream import event_request
         from host.events import random_hex
 
-        if not opened or opened[-1][0].closed.is_set():
+        if not opened or opened[-1][0].closed:
             opened.append(await _greeted(cage, connect()))
         connection, greeting = opened[-1]
         if one.hook not in greeting.handles:

@@ -217,7 +217,7 @@ class ClusterQueue(SqliteQueue):
         delivery.event_id = event.id
         row = (event.seq, to.plugin, to.key, local.attempts, local.crashes, local.due, now)
         self.store.submit(lambda db: db.execute(_FILL, row))
-        self._enter(self.lane(to.plugin), delivery, event)
+        self.lane(to.plugin).add(delivery, event)
         return delivery
 
     def move(self, deliveries: Iterable[Delivery]) -> None:
