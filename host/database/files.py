@@ -20,6 +20,10 @@ OPENING = 5.0
 """Seconds that a connection waits for its shared lock while it is opened."""
 RESTORE = "restore it from a backup, and keep this one until then: queued events and config are in it"
 
+# None is bound as it is. Without an adapter the module looks for one at None itself, and makes and drops the error that
+# there is none, which takes longer than to bind a text.
+sqlite3.register_adapter(type(None), dict[None, None]().get)
+
 
 class Reserve:
     """Space on the disk that is given back when nothing else is left. Without one everything goes on as well."""
