@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, field
-from typing import Any, ClassVar, Protocol, Self, dataclass_transform, get_type_hints
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, dataclass_transform, get_type_hints
 
 from isolator.base.structs import struct_class
 from isolator.errors import UsageError
@@ -192,8 +192,7 @@ class Spec:
         return self.recorded and self.role != "viewer"
 
 
-@struct_class(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     """One parameter of a verb."""
 
     key: str
@@ -248,9 +247,9 @@ class Request:
         """The request that the parameters make; raises UsageError for the first one that does not fit."""
         return cls(
             **{
-                parameter.key: parameter.kind.parse(parameter.key, params.get(parameter.key))
-                for parameter in cls.parameters()
-                if parameter.required or parameter.key in params
+                key: kind.parse(key, params.get(key))
+                for key, kind, required in cls.parameters()
+                if required or key in params
             }
         )
 

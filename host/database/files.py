@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sqlite3
 import stat
@@ -18,6 +19,10 @@ RESERVE, RESERVE_SHARE = 4 << 20, 8
 OPENING = 5.0
 """Seconds that a connection waits for its shared lock while it is opened."""
 RESTORE = "restore it from a backup, and keep this one until then: queued events and config are in it"
+
+# None is bound as it is. Without an adapter the module looks for one at None itself, and makes and drops the error that
+# there is none, which takes longer than to bind a text.
+sqlite3.register_adapter(type(None), dict[None, None]().get)
 
 
 class Reserve:
@@ -80,17 +85,23 @@ def identity(name: str) -> tuple[int, int] | None:
 def has_wal_header(fd: int) -> bool:
     """Whether a write-ahead log begins with a header whose checksum fits (SQLite's file format, "WAL File Format")."""
     for _ in range(3):  # it may be in the middle of being written; the thread that syncs is the one that waits
-        header = os.pread(fd, 32, 0)
-        if len(header) == 32 and header[:4] in (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83"):
-            words = struct.unpack(f"{'>' if header[3] & 1 else '<'}6I", header[:24])
-            one = two = 0
-            for first, second in zip(words[::2], words[1::2], strict=True):
-                one = (one + first + two) & 0xFFFFFFFF
-                two = (two + second + one) & 0xFFFFFFFF
-            if (one, two) == struct.unpack(">2I", header[24:]):
-                return True
+        if _is_wal_header(os.pread(fd, 32, 0)):
+            return True
         time.sleep(0.001)
     return False
+
+
+@functools.lru_cache(maxsize=2)
+def _is_wal_header(header: bytes) -> bool:
+    """Whether these are the bytes of such a header; remembered, as a log keeps its own until it is begun anew."""
+    if len(header) != 32 or header[:4] not in (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83"):
+        return False
+    words = struct.unpack(f"{'>' if header[3] & 1 else '<'}6I", header[:24])
+    one = two = 0
+    for first, second in zip(words[::2], words[1::2], strict=True):
+        one = (one + first + two) & 0xFFFFFFFF
+        two = (two + second + one) & 0xFFFFFFFF
+    return (one, two) == struct.unpack(">2I", header[24:])
 
 
 def is_damage(error: sqlite3.Error) -> bool:

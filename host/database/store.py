@@ -183,6 +183,7 @@ class Store:
     def commit_alone(self) -> None:
         """Commit what is due a turn early, if nothing else of this turn can share it, and no sync is under way."""
         if self._alone:
+            self._loop._ready.remove(self._scheduled)  # type: ignore[attr-defined] # or the loop turns before it rests
             self.commit()
 
     async def committed(self) -> None:

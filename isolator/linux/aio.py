@@ -19,6 +19,8 @@ _NUMBERS = {
 _FDSYNC, _RESFD = 3, 1
 _START_WRITING = 2
 """``SYNC_FILE_RANGE_WRITE`` of sync_file_range(2)."""
+_ALL = ctypes.c_int64(0)
+"""Its offset and number of bytes: all of the file."""
 
 
 class Iocb(ctypes.Structure):
@@ -111,7 +113,7 @@ class FileSync:
         Nothing is safe by that, and an error is left to the sync that is to follow. Waits while the disk's queue is
         full (sync_file_range(2)).
         """
-        libc.sync_file_range(self._fd, ctypes.c_int64(0), ctypes.c_int64(0), _START_WRITING)
+        libc.sync_file_range(self._fd, _ALL, _ALL, _START_WRITING)
 
     def begin(self) -> None:
         """Have the data of the file synced that is written by now; raises OSError when that cannot be begun."""

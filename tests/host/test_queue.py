@@ -47,16 +47,19 @@ async def test_many_accepts_share_few_syncs(store: Store) -> None:
 async def test_event_that_comes_alone_is_committed_in_its_turn(store: Store, together: int, at_once: list[int]) -> None:
     queue, loop = SqliteQueue(store), asyncio.get_running_loop()
     before, commits, over = store.commits, list[int](), loop.create_future()
+    rests = list[bool]()
 
     def emit() -> None:
         queue.submit(_event(), [], lambda *_: over.done() or over.set_result(None))
         store.commit_alone()
         commits.append(store.commits - before)
+        rests.append(not loop._ready)  # type: ignore[attr-defined]
 
     for _ in range(together):
         loop.call_soon(emit)
     await over
     assert (commits, store.commits - before) == (at_once, 1)
+    assert rests == [together == 1] * together, "the loop turns once more before the disk has its turn"
 
 
 async def test_commit_that_fails_is_tried_again_once_however_many_events_come_alone(store: Store) -> None:
