@@ -213,7 +213,7 @@ class Life:
             origin = run.origin if self.wanted else Origin.OPERATOR
             self._record_end(run, end, origin, await self._context.host.stderr_tail(self._plugin.name, run_id))
             counts = origin == Origin.PLUGIN and not (run.reached and end.cause == "exit")
-            return Ended(run_id, end, origin, counts=counts)
+            return Ended(run_id, end, origin, counts=counts, up=run.socket_there.is_set())
         except Exception as error:  # whatever it was: a start that ended in silence would be waited for without end
             why = reason_of(error)
             origin = origin_of(error)

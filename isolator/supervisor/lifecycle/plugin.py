@@ -160,7 +160,8 @@ class Plugin:
             raise UsageError(f"plugin {self.name}", "has the mode exec: each event starts its program", "emit one")
         if self.state == PluginState.FAILED:
             if reason != "operator":
-                raise IsolatorError(f"plugin {self.name}", self.error, f"isolator plugin start {self.name}")
+                again = f"see 'isolator plugin logs {self.name}', then isolator plugin start {self.name}"
+                raise IsolatorError(f"plugin {self.name}", self.error, again)
             self._life.ends.forget()
         if reason == "operator":
             self._life.ends.others = 0  # what made earlier starts fail may be mended: wait for new ones
