@@ -29,7 +29,8 @@ class Trail(TypedDict):
 class DaemonStatus(TypedDict):
     """The daemon at a glance; ``failing``, ``waiting`` and ``paused`` name plugins.
 
-    ``services`` is empty while S is away.
+    ``failing`` are those that have an error (a policy file that is wrong or gone, too), whose attempts fail, or whose
+    events are held back. ``services`` is empty while S is away.
     """
 
     version: str

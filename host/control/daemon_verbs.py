@@ -56,7 +56,7 @@ class DaemonVerbs(Verbs):
     async def status(self, _: daemon_types.Status, __: Caller) -> daemon_types.DaemonStatus:
         plugins = list(self._registry)
         paused = [p.name for p in plugins if self._dispatcher.paused(p.name)]
-        failing = [p.name for p in plugins if p.state != "disabled" and self._dispatcher.fails(p.name)]
+        failing = [p.name for p in plugins if p.state != "disabled" and (p.error or self._dispatcher.fails(p.name))]
         return {
             "version": __version__,
             "pid": os.getpid(),
