@@ -112,6 +112,8 @@ def test_a_policy_file_that_is_gone(tmp_path: Path) -> None:
         policy.unlink()
         gone = wait_for(lambda: (e := shown(d, name))["error"] and e)
         assert gone["state"] == "running" and "the file is gone" in gone["error"]
+        would = f"{name}.toml is not there; this is what 'isolator plugin approve {name}' would grant:"
+        assert would in d.cli("plugin", "explain", name).stdout
         d.cli("plugin", "restart", name)
         d.stop()
         d.start()
