@@ -11,6 +11,7 @@ from host.cli.notes import BAD_STATES
 from host.cli.output import ago, safe, show_alarms
 from host.client.client import ask
 from isolator.cli.output import here, print_json
+from isolator.layers.phrases import count
 from isolator.paths import Paths
 
 
@@ -61,7 +62,7 @@ def _lines(found: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
     waits = f" ({', '.join(f'{safe(name)} {depth}' for name, depth in most)})" if most else ""
     lines.append(("queue", f"{sum(queue.values())} deliveries not done{waits}"))
     trail = found["trail"]
-    last = "cannot be read" if trail["last"] is None else f"{trail['last']} records"
+    last = "cannot be read" if trail["last"] is None else count(trail["last"], "record")
     pending = f", {trail['pending']} on their way" if trail["pending"] else ""
     lines.append(("trail", f"BLOCKED: {safe(trail['blocked'])}" if trail["blocked"] else f"{last}{pending}"))
     if found["database_blocked"]:
