@@ -6,6 +6,7 @@ import click
 
 from host.client.client import ask
 from isolator.cli.output import Group, here, print_result
+from isolator.layers.phrases import count
 
 
 @click.group(cls=Group, epilog="\b\nExample:\n  isolator config rotate-key")
@@ -18,4 +19,4 @@ def config() -> None:
 def rotate_key(root: str | None, as_json: bool) -> None:
     """Encrypt every plugin's config with a new key; the old one is forgotten."""
     answer = ask(root, "config.rotate_key")
-    print_result(answer, f"re-encrypted {answer['values']} values with a new key", as_json=as_json)
+    print_result(answer, f"re-encrypted {count(answer['values'], 'value')} with a new key", as_json=as_json)

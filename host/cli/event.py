@@ -20,6 +20,7 @@ from isolator.cli.audit import moment
 from isolator.cli.output import here, print_json, print_result
 from isolator.cli.progress import Progress
 from isolator.errors import IsolatorError, NotFoundError, UsageError, nearest
+from isolator.layers.phrases import count
 
 _ID = click.argument("event_id", metavar="ID", shell_complete=event_ids)
 _FINE = ("ok", "skipped")
@@ -211,11 +212,11 @@ def recover(
     if as_json:
         print_json(answer)
     elif answer["job"] is None:
-        click.echo(f"{answer['count']} deliveries to recover for {plugin}")
+        click.echo(f"{count(answer['count'], 'delivery', 'deliveries')} to recover for {plugin}")
     else:
         state = answer.get("state")
         more = f": {state}" if state else "; isolator event jobs"
-        click.echo(f"{answer['job']}  {answer['count']} deliveries for {plugin}{more}")
+        click.echo(f"{answer['job']}  {count(answer['count'], 'delivery', 'deliveries')} for {plugin}{more}")
     if answer.get("state", "done") != "done":
         raise IsolatorError(f"job {answer['job']}", f"was {answer['state']}", "isolator event jobs")
 

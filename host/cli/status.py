@@ -60,7 +60,7 @@ def _lines(found: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
     queue = {name: depth for name, depth in found["queue"].items() if depth}
     most = sorted(queue.items(), key=lambda item: -item[1])[:3]
     waits = f" ({', '.join(f'{safe(name)} {depth}' for name, depth in most)})" if most else ""
-    lines.append(("queue", f"{sum(queue.values())} deliveries not done{waits}"))
+    lines.append(("queue", f"{count(sum(queue.values()), 'delivery', 'deliveries')} not done{waits}"))
     trail = found["trail"]
     last = "cannot be read" if trail["last"] is None else count(trail["last"], "record")
     pending = f", {trail['pending']} on their way" if trail["pending"] else ""

@@ -45,7 +45,8 @@ class Ended:
             once = f"; {_ONCE}" if end.exit_code == 0 else ""
             return how if self.up else f"{how} before it was up{once}"
         if end.cause.startswith((NO_SOCKET, NO_ANSWER)):
-            return f"{end.cause}; raise start_timeout in [restart] of its policy if it needs longer"
+            where = ", nothing listens on PLUGIN_SOCKET or PLUGIN_PORT" if end.cause.startswith(NO_SOCKET) else ""
+            return f"{end.cause}{where}; raise start_timeout in [restart] of its policy if it needs longer"
         return end.cause
 
 

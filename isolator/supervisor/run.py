@@ -291,7 +291,7 @@ class Run:
         end, backoff = loop.time() + deadline, Backoff(0.001, 0.05)
         while True:
             if not alive():
-                raise UnavailableError(f"plugin {self.plugin}", "it ended while being connected to", "ask again")
+                raise UnavailableError(f"plugin {self.plugin}", "it ended while being connected to", "tried again")
             try:
                 if self.port is None:
                     return self.connect_at_once(uid)
@@ -377,7 +377,7 @@ class Run:
                     now = os.stat(SOCKET, dir_fd=folder, follow_symlinks=False)
                 if (identity(now), now.st_ctime_ns) == (identity(before), before.st_ctime_ns):
                     return fd, now.st_ctime_ns
-            raise UnavailableError(f"plugin {self.plugin}", "its socket was just replaced", "ask again")
+            raise UnavailableError(f"plugin {self.plugin}", "its socket was just replaced", "tried again")
         except BaseException:
             os.close(fd)
             raise

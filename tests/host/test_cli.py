@@ -411,7 +411,7 @@ async def test_the_key_can_be_rotated(daemon: Daemon) -> None:
     await daemon.ask("config.set", name="keyed", config={"token": "abcdef"})
     before = (daemon.paths.host_lib / "key").read_bytes()
     ran = await isolator(daemon.root, "config", "rotate-key")
-    assert ran.out == "re-encrypted 1 values with a new key\n"
+    assert ran.out == "re-encrypted 1 value with a new key\n"
     assert (daemon.paths.host_lib / "key").read_bytes() != before
     await daemon.kill_host()
     await daemon.start_host()

@@ -201,7 +201,7 @@ class Plugin:
         """Connect to the socket of a run, or to its standard streams; raises as ``Run.connect`` and ``Run.talk``."""
         run = self.run
         if run is None or run.id != run_id:
-            raise UnavailableError(f"plugin {self.name}", "that run has ended", "ask again")
+            raise UnavailableError(f"plugin {self.name}", "that run has ended", "tried again")
         if run.streams:
             return run.talk()
         return [await run.connect(self.registration.uid, deadline, lambda: self.run is run)]
@@ -219,11 +219,11 @@ class Plugin:
         """Open the socket file of a run for processes with that group, as ``Run.lend_socket``; raises IsolatorError."""
         run = self.run
         if run is None or run.id != run_id or run.streams or run.port is not None:
-            raise UnavailableError(f"plugin {self.name}", "that run has no socket", "ask again")
+            raise UnavailableError(f"plugin {self.name}", "that run has no socket", "tried again")
         try:
             return await run.lend_socket(self.registration.uid, gid, lambda: self.run is run)
         except OSError as error:
-            raise UnavailableError(f"plugin {self.name}", f"its socket: {error.strerror}", "ask again") from None
+            raise UnavailableError(f"plugin {self.name}", f"its socket: {error.strerror}", "tried again") from None
 
     def note_ready(self, run_id: str) -> None:
         """Take the host's word that a run whose standard streams it has is up."""
