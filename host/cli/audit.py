@@ -216,7 +216,8 @@ def _from_daemon(root: str | None, shown: _Shown, lines: int, after: int | None,
         if not follow and there["after"] >= there["last"]:
             return True
         for sent in client.notifications(watched=sys.stdout.fileno()):
-            shown.show([line.encode("ascii", "backslashreplace") for line in sent.get("lines", ())])
+            fresh = [line.encode("ascii", "backslashreplace") for line in sent.get("lines", ())]
+            shown.show([line for line in fresh if follow or (files.seq_of(line) or 0) <= there["last"]])
             if not follow and shown.seq >= there["last"]:
                 break
     return True

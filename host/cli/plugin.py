@@ -150,7 +150,7 @@ def explain(root: str | None, name: str, as_json: bool) -> None:
         print_json(proposal)
         return
     approve = f"'isolator plugin approve {name}'"
-    if proposal["differences"]:
+    if proposal.get("differences"):
         click.echo(f"{safe(proposal['version'])} waits for approval; this is what {approve} would grant it:\n")
     elif proposal["needs_approval"]:
         click.echo(f"{proposal['policy_file']} is not there; this is what {approve} would grant:\n")

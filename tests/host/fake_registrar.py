@@ -123,5 +123,4 @@ class FakeRegistrar:
 
     async def _explain(self, request: messages.ExplainPolicy) -> messages.Proposal:
         core = parse_manifest_core(json.dumps(self._daemon.find(request.name).manifest).encode())
-        shown = proposal_json(meet(core, None, self._daemon.config), policy_file="x.toml")
-        return messages.Proposal(proposal=shown | {"differences": []})
+        return messages.Proposal(proposal=proposal_json(meet(core, None, self._daemon.config), policy_file="x.toml"))

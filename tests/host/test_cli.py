@@ -89,8 +89,6 @@ async def test_wrong_path_is_told_with_what_to_name(daemon: Daemon) -> None:
     root = daemon.root
     ran = await isolator(root, "audit", "verify", str(root / "nowhere"))
     assert (ran.code, ran.out) == (3, "") and "nowhere; name a file or folder that is there" in ran.err
-    ran = await isolator(root, "audit", "verify", "--key", str(root / "nowhere"))
-    assert ran.code == 3 and f"there is no {root}/nowhere" in ran.err
     ran = await isolator(root, "new", str(root / "Bad_Name"), "--lang", "sh")
     assert ran.code == 2 and ran.err.startswith(f"isolator: {root}/Bad_Name: name: must be ")
     ran = await isolator(root, "new", str(root / "hookless"), "--lang", "sh", "--hooks", ",")
