@@ -62,7 +62,9 @@ def new(folder: str, lang: str, mode: str, name: str | None, hooks: str) -> None
         call = {"tool": "notify", "arguments": {"text": "something has happened", "project": "{{ project_id }}"}}
         manifest["transport"]["calls"] = dict.fromkeys(manifest["hooks"], call)
     # A manifest that cannot be registered is refused now: not every folder's name is a name for a plugin.
-    parse_manifest(manifest, name="isolator new")
+    parse_manifest(manifest, name=folder)
+    if not manifest["hooks"]:
+        raise UsageError("--hooks", "names no event", "see 'isolator event types'")
     event = manifest["hooks"][0]
     target.mkdir(parents=True, exist_ok=True)
     (target / "plugin.json").write_text(json.dumps(manifest, indent=2) + "\n")

@@ -6,10 +6,12 @@ import click
 
 from host.authoring import schemas
 from host.client.client import ask
+from isolator.cli.output import Group
 from isolator.errors import IsolatorError, NotFoundError
 
 
 @click.group(
+    cls=Group,
     epilog="\b\nExamples:\n  isolator schema manifest > plugin.schema.json\n"
     "  isolator schema event deploy.completed\n\n"
     'In a plugin.json an editor finds it by its first key:\n  "$schema": "./plugin.schema.json"',

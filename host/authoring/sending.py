@@ -47,6 +47,11 @@ def hooks_of(client: Client, name: str) -> list[str]:
     return list(dict.fromkeys(OLDER_HOOKS.get(hook, hook) for hook in manifest.get("hooks", ())))
 
 
+def no_event(name: str) -> UsageError:
+    """The error of a plugin to which no event can be sent."""
+    return UsageError(f"plugin {name}", "asks for no event", "name one in hooks of its manifest, or with --event")
+
+
 def payload_for(client: Client, event: str) -> dict[str, Any]:
     """An example of a payload; raises UsageError where there is no such event, or no example of it."""
     types = {entry["name"]: entry for entry in client.call("event.types")["types"]}

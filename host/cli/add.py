@@ -103,8 +103,8 @@ def add(
 @click.command(
     epilog="\b\nExamples:\n  isolator plugin update slack ./slack-2.0\n  isolator plugin update slack\n"
     "  isolator plugin update server --mcp npm:@scope/server@1.3.0\n\n"
-    "What asks for more than before waits (exit code 5): isolator plugin approve N\n"
-    "So do tools that are others now: isolator mcp approve N"
+    "What asks for more than before waits (exit code 5): isolator plugin approve NAME. "
+    "So do tools that are others now: isolator mcp approve NAME."
 )
 @NAME
 @click.argument("folder", metavar="[DIR | FILE | URL]", required=False)

@@ -135,10 +135,10 @@ def tail(
 ) -> None:
     """Show the last records, or the last of those that match."""
     check_types(types)
+    from host.cli import trail
+
     wanted = reader.Query(plugin, types, since=moment(since)) if plugin or types or since else None
     if wanted is not None and after is None:
-        from host.cli import trail
-
         after = trail.newest(root)
         matching = trail.lines(root, wanted, limit=lines or 1)
         found = [line for line in matching if (seq := files.seq_of(line)) is not None and seq <= after]
@@ -150,8 +150,9 @@ def tail(
     shown = _Shown(after, wanted, as_json=as_json)
     directory = Paths.of(root).audit_log
     try:
-        if follow and _from_daemon(root, shown, lines, after):
-            _outlive_daemon(root, directory, shown)
+        if (follow or trail.asks_daemon(root)) and _from_daemon(root, shown, lines, after, follow=follow):
+            if follow:
+                _outlive_daemon(root, directory, shown)
         elif not follow or not _output_closed():
             _from_files(directory, shown, lines, after, follow=follow)
     except KeyboardInterrupt:
@@ -198,21 +199,27 @@ class _Shown:
             click.echo(styled(f"isolator: audit trail: {why}", "red"), err=True)
 
 
-def _from_daemon(root: str | None, shown: _Shown, lines: int, after: int | None) -> bool:
-    """Print the records that the daemon sends until it ends; False when it refuses."""
+def _from_daemon(root: str | None, shown: _Shown, lines: int, after: int | None, *, follow: bool = True) -> bool:
+    """Print the records that the daemon sends until it ends, or those there are; False when it refuses."""
     try:
         client = Client(root)
     except (UnavailableError, DeniedError):
         return False
     with client:
         try:
-            client.call("audit.follow", **({"after": after} if after is not None else {"lines": min(lines, 10_000)}))
+            begin = {"after": after} if after is not None else {"lines": min(lines, 10_000)}
+            there = client.call("audit.follow", **begin)
         except (UnavailableError, DeniedError):
             if os.access(Paths.of(root).audit_file, os.R_OK):
                 return False
             raise
+        if not follow and there["after"] >= there["last"]:
+            return True
         for sent in client.notifications(watched=sys.stdout.fileno()):
-            shown.show([line.encode("ascii", "backslashreplace") for line in sent.get("lines", ())])
+            fresh = [line.encode("ascii", "backslashreplace") for line in sent.get("lines", ())]
+            shown.show([line for line in fresh if follow or (files.seq_of(line) or 0) <= there["last"]])
+            if not follow and shown.seq >= there["last"]:
+                break
     return True
 
 

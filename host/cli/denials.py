@@ -21,6 +21,7 @@ from isolator.audit.schema import (
     NetDenied,
     NetQuery,
     PluginCrashed,
+    PluginHealth,
     PluginStopped,
     Resources,
     SyscallDenied,
@@ -32,10 +33,15 @@ from isolator.policy.model import EffectivePolicy, EgressRule
 from isolator.policy.names import parse_egress
 
 REFUSALS = (NetDenied.TYPE, NetQuery.TYPE, SyscallDenied.TYPE, FsDenied.TYPE, ApiCalled.TYPE)
-TROUBLES = (NetQuery.TYPE, NetConnect.TYPE, PluginCrashed.TYPE, PluginStopped.TYPE, Resources.TYPE)
+TROUBLES = (
+    NetQuery.TYPE, NetConnect.TYPE, PluginCrashed.TYPE, PluginStopped.TYPE, PluginHealth.TYPE, Resources.TYPE,
+)  # fmt: skip
 """Types of records that tell of failures, and of limits that were reached."""
 TYPES = (*REFUSALS, *TROUBLES)
 _DIFFERS = frozenset({"count", "flow", "detail", "asked", "latency_us", "protocol", "event_ids", "cut"})
+_BREACH = "protocol: "
+"""Begin of the detail of a record about a message that breaks the protocol."""
+_ENDED = "it broke the protocol, so the daemon ended the connection; see docs/host-api.md (docs/mcp.md)"
 _FULL = 64
 """A file system counts as full when less than this part of it is free: a file of some size does not fit any more."""
 _RAN_INTO = {
@@ -89,7 +95,7 @@ def collect(
 
     def advice(kind: str, type: str, data: Mapping[str, Any]) -> Advice:
         if kind == "failure":
-            return Advice(failure(type, data) or "")
+            return Advice(_ENDED if type == PluginHealth.TYPE else failure(type, data) or "")
         if kind == "limit":
             name = str(data["limit"])
             return raise_limit(name, policy, _number(manifest, name), explained.get(name))
@@ -142,6 +148,11 @@ def _rows(record: Record, policy: EffectivePolicy) -> Iterator[tuple[str, dict[s
             if isinstance(free, int) and free < size // _FULL:
                 yield "limit", {"limit": name}, 1
         return
+    if type == PluginHealth.TYPE:
+        detail = str(data.get("detail"))
+        if detail.startswith(_BREACH):
+            yield "failure", {"detail": detail}, 1
+        return
     failed = failure(type, data) is not None
     if not failed and not refused(record):
         return
@@ -165,6 +176,8 @@ def attempt(denial: Denial) -> str:
     data = denial.data
     if denial.kind == "limit":
         return _RAN_INTO[data["limit"]]
+    if denial.type == PluginHealth.TYPE:
+        return safe(data["detail"])
     failed = "failed, " if denial.kind == "failure" else ""
     if denial.type == NetQuery.TYPE:
         return f"lookup of {safe(data.get('name'))}: {failed}{safe(data.get('rule'))}"

@@ -42,7 +42,10 @@ def denials(root: str | None, name: str, limit: int, since: str | None, as_json:
     elif found:
         click.echo("\n".join(summary.lines(found, name)))
     else:
-        click.echo(f"{name} was refused nothing so far, and nothing has failed", err=True)
+        click.echo(
+            f"{name} was refused nothing so far; nothing that it was granted has failed, and no limit was reached",
+            err=True,
+        )
 
 
 def _explained(client: Client, name: str) -> list[dict[str, Any]]:

@@ -20,9 +20,11 @@ from isolator.cli.audit import moment
 from isolator.cli.output import here, print_json, print_result
 from isolator.cli.progress import Progress
 from isolator.errors import IsolatorError, NotFoundError, UsageError, nearest
+from isolator.layers.phrases import count
 
 _ID = click.argument("event_id", metavar="ID", shell_complete=event_ids)
 _FINE = ("ok", "skipped")
+_WAITING = ("queued", "retry", "in_flight")
 _JOB_LOOK = 0.2
 """Seconds between two looks at a job that is waited for."""
 
@@ -45,7 +47,7 @@ def event() -> None:
 )
 @click.argument("name", shell_complete=event_names)
 @click.argument("payload", metavar="[JSON | @FILE | -]", required=False)
-@click.option("--wait", is_flag=True, help="Wait for the outcome at every plugin; exit 1 unless all are ok.")
+@click.option("--wait", is_flag=True, help="Wait for the outcome at every plugin; exit 1 unless each is ok or skipped.")
 @click.option("--timeout", default=30.0, show_default=True, type=click.FloatRange(0, 3600), help="Seconds to wait.")
 @click.option("--dedupe-key", metavar="KEY", help="Emit once: the same key again returns the first event.")
 @here
@@ -82,6 +84,10 @@ def emit(
         print_json(row)
     else:
         _show_deliveries(row)
+        if any(delivery["state"] in _WAITING for delivery in row["deliveries"]):
+            click.echo(
+                f"isolator: not all are done after {timeout:g} s; see 'isolator event show {row['id']}'", err=True
+            )
     return 0 if all(delivery["state"] in _FINE for delivery in row["deliveries"]) else 1
 
 
@@ -124,7 +130,9 @@ def list_events(
     listing(events, ["id", "event", "subject", "ago", "deliveries"], row, nothing, as_json=as_json)
 
 
-@event.command()
+@event.command(
+    epilog="\b\nExamples:\n  isolator event show ev_0195\n  isolator event show ev_0195 --json | jq .deliveries"
+)
 @_ID
 @here
 def show(root: str | None, event_id: str, as_json: bool) -> None:
@@ -139,7 +147,7 @@ def show(root: str | None, event_id: str, as_json: bool) -> None:
         click.echo(f"  {key}: {safe(value)}")
 
 
-@event.command()
+@event.command(epilog="\b\nExamples:\n  isolator event replay ev_0195\n  isolator event replay ev_0195 --plugin slack")
 @_ID
 @of_plugin("Only there; also repeats a delivery that succeeded.")
 @here
@@ -204,11 +212,11 @@ def recover(
     if as_json:
         print_json(answer)
     elif answer["job"] is None:
-        click.echo(f"{answer['count']} deliveries to recover for {plugin}")
+        click.echo(f"{count(answer['count'], 'delivery', 'deliveries')} to recover for {plugin}")
     else:
         state = answer.get("state")
         more = f": {state}" if state else "; isolator event jobs"
-        click.echo(f"{answer['job']}  {answer['count']} deliveries for {plugin}{more}")
+        click.echo(f"{answer['job']}  {count(answer['count'], 'delivery', 'deliveries')} for {plugin}{more}")
     if answer.get("state", "done") != "done":
         raise IsolatorError(f"job {answer['job']}", f"was {answer['state']}", "isolator event jobs")
 
@@ -240,7 +248,7 @@ def jobs(root: str | None, as_json: bool) -> None:
     )  # fmt: skip
 
 
-@event.command()
+@event.command(epilog="\b\nExamples:\n  isolator event dead\n  isolator event dead --plugin slack -n 20")
 @of_plugin("Only of this plugin.")
 @newest("limit", 1000, 100_000)
 @here

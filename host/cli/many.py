@@ -9,13 +9,13 @@ from typing import Any
 
 import click
 
-from isolator.cli.output import print_json
+from isolator.cli.output import Group, print_json
 from isolator.errors import IsolatorError
 
 _ALIASES = {"ls": "list", "ps": "list", "rm": "remove", "inspect": "show"}
 
 
-class Aliased(click.Group):
+class Aliased(Group):
     """A group that also knows what its commands are called elsewhere (``ls``, ``ps``, ``rm``, ``inspect``).
 
     ``lazy``: commands of other packages, each as ``MODULE:ATTRIBUTE``, which are imported when they are wanted.

@@ -65,7 +65,9 @@ def list_plugins(root: str | None, failed: bool, as_json: bool) -> None:
     listing(plugins, headings, row, nothing, as_json=as_json)
 
 
-@plugin.command()
+@plugin.command(
+    epilog="\b\nExamples:\n  isolator plugin show slack\n  isolator plugin show slack --json | jq .effective"
+)
 @NAME
 @here
 def show(root: str | None, name: str, as_json: bool) -> None:
@@ -135,7 +137,10 @@ def _show_troubles(root: str | None, found: Mapping[str, Any]) -> None:
             click.echo(f"{'trouble:':18}{one.count} × {summary.attempt(one)} ({ago(one.last)} ago): {safe(why)}")
 
 
-@plugin.command()
+@plugin.command(
+    epilog="\b\nExamples:\n  isolator plugin explain slack\n"
+    "  isolator plugin explain slack --json | jq .effective.network"
+)
 @NAME
 @here
 def explain(root: str | None, name: str, as_json: bool) -> None:
@@ -143,8 +148,13 @@ def explain(root: str | None, name: str, as_json: bool) -> None:
     proposal = ask(root, "plugin.explain", name=name)["proposal"]
     if as_json:
         print_json(proposal)
-    else:
-        registration.show_proposal(proposal, verbose=True)
+        return
+    approve = f"'isolator plugin approve {name}'"
+    if proposal.get("differences"):
+        click.echo(f"{safe(proposal['version'])} waits for approval; this is what {approve} would grant it:\n")
+    elif proposal["needs_approval"]:
+        click.echo(f"{proposal['policy_file']} is not there; this is what {approve} would grant:\n")
+    registration.show_proposal(proposal, verbose=True)
 
 
 _SOON = 1.0

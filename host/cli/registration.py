@@ -47,9 +47,19 @@ def register_plugin(client: Client, request: Mapping[str, Any], config: Config, 
     if manner.as_json:
         print_json({**done, "proposal": staged["proposal"], "warnings": [*staged["warnings"], *staged["faults"]]})
         return
-    click.echo(f"added {name} {done['plugin']['version']}; it starts with its first event")
+    manifest = client.call("plugin.show", name=name)["manifest"] or {}
+    click.echo(f"added {name} {done['plugin']['version']}; {_starts(staged, manifest)}")
     _show_withheld(staged["proposal"])
     _warn_of_missing(name, done["missing"])
+
+
+def _starts(staged: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    """When a new plugin starts."""
+    if manifest.get("activation", {}).get("start") == "eager":
+        return "it starts by itself, without an event"
+    if staged["proposal"]["effective"]["hooks"]:
+        return "it starts with its first event"
+    return "it starts with its first call" if staged["mode"] == "mcp" else "no event starts it, for it gets none"
 
 
 def update_plugin(

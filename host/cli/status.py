@@ -11,6 +11,7 @@ from host.cli.notes import BAD_STATES
 from host.cli.output import ago, safe, show_alarms
 from host.client.client import ask
 from isolator.cli.output import here, print_json
+from isolator.layers.phrases import count
 from isolator.paths import Paths
 
 
@@ -59,9 +60,9 @@ def _lines(found: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
     queue = {name: depth for name, depth in found["queue"].items() if depth}
     most = sorted(queue.items(), key=lambda item: -item[1])[:3]
     waits = f" ({', '.join(f'{safe(name)} {depth}' for name, depth in most)})" if most else ""
-    lines.append(("queue", f"{sum(queue.values())} deliveries not done{waits}"))
+    lines.append(("queue", f"{count(sum(queue.values()), 'delivery', 'deliveries')} not done{waits}"))
     trail = found["trail"]
-    last = "cannot be read" if trail["last"] is None else f"{trail['last']} records"
+    last = "cannot be read" if trail["last"] is None else count(trail["last"], "record")
     pending = f", {trail['pending']} on their way" if trail["pending"] else ""
     lines.append(("trail", f"BLOCKED: {safe(trail['blocked'])}" if trail["blocked"] else f"{last}{pending}"))
     if found["database_blocked"]:

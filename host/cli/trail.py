@@ -24,7 +24,7 @@ def search(root: str | None, wanted: Query, *, limit: int | None = None) -> Iter
 
 def lines(root: str | None, wanted: Query, *, limit: int | None = None) -> Iterator[bytes]:
     """The lines of ``search``."""
-    if not _asks_daemon(root):
+    if not asks_daemon(root):
         found = reader.lines(Paths.of(root).audit_log, wanted)
         if limit is None:
             return found
@@ -44,7 +44,7 @@ def _parsed(lines: Iterable[bytes]) -> Iterator[Found]:
 
 def story(root: str | None, event_id: str) -> list[Found]:
     """Everything that the event caused whose id begins so; empty when there is none. Raises UsageError for several."""
-    if _asks_daemon(root):
+    if asks_daemon(root):
         return list(_parsed(_from_daemon(root, {"story": event_id})))
     from isolator.audit.search import found
 
@@ -60,13 +60,14 @@ def standing(root: str | None, event_id: str) -> dict[str, Any] | None:
 
 def newest(root: str | None) -> int:
     """Number of the newest record; 0 when there is none."""
-    if _asks_daemon(root):
+    if asks_daemon(root):
         return int(ask(root, "status")["trail"]["last"] or 0)
     lines = reader.tail(Paths.of(root).audit_log, 1)
     return (files.seq_of(lines[-1]) or 0) if lines else 0
 
 
-def _asks_daemon(root: str | None) -> bool:
+def asks_daemon(root: str | None) -> bool:
+    """Whether this user may not read the files, and takes the records from the daemon."""
     paths = Paths.of(root)
     return os.geteuid() != 0 and not os.access(paths.audit_file, os.R_OK)
 

@@ -11,7 +11,7 @@ import click
 
 from host.cli.output import safe, table
 from host.client.client import Client, ask
-from isolator.cli.output import here, print_json, print_result
+from isolator.cli.output import Group, here, print_json, print_result
 from isolator.errors import IsolatorError, UnavailableError, UsageError, translated
 from isolator.policy.cluster import parse_name, parse_server
 
@@ -21,9 +21,10 @@ _SERVERS = click.option(
 
 
 @click.group(
+    cls=Group,
     epilog="\b\nExamples:\n  isolator cluster users --dir /root/nats host-1 host-2 host-3\n"
     "  isolator cluster init --server nats-1:4222 --credentials /root/nats/admin.secret\n"
-    "  isolator cluster status\n  sudo isolator cluster leave"
+    "  isolator cluster status\n  sudo isolator cluster leave",
 )
 def cluster() -> None:
     """Set up and watch a cluster of hosts ([cluster] in host.toml)."""

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from host.control.parameters import Request
 from host.control.terms import Name, OptionalText
 
 
 class ServiceEntry(TypedDict):
-    """One of the daemon's processes; ``ended``: how the one before it ended, empty if none has."""
+    """One of the daemon's processes; ``ended``: how the one before it ended, empty if none has.
+
+    ``since``, of the supervisor: Unix time of its start, which a reload leaves as it is.
+    """
 
     name: str
     pid: int | None
     up: bool
     starts: int
     ended: str
+    since: NotRequired[float]
 
 
 class Trail(TypedDict):
@@ -29,7 +33,8 @@ class Trail(TypedDict):
 class DaemonStatus(TypedDict):
     """The daemon at a glance; ``failing``, ``waiting`` and ``paused`` name plugins.
 
-    ``services`` is empty while S is away.
+    ``failing`` are those that have an error (a policy file that is wrong or gone, too), whose attempts fail, or whose
+    events are held back. ``started_at``: the supervisor's, if S answers. ``services`` is empty while S is away.
     """
 
     version: str

@@ -56,17 +56,18 @@ class DaemonVerbs(Verbs):
     async def status(self, _: daemon_types.Status, __: Caller) -> daemon_types.DaemonStatus:
         plugins = list(self._registry)
         paused = [p.name for p in plugins if self._dispatcher.paused(p.name)]
-        failing = [p.name for p in plugins if p.state != "disabled" and self._dispatcher.fails(p.name)]
+        failing = [p.name for p in plugins if p.state != "disabled" and (p.error or self._dispatcher.fails(p.name))]
+        services = await self._services()
         return {
             "version": __version__,
             "pid": os.getpid(),
-            "started_at": self._started_at,
+            "started_at": next((one["since"] for one in services if "since" in one), self._started_at),
             "plugins": len(plugins),
             "states": dict(Counter(plugin.state for plugin in plugins)),
             "failing": sorted(failing),
             "waiting": sorted(p.name for p in plugins if p.raw.get("pending") or p.raw.get("found")),
             "paused": paused,
-            "services": await self._services(),
+            "services": services,
             "trail": {
                 "last": await asyncio.to_thread(_last_record, self._trail),
                 "pending": self._audit.sent - self._audit.acked,

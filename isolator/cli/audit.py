@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from isolator.cli.output import here, print_json, styled
+from isolator.cli.output import Group, here, print_json, styled
 from isolator.cli.progress import Progress
 from isolator.errors import IsolatorError, NotFoundError, UsageError, nearest, printable, translated
 from isolator.paths import Paths
@@ -33,6 +33,7 @@ _BAD = (".denied", ".crashed", ".failed", ".dead", ".quarantined", ".rejected", 
 
 
 @click.group(
+    cls=Group,
     epilog="\b\nExamples:\n  isolator audit tail -f\n  isolator audit query --plugin slack --since 2h\n"
     "  isolator audit story ev_01a2\n  isolator audit verify",
 )
@@ -44,10 +45,8 @@ def audit() -> None:
     epilog="\b\nExamples:\n  isolator audit verify\n  isolator audit verify --anchor 12001:9f86d081884c7d65\n"
     "  isolator audit verify copy/audit.jsonl --key public.pem"
 )
-@click.argument("file", required=False, type=click.Path(exists=True, path_type=Path))
-@click.option(
-    "--key", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Default: public.pem beside it."
-)
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option("--key", metavar="FILE", type=click.Path(path_type=Path), help="Default: public.pem beside it.")
 @click.option("--anchor", "anchors", metavar="SEQ:HASH", multiple=True, help="A hash noted elsewhere; repeatable.")
 @here
 def verify(root: str | None, file: Path | None, key: Path | None, anchors: tuple[str, ...], as_json: bool) -> None:
@@ -65,7 +64,8 @@ def verify(root: str | None, file: Path | None, key: Path | None, anchors: tuple
     paths = Paths.of(root)
     place = file or paths.audit_log
     if not place.exists():
-        raise NotFoundError("audit trail", f"there is none at {place}", "start the daemon, or check --root")
+        remedy = "name a file or folder that is there" if file else "start the daemon, or check --root"
+        raise NotFoundError("audit trail", f"there is none at {place}", remedy)
     directory = place if place.is_dir() else place.parent
     with translated(ValueError, UsageError, "--anchor"):
         known = anchors_of(list(anchors))
@@ -77,10 +77,13 @@ def verify(root: str | None, file: Path | None, key: Path | None, anchors: tuple
         if head is not None and head.seq:
             known.setdefault(head.seq, head.hash)
     found = readable(lambda: reader.trail_files(place)) if place.is_dir() else [place]
+    key = key or directory / PUBLIC_NAME
     try:
-        keys = load_public(key or directory / PUBLIC_NAME)
+        keys = load_public(key)
     except FileNotFoundError:
-        raise NotFoundError("public key", f"there is no {directory / PUBLIC_NAME}", "name it with --key") from None
+        raise NotFoundError("public key", f"there is no {key}", "name it with --key") from None
+    except IsADirectoryError:
+        raise UsageError("public key", f"{key} is a folder", "name the file with --key") from None
     except ValueError as error:
         raise UsageError("public key", str(error)) from None
     size = readable(lambda: sum(path.stat().st_size for path in found))

@@ -17,7 +17,18 @@ from isolator.errors import IsolatorError, NeedsApprovalError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_SENTENCE = 200
+"""Characters of a command's line in the help of its group."""
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
+
+
+class Group(click.Group):
+    """A group whose help has the first sentence of each command's, whole."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, one.get_short_help_str(_SENTENCE)) for name, one in commands if one is not None])
 
 
 def here(command: F) -> F:

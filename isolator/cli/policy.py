@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from isolator.cli.output import here, print_json
+from isolator.cli.output import Group, here, print_json
 from isolator.errors import DeniedError, IsolatorError, NotFoundError, UsageError
 from isolator.paths import Paths
 
@@ -30,6 +30,7 @@ _REQUIRED = {"name": "stand-in", "version": "1.0.0", "api_version": "1", "binary
 
 
 @click.group(
+    cls=Group,
     epilog="\b\nExamples:\n  isolator policy check /etc/isolator/host.toml /etc/isolator/policies/*.toml\n"
     "  isolator policy explain /etc/isolator/policies/slack.toml --manifest plugin.json",
 )
@@ -37,7 +38,7 @@ def policy() -> None:
     """Check and explain policy files."""
 
 
-@policy.command()
+@policy.command(epilog="\b\nExamples:\n  isolator policy check policies/*.toml\n  isolator policy check ./plugin.json")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--kind",
@@ -86,7 +87,10 @@ def check(root: str | None, files: tuple[Path, ...], kind: str | None, as_json: 
     sys.exit(worst)
 
 
-@policy.command()
+@policy.command(
+    epilog="\b\nExamples:\n  isolator policy explain ./plugin.json\n"
+    "  isolator policy explain policies/slack.toml --manifest plugin.json"
+)
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
     "--manifest",

@@ -31,7 +31,7 @@ _MARKS = {"held": "held", "through": "GOT THROUGH", "broken": "NO RESULT"}
 
 @click.command(
     epilog="\b\nExamples:\n  sudo isolator prove\n  sudo isolator prove slack-deploy-notifier\n"
-    "  sudo isolator prove --policy policies/strict.toml --json | jq '.findings[] | select(.succeeded)'",
+    "  sudo isolator prove --policy policies/profiles/strict.toml --json | jq '.findings[] | select(.succeeded)'",
 )
 @click.argument("plugin", required=False)
 @click.option(

@@ -76,7 +76,9 @@ def revoked(text: str, kind: str, value: Value, *, in_force: Sequence[Value]) ->
             raise UsageError(f"{kind} {value}", "is not granted", "see 'isolator plugin explain'")
         table[key] = [other for other in in_force if other != value]
     elif value not in found:
-        covering = f"the file lists {', '.join(map(str, found)) or 'nothing'}"
+        if not found:
+            raise UsageError(f"{kind} {value}", "is not in the file's list, which is empty")
+        covering = f"the file lists {', '.join(map(str, found))}"
         raise UsageError(f"{kind} {value}", f"is not in the file's list; {covering}", "name one as it stands there")
     else:
         found.remove(value)

@@ -32,7 +32,7 @@ SIGNATURES, SUM = b"isolator.sig", b"isolator.sum"
 MOST_SIGNATURES, _LARGEST_ENVELOPE = 8, 16 << 10
 _LONGEST_NAME, _LONGEST_PREFIX = 100, 155
 _FOLDER, _FILE = b"5", b"0"
-_AGAIN = "pack it again with 'isolator pack'"
+_AGAIN = "name the plugin's folder, or pack that again with 'isolator pack'"
 _KINDS = {
     b"1": "a link", b"2": "a link", b"3": "a device", b"4": "a device", b"6": "a FIFO", b"L": "a GNU extension",
     b"K": "a GNU extension", b"S": "a sparse file", b"x": "a PAX extension", b"g": "a PAX extension",

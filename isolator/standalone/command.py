@@ -58,5 +58,10 @@ def run(options: RunOptions) -> int:
         finally:
             launcher.close()
     except IsolatorError as error:
-        print(f"isolator: {error}", file=sys.stderr)
-        return 2 if error.exit_code == 2 else 125
+        code, shown = 2 if error.exit_code == 2 else 125, f"isolator: {error}"
+        if options.json:
+            import json
+
+            shown = json.dumps({"error": {**error.to_json(), "exit_code": code}})
+        print(shown, file=sys.stderr)
+        return code

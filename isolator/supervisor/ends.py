@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from isolator.policy.model import RestartPolicy
 
 _BACKOFF_SPREAD = 0.2
+_ONCE = "a program that runs once for each event has the mode exec"
 
 
 @struct_class(frozen=True)
@@ -30,6 +31,8 @@ class Ended:
     """It counts for giving the plugin up."""
     hopeless: bool = False
     """No further attempt helps before an operator has agreed to something."""
+    up: bool = True
+    """Its socket had been there, or its first answer."""
 
     @property
     def why(self) -> str:
@@ -38,9 +41,12 @@ class Ended:
         if self.problem or end is None:
             return self.problem or "did not start"
         if end.cause in ("exit", "signal"):
-            return f"exit code {end.exit_code}" if end.signal is None else f"killed by signal {end.signal}"
+            how = f"exit code {end.exit_code}" if end.signal is None else f"killed by signal {end.signal}"
+            once = f"; {_ONCE}" if end.exit_code == 0 else ""
+            return how if self.up else f"{how} before it was up{once}"
         if end.cause.startswith((NO_SOCKET, NO_ANSWER)):
-            return f"{end.cause}; raise start_timeout in [restart] of its policy if it needs longer"
+            where = ", nothing listens on PLUGIN_SOCKET or PLUGIN_PORT" if end.cause.startswith(NO_SOCKET) else ""
+            return f"{end.cause}{where}; raise start_timeout in [restart] of its policy if it needs longer"
         return end.cause
 
 

@@ -298,7 +298,7 @@ class Run:
         end, backoff = loop.time() + deadline, Backoff(0.001, 0.05)
         while True:
             if not alive():
-                raise UnavailableError(f"plugin {self.plugin}", "it ended while being connected to", "ask again")
+                raise UnavailableError(f"plugin {self.plugin}", "it ended while being connected to", "tried again")
             try:
                 if self.port is None:
                     return self.connect_at_once(uid)

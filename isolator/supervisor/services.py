@@ -12,7 +12,9 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isolator.audit.client import AuditClient
@@ -43,11 +45,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_START = 19
+"""Field of /proc/PID/stat behind the name of the program: its start, in ticks, see proc(5)."""
+
 NOBODY = 65534
 HOST_MODULE = "host.service"
 """Named, never imported: ``isolator`` does not know what the host is made of."""
 CERTIFYING_HOST = "host.certifying.service"
 """The host of a private daemon of ``isolator certify``: it plays the faults of the protocol."""
+
+
+def _started_at() -> float:
+    """Unix time of this process's start, which an exec leaves as it is."""
+    ticks = int(Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[_START])
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 class Services:
@@ -191,7 +202,7 @@ class Services:
 
     def entries(self) -> tuple[ServiceEntry, ...]:
         """Describe the daemon's processes, this one first."""
-        own = ServiceEntry(name="supervisor", pid=os.getpid(), up=True, starts=1, ended="")
+        own = ServiceEntry(name="supervisor", pid=os.getpid(), up=True, starts=1, ended="", since=_started_at())
         return own, *(process.entry() for process in self.every)
 
     def _broker_filter(self) -> dict[str, int]:

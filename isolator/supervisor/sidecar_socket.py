@@ -97,7 +97,7 @@ class SidecarSocket:
                     now = os.stat(SOCKET, dir_fd=folder, follow_symlinks=False)
                 if (identity(now), now.st_ctime_ns) == (identity(before), before.st_ctime_ns):
                     return fd, now.st_ctime_ns
-            raise UnavailableError(f"plugin {self.plugin}", "its socket was just replaced", "ask again")
+            raise UnavailableError(f"plugin {self.plugin}", "its socket was just replaced", "tried again")
         except BaseException:
             os.close(fd)
             raise

@@ -333,6 +333,8 @@ async def test_verify_notices_an_older_copy_put_in_place(daemon: Daemon) -> None
     await filled(daemon, 10)
     await daemon.stop()
     assert run(daemon, "verify").exit_code == 0
+    for key, says in (("/nowhere", "there is no /nowhere"), ("/", "/ is a folder")):
+        assert says in str(run(daemon, "verify", "--key", key).exception)
     daemon.paths.audit_file.write_bytes(old)
     assert "older copy" in str(run(daemon, "verify").exception)
     assert not check(daemon).misfits  # which the file alone could not tell

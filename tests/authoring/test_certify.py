@@ -138,6 +138,11 @@ def test_plugin_without_a_fault_holds_against_a_few(stage: tuple[PrivateDaemon, 
     assert report.ok and not report.whole, _found(report)
 
 
+def test_plugin_without_events_is_told_to_name_one(stage: tuple[PrivateDaemon, DeadEnd], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="plugin hookless: asks for no event"):
+        _certified(stage, _faulty(tmp_path / "hookless", "oneshot", hooks=[]))
+
+
 @pytest.mark.wide
 @pytest.mark.parametrize("mode", ["stream", "oneshot"])
 def test_plugin_without_a_fault_holds(stage: tuple[PrivateDaemon, DeadEnd], tmp_path: Path, mode: str) -> None:

@@ -124,6 +124,14 @@ def test_interrupt_that_comes_just_before_a_wait_ends_it(tmp_path: Path) -> None
 
 
 @pytest.mark.wide
+def test_plugin_without_events_is_told_to_name_one(tmp_path: Path) -> None:
+    folder = write_plugin(tmp_path / "hookless", answering(), hooks=[])
+    words = ["unshare", "-n", "isolator", "dev", str(folder)]
+    ran = subprocess.run(words, input="\nquit\n", capture_output=True, text=True, check=True, timeout=seconds(120))
+    assert "plugin hookless: asks for no event" in ran.stdout + ran.stderr
+
+
+@pytest.mark.wide
 def test_line_quit_ends_it_and_text_is_for_people(tmp_path: Path) -> None:
     folder = write_plugin(tmp_path / "plugin", answering('"\\x1b[2J"'))
     words = ["unshare", "-n", "isolator", "dev", str(folder)]

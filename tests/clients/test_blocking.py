@@ -141,7 +141,7 @@ def test_the_socket_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 @pytest.mark.parametrize("folder", ["", "long-" * 30])
 def test_without_a_daemon_it_says_so(tmp_path: Path, folder: str) -> None:
-    with pytest.raises(UnavailableError, match=r"the daemon is not running: no .*; start it with 'isolator serve'"):
+    with pytest.raises(UnavailableError, match=r"the daemon is not running: no .*; start it .* or name its --root"):
         Client(root=tmp_path / folder)
     path = Path(address.control_socket(root=tmp_path / folder))
     path.parent.mkdir(parents=True)

@@ -16,6 +16,8 @@ DOCUMENTS = sorted(
     if not {"node_modules", ".git", "bench", "templates"} & set(path.relative_to(ROOT).parts)
 )
 _LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
+_PLACE = re.compile(r"\]\(([^)#\s]*)#([^)\s]+)\)")
+_HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
 _PATH = re.compile(r"`((?:isolator|host|tests|docs|clients|bench|vagrant|policies|examples)/[\w./-]*)`")
 _MODULE = re.compile(r"`((?:isolator|host)(?:\.[a-z_]+)+)(?:\.[A-Z]\w*)?`")
 _NO_MODULES = {
@@ -41,6 +43,23 @@ def test_links_of_a_document_lead_to_a_file(document: Path) -> None:
     targets = [t for t in _LINK.findall(document.read_text()) if "://" not in t and not t.startswith("mailto:")]
     missing = [t for t in targets if not (document.parent / t.replace("\\", "")).exists()]
     assert not missing
+
+
+def places(document: Path) -> set[str]:
+    """The names of a document's headings, as GitHub makes them."""
+    text = re.sub(r"^ *```.*?^ *```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in _HEADING.findall(text)]
+    return {re.sub(r"[^\w\- ]", "", heading).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_links_into_a_document_lead_to_a_heading(document: Path) -> None:
+    found = [(path, place) for path, place in _PLACE.findall(document.read_text()) if "://" not in path]
+    assert not [
+        (path, place)
+        for path, place in found
+        if path[-3:] in ("", ".md") and place not in places(document.parent / path if path else document)
+    ]
 
 
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if d.name != "CHANGELOG.md"], ids=name)

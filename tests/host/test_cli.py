@@ -81,7 +81,31 @@ async def test_a_missing_daemon_is_reported_in_one_line(tmp_path: Path) -> None:
     ran = await isolator(tmp_path, "plugin", "list")
     assert ran.code == 1
     socket = tmp_path / "run/isolator/control.sock"
-    assert ran.err == f"isolator: the daemon is not running: no {socket}; start it with 'isolator serve'\n"
+    start = "start it with 'systemctl start isolator' or 'isolator serve', or name its --root"
+    assert ran.err == f"isolator: the daemon is not running: no {socket}; {start}\n"
+
+
+async def test_wrong_path_is_told_with_what_to_name(daemon: Daemon) -> None:
+    root = daemon.root
+    ran = await isolator(root, "audit", "verify", str(root / "nowhere"))
+    assert (ran.code, ran.out) == (3, "") and "nowhere; name a file or folder that is there" in ran.err
+    ran = await isolator(root, "new", str(root / "Bad_Name"), "--lang", "sh")
+    assert ran.code == 2 and ran.err.startswith(f"isolator: {root}/Bad_Name: name: must be ")
+    ran = await isolator(root, "new", str(root / "hookless"), "--lang", "sh", "--hooks", ",")
+    assert (ran.code, ran.err) == (2, "isolator: --hooks: names no event; see 'isolator event types'\n")
+
+
+async def test_plugin_that_no_event_starts_is_told_so(daemon: Daemon) -> None:
+    ran = await isolator(daemon.root, "plugin", "add", str(_folder(daemon, hooks=[])), "--yes")
+    assert ran.code == 0 and "added notifier 1.2.0; no event starts it, for it gets none\n" in ran.out
+
+
+async def test_who_waits_is_told_what_is_not_done(daemon: Daemon) -> None:
+    daemon.add("later", sidecars.oneshot('return {"status": "retry", "retry_after_ms": 60000}'))
+    payload = '{"project_id": "p", "deployment_id": "d", "url": "https://x.example", "duration_ms": 1}'
+    ran = await isolator(daemon.root, "event", "emit", "deploy.completed", payload, "--wait", "--timeout", "0")
+    assert ran.code == 1
+    assert f"isolator: not all are done after 0 s; see 'isolator event show {ran.out.split()[0]}'\n" == ran.err
 
 
 async def test_a_plugin_from_add_to_remove(daemon: Daemon) -> None:
@@ -385,7 +409,7 @@ async def test_the_key_can_be_rotated(daemon: Daemon) -> None:
     await daemon.ask("config.set", name="keyed", config={"token": "abcdef"})
     before = (daemon.paths.host_lib / "key").read_bytes()
     ran = await isolator(daemon.root, "config", "rotate-key")
-    assert ran.out == "re-encrypted 1 values with a new key\n"
+    assert ran.out == "re-encrypted 1 value with a new key\n"
     assert (daemon.paths.host_lib / "key").read_bytes() != before
     await daemon.kill_host()
     await daemon.start_host()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from host.cli.denials import collect
+from host.cli.denials import collect, lines
 from isolator.audit.record import GENESIS, Record
 
 
@@ -35,3 +35,13 @@ def test_permission_that_the_manifest_does_not_ask_for_is_pointed_out() -> None:
     entry = {"name": "p", "manifest": {"permissions": ["read:projects"]}}
     (denial,) = collect([_record("api.called", data)], entry)
     assert "manifest" not in denial.advice.why
+
+
+def test_message_that_breaks_the_protocol_is_a_failure_and_a_missed_ping_none() -> None:
+    breach = _record("plugin.health", {"ok": False, "detail": "protocol: a message is neither request nor reply"})
+    found = collect(
+        [breach, breach, _record("plugin.health", {"ok": False, "misses": 1, "detail": "timeout"})], {"name": "p"}
+    )
+    ((row, why),) = [tuple(lines([one], "p")) for one in found]
+    assert (found[0].kind, found[0].count) == ("failure", 2)
+    assert "2 ×  protocol: a message is neither request nor reply  (last " in row and "see docs/host-api.md" in why

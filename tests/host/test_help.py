@@ -68,6 +68,12 @@ def test_every_help_names_exit_codes_and_variables() -> None:
         assert max(map(len, shown.output.splitlines()[-2:])) <= WIDTH, shown.output
 
 
+def test_every_help_has_an_example_and_whole_sentences() -> None:
+    helps = {words: CliRunner().invoke(cli, [*words, "--help"]).output for words in ALL}
+    assert not [words for words, shown in helps.items() if "\n  Example" not in shown]
+    assert not [words for words, shown in helps.items() if "...\n" in shown.partition("\nCommands:")[2]]
+
+
 @pytest.mark.parametrize(("group", "alias"), OTHER_NAMES, ids=" ".join)
 def test_other_name_of_a_command_is_that_command(group: str, alias: str) -> None:
     found = cli.get_command(click.Context(cli), group)

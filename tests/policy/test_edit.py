@@ -69,6 +69,7 @@ def test_file_without_a_grant_gets_one(text: str) -> None:
     [
         (FILE, "hook", "project.created", "is not in the file's list; the file lists deploy.*"),
         (FILE, "permission", "read:x", "is not granted"),
+        ("[grant]\nhooks = []\n", "hook", "x.y", "is not in the file's list, which is empty$"),
         ("[grant\n", "hook", "x.y", "see 'isolator policy check'"),
         ("grant = 1\n", "hook", "x.y", "grant is no table"),
     ],

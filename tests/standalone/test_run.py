@@ -60,6 +60,17 @@ def test_how_it_ended_as_json(shared_dir: Path) -> None:
     assert found["oom_kills"] == found["task_denials"] == 0
 
 
+@pytest.mark.parametrize(("words", "code", "what"), [
+    (["--", "nowhere"], 125, "start of run"),
+    (["--cpu", "5000%", "--", "true"], 2, "the command line"),
+])  # fmt: skip
+def test_error_is_json_too(shared_dir: Path, words: list[str], code: int, what: str) -> None:
+    result = isolator(shared_dir, "run", "--json", *words)
+    error = json.loads(result.stderr)["error"]
+    assert (result.returncode, error["exit_code"], error["what"]) == (code, code, what)
+    assert error["why"] and error["remedy"]
+
+
 def test_a_memory_cap_is_kept_and_told(shared_dir: Path) -> None:
     result = isolator(shared_dir, "run", "--memory", "32M", "--", "python3", "-c", "bytearray(300 << 20)")
     assert result.returncode == 128 + signal.SIGKILL

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from isolator_client import Client
 from tests.support.sidecars import raw
 from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
@@ -132,6 +134,7 @@ def test_modules_of_a_package_are_nobody_elses(running: Daemon, tmp_path: Path) 
 # The last one makes an x32 call.
 CRASHING = {
     "exits": "#!/bin/sh\nexit 3\n",
+    "ends": "#!/bin/sh\nexit 0\n",
     "silent": "#!/bin/sh\nsleep 1000\n",
     "hungry": "#!/usr/bin/python3\nx = bytearray(1 << 30)\nx[::4096] = b'x' * len(x[::4096])\n",
     "forking": "#!/usr/bin/python3\nimport os\nwhile os.fork():\n    pass\nimport time; time.sleep(1000)\n",
@@ -139,9 +142,10 @@ CRASHING = {
     "forbidden": "#!/usr/bin/python3\nimport ctypes\nctypes.CDLL(None).syscall(ctypes.c_long(0x40000027))\n",
 }
 CAUSES = {
-    "exits": ("exit code 3", "exit"), "silent": ("no socket", "no socket in 2 s"),
+    "exits": ("exit code 3 before it was up;", "exit"), "silent": ("no socket", "no socket in 2 s"),
     "hungry": ("out of memory", "out of memory"), "forking": ("task limit", "task limit"),
-    "segfault": ("killed by signal 11", "signal"), "forbidden": ("forbidden ABI", "forbidden ABI"),
+    "ends": ("exit code 0 before it was up; a program that runs once for each event has the mode exec;", "exit"),
+    "segfault": ("killed by signal 11 before it was up;", "signal"), "forbidden": ("forbidden ABI", "forbidden ABI"),
 }  # fmt: skip
 
 
@@ -160,10 +164,34 @@ def test_sidecar_that_cannot_serve_fails_visibly(running: Daemon, tmp_path: Path
         )
         shown, recorded = CAUSES[kind]
         assert shown in entry["error"]
+        remedy = f"see 'isolator plugin logs {kind}', then isolator plugin start {kind}"
+        wait_for(lambda: remedy in running.json("plugin", "show", kind)["holding"], what="no word of what to do")
         ends = [r for r in running.records() if r["type"] == "plugin.crashed" and r["plugin"] == kind]
         assert {r["data"]["cause"] for r in ends} == {recorded}
     finally:
         running.cli("plugin", "remove", kind, "--yes", code=None)
+
+
+def test_file_that_is_no_package_is_answered_with_what_to_name(running: Daemon, tmp_path: Path) -> None:
+    manifest = write_plugin(tmp_path / "named-by-its-manifest") / "plugin.json"
+    refused = running.cli("plugin", "add", str(manifest), "--yes", code=2).stderr
+    assert refused == f"isolator: {manifest}: ends too early; name the plugin's folder, or pack that again with " + (
+        "'isolator pack'\n"
+    )
+
+
+def test_plugin_that_was_killed_and_is_up_again_does_not_fail(running: Daemon, tmp_path: Path) -> None:
+    running.cli("plugin", "add", str(write_plugin(tmp_path / "again")), "--yes")
+    try:
+        os.kill(running.json("plugin", "start", "again")["pid"], signal.SIGKILL)
+        wait_for(lambda: (e := running.json("plugin", "show", "again"))["restarts"] and e["state"] == "running")
+        wait_for(lambda: not running.json("plugin", "list", "--failed"), what="it fails, although it is up")
+        running.cli("status")
+        with Client(root=str(running.root)) as client:
+            (health,) = client.health("again")
+        assert (health.healthy, health.why, health.restarts) == (True, None, 1)
+    finally:
+        running.cli("plugin", "remove", "again", "--yes", code=None)
 
 
 ANSWERS = {

@@ -15,7 +15,7 @@ def test_eager_is_up_with_the_daemon(tmp_path: Path) -> None:
     schema = {"color": {"type": "string", "required": True}}
     folder = write_plugin(tmp_path / "early", ECHO, activation={"start": "eager"}, config_schema=schema)
     with daemon() as d:
-        d.cli("plugin", "add", str(folder), "--yes")
+        assert "it starts by itself, without an event" in d.cli("plugin", "add", str(folder), "--yes").stdout
         assert d.json("plugin", "show", "early")["state"] == "stopped"  # something that it needs is missing
         d.cli("plugin", "config", "early", "set", "color=red")
         _state(d, "running")

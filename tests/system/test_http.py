@@ -292,7 +292,7 @@ def test_idle_server_is_stopped_and_one_that_does_not_listen_is_given_up(running
         )
     )
     wait_for(lambda: running.json("plugin", "show", "idle")["state"] == "stopped")
-    missing = "no socket in 1 s; raise start_timeout"
+    missing = "no socket in 1 s, nothing listens on PLUGIN_SOCKET or PLUGIN_PORT; raise start_timeout"
     wait_for(lambda: missing in (running.json("plugin", "show", "deaf")["error"] or ""))
     for name in ("idle", "deaf"):
         running.cli("plugin", "remove", name, "--yes")

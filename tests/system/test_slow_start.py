@@ -65,7 +65,8 @@ def test_policy_decides_about_the_time_and_the_error_names_the_key(running: Daem
     running.cli("event", "emit", "deploy.completed", event(2))
     entry = wait_for(lambda: (e := running.json("plugin", "show", "silent"))["state"] == "failed" and e)
     assert entry["error"].startswith(
-        "no socket in 1.5 s; raise start_timeout in [restart] of its policy if it needs longer; 2 crashes"
+        "no socket in 1.5 s, nothing listens on PLUGIN_SOCKET or PLUGIN_PORT; "
+        "raise start_timeout in [restart] of its policy if it needs longer; 2 crashes"
     )
     ends = [r for r in running.records() if r["type"] == "plugin.crashed" and r["plugin"] == "silent"]
     assert {r["data"]["cause"] for r in ends} == {"no socket in 1.5 s"}

@@ -150,8 +150,9 @@ def test_a_viewer_follows_without_access_to_the_files_and_is_recorded(d: Daemon)
     with tail(d, STRANGER, "-f") as stranger:
         out, err = stranger.communicate(timeout=seconds(30))
         assert (stranger.returncode, out) == (4, "") and "needs viewer" in err
-    with tail(d, VIEWER) as files_only:
-        assert files_only.wait(seconds(30)) == 1
+    with tail(d, VIEWER, "-n", "7", "--json") as newest:
+        out, err = newest.communicate(timeout=seconds(30))
+        assert (newest.returncode, err, len(out.splitlines())) == (0, "", 7)
     called = [json.loads(line)["data"] for line in written(d) if '"type":"control.called"' in line]
     verdicts = [(c["uid"], c["verdict"]) for c in called if c["verb"] == "audit.follow"]
     assert (VIEWER, "ok") in verdicts and (STRANGER, "denied") in verdicts

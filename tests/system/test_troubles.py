@@ -6,6 +6,7 @@ And a viewer sees it without access to the trail's files, by searches that stand
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 from collections.abc import Iterator
 from typing import Any
@@ -182,6 +183,12 @@ def test_viewer_searches_the_trail_without_access_to_its_files(d: Daemon) -> Non
         seen = as_user(d, VIEWER, *words)
         assert (seen.returncode, seen.stderr) == (0, "")
         assert seen.stdout and seen.stdout == d.cli(*words).stdout, words
+    newest = as_user(d, VIEWER, "audit", "tail", "-n", "3", "--json")
+    lines = newest.stdout.splitlines()
+    seqs = [json.loads(line)["seq"] for line in lines]
+    assert (newest.returncode, newest.stderr, len(seqs)) == (0, "", 3) and seqs[2] == seqs[1] + 1 == seqs[0] + 2
+    further = as_user(d, VIEWER, "audit", "tail", "--after", str(seqs[0]), "--json")
+    assert (further.returncode, further.stderr) == (0, "") and further.stdout.splitlines()[:2] == lines[1:]
     missing = as_user(d, VIEWER, "audit", "story", "ev_none")
     assert missing.returncode == 3 and "the trail has no record of it" in missing.stderr
     for command in ("query", "tail"):

@@ -13,6 +13,8 @@ from isolator_client.errors import DeniedError, IsolatorError, UnavailableError
 SUN_PATH = 107
 """Longest path in bytes that fits into a ``sockaddr_un`` together with its final NUL, see unix(7)."""
 
+_START = "start it with 'systemctl start isolator' or 'isolator serve'"
+
 StrPath = str | os.PathLike[str]
 
 
@@ -53,7 +55,7 @@ def refusal(error: OSError, path: str) -> IsolatorError:
         return UnavailableError("the daemon", "too many callers are waiting", "try again")
     if isinstance(error, ConnectionRefusedError):
         why = f"nobody listens at {path} at the moment: a part of it is being started again, or it was killed"
-        return UnavailableError("the daemon", why, "try again; if that does not help, start it with 'isolator serve'")
+        return UnavailableError("the daemon", why, f"try again; if that does not help, {_START}")
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        return UnavailableError("the daemon is not running", f"no {path}", "start it with 'isolator serve'")
+        return UnavailableError("the daemon is not running", f"no {path}", f"{_START}, or name its --root")
     return UnavailableError("the daemon", f"cannot be reached at {path}: {error.strerror or error}", "try again")

@@ -15,7 +15,7 @@ from typing import Any
 from host.authoring.certify.checks import Check, checks_for
 from host.authoring.certify.stage import FOUND, GOOD, Stage
 from host.authoring.private_daemon import PrivateDaemon, wait_until
-from host.authoring.sending import Answer, cancel, first_attempt
+from host.authoring.sending import Answer, cancel, first_attempt, no_event
 from host.authoring.trial import Plan, Trials
 from host.cli import trail
 from host.client.client import Client
@@ -132,6 +132,8 @@ class Certifier(Trials):
             )  # fmt: skip
             self._plan = replace(self._plan, timeout=report.timeout + PATIENCE)
             events = self._events(client, trial.plugin)
+            if not events:
+                raise no_event(trial.plugin)
             checks = checks_for(trial.mode, names)
             report.whole = len(checks) == len(checks_for(trial.mode, ()))
             for check in checks:

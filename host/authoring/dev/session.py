@@ -18,7 +18,7 @@ from typing import Any
 from host.authoring.dev.screen import HELP, Screen
 from host.authoring.loading import Loaded, Loader, Loading
 from host.authoring.private_daemon import PrivateDaemon
-from host.authoring.sending import hooks_of, payload_for, send
+from host.authoring.sending import hooks_of, no_event, payload_for, send
 from host.authoring.trial import Plan, register_schemas
 from host.authoring.watching import Watching
 from host.cli import denials, trail
@@ -134,7 +134,9 @@ class Session:
             if self._last is not None:
                 return self._last
             assert self._loader.registered is not None
-            event = next(iter(self._plan.events), None) or hooks_of(client, self._loader.registered)[0]
+            event = next(iter((*self._plan.events, *hooks_of(client, self._loader.registered))), "")
+            if not event:
+                raise no_event(self._loader.registered)
         return event, json_object(payload) if payload.strip() else payload_for(client, event)
 
     def _send(self, client: Client, event: str, payload: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from host.channel.exit_codes import outcome_of
 from host.channel.reply import NotSentError, Outcome
 from host.events import format_time
 from host.plugins.manifest import Manifest, check_values
-from isolator.errors import UsageError
+from isolator.errors import IsolatorError, UsageError
 from isolator.ipc.messages import InvocationEnded, Origin
 from isolator.policy.keys import BY_NAME
 from isolator.policy.model import EffectivePolicy
@@ -165,8 +165,11 @@ class Run:
                 self._trial.warnings.append(f"refused: {line.removeprefix(_DENIED)}")
             elif name == "stderr" and line.startswith(_OWN):
                 self.why = line.removeprefix(_OWN)
-            elif name == "stderr" and (end := _end(line)) is not None:
-                self._end = end
+            elif name == "stderr" and (told := _told(line)) is not None:
+                if "error" in told:
+                    self.why = str(IsolatorError.from_json(told["error"]))
+                else:
+                    self._end = told
             elif line:
                 self._last[name] = line
                 now = format_time(time.time())
@@ -174,13 +177,17 @@ class Run:
         stream.close()
 
 
-def _end(line: str) -> dict[str, Any] | None:
-    """The end of a run, if this line tells of it (``isolator run --json``)."""
+def _told(line: str) -> dict[str, Any] | None:
+    """The end of a run, or the ``error`` because of which there was none, if this line tells of it (``--json``)."""
     try:
         found = json.loads(line) if line.startswith("{") else None
     except ValueError:
         return None
-    return found if isinstance(found, dict) and {"exit_code", "signal", "cause"} <= found.keys() else None
+    if not isinstance(found, dict):
+        return None
+    error = found.get("error")
+    failed = isinstance(error, dict) and error.keys() == {"code", "what", "why", "remedy", "exit_code"}
+    return found if failed or {"exit_code", "signal", "cause"} <= found.keys() else None
 
 
 def _values(manifest: Manifest, config: Mapping[str, str]) -> dict[str, str]:

@@ -12,14 +12,14 @@ import click
 from host.cli.options import NAME, yes
 from host.cli.output import safe
 from host.client.client import Client, ask
-from isolator.cli.output import here, print_json, print_result
+from isolator.cli.output import Group, here, print_json, print_result
 from isolator.errors import NeedsApprovalError, UsageError
 
 _LARGEST: Final = 16 << 20
 """Bytes that are read of a file with tools."""
 
 
-@click.group(epilog="\b\nExamples:\n  isolator mcp serve github\n  isolator mcp tools github")
+@click.group(cls=Group, epilog="\b\nExamples:\n  isolator mcp serve github\n  isolator mcp tools github")
 def mcp() -> None:
     """Use MCP servers from editors and agents; approve their tools."""
 

@@ -53,7 +53,7 @@ def main() -> None:
                 sys.exit(f"it leads to {further[:200]}; if that is right, name that address")
             url = further
     except (OSError, ValueError, http.client.HTTPException) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}")
     sys.exit("the server redirects without end")
 
 

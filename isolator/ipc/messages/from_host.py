@@ -326,6 +326,8 @@ class ServiceEntry(Body):
     up: bool
     starts: int
     ended: str
+    since: float = omitted(default=0.0)
+    """of the supervisor: Unix time of its start, which a reload leaves as it is"""
 
 
 class Services(Body):

@@ -135,6 +135,13 @@ class Life:
         if self.verdict is not None and not self.verdict.done():
             self.verdict.set_result(outcome)
 
+    def _steady(self) -> None:
+        """The run is up and stays: how those before it ended is over."""
+        self._conclude_trial("")
+        if self._plugin.error:
+            self._plugin.error = ""
+            self._plugin.announce_change()
+
     def _after_crash(self, ended: Ended) -> float | None:
         """Note an end that nobody wanted; returns the seconds to wait, or None when too many of them count."""
         assert self._plugin.effective is not None
@@ -197,7 +204,7 @@ class Life:
                 await run.watch(
                     self.stopping,
                     on_ready=self._plugin.announce_change,
-                    on_steady=lambda: self._conclude_trial(""),
+                    on_steady=self._steady,
                     drain=lambda: self._context.host.drain(self._plugin.name, run_id, self.stop_reason),
                 )
                 await self._opened()
@@ -205,7 +212,7 @@ class Life:
             origin = run.origin if self.wanted else Origin.OPERATOR
             self._record_end(run, end, origin, await self._context.host.stderr_tail(self._plugin.name, run_id))
             counts = origin == Origin.PLUGIN and not (run.reached and end.cause == "exit")
-            return Ended(run_id, end, origin, counts=counts)
+            return Ended(run_id, end, origin, counts=counts, up=run.socket_there.is_set())
         except Exception as error:  # whatever it was: a start that ended in silence would be waited for without end
             why = reason_of(error)
             origin = origin_of(error)

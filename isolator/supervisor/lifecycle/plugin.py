@@ -161,7 +161,8 @@ class Plugin:
             raise UsageError(f"plugin {self.name}", "has the mode exec: each event starts its program", "emit one")
         if self.state == PluginState.FAILED:
             if reason != "operator":
-                raise IsolatorError(f"plugin {self.name}", self.error, f"isolator plugin start {self.name}")
+                again = f"see 'isolator plugin logs {self.name}', then isolator plugin start {self.name}"
+                raise IsolatorError(f"plugin {self.name}", self.error, again)
             self._life.ends.forget()
         if reason == "operator":
             self._life.ends.others = 0  # what made earlier starts fail may be mended: wait for new ones
@@ -201,7 +202,7 @@ class Plugin:
         """Connect to the socket of a run, or to its standard streams; raises as ``Run.connect`` and ``Run.talk``."""
         run = self.run
         if run is None or run.id != run_id:
-            raise UnavailableError(f"plugin {self.name}", "that run has ended", "ask again")
+            raise UnavailableError(f"plugin {self.name}", "that run has ended", "tried again")
         if run.streams:
             return run.talk()
         return [await run.connect(self.registration.uid, deadline, lambda: self.run is run)]
@@ -219,11 +220,11 @@ class Plugin:
         """Open a run's socket file for processes with that group, as ``SidecarSocket.lend``; raises IsolatorError."""
         run = self.run
         if run is None or run.id != run_id or run.streams or run.port is not None:
-            raise UnavailableError(f"plugin {self.name}", "that run has no socket", "ask again")
+            raise UnavailableError(f"plugin {self.name}", "that run has no socket", "tried again")
         try:
             return await run.unix_socket.lend(self.registration.uid, gid, lambda: self.run is run)
         except OSError as error:
-            raise UnavailableError(f"plugin {self.name}", f"its socket: {error.strerror}", "ask again") from None
+            raise UnavailableError(f"plugin {self.name}", f"its socket: {error.strerror}", "tried again") from None
 
     def note_ready(self, run_id: str) -> None:
         """Take the host's word that a run whose standard streams it has is up."""

@@ -6,6 +6,7 @@ import contextlib
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -70,7 +71,9 @@ def test_reload_puts_host_toml_in_force_and_stops_nobody(shared_dir: Path) -> No
         assert listens(d, 9464) and not listens(d, 9465)
         assert may_look(d, 65533) and not may_look(d, 65534)
         (d.root / "etc/isolator/host.toml").write_text(AFTER)
+        began = time.time()
         d.cli("reload")
+        assert d.json("status", code=None)["started_at"] < began, "it is the daemon's start, and not the reload"
         wait_for(lambda: listens(d, 9465) and not listens(d, 9464), what="the port of the metrics")
         wait_for(lambda: may_look(d, 65534) and not may_look(d, 65533), what="the roles")
         assert running(d) == before

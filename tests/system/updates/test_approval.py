@@ -34,6 +34,8 @@ def test_a_version_that_asks_for_more_waits(tmp_path: Path) -> None:
         assert "asks for more" in d.cli("plugin", "list").stdout
         answer = d.json("plugin", "update", name, str(more), code=5)
         assert answer["pending"] is True and answer["differences"]
+        would = f"2.0.0 waits for approval; this is what 'isolator plugin approve {name}' would grant it:"
+        assert would in d.cli("plugin", "explain", name).stdout
 
         shutil.rmtree(more)  # what was staged is in the store
         assert d.stop() == 0

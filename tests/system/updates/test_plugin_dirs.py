@@ -34,7 +34,8 @@ def test_found_plugins_wait_for_approval(tmp_path: Path) -> None:
         assert "isolator plugin approve found-one" in d.cli("plugin", "start", "found-one", code=5).stderr
         d.cli("plugin", "enable", "found-one", code=5)
         d.cli("plugin", "approve", "found-one", code=5)
-        assert "deploy.completed" in d.cli("plugin", "explain", "found-one").stdout
+        explained = d.cli("plugin", "explain", "found-one").stdout
+        assert "deploy.completed" in explained and "this is what 'isolator plugin approve found-one' would" in explained
         assert not [r for r in d.records() if r["type"] == "plugin.started"]
         assert not (d.root / "var/lib/isolator/plugins/found-one").exists()
         assert states(d)["found-one"] == "pending"

@@ -38,6 +38,7 @@ def test_policy_is_read_again_when_it_is_edited(running: Daemon, tmp_path: Path,
     running.cli("plugin", "restart", name)
     assert shown(running, name)["effective_digest"] == now["effective_digest"]
     assert "apples" in running.cli("plugin", "list").stdout
+    assert f"failing:   {name}" in running.cli("status", code=1).stdout
 
     # A newer version is not taken under a policy that cannot be read.
     running.cli("plugin", "update", name, str(make(tmp_path / "second" / name, "1.1.0")), code=2)
@@ -111,6 +112,8 @@ def test_a_policy_file_that_is_gone(tmp_path: Path) -> None:
         policy.unlink()
         gone = wait_for(lambda: (e := shown(d, name))["error"] and e)
         assert gone["state"] == "running" and "the file is gone" in gone["error"]
+        would = f"{name}.toml is not there; this is what 'isolator plugin approve {name}' would grant:"
+        assert would in d.cli("plugin", "explain", name).stdout
         d.cli("plugin", "restart", name)
         d.stop()
         d.start()
