@@ -17,6 +17,7 @@ from typing import Any
 
 from tests.support import commands
 from tests.support.leftovers import new_root
+from tests.support.processes import stat, state
 from tests.support.timeouts import seconds
 
 EVENT = {"project_id": "p1", "deployment_id": "d1", "url": "https://app.example/", "duration_ms": 12}
@@ -131,7 +132,7 @@ class Daemon:
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                parent = int(stat(int(entry.name))[1])
                 named = parent == self.process.pid and any(module.encode() in word for word in words)
                 if named and os.path.samefile(entry / "ns/pid", f"/proc/{self.process.pid}/ns/pid"):
                     return int(entry.name)
@@ -199,10 +200,7 @@ def wait_for(condition: Any, timeout: float = seconds(30), what: str = "") -> An
 
 def alive(pid: int) -> bool:
     """Whether a process with this pid exists and is not a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    return state(pid) not in ("", "Z")
 
 
 def kill_9(pid: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from isolator.layers.cgroup.subtree import find_hierarchies
+from tests.support.processes import children
 from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, kill_9, wait_for, write_plugin
 
@@ -52,12 +53,7 @@ def held(d: Daemon) -> Counter[str]:
 def cage_is_made_ahead(d: Daemon, running: int) -> bool:
     """Whether the next cage's process is there: it, the launcher, and pid 1 of each cage have the same command line."""
     assert d.process is not None
-    children = Path(f"/proc/{d.process.pid}/task/{d.process.pid}/children").read_text().split()
-    found = 0
-    for pid in children:
-        with contextlib.suppress(OSError):
-            found += b"isolator.launcher.server" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    return found == running + 2
+    return len(children(d.process.pid, "isolator.launcher.server")) == running + 2
 
 
 def taken_by_a_start(d: Daemon) -> Counter[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.processes import children
 from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
 
@@ -159,5 +160,4 @@ def test_reload_without_a_plugin_hands_an_earlier_version_what_it_goes_on_with()
 
 def _launchers(running: Daemon) -> int:
     assert running.process is not None
-    children = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children").read_text().split()
-    return sum(b"isolator.launcher.server" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children)
+    return len(children(running.process.pid, "isolator.launcher.server"))

@@ -22,6 +22,7 @@ import pytest
 from tests.support.go import go_cache
 from tests.support.internet_servers import WEB, Server
 from tests.support.pretend_internet import PretendInternet, pretend_internet
+from tests.support.processes import children
 from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, event, wait_for
 
@@ -245,7 +246,7 @@ def test_outage_of_the_hosts_store_loses_no_event_of_a_stream(tmp_path: Path) ->
         d.cli("plugin", "add", str(_example(tmp_path, "python-stream-counter")), "--yes")
         d.cli("event", "emit", "deploy.completed", event("first", project_id="first"), "--wait")
         [row] = d.json("plugin", "list")
-        inside = [row["pid"], *_children(row["pid"])]
+        inside = [row["pid"], *children(row["pid"])]
         for pid in inside:
             os.kill(pid, signal.SIGSTOP)
         for number in range(EVENTS):
@@ -265,10 +266,6 @@ def test_outage_of_the_hosts_store_loses_no_event_of_a_stream(tmp_path: Path) ->
         most = 2 if " TimeoutError" in _log(d) else 1
         assert len(last) == EVENTS + 1 and {result["count"] for result in last} <= {1, most}
         _nothing_lost(d)
-
-
-def _children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _log(d: Daemon) -> str:

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from host.client.client import Client
+from tests.support.processes import start_time
 from tests.support.sidecars import raw
 from tests.support.timeouts import seconds
 from tests.system.daemon import EVENT, Daemon, daemon, wait_for, write_plugin
-from tests.system.reload.exchanges import SLOW_ONESHOT, SLOW_STREAM, exchange, open_files, seen, start_time
+from tests.system.reload.exchanges import SLOW_ONESHOT, SLOW_STREAM, exchange, open_files, seen
 
 TALKER = raw(
     "connection.close()",

@@ -12,9 +12,10 @@ import pytest
 
 from isolator.paths import Paths
 from isolator.recovery.daemon import subtree_folders
+from tests.support.processes import start_time
 from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, wait_for, write_plugin
-from tests.system.reload.exchanges import SLOW_ONESHOT, SLOW_STREAM, exchange, processes, seen, start_time
+from tests.system.reload.exchanges import SLOW_ONESHOT, SLOW_STREAM, exchange, processes, seen
 from tests.system.reload.kill_points import STEPS, VICTIMS, SteppedDaemon
 from tests.system.test_killed_host import Load, _connected, _of
 

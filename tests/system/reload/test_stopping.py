@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 
 from tests.support.timeouts import seconds
 from tests.system.daemon import ECHO, daemon, event, wait_for, write_plugin
-from tests.system.reload.exchanges import MODULES, exchanged
+from tests.system.reload.exchanges import MODULES, exchanged, processes
 from tests.system.reload.gated import GatedDaemon
 
 ENDS_LATE = """\
@@ -71,12 +70,7 @@ def test_host_is_let_finish_what_it_was_asked_to_change(shared_dir: Path) -> Non
 def hosts(d: GatedDaemon) -> int:
     """The number of host processes."""
     assert d.process is not None
-    found = 0
-    for path in Path(f"/proc/{d.process.pid}/task").glob("*/children"):
-        for pid in path.read_text().split():
-            with contextlib.suppress(OSError):
-                found += MODULES["host"].encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
-    return found
+    return len(processes(d, "host"))
 
 
 def add_patient(d: GatedDaemon, folder: Path) -> Path:
