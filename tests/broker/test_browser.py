@@ -148,7 +148,7 @@ def test_page_report_keeps_a_screenshot_of_each_deployed_page(pretend: PretendIn
             "url": "https://www.example.com:8443/", "title": "Shop", "language": True, "viewport": True,
             "unnamed_images": 1,
         }  # fmt: skip
-        kept = d.root / "var/lib/isolator/state/page-report/mnt/state"
+        kept = d.state_of("page-report")
         assert is_picture((kept / "dshop.png").read_bytes())
 
 

@@ -123,6 +123,16 @@ class Daemon:
                 break
         return [json.loads(line) for line in written[: written.rfind(b"\n") + 1].splitlines()]
 
+    def state_of(self, plugin: str) -> Path:
+        """What a plugin sees as its own folder."""
+        return self.root / f"var/lib/isolator/state/{plugin}/mnt/state"
+
+    def noted(self, plugin: str, file: str = "seen") -> list[str]:
+        """The whole lines that a plugin has written into a file of its own so far."""
+        with contextlib.suppress(OSError):
+            return (self.state_of(plugin) / file).read_text().split("\n")[:-1]
+        return []
+
     def service_pid(self, module: str, *, missing_ok: bool = False) -> int:
         """The pid of one of this daemon's processes, found among the supervisor's children.
 

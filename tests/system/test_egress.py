@@ -89,8 +89,7 @@ def busy(pretend: PretendInternet, tmp_path: Path) -> Iterator[Daemon]:
 
 def lines(d: Daemon) -> list[list[str]]:
     """What the plugin's attempts came to so far: kind, result, seconds."""
-    log = d.root / "var/lib/isolator/state/busy/mnt/state/log"
-    return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+    return [line.split() for line in d.noted("busy", "log")]
 
 
 def records(d: Daemon, type: str) -> list[dict[str, Any]]:

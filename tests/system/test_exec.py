@@ -105,14 +105,9 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         yield made
 
 
-def state_of(running: Daemon, plugin: str) -> Path:
-    return running.root / f"var/lib/isolator/state/{plugin}/mnt/state"
-
-
 def seen(running: Daemon, plugin: str = "linter") -> list[dict[str, Any]]:
     """What the program has noted of its runs."""
-    path = state_of(running, plugin) / "seen"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in running.noted(plugin)]
 
 
 def seen_of(running: Daemon, event_id: str, plugin: str = "linter") -> list[dict[str, Any]]:
@@ -140,7 +135,7 @@ def hold(running: Daemon, number: str, project: str = "p1") -> str:
 
 
 def let_go(running: Daemon) -> None:
-    (state_of(running, "wide") / "go-on").touch()
+    (running.state_of("wide") / "go-on").touch()
 
 
 def outcome_of_held(running: Daemon, event_id: str) -> dict[str, Any]:
@@ -156,7 +151,7 @@ def outcome_of_held(running: Daemon, event_id: str) -> dict[str, Any]:
 @pytest.fixture
 def held(running: Daemon) -> Iterator[Daemon]:
     """The daemon while nothing lets held invocations go."""
-    state = state_of(running, "wide")
+    state = running.state_of("wide")
     if state.exists():  # from the first invocation on
         (state / "go-on").unlink(missing_ok=True)
     yield running
@@ -284,7 +279,7 @@ def test_reload_and_an_exchange_of_the_host_lose_and_repeat_no_invocation(held: 
 
 @pytest.mark.wide
 def test_reloads_under_load_lose_and_repeat_no_event(running: Daemon) -> None:
-    state = state_of(running, "wide")
+    state = running.state_of("wide")
     if state.exists():
         (state / "go-on").touch()
     emitted: list[str] = []

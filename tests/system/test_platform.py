@@ -302,9 +302,8 @@ def test_no_event_is_lost_whoever_is_killed(tmp_path: Path, platform_in: Any) ->
         platform.start()
         post(5)
         assert len(wanted) == 45
-        seen = d.root / "var/lib/isolator/state/echo/mnt/state/seen"
         wait_for(
-            lambda: seen.exists() and set(seen.read_text().split()) >= set(wanted), 90,
+            lambda: {*d.noted("echo")} >= {*wanted}, 90,
             f"lost: {platform.ask('/health')} {platform.log.read_text()} {d.log.read_text()}",
         )  # fmt: skip
         # A repetition after an unknown answer is recognised: one event each, in the order of the deployments.
@@ -312,7 +311,7 @@ def test_no_event_is_lost_whoever_is_killed(tmp_path: Path, platform_in: Any) ->
         assert len(set(ids)) == len(wanted)
         for name in ("deploy.started", "deploy.completed"):
             assert len(d.json("event", "list", "--limit", "1000", "--name", name)) == len(wanted)
-        order = list(dict.fromkeys(seen.read_text().split()))
+        order = list(dict.fromkeys(d.noted("echo")))
         assert order == wanted
         reply = json.loads(_deliveries(d, ids[-1])["namer"]["reply"])["result"]
         assert reply["asked"]["result"]["name"] == "shop"

@@ -186,7 +186,7 @@ def test_root_follows_nothing(scene: tuple[Daemon, Bait, Path]) -> None:
     d.cli("event", "emit", "deploy.completed", event(0))
     pid = wait_for(lambda: d.json("plugin", "show", NAME)["pid"], what=d.log.read_text())
     inside = Path(f"/proc/{pid}/root")
-    state = d.root / f"var/lib/isolator/state/{NAME}/mnt/state"
+    state = d.state_of(NAME)
     for folder in (state, inside / "tmp", inside / "run/isolator/plugin"):
         wait_for(lambda folder=folder: _follow(folder) or bait.taken(), what=f"nobody is caught in {folder}")
 

@@ -129,24 +129,19 @@ def scene(tmp_path: Path) -> Iterator[tuple[Daemon, socket.socket]]:
             yield d, trap
 
 
-def _lines(d: Daemon) -> list[str]:
-    path = d.root / "var/lib/isolator/state/swapper/mnt/state/seen"
-    return path.read_text().split("\n") if path.exists() else []
-
-
 def _seen(d: Daemon) -> list[str]:
-    return [line.partition(" by ")[0] for line in _lines(d)]
+    return [line.partition(" by ")[0] for line in d.noted("swapper")]
 
 
 def _until_the_host_connects_by_itself(d: Daemon) -> None:
     host = os.stat(f"/proc/{d.service_pid('host.service')}").st_uid
 
     def connects() -> bool:
-        _emit(d, f"direct-{len(_lines(d))}")
-        last = _lines(d)[-2:-1]
+        _emit(d, f"direct-{len(_seen(d))}")
+        last = d.noted("swapper")[-1:]
         return bool(last) and last[0].startswith("direct-") and last[0].endswith(f" by {host}")
 
-    wait_for(connects, what=f"it always asks: {_lines(d)}")
+    wait_for(connects, what=f"it always asks: {d.noted('swapper')}")
 
 
 def _emit(d: Daemon, name: str) -> None:

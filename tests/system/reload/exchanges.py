@@ -73,8 +73,7 @@ def processes(d: Daemon, name: str) -> list[int]:
 
 def seen(d: Daemon, plugin: str) -> Counter[str]:
     """How often each event reached a plugin that makes a ``NOTE``."""
-    path = d.root / f"var/lib/isolator/state/{plugin}/mnt/state/seen"
-    return Counter(line.split()[0] for line in path.read_text().splitlines()) if path.exists() else Counter()
+    return Counter(line.split()[0] for line in d.noted(plugin))
 
 
 def open_files(pid: int) -> int:

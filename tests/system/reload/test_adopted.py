@@ -88,7 +88,7 @@ def test_run_from_before_a_reload_is_watched_and_ended_as_any_other(shared_dir: 
         assert causes(d, runs) == CAUSES
         assert "; 2 crashes in" in d.json("plugin", "show", "dies")["error"]
 
-        (d.root / "var/lib/isolator/state/late/mnt/state/bind").touch()
+        (d.state_of("late") / "bind").touch()
         assert late.wait(seconds(60)) == 0, (late.communicate(), d.log.read_text())
         late.communicate()
         assert start_time(before["late"][0]) == before["late"][1]

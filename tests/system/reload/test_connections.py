@@ -119,7 +119,7 @@ def test_download_and_idle_websocket_go_on_over_reloads(
     with websockets(pretend) as heard, daemon(host_toml=HOST_TOML, network=pretend.host_fd) as d:
         d.cli("plugin", "add", str(folder), "--yes")
         d.cli("plugin", "start", "client")
-        state = d.root / "var/lib/isolator/state/client/mnt/state"
+        state = d.state_of("client")
         before, began = running(d), time.monotonic()
         for name in ("begun", "upgraded"):
             wait_for((state / name).exists, what=f"{name}: {[one.name for one in state.iterdir()]}")

@@ -86,7 +86,7 @@ def test_traps_of_an_exec_in_place(shared_dir: Path) -> None:
         add(d, shared_dir, "ends")
         add(d, shared_dir, "loose")
         before = running(d)
-        tried = d.root / "var/lib/isolator/state/tries/mnt/state/tried"
+        tried = d.state_of("tries") / "tried"
         wait_for(lambda: tried.exists() and tried.read_text())
         # A denied call waits in the kernel; a sidecar ends; a child, a zombie and a descriptor are nobody's.
         d.at_exec("pause 0.3", f"kill {before['ends'][0]}", "leak", "loosen loose")

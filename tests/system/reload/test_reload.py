@@ -110,8 +110,7 @@ def used_by(pid: int) -> tuple[int, ...]:
 
 def seen(d: Daemon, plugin: str) -> Counter[str]:
     """How often each event reached a plugin."""
-    path = d.root / f"var/lib/isolator/state/{plugin}/mnt/state/seen"
-    return Counter(path.read_text().split()) if path.exists() else Counter()
+    return Counter(d.noted(plugin))
 
 
 class Emitter:

@@ -79,7 +79,7 @@ def add_patient(d: GatedDaemon, folder: Path) -> Path:
     policy = d.root / f"etc/isolator/policies/{folder.name}.toml"
     policy.write_text(policy.read_text() + PATIENT)
     wait_for(lambda: d.json("plugin", "show", folder.name)["effective"]["restart"]["stop_grace"] == 60)
-    return d.root / f"var/lib/isolator/state/{folder.name}/mnt/state"
+    return d.state_of(folder.name)
 
 
 @pytest.mark.parametrize("mode", ["oneshot", "exec"])

@@ -220,7 +220,7 @@ def test_plugin_is_restarted_though_the_host_that_was_asked_leaves(d: GatedDaemo
 def test_no_connection_is_made_for_a_host_that_has_left(d: GatedDaemon, shared_dir: Path) -> None:
     d.cli("plugin", "add", str(write_plugin(shared_dir / "late", LATE, sandbox=STATE)), "--yes")
     emitting = d.begin("event", "emit", "deploy.completed", event(1), "--wait")
-    state = state_of(d, "late")
+    state = d.state_of("late")
     wait_for((state / "bound").exists)
     before = begin_exchange(d, PARTING)
     (state / "listen").touch()
@@ -237,7 +237,7 @@ def test_platform_is_asked_once_though_its_answer_comes_to_another_host(d: Gated
     folder = write_plugin(shared_dir / "asks", ASKS, sandbox=STATE, permissions=["read:projects"], hooks=[])
     d.cli("plugin", "add", str(folder), "--yes")
     d.cli("plugin", "start", "asks")
-    state = state_of(d, "asks")
+    state = d.state_of("asks")
     with contextlib.ExitStack() as callers:
         others = [callers.enter_context(Client(d.root)) for _ in range(20)]
         platform = callers.enter_context(Client(d.root, timeout=seconds(60)))
@@ -271,7 +271,7 @@ def test_refused_calls_that_are_not_on_record_yet_are_put_there(d: GatedDaemon, 
     folder = write_plugin(shared_dir / "floods", FLOODS, sandbox=STATE, hooks=[])
     d.cli("plugin", "add", str(folder), "--yes")
     d.cli("plugin", "start", "floods")
-    refused = state_of(d, "floods") / "refused"
+    refused = d.state_of("floods") / "refused"
     wait_for(lambda: refused.exists() and refused.read_text())
     before = begin_exchange(d, LOADED)
     d.go()
@@ -301,11 +301,6 @@ def test_log_that_is_followed_goes_on_with_the_next_line(d: GatedDaemon, shared_
     d.cli("plugin", "remove", "counts", "--yes")
 
 
-def state_of(d: GatedDaemon, plugin: str) -> Path:
-    """What a plugin sees as its own folder."""
-    return d.root / f"var/lib/isolator/state/{plugin}/mnt/state"
-
-
 def emit_failed(d: GatedDaemon) -> str:
     """Emit the event that only the plugins of one test at a time get; returns its id."""
     payload = {"project_id": EVENT["project_id"], "deployment_id": "d1", "error_code": "none"}
@@ -329,7 +324,7 @@ def test_stream_that_is_being_greeted_stays_connected(d: GatedDaemon, shared_dir
     )
     d.cli("plugin", "add", str(folder), "--yes")
     d.cli("plugin", "start", "hesitant")
-    state = state_of(d, "hesitant")
+    state = d.state_of("hesitant")
     before = begin_exchange(d, LOADED)
     emitted = emit_failed(d)
     wait_for((state / "greeted").exists)
@@ -348,7 +343,7 @@ def test_server_that_has_not_answered_its_first_request_goes_on(d: GatedDaemon, 
     )  # fmt: skip
     d.cli("plugin", "add", str(folder), "--yes")
     approving = d.begin("mcp", "approve", "server", "--yes")
-    state = state_of(d, "server")
+    state = d.state_of("server")
     wait_for((state / "greeted").exists)
     before, pid = d.service_pid(MODULES["host"]), d.json("plugin", "show", "server")["pid"]
     d.cli("reload")
@@ -373,7 +368,7 @@ def test_result_of_a_program_that_is_started_meanwhile_is_read(d: GatedDaemon, s
     d.go()
     wait_for(lambda: exchanged(d, "host", before))
     assert delivered(d, emitted) == {"state": "ok", "status": "written", "attempts": 1}
-    assert (state_of(d, "program") / "runs").read_text().split() == ["once"]
+    assert (d.state_of("program") / "runs").read_text().split() == ["once"]
     d.cli("plugin", "remove", "program", "--yes")
 
 
