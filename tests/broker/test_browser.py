@@ -159,9 +159,7 @@ def test_outage_of_a_site_loses_no_event_of_page_report(pretend: PretendInternet
         address = records.pop("www.example.com")
         try:
             emitted = d.json("event", "emit", "deploy.completed", event("shop", url="https://www.example.com:8443/"))
-            tried = wait_for(
-                lambda: (found := replies(d, emitted["id"]))[4:] and found, seconds(300), d.log.read_text()
-            )
+            tried = wait_for(lambda: (found := replies(d, emitted["id"]))[4:] and found, seconds(300), d.log.read_text)
             assert {one["status"] for one in tried} == {"retry"}, tried
         finally:
             records["www.example.com"] = address

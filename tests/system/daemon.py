@@ -11,7 +11,7 @@ import signal
 import subprocess
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -197,14 +197,14 @@ def event(number: int | str, **more: Any) -> str:
     return json.dumps(EVENT | {"deployment_id": f"d{number}"} | more)
 
 
-def wait_for(condition: Any, timeout: float = seconds(30), what: str = "") -> Any:
-    """Poll until ``condition`` returns something true; its value."""
+def wait_for(condition: Any, timeout: float = seconds(30), what: str | Callable[[], object] = "") -> Any:
+    """Poll until ``condition`` returns something true; its value. ``what`` tells a failure, as it is when it fails."""
     deadline = time.monotonic() + timeout
     while True:
         value = condition()
         if value:
             return value
-        assert time.monotonic() < deadline, what or "it did not happen in time"
+        assert time.monotonic() < deadline, (what() if callable(what) else what) or "it did not happen in time"
         time.sleep(0.05)
 
 

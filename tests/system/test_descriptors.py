@@ -78,10 +78,10 @@ def test_running_plugin_takes_six_descriptors_at_most(tmp_path: Path) -> None:
         text = settings.read_text() if settings.exists() else ""
         settings.write_text("nonsense = 1\n")
         assert d.cli("reload", code=None).returncode
-        wait_for(lambda: held(d) == before, what=f"{before}, then {held(d)}")
+        wait_for(lambda: held(d) == before, what=lambda: f"{before}, then {held(d)}")
         settings.write_text(text)
         d.cli("reload")
-        wait_for(lambda: not held(d) - before, what=f"{before}, then {held(d)}")
+        wait_for(lambda: not held(d) - before, what=lambda: f"{before}, then {held(d)}")
 
 
 class Earlier(Daemon):

@@ -130,7 +130,7 @@ def hold(running: Daemon, number: str, project: str = "p1") -> str:
     """Emit an event at whose invocation the program stays until ``let_go``; returns its id once the invocation runs."""
     payload = json.dumps({"project_id": project, "deployment_id": number, "error_code": "holds"})
     emitted = running.json("event", "emit", "deploy.failed", payload)["id"]
-    wait_for(lambda: seen_of(running, emitted, "wide"), what=running.log.read_text())
+    wait_for(lambda: seen_of(running, emitted, "wide"), what=running.log.read_text)
     return emitted
 
 
@@ -145,7 +145,7 @@ def outcome_of_held(running: Daemon, event_id: str) -> dict[str, Any]:
         delivery = running.json("event", "show", event_id)["deliveries"][0]
         return delivery if delivery["state"] in ("ok", "dead") else None
 
-    return wait_for(final, what=running.log.read_text())
+    return wait_for(final, what=running.log.read_text)
 
 
 @pytest.fixture
@@ -314,7 +314,7 @@ def test_invocation_ends_before_its_plugin_is_stopped_and_none_begins_meanwhile(
 def test_invocation_of_a_killed_host_is_ended_and_its_event_delivered_again(held: Daemon) -> None:
     one = hold(held, "killed", "killed")
     os.kill(held.service_pid("host.service"), signal.SIGKILL)
-    wait_for(lambda: len(seen_of(held, one, "wide")) == 2, what=held.log.read_text())
+    wait_for(lambda: len(seen_of(held, one, "wide")) == 2, what=held.log.read_text)
     (ended,) = of(held, one, "exec.ended")
     assert ended["data"]["cause"] == "the host has ended"
     let_go(held)

@@ -183,7 +183,7 @@ def final(running: Daemon, event_id: str, plugin: str = "server") -> dict[str, A
         (delivery,) = (one for one in running.json("event", "show", event_id)["deliveries"] if one["plugin"] == plugin)
         return delivery if delivery["state"] in ("ok", "dead", "quarantined") else None
 
-    return wait_for(look, what=running.log.read_text())
+    return wait_for(look, what=running.log.read_text)
 
 
 def test_event_arrives_as_a_cloudevent_with_a_signature_that_verifies(running: Daemon) -> None:
@@ -307,7 +307,7 @@ def test_reload_and_an_exchange_of_the_host_lose_and_repeat_no_request(running: 
 
 def test_answer_410_stops_the_plugin_and_its_event_stays_until_it_is_enabled(running: Daemon) -> None:
     event_id = emit(running, "410")
-    wait_for(lambda: running.json("plugin", "show", "server")["state"] == "disabled", what=running.log.read_text())
+    wait_for(lambda: running.json("plugin", "show", "server")["state"] == "disabled", what=running.log.read_text)
     (delivery,) = (one for one in running.json("event", "show", event_id)["deliveries"] if one["plugin"] == "server")
     assert delivery["state"] not in ("ok", "dead", "quarantined")
     (running.state_of("server") / "go-on").touch()

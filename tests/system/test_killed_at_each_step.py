@@ -85,7 +85,7 @@ class Scene:
             lambda: (e := self.ask("plugin.show", name=PLUGIN)) and e["state"] == "running" and e,
             what=f"{what}: it does not run",
         )
-        wait_for(self._as_it_should_be, what=f"{what}: {self._extent()}")
+        wait_for(self._as_it_should_be, what=lambda: f"{what}: {self._extent()}")
         inside = {int(pid) for pid in self._leaf(entry["run"]).joinpath("cgroup.procs").read_text().split()}
         assert entry["pid"] in inside, what
         for pid in self._of_the_plugin():

@@ -75,7 +75,7 @@ def delivered(running: Daemon, event_id: str, mode: str) -> dict[str, Any]:
         (one,) = (one for one in running.json("event", "show", event_id)["deliveries"] if one["plugin"] == mode)
         return one if one["state"] in ("ok", "dead", "quarantined") else None
 
-    return dict(wait_for(final, what=running.log.read_text()))
+    return dict(wait_for(final, what=running.log.read_text))
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def hold(running: Daemon, number: str, project: str) -> str:
     """Emit an event with which every sidecar waits; returns once each of them has it."""
     emitted = emit(running, "hold", number, project)
     for mode in PLUGINS:
-        wait_for(lambda: f"d{number}" in running.noted(mode), what=running.log.read_text())  # noqa: B023
+        wait_for(lambda: f"d{number}" in running.noted(mode), what=running.log.read_text)  # noqa: B023
     return emitted
 
 
@@ -128,7 +128,7 @@ def test_attempt_is_counted_before_it_is_sent_and_repeated_after_a_crash_of_the_
     emitted = hold(held, "k", "killed")
     os.kill(held.service_pid("host.service"), signal.SIGKILL)
     for mode in PLUGINS:
-        wait_for(lambda: held.noted(mode).count("dk") == 2, what=held.log.read_text())  # noqa: B023
+        wait_for(lambda: held.noted(mode).count("dk") == 2, what=held.log.read_text)  # noqa: B023
     let_go(held)
     for mode in PLUGINS:
         done = delivered(held, emitted, mode)

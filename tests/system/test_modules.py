@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,10 +81,7 @@ class Listing(Daemon):
             lines = self.log.read_bytes()[size:].decode().splitlines(keepends=True)
             return next((line for line in lines if line.startswith("modules ") and line.endswith("\n")), "")
 
-        deadline = time.monotonic() + seconds(30)
-        while not (line := told()):
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.01)
+        line: str = wait_for(told, what=self.log.read_text)
         found: list[str] = json.loads(line.removeprefix("modules "))[1]
         return found
 

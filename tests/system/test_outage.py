@@ -187,7 +187,7 @@ def _outage(
     wait_for(lambda: _tried(d, plugins, times), seconds(200), f"not tried {times} times")
     side.state = "up"
     pretend.internet.dns.records[AWAY_HOST] = [WEB]
-    wait_for(lambda: _all_done(d), seconds(200), d.cli("event", "list").stdout)
+    wait_for(lambda: _all_done(d), seconds(200), lambda: d.cli("event", "list").stdout)
     senders = sum(bool(key) for key in examples.values()) + len(languages)
     assert side.turned_away >= times * senders
     assert len(side.bodies) >= EVENTS * senders
@@ -228,7 +228,7 @@ def test_outage_of_a_disk_loses_no_event_of_an_example_that_keeps_state(tmp_path
                  seconds(200), "not tried five times")  # fmt: skip
         for state in states:
             assert _remounted(state, "rw")
-        wait_for(lambda: _all_done(d), seconds(200), d.cli("event", "list").stdout)
+        wait_for(lambda: _all_done(d), seconds(200), lambda: d.cli("event", "list").stdout)
         assert (states[0] / "state/events.log").read_text().count("deploy.completed") == EVENTS + 1
         if len(states) > 1:
             assert (states[1] / "state/deploy-completed").read_text() == f"{EVENTS + 1}\n"
@@ -260,7 +260,7 @@ def test_outage_of_the_hosts_store_loses_no_event_of_a_stream(tmp_path: Path) ->
             failed = re.compile(r" (RuntimeError|TimeoutError)\b")
             wait_for(lambda: failed.search(_log(d)), seconds(60), "no call has failed")
             store.execute("ROLLBACK")
-        wait_for(lambda: _all_done(d), seconds(120), d.cli("event", "list").stdout)
+        wait_for(lambda: _all_done(d), seconds(120), lambda: d.cli("event", "list").stdout)
         last = [json.loads(x["reply"])["result"] for row in d.json("event", "list") for x in row["deliveries"]]
         # A call that was given up may have been done all the same, and its event is counted once more then.
         most = 2 if " TimeoutError" in _log(d) else 1

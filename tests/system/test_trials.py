@@ -100,7 +100,7 @@ def test_a_version_on_trial_when_the_daemon_is_killed_is_judged_again(
         assert update.wait(seconds(30)) == 1
     d.start()
     judged = "plugin.updated" if outcome[0] == "2.0.0" else "plugin.rolled_back"
-    wait_for(lambda: any(r["type"] == judged for r in d.records()), what=f"not judged: {d.log.read_text()}")
+    wait_for(lambda: any(r["type"] == judged for r in d.records()), what=lambda: f"not judged: {d.log.read_text()}")
     wait_for(lambda: d.json("plugin", "show", NAME)["version"] == outcome[0])  # the record comes before the host knows
     assert _answer(d) == outcome
     assert not (d.root / f"var/lib/isolator/plugins/{NAME}/plugin.trial").exists()

@@ -56,7 +56,9 @@ def exchange(d: Daemon, *names: str) -> None:
     before = {name: wait_for(lambda name=name: d.service_pid(MODULES[name], missing_ok=True)) for name in names}
     os.kill(d.process.pid, signal.SIGUSR1)
     for name, pid in before.items():
-        wait_for(lambda name=name, pid=pid: exchanged(d, name, pid), what=f"{name}: {d.log.read_text()}")
+        wait_for(
+            lambda name=name, pid=pid: exchanged(d, name, pid), what=lambda name=name: f"{name}: {d.log.read_text()}"
+        )
 
 
 def exchanged(d: Daemon, name: str, before: int) -> bool:

@@ -84,7 +84,7 @@ def test_run_from_before_a_reload_is_watched_and_ended_as_any_other(shared_dir: 
         payload = {"project_id": EVENT["project_id"], "deployment_id": "d1", "error_code": "none"}
         d.cli("event", "emit", "deploy.failed", json.dumps(payload))
         os.kill(before["dies"][0], signal.SIGKILL)
-        wait_for(lambda: set(causes(d, runs)) == set(CAUSES), what=d.log.read_text())
+        wait_for(lambda: set(causes(d, runs)) == set(CAUSES), what=d.log.read_text)
         assert causes(d, runs) == CAUSES
         assert "; 2 crashes in" in d.json("plugin", "show", "dies")["error"]
 

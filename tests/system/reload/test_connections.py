@@ -122,7 +122,7 @@ def test_download_and_idle_websocket_go_on_over_reloads(
         state = d.state_of("client")
         before, began = running(d), time.monotonic()
         for name in ("begun", "upgraded"):
-            wait_for((state / name).exists, what=f"{name}: {[one.name for one in state.iterdir()]}")
+            wait_for((state / name).exists, what=lambda name=name: f"{name}: {[one.name for one in state.iterdir()]}")
         assert (state / "upgraded").read_text().startswith("HTTP/1.1 101")
         brokers = {d.service_pid(MODULES["broker"])}
         for number in range(reloads):

@@ -156,14 +156,14 @@ def begin_exchange(d: GatedDaemon, place: str) -> int:
     before = d.service_pid(MODULES["host"])
     d.wait_at(place)
     os.kill(d.process.pid, signal.SIGUSR1)
-    wait_for(lambda: place in d.notes, what=d.log.read_text())
+    wait_for(lambda: place in d.notes, what=d.log.read_text)
     return before
 
 
 def test_new_host_serves_callers_once_it_knows_what_was_held_for_it(d: GatedDaemon, place: Path) -> None:
     before = begin_exchange(d, ANSWERED)
     write_plugin(place / "found")
-    wait_for(lambda: "held plugin.changed" in d.notes, what=str(d.notes))
+    wait_for(lambda: "held plugin.changed" in d.notes, what=lambda: str(d.notes))
     with socket.socket(socket.AF_UNIX) as caller:
         caller.settimeout(seconds(60))
         caller.connect(str(d.root / "run/isolator/control.sock"))
@@ -179,7 +179,7 @@ def test_plugin_that_is_added_while_a_host_leaves_is_known_to_the_next(d: GatedD
     folder = write_plugin(shared_dir / "meanwhile")
     d.cli("plugin", "add", str(folder), "--yes")
     d.go()
-    wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text())
+    wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text)
     write_plugin(folder, version="1.0.1")
     d.cli("plugin", "update", "meanwhile", str(folder))
     assert d.json("plugin", "show", "meanwhile")["version"] == "1.0.1"
@@ -195,7 +195,7 @@ def test_plugin_whose_registration_outlasts_the_host_that_was_asked_is_known_to_
     adding = d.begin("plugin", "add", str(write_plugin(shared_dir / "slow")), "--yes")
     wait_for(lambda: ADDING in d.notes)
     os.kill(d.process.pid, signal.SIGUSR1)
-    wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text())
+    wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text)
     d.go()
     wait_for(lambda: [r for r in d.records() if (r["type"], r["plugin"]) == ("plugin.added", "slow")])
     wait_for(lambda: "slow" in [one["name"] for one in d.json("plugin", "list")])
@@ -211,7 +211,7 @@ def test_plugin_is_restarted_though_the_host_that_was_asked_leaves(d: GatedDaemo
     before = begin_exchange(d, NOTED)
     d.cli("plugin", "restart", "anew")
     d.go()
-    wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text())
+    wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text)
     shown = d.json("plugin", "show", "anew")
     assert shown["state"] == "running" and shown["run"] != run
     d.cli("plugin", "remove", "anew", "--yes")
@@ -249,12 +249,12 @@ def test_platform_is_asked_once_though_its_answer_comes_to_another_host(d: Gated
         (state / "ask2").touch()
         wait_for((state / "asked2").exists)
         d.go()
-        wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text())
+        wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text)
         second = next(notifications)
         assert [call["params"]["number"] for call in (first, second)] == [1, 2]
         before = begin_exchange(d, LOADED)
         d.go()
-        wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text())
+        wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text)
         for call in (first, second):
             platform.call("api.answer", call=call["call"], result={"number": call["params"]["number"]})
         for number in (1, 2):
@@ -290,7 +290,7 @@ def test_log_that_is_followed_goes_on_with_the_next_line(d: GatedDaemon, shared_
         for _ in range(2):
             before = begin_exchange(d, LOADED)
             d.go()
-            wait_for(lambda before=before: exchanged(d, "host", before), what=d.log.read_text())
+            wait_for(lambda before=before: exchanged(d, "host", before), what=d.log.read_text)
             newest = d.json("plugin", "logs", "counts", "-n", "1")
             while numbers[-1] < int(newest["line"]):
                 line = following.stdout.readline()
@@ -315,7 +315,7 @@ def delivered(d: GatedDaemon, event_id: str) -> dict[str, object]:
         done = delivery["state"] in ("ok", "dead")
         return {key: delivery[key] for key in ("state", "status", "attempts")} if done else None
 
-    return cast(dict[str, object], wait_for(final, what=d.log.read_text()))
+    return cast(dict[str, object], wait_for(final, what=d.log.read_text))
 
 
 def test_stream_that_is_being_greeted_stays_connected(d: GatedDaemon, shared_dir: Path) -> None:
@@ -410,7 +410,7 @@ def test_reload_ends_when_the_new_host_serves(d: GatedDaemon) -> None:
     before = d.service_pid(MODULES["host"])
     d.wait_at(LOADED)
     reloading = d.begin("reload")
-    wait_for(lambda: LOADED in d.notes, what=d.log.read_text())
+    wait_for(lambda: LOADED in d.notes, what=d.log.read_text)
     with Client(d.root) as client:
         assert client.call("daemon.generation")["outdated"] == {"host": ""}
     assert reloading.poll() is None, "the host of before serves"
@@ -425,6 +425,6 @@ def test_reload_that_is_not_to_wait_ends_before_the_host_is_exchanged(d: GatedDa
     d.wait_at(LOADED)
     d.cli("reload", "--no-wait")
     assert d.json("status")["pid"] == before
-    wait_for(lambda: LOADED in d.notes, what=d.log.read_text())
+    wait_for(lambda: LOADED in d.notes, what=d.log.read_text)
     d.go()
     wait_for(lambda: exchanged(d, "host", before))
