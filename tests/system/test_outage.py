@@ -11,7 +11,6 @@ import signal
 import sqlite3
 import ssl
 import subprocess
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from host.client.client import Client
 from tests.support.go import go_cache
 from tests.support.internet_servers import WEB, Server
 from tests.support.pretend_internet import PretendInternet, pretend_internet
@@ -145,13 +145,16 @@ def _template(folder: Path, language: str) -> Path:
     return _edited(made, PLAIN_PORT, connects=True)
 
 
+def _deliveries(d: Daemon) -> list[dict[str, Any]]:
+    with Client(d.root) as client:
+        return [one for row in client.call("event.list", limit=50)["events"] for one in row["deliveries"]]
+
+
 def _attempts(d: Daemon) -> dict[str, list[int]]:
-    """Attempts so far, by plugin; asked for once a second, for each costs a start of the command."""
-    time.sleep(1)
+    """Attempts so far, by plugin."""
     found: dict[str, list[int]] = {}
-    for row in d.json("event", "list", "--limit", "50"):
-        for delivery in row["deliveries"]:
-            found.setdefault(delivery["plugin"], []).append(delivery["attempts"])
+    for delivery in _deliveries(d):
+        found.setdefault(delivery["plugin"], []).append(delivery["attempts"])
     return found
 
 
@@ -161,9 +164,7 @@ def _tried(d: Daemon, plugins: int, times: int) -> bool:
 
 
 def _all_done(d: Daemon) -> bool:
-    time.sleep(1)
-    rows = d.json("event", "list", "--limit", "50")
-    return all(delivery["state"] == "ok" for row in rows for delivery in row["deliveries"])
+    return all(delivery["state"] == "ok" for delivery in _deliveries(d))
 
 
 def _nothing_lost(d: Daemon) -> None:
