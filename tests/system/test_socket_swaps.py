@@ -73,7 +73,9 @@ SCRIPT = """\
         say("swapped-" + kind)
         if kind in ("hard-link", "renamed", "device"):
             return
-        time.sleep(1.5)  # long enough for the host to try, short enough to see that no event is lost
+        while not os.path.exists(state + "/put-back"):
+            time.sleep(0.02)
+        os.unlink(state + "/put-back")
         os.rename(path, folder + "/gone-" + kind) if kind != "folder" else os.rmdir(path)
         os.rename(folder + "/real", path)
     def race():
@@ -170,7 +172,7 @@ def test_what_is_not_the_socket_is_refused(scene: tuple[Daemon, socket.socket]) 
             what=lambda kind=kind: f"{kind} was not refused: {d.log.read_text()}",
         )
         d.cli("plugin", "list")  # the daemon hangs in nothing
-        # The socket is put back after a moment, and no event is lost.
+        (d.state_of("swapper") / "put-back").touch()  # and no event is lost
         wait_for(
             lambda kind=kind: f"after-{kind}" in _seen(d),
             timeout=seconds(60),

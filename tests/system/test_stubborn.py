@@ -26,7 +26,8 @@ if os.fork() == 0:
 """
 STOPS = """
 if os.fork() == 0:
-    time.sleep(0.5)
+    while not os.path.exists(os.environ["PLUGIN_STATE_DIR"] + "/stop"):
+        time.sleep(0.02)
     os.kill(os.getppid(), signal.SIGSTOP)
     os.kill(os.getpid(), signal.SIGSTOP)
 """
@@ -66,7 +67,9 @@ def test_a_stop_ends_it_whole(running: Daemon, tmp_path: Path, kind: str) -> Non
         shown = running.json("plugin", "show", kind)
         assert len(_of_user(shown["uid"])) > 1
         if kind == "stops":
+            (stop := running.state_of(kind) / "stop").touch()
             wait_for(lambda: any(state(pid) == "T" for pid in _of_user(shown["uid"])))
+            stop.unlink()
         running.cli("plugin", "stop", kind)
         assert not _of_user(shown["uid"])
         assert running.json("plugin", "show", kind)["state"] == "stopped"
