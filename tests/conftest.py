@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any, NoReturn
 import pytest
 from _pytest.faulthandler import fault_handler_stderr_fd_key
 from hypothesis import HealthCheck, settings
+from xdist.workermanage import NodeManager
 
 from tests.support import commands
 from tests.support.leaks import MARKER, HostState, RunLock, is_own, wait_until_clean
@@ -37,6 +39,10 @@ settings.register_profile("isolator", deadline=None, suppress_health_check=[Heal
 settings.load_profile("isolator")
 
 _PATIENCE = seconds(15)  # that the kernel and stopping daemons get at the end of the run
+
+_CLEAN_UP = seconds(90)
+"""Seconds that each process of a run that is ended gets for its clean-up."""
+_clean = threading.Event()
 
 _ON_DEMAND = {"test_mutations.py": "mutations", "test_chaos.py": "kills"}
 """Files of tests that run only with an option."""
@@ -101,11 +107,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _have_its_end_told(stderr: int) -> None:
-    """Have a process of the tests that is ended at once by what it tests say where, on the stderr of the run."""
+    """Have a process of the tests that is ended at once by what it tests say where, on the stderr of the run.
+
+    A thread of pytest-xdist's ends it ten seconds after it was interrupted, which a clean-up may well take.
+    """
     end, here = os._exit, os.getpid()
 
     def told(status: int) -> NoReturn:
         if status and os.getpid() == here:
+            if threading.current_thread() is not threading.main_thread():
+                _clean.wait(_CLEAN_UP)
             faulthandler.dump_traceback(stderr)
         end(status)
 
@@ -130,6 +141,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # What nohup(1) ignores is inherited, and a daemon heeds it: with a handler, what is executed has the default.
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: None)
+    NodeManager.EXIT_TIMEOUT = int(_CLEAN_UP)
     config.stash[_run] = _Run(worker=hasattr(config, "workerinput"))
 
 
@@ -175,6 +187,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
+    _clean.set()
     if _run in config.stash and (lock := config.stash[_run].lock) is not None:
         lock.close()
 

@@ -136,6 +136,34 @@ def test_run_one_of_whose_processes_dies_fails_and_ends(
     result.stdout.fnmatch_lines(["*LOST*", "gw*: Not properly terminated"])
 
 
+@pytest.mark.wide
+def test_run_that_is_ended_lets_its_processes_clean_up(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For longer than the ten seconds after which pytest-xdist, by itself, has each of them ended."""
+    result = _inner_run(
+        pytester,
+        monkeypatch,
+        """
+        import os, pytest, signal, time
+        from pathlib import Path
+
+        @pytest.fixture
+        def daemon():
+            yield
+            time.sleep(12)
+            Path("cleaned").touch()
+
+        def test_takes_too_long(daemon):
+            os.kill(os.getppid(), signal.SIGTERM)
+            signal.pause()
+        """,
+        *("-n", "1", "--leaks", "off"),
+    )
+    assert result.ret == 2
+    assert (pytester.path / "cleaned").exists()
+
+
 def test_a_run_knows_whether_it_was_alone(tmp_path: Path) -> None:
     path = str(tmp_path / "lock")
     first = RunLock(path)

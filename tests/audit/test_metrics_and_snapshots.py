@@ -27,6 +27,7 @@ from isolator.policy.model import ResourcePolicy
 from tests.audit.any_record import any_record
 from tests.audit.conftest import Daemon
 from tests.audit.test_service import durable
+from tests.support.processes import state
 
 
 async def scrape(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str = "/metrics") -> str:
@@ -327,8 +328,7 @@ def asleep(leaf: Leaf, pid: int) -> dict[str, Any]:
     """A snapshot of a process once it waits and has nothing left to do."""
     while True:
         found = snapshot(leaf.folders(), [pid])
-        waits = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
-        if waits and refreshed(found, leaf.folders(), pid) is not None:
+        if state(pid) == "S" and refreshed(found, leaf.folders(), pid) is not None:
             return found
 
 

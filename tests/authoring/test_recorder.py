@@ -217,10 +217,10 @@ def test_killed_command_with_a_recorder_leaves_nothing_that_gc_does_not_remove(s
         root = dev.have("ready")["root"]
         dev.process.kill()
         dev.process.wait()
-    wait_for(lambda: not _processes(root), seconds(60), what=str(_processes(root)))
+    wait_for(lambda: not _processes(root), seconds(60), what=lambda: _processes(root))
     subprocess.run(["isolator", "gc"], check=True, capture_output=True)
     assert not Path(root).exists()
-    wait_for(lambda: root not in _backing_files(), seconds(30), what=_backing_files())
+    wait_for(lambda: root not in _backing_files(), seconds(30), what=_backing_files)
 
 
 def _processes(word: str) -> list[str]:

@@ -144,7 +144,7 @@ def test_restored_daemon_goes_on_and_delivers_nothing_that_had_ended(source: Sou
         mine, theirs = (json.loads((r / STORE / "echo/plugin.state").read_text()) for r in (d.root, source.daemon.root))
         assert mine["uid"] != theirs["uid"]
         deliver(d, "again")
-        seen = d.root / "var/lib/isolator/state/echo/mnt/state/seen"
+        seen = d.state_of("echo") / "seen"
         assert seen.stat().st_uid == mine["uid"]
         assert {"d0", "dagain"} <= set(seen.read_text().split())
         assert d.stop() == 0

@@ -148,7 +148,7 @@ def test_page_report_keeps_a_screenshot_of_each_deployed_page(pretend: PretendIn
             "url": "https://www.example.com:8443/", "title": "Shop", "language": True, "viewport": True,
             "unnamed_images": 1,
         }  # fmt: skip
-        kept = d.root / "var/lib/isolator/state/page-report/mnt/state"
+        kept = d.state_of("page-report")
         assert is_picture((kept / "dshop.png").read_bytes())
 
 
@@ -159,9 +159,7 @@ def test_outage_of_a_site_loses_no_event_of_page_report(pretend: PretendInternet
         address = records.pop("www.example.com")
         try:
             emitted = d.json("event", "emit", "deploy.completed", event("shop", url="https://www.example.com:8443/"))
-            tried = wait_for(
-                lambda: (found := replies(d, emitted["id"]))[4:] and found, seconds(300), d.log.read_text()
-            )
+            tried = wait_for(lambda: (found := replies(d, emitted["id"]))[4:] and found, seconds(300), d.log.read_text)
             assert {one["status"] for one in tried} == {"retry"}, tried
         finally:
             records["www.example.com"] = address

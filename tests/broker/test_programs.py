@@ -189,10 +189,8 @@ def test_plugin_of_a_daemon_reaches_the_granted_name_only(
         )
         d.cli("plugin", "add", str(folder), "--yes")
         emitted = d.json("event", "emit", "deploy.completed", event(1), "--wait")
-        fetched = d.root / "var/lib/isolator/state/shown/mnt/state/fetched"
-        wait_for(
-            lambda: fetched.exists() and fetched.read_text().count("\n") == 1 + len(REFUSED), what=d.log.read_text()
-        )
+        fetched = d.state_of("shown") / "fetched"
+        wait_for(lambda: fetched.exists() and fetched.read_text().count("\n") == 1 + len(REFUSED), what=d.log.read_text)
         check(fetched.read_text().splitlines())
         wait_for(lambda: [r for r in d.records() if r["type"] == "net.closed"])
         trail = d.records()

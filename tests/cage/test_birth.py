@@ -13,7 +13,8 @@ from isolator.errors import ConfinementError
 from isolator.layers.base import Process
 from isolator.layers.ledger import EVERY_LAYER
 from tests.escape.cages import template
-from tests.support.cage_fixture import cage, children, leaves
+from tests.support.cage_fixture import cage, leaves
+from tests.support.processes import children
 
 _FAILING_PROC = """
 from isolator.layers.proc import layer

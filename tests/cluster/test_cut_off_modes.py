@@ -47,7 +47,7 @@ def test_plugins_of_a_cut_off_host_make_no_call_past_its_deadline_whatever_their
             restless.add(d, tmp_path, mode, mode)
         restless.emit(d, "first", "hold")
         for mode in restless.PLUGINS:
-            wait_for(lambda: restless.lines(d, mode, "seen") == ["dfirst"], what=f"{mode} has no event")  # noqa: B023
+            wait_for(lambda: d.noted(mode) == ["dfirst"], what=f"{mode} has no event")  # noqa: B023
             restless.until_tried(d, mode)
         wait_for(lambda: witness.after(boottime() - 1), what="nothing comes through at all")
 
@@ -71,4 +71,4 @@ def test_plugins_of_a_cut_off_host_make_no_call_past_its_deadline_whatever_their
         wait_for(handled, what="the event that was accepted meanwhile is not delivered")
         assert witness.after(silent)
         for mode in restless.PLUGINS:
-            assert sorted(restless.lines(d, mode, "seen")) == ["dfirst", "dsecond"], mode
+            assert sorted(d.noted(mode)) == ["dfirst", "dsecond"], mode

@@ -231,5 +231,4 @@ def _join(d: Daemon, stack: contextlib.ExitStack, enter: list[str], tmp_path: Pa
 
 def _seen(d: Daemon) -> list[str]:
     """What the plugin was sent, each once, in the order of its first time."""
-    path = d.root / "var/lib/isolator/state/echo/mnt/state/seen"
-    return list(dict.fromkeys(path.read_text().split())) if path.exists() else []
+    return list(dict.fromkeys(d.noted("echo")))

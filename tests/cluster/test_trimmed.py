@@ -112,6 +112,5 @@ def _seen(made: Site) -> list[list[str]]:
     """What the copies of the plugin were sent, in their order."""
     found = []
     for host in made.hosts:
-        path = host.daemon.root / "var/lib/isolator/state/echo/mnt/state/seen"
-        found.append(list(dict.fromkeys(path.read_text().split())) if path.exists() else [])
+        found.append(list(dict.fromkeys(host.daemon.noted("echo"))))
     return found

@@ -76,7 +76,7 @@ class Scene:
         self._emitted += 1
         payload = event(self._emitted, project_id=f"{project}-{self._emitted}")
         self.event = self.daemon.json("event", "emit", "deploy.completed", payload)["id"]
-        wait_for(lambda: self.state() == state, what=f"{self.event} is {self.state()}")
+        wait_for(lambda: self.state() == state, what=lambda: f"{self.event} is {self.state()}")
 
     def state(self) -> str:
         """How its delivery at ``slack`` stands."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import resource
@@ -20,6 +19,7 @@ from host.control.server import ControlServer
 from isolator.audit.log import Limits
 from isolator.audit.search import CPU_SECONDS, MEMORY, NICE
 from tests.audit.test_verify import Written
+from tests.support.processes import children
 from tests.support.timeouts import seconds
 
 COUNT = 8000
@@ -44,12 +44,7 @@ async def place(tmp_path: Path) -> AsyncIterator[Path]:
 
 def searching() -> list[int]:
     """The searches of this process that have not ended."""
-    pids = []
-    for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-        with contextlib.suppress(OSError):
-            if b"isolator.audit.search" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                pids.append(int(pid))
-    return pids
+    return children(os.getpid(), "isolator.audit.search")
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -149,7 +149,7 @@ def test_event_becomes_a_call_with_arguments_of_its_payload(running: Daemon, tmp
         return dict(delivery)
 
     assert outcome("1")["state"] == "ok"
-    seen = (running.root / f"var/lib/isolator/state/{name}/mnt/state/seen").read_text().splitlines()
+    seen = running.noted(name)
     assert json.loads(seen[0]) == ["post", {"text": "https://app.example/ is live", "deployment": "d1", "took": 12}]
     failed = outcome("fail")
     assert (failed["state"], failed["attempts"]) == ("dead", 2) and "it cannot" in failed["detail"]
@@ -393,7 +393,7 @@ def test_call_that_waits_for_its_server_is_not_sent_once_it_is_cancelled_or_forb
         open(mine + "changed", "w").close()
     """
     name = add(running, tmp_path / "busy", server(WAITS + textwrap.dedent(more)))
-    state = running.root / f"var/lib/isolator/state/{name}/mnt/state"
+    state = running.state_of(name)
     with Client(running, name) as client:
         client.initialize()
         sent = [client.begin("tools/call", name="slow", arguments={"last": n} if n == 15 else {}) for n in range(16)]
@@ -423,7 +423,7 @@ def test_user_with_too_many_calls_is_refused_and_others_are_served(running: Daem
         refused = wait_for_either(one, other)
         assert f"{CALLS} calls of uid 0 are under way" in refused["error"]["message"]
         neighbour_answers(running, good)
-        (running.root / f"var/lib/isolator/state/{name}/mnt/state/go").touch()
+        (running.state_of(name) / "go").touch()
 
 
 def wait_for_either(*clients: Client) -> dict[str, Any]:
@@ -439,7 +439,7 @@ def wait_for_either(*clients: Client) -> dict[str, Any]:
 def test_calls_in_flight_go_on_when_the_daemon_is_renewed(running: Daemon, tmp_path: Path, way: str) -> None:
     calls = {"deploy.failed": {"tool": "event", "arguments": {}}}
     name = add(running, tmp_path / f"waiter-{way}", server(WAITS), hooks=["deploy.failed"], transport={"calls": calls})
-    state = running.root / f"var/lib/isolator/state/{name}/mnt/state"
+    state = running.state_of(name)
     with Client(running, name) as client:
         client.initialize()
         number = client.begin("tools/call", name="slow", arguments={})
@@ -475,7 +475,7 @@ def test_server_is_started_anew_after_a_crash_of_the_host(running: Daemon, good:
 
 def test_call_under_way_as_the_host_is_killed_has_its_end_on_record(running: Daemon, tmp_path: Path) -> None:
     name = add(running, tmp_path / "bereft", server(WAITS))
-    state = running.root / f"var/lib/isolator/state/{name}/mnt/state"
+    state = running.state_of(name)
     with Client(running, name) as client:
         client.initialize()
         client.begin("tools/call", name="slow", arguments={})

@@ -15,7 +15,8 @@ import pytest
 
 from isolator.layers.user import LOCKS
 from isolator.paths import Paths
-from tests.support.cage_fixture import COMMAND, caged, children, isolator, leaves
+from tests.support.cage_fixture import COMMAND, caged, isolator, leaves
+from tests.support.processes import children
 
 _WAITING = ("sh", "-c", "echo ready; exec sleep 300")
 

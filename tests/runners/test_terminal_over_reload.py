@@ -12,11 +12,12 @@ from typing import cast
 import pytest
 
 from tests.runners.conftest import ALICE, HOST_TOML, run_as, words
+from tests.support.processes import children
 from tests.support.terminal import terminal
 from tests.support.timeouts import seconds
 from tests.system.daemon import alive, daemon, wait_for, write_plugin
 from tests.system.reload.faulty import STEPS, FaultyDaemon
-from tests.system.reload.test_faults import ALWAYS, children
+from tests.system.reload.test_faults import ALWAYS
 from tests.system.reload.test_reload import STATE, running
 
 SHELL = ["--tty", "--env", "PS1=% ", "--", "bash", "--norc", "--noprofile"]
@@ -65,7 +66,7 @@ def killed_at(d: FaultyDaemon, step: str) -> None:
         one.shows("% ")
         one.press("sleep 1000 & echo be''gun\r")
         one.shows("begun")
-        ours = children(d)
+        ours = children(d.process.pid)
         assert running(d)["echo"][0] in ours
         d.kill_at(step)
         d.process.send_signal(signal.SIGHUP)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cage_fixture import COMMAND, caged, children, isolator, leaves
+from tests.support.cage_fixture import COMMAND, caged, isolator, leaves
+from tests.support.processes import children
 from tests.support.timeouts import seconds
 
 

@@ -20,6 +20,7 @@ from isolator.cli.run import run as command
 from isolator.cli.serve import serve
 from isolator.standalone.options import OPTIONS, read_plainly
 from tests.support.cage_fixture import isolator
+from tests.support.processes import children
 from tests.support.timeouts import seconds
 
 PROGRAM = Path(sys.executable).with_name("isolator")
@@ -103,7 +104,7 @@ def test_processes_of_a_cage_hold_nothing_of_the_caller(shared_dir: Path) -> Non
     assert process.stdin is not None
     assert process.stdout.readline() == "up\n"
     try:
-        below = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        below = children(process.pid)
         assert len(below) == 2
         assert "libcrypto" not in Path(f"/proc/{process.pid}/maps").read_text()
         for pid in below:

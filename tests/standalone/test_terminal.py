@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.cage_fixture import COMMAND, caged, isolator
+from tests.support.processes import state
 from tests.support.terminal import terminal
 from tests.support.timeouts import seconds
 from tests.system.daemon import wait_for
@@ -62,18 +63,14 @@ def test_ctrl_z_stops_the_cage_and_fg_continues_it(shared_dir: Path) -> None:
         one.press("\x1a")
         one.shows("Stopped")
         sidecar = caged(shared_dir)[1:]
-        wait_for(lambda: {_state(pid) for pid in sidecar} == {"T"}, what="the stop of everything in the cage")
+        wait_for(lambda: {state(pid) for pid in sidecar} == {"T"}, what="the stop of everything in the cage")
         one.press("fg\n")
-        wait_for(lambda: "T" not in {_state(pid) for pid in sidecar}, what="their continuation")
+        wait_for(lambda: "T" not in {state(pid) for pid in sidecar}, what="their continuation")
         one.press("\x03")
         one.press("echo code $?\n")
         one.shows("code 130")
         one.press("exit\n")
         assert one.end() == 0
-
-
-def _state(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_the_modes_of_the_terminal_are_put_back(shared_dir: Path) -> None:

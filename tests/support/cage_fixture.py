@@ -95,8 +95,3 @@ def caged(root: Path) -> list[int]:
     assert unified is not None
     files = [file for top in leaves(root) if top.is_relative_to(unified) for file in top.glob("run.*/cgroup.procs")]
     return [int(pid) for file in files for pid in file.read_text().split()]
-
-
-def children(pid: int) -> list[int]:
-    """The children of a process."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

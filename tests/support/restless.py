@@ -6,7 +6,6 @@ They do so whether they have an event or not. An event whose URL ends with ``hol
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -113,28 +112,21 @@ def emit(d: Daemon, number: str, does: str = "go") -> str:
     return str(d.json("event", "emit", "deploy.completed", payload)["id"])
 
 
-def lines(d: Daemon, name: str, file: str) -> list[str]:
-    """The lines of a file in a plugin's state: ``seen``, ``tries``, ``answered``."""
-    with contextlib.suppress(OSError):
-        return (d.root / f"var/lib/isolator/state/{name}/mnt/state" / file).read_text().split("\n")[:-1]
-    return []
-
-
 def answered_after(d: Daemon, name: str, then: float) -> list[str]:
     """The calls that were begun later than a time of CLOCK_BOOTTIME, and answered: when they began, by the plugin.
 
     When it has its answer is of no use: on a busy machine that is long after it was sent.
     """
-    return [line for line in lines(d, name, "answered") if float(line) > of_day(then)]
+    return [line for line in d.noted(name, "answered") if float(line) > of_day(then)]
 
 
 def go_on(d: Daemon, name: str) -> None:
     """Let events go that are held."""
-    (d.root / f"var/lib/isolator/state/{name}/mnt/state/go-on").touch()
+    (d.state_of(name) / "go-on").touch()
 
 
 def until_tried(d: Daemon, name: str) -> None:
     """Return when a plugin has tried again to write, and to call."""
     for what in ("writes", "calls"):
-        before = lines(d, name, "tries").count(what)
-        wait_for(lambda: lines(d, name, "tries").count(what) > before + 1, what=f"it {what} no more")  # noqa: B023
+        before = d.noted(name, "tries").count(what)
+        wait_for(lambda: d.noted(name, "tries").count(what) > before + 1, what=f"it {what} no more")  # noqa: B023

@@ -11,12 +11,13 @@ import signal
 import subprocess
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tests.support import commands
 from tests.support.leftovers import new_root
+from tests.support.processes import stat, state
 from tests.support.timeouts import seconds
 
 EVENT = {"project_id": "p1", "deployment_id": "d1", "url": "https://app.example/", "duration_ms": 12}
@@ -122,6 +123,16 @@ class Daemon:
                 break
         return [json.loads(line) for line in written[: written.rfind(b"\n") + 1].splitlines()]
 
+    def state_of(self, plugin: str) -> Path:
+        """What a plugin sees as its own folder."""
+        return self.root / f"var/lib/isolator/state/{plugin}/mnt/state"
+
+    def noted(self, plugin: str, file: str = "seen") -> list[str]:
+        """The whole lines that a plugin has written into a file of its own so far."""
+        with contextlib.suppress(OSError):
+            return (self.state_of(plugin) / file).read_text().split("\n")[:-1]
+        return []
+
     def service_pid(self, module: str, *, missing_ok: bool = False) -> int:
         """The pid of one of this daemon's processes, found among the supervisor's children.
 
@@ -131,7 +142,7 @@ class Daemon:
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                parent = int(stat(int(entry.name))[1])
                 named = parent == self.process.pid and any(module.encode() in word for word in words)
                 if named and os.path.samefile(entry / "ns/pid", f"/proc/{self.process.pid}/ns/pid"):
                     return int(entry.name)
@@ -186,23 +197,20 @@ def event(number: int | str, **more: Any) -> str:
     return json.dumps(EVENT | {"deployment_id": f"d{number}"} | more)
 
 
-def wait_for(condition: Any, timeout: float = seconds(30), what: str = "") -> Any:
-    """Poll until ``condition`` returns something true; its value."""
+def wait_for(condition: Any, timeout: float = seconds(30), what: str | Callable[[], object] = "") -> Any:
+    """Poll until ``condition`` returns something true; its value. ``what`` tells a failure, as it is when it fails."""
     deadline = time.monotonic() + timeout
     while True:
         value = condition()
         if value:
             return value
-        assert time.monotonic() < deadline, what or "it did not happen in time"
+        assert time.monotonic() < deadline, (what() if callable(what) else what) or "it did not happen in time"
         time.sleep(0.05)
 
 
 def alive(pid: int) -> bool:
     """Whether a process with this pid exists and is not a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    return state(pid) not in ("", "Z")
 
 
 def kill_9(pid: int) -> None:

@@ -208,8 +208,7 @@ def test_bad_answers_hurt_nobody_else(running: Daemon, tmp_path: Path, kind: str
         running.cli("plugin", "add", str(folder), "--yes")
     try:
         running.cli("event", "emit", "deploy.completed", event(kind))
-        seen = running.root / f"var/lib/isolator/state/good-{kind}/mnt/state/seen"
-        wait_for(lambda: seen.exists() and f"d{kind}" in seen.read_text(), what="the good plugin was held up")
+        wait_for(lambda: f"d{kind}" in running.noted(f"good-{kind}"), what="the good plugin was held up")
         bad_answers = wait_for(
             lambda: [r for r in running.records() if r["type"] == "event.response" and r["plugin"] == bad.name]
         )

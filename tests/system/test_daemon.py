@@ -99,9 +99,8 @@ def test_killed_supervisor_leaves_no_orphan_and_loses_no_event(tmp_path: Path) -
         for process in (pid, *services):
             wait_for(lambda process=process: not alive(process), what=f"{process} outlived its supervisor")
         d.start()
-        seen = d.root / "var/lib/isolator/state/echo/mnt/state/seen"
         wanted = {"dbefore", *(f"d{number}" for number in range(5))}
-        wait_for(lambda: seen.exists() and set(seen.read_text().split()) >= wanted, what="an accepted event was lost")
+        wait_for(lambda: {*d.noted("echo")} >= wanted, what="an accepted event was lost")
         assert "earlier daemon left" in d.log.read_text()
         d.cli("audit", "verify")
         runs = {r["run"] for r in d.records() if r["type"] == "plugin.started"}

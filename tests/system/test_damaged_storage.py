@@ -104,8 +104,7 @@ def test_put_back_everything_is_there(stopped: Daemon) -> None:
     stopped.start()
     try:
         stopped.cli("plugin", "enable", "echo")
-        seen = stopped.root / "var/lib/isolator/state/echo/mnt/state/seen"
-        wait_for(lambda: seen.exists() and "d1" in seen.read_text(), what="the event that waited was lost")
+        wait_for(lambda: "d1" in stopped.noted("echo"), what="the event that waited was lost")
         assert stopped.json("plugin", "config", "echo")[0]["is_set"]
     finally:
         stopped.stop()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from isolator.layers.cgroup.subtree import find_hierarchies
+from tests.support.processes import children
 from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, kill_9, wait_for, write_plugin
 
@@ -52,12 +53,7 @@ def held(d: Daemon) -> Counter[str]:
 def cage_is_made_ahead(d: Daemon, running: int) -> bool:
     """Whether the next cage's process is there: it, the launcher, and pid 1 of each cage have the same command line."""
     assert d.process is not None
-    children = Path(f"/proc/{d.process.pid}/task/{d.process.pid}/children").read_text().split()
-    found = 0
-    for pid in children:
-        with contextlib.suppress(OSError):
-            found += b"isolator.launcher.server" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    return found == running + 2
+    return len(children(d.process.pid, "isolator.launcher.server")) == running + 2
 
 
 def taken_by_a_start(d: Daemon) -> Counter[str]:
@@ -82,10 +78,10 @@ def test_running_plugin_takes_six_descriptors_at_most(tmp_path: Path) -> None:
         text = settings.read_text() if settings.exists() else ""
         settings.write_text("nonsense = 1\n")
         assert d.cli("reload", code=None).returncode
-        wait_for(lambda: held(d) == before, what=f"{before}, then {held(d)}")
+        wait_for(lambda: held(d) == before, what=lambda: f"{before}, then {held(d)}")
         settings.write_text(text)
         d.cli("reload")
-        wait_for(lambda: not held(d) - before, what=f"{before}, then {held(d)}")
+        wait_for(lambda: not held(d) - before, what=lambda: f"{before}, then {held(d)}")
 
 
 class Earlier(Daemon):

@@ -8,7 +8,9 @@ from tests.system.daemon import ECHO, Daemon, alive, daemon, event, kill_9, wait
 
 
 def _state(d: Daemon, state: str) -> None:
-    wait_for(lambda: d.json("plugin", "show", "early")["state"] == state, what=f"not {state}: {d.log.read_text()}")
+    wait_for(
+        lambda: d.json("plugin", "show", "early")["state"] == state, what=lambda: f"not {state}: {d.log.read_text()}"
+    )
 
 
 def test_eager_is_up_with_the_daemon(tmp_path: Path) -> None:

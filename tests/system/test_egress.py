@@ -89,8 +89,7 @@ def busy(pretend: PretendInternet, tmp_path: Path) -> Iterator[Daemon]:
 
 def lines(d: Daemon) -> list[list[str]]:
     """What the plugin's attempts came to so far: kind, result, seconds."""
-    log = d.root / "var/lib/isolator/state/busy/mnt/state/log"
-    return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+    return [line.split() for line in d.noted("busy", "log")]
 
 
 def records(d: Daemon, type: str) -> list[dict[str, Any]]:
@@ -107,7 +106,7 @@ def test_broker_killed_under_traffic(busy: Daemon) -> None:
         results = [line[1] for line in lines(busy)[before:] if line[0] == "granted"]
         return "ConnectionRefusedError" in results and "ok" in results[results.index("ConnectionRefusedError") :]
 
-    wait_for(refused_then_served, what=f"{lines(busy)[before:]} {busy.log.read_text()}")
+    wait_for(refused_then_served, what=lambda: f"{lines(busy)[before:]} {busy.log.read_text()}")
     after = [line for line in lines(busy)[before:] if line[0] in ("granted", "held")]
     # Never a hang (5 s would be a TimeoutError): refused, reset in the middle, or served.
     assert {line[1] for line in after} <= {"ok", "ConnectionRefusedError", "ConnectionResetError", "closed"}

@@ -105,14 +105,9 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         yield made
 
 
-def state_of(running: Daemon, plugin: str) -> Path:
-    return running.root / f"var/lib/isolator/state/{plugin}/mnt/state"
-
-
 def seen(running: Daemon, plugin: str = "linter") -> list[dict[str, Any]]:
     """What the program has noted of its runs."""
-    path = state_of(running, plugin) / "seen"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in running.noted(plugin)]
 
 
 def seen_of(running: Daemon, event_id: str, plugin: str = "linter") -> list[dict[str, Any]]:
@@ -135,12 +130,12 @@ def hold(running: Daemon, number: str, project: str = "p1") -> str:
     """Emit an event at whose invocation the program stays until ``let_go``; returns its id once the invocation runs."""
     payload = json.dumps({"project_id": project, "deployment_id": number, "error_code": "holds"})
     emitted = running.json("event", "emit", "deploy.failed", payload)["id"]
-    wait_for(lambda: seen_of(running, emitted, "wide"), what=running.log.read_text())
+    wait_for(lambda: seen_of(running, emitted, "wide"), what=running.log.read_text)
     return emitted
 
 
 def let_go(running: Daemon) -> None:
-    (state_of(running, "wide") / "go-on").touch()
+    (running.state_of("wide") / "go-on").touch()
 
 
 def outcome_of_held(running: Daemon, event_id: str) -> dict[str, Any]:
@@ -150,13 +145,13 @@ def outcome_of_held(running: Daemon, event_id: str) -> dict[str, Any]:
         delivery = running.json("event", "show", event_id)["deliveries"][0]
         return delivery if delivery["state"] in ("ok", "dead") else None
 
-    return wait_for(final, what=running.log.read_text())
+    return wait_for(final, what=running.log.read_text)
 
 
 @pytest.fixture
 def held(running: Daemon) -> Iterator[Daemon]:
     """The daemon while nothing lets held invocations go."""
-    state = state_of(running, "wide")
+    state = running.state_of("wide")
     if state.exists():  # from the first invocation on
         (state / "go-on").unlink(missing_ok=True)
     yield running
@@ -284,7 +279,7 @@ def test_reload_and_an_exchange_of_the_host_lose_and_repeat_no_invocation(held: 
 
 @pytest.mark.wide
 def test_reloads_under_load_lose_and_repeat_no_event(running: Daemon) -> None:
-    state = state_of(running, "wide")
+    state = running.state_of("wide")
     if state.exists():
         (state / "go-on").touch()
     emitted: list[str] = []
@@ -319,7 +314,7 @@ def test_invocation_ends_before_its_plugin_is_stopped_and_none_begins_meanwhile(
 def test_invocation_of_a_killed_host_is_ended_and_its_event_delivered_again(held: Daemon) -> None:
     one = hold(held, "killed", "killed")
     os.kill(held.service_pid("host.service"), signal.SIGKILL)
-    wait_for(lambda: len(seen_of(held, one, "wide")) == 2, what=held.log.read_text())
+    wait_for(lambda: len(seen_of(held, one, "wide")) == 2, what=held.log.read_text)
     (ended,) = of(held, one, "exec.ended")
     assert ended["data"]["cause"] == "the host has ended"
     let_go(held)

@@ -36,7 +36,7 @@ def test_work_that_fails_in_the_root_process_is_named_and_goes_on(tmp_path: Path
         d.begin.touch()
         write_plugin(found / "offered")
         os.kill(d.json("plugin", "show", "echo")["pid"], signal.SIGKILL)
-        wait_for(lambda: d.json("plugin", "show", "echo")["state"] == "running", what=d.log.read_text())
+        wait_for(lambda: d.json("plugin", "show", "echo")["state"] == "running", what=d.log.read_text)
         for work in WORK:
             wait_for(lambda work=work: f"ALARM: {work} has failed" in d.log.read_text(), what=f"{work}: no alarm")
         alarms = d.json("check", code=1)["alarms"]

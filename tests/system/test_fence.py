@@ -64,7 +64,8 @@ ONCE = """\
     import os, time
     if os.environ["PLUGIN_EVENT_ATTEMPT"] != "1":
         raise SystemExit(64)  # it was counted
-    time.sleep(2)
+    while not os.path.exists(os.environ["PLUGIN_STATE_DIR"] + "/go"):
+        time.sleep(0.02)
 """
 LONG = 600.0
 
@@ -311,6 +312,7 @@ def test_frozen_invocation_is_ended_when_it_is_lost_and_counts_no_attempt(d: Hel
     d.lose("once")
     (ended,) = wait_for(lambda: d.of_type("exec.ended", "once"), what="it is not ended")
     assert (ended["data"]["cause"], ended["data"]["origin"]) == ("its lease was lost", "daemon")
+    (d.state_of("once") / "go").touch()
     d.hold("once", boottime() + LONG)
     wait_for(lambda: d.handled(id_), what="the event is not delivered")
     d.cli("plugin", "remove", "once", "--yes")
@@ -330,6 +332,7 @@ def test_time_for_which_a_plugin_is_frozen_counts_for_none_of_its_times(d: Held,
         d.hold(name, boottime() - 1)
     frozen = boottime()
     wait_for(lambda: boottime() > frozen + 5)
+    (d.state_of("once") / "go").touch()
     for name in ("slow", "once"):
         d.hold(name, boottime() + LONG)
     wait_for(lambda: d.handled(id_), what="they are not waited for")

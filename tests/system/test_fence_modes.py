@@ -79,7 +79,7 @@ def d(running: Daemon, mode: str, name: str, tmp_path: Path) -> Iterator[Daemon]
     """The daemon with the plugin of a mode, which has an event that it does not end."""
     restless.add(running, tmp_path, mode, name)
     restless.emit(running, "first", "hold")
-    wait_for(lambda: restless.lines(running, name, "seen") == ["dfirst"], what=f"{name} gets no event")
+    wait_for(lambda: running.noted(name) == ["dfirst"], what=f"{name} gets no event")
     restless.until_tried(running, name)
     try:
         yield running
@@ -94,10 +94,7 @@ def d(running: Daemon, mode: str, name: str, tmp_path: Path) -> Iterator[Daemon]
 def test_plugin_of_any_mode_makes_no_call_past_its_deadline(
     d: Daemon, name: str, witness: Witness, frozen: bool
 ) -> None:
-    wait_for(
-        lambda: witness.after(boottime() - 1) and restless.lines(d, name, "answered"),
-        what="nothing comes through at all",
-    )
+    wait_for(lambda: witness.after(boottime() - 1) and d.noted(name, "answered"), what="nothing comes through at all")
     if frozen:
         deadline = d.freeze(name)
     else:  # host and broker alone hold it back
@@ -113,12 +110,12 @@ def test_plugin_of_any_mode_makes_no_call_past_its_deadline(
             assert "lease" in str(client.initialize()) + str(client.call("act", deployment_id="d3", url="https://go"))
     assert witness.after(deadline) == []
     assert restless.answered_after(d, name, deadline) == []
-    assert restless.lines(d, name, "seen") == ["dfirst"] and len(d.started(name)) == before
+    assert d.noted(name) == ["dfirst"] and len(d.started(name)) == before
     restless.go_on(d, name)
     d.hold(name, boottime() + LONG)
     wait_for(lambda: d.handled(second), what="it does not go on")
     wait_for(lambda: witness.after(deadline) or name.startswith("exec"), what="its connections do not go on")
-    assert sorted(restless.lines(d, name, "seen")) == ["dfirst", "dsecond"], "an event was repeated"
+    assert sorted(d.noted(name)) == ["dfirst", "dsecond"], "an event was repeated"
     if name.startswith("mcp"):
         with Client(d, name) as client:
             client.initialize()
@@ -143,7 +140,7 @@ def test_frozen_cage_that_is_out_of_memory_ends_and_is_not_started_until_it_is_h
     restless.go_on(d, name)
     d.hold(name, boottime() + LONG)
     wait_for(lambda: d.handled(second), what="it is not started again")
-    assert {*restless.lines(d, name, "seen")} == {"dfirst", "dsecond"}
+    assert {*d.noted(name)} == {"dfirst", "dsecond"}
 
 
 @pytest.mark.parametrize("mode", ["http", "mcp"])

@@ -26,7 +26,6 @@ CALLS = ECHO.replace(
     with open(os.environ["PLUGIN_STATE_DIR"] + "/answers", "a") as notes:
         notes.write(answer["run"] + "\\n")""",
 )
-STATE = "var/lib/isolator/state/quick/mnt/state"
 
 
 class SlowDaemon(Daemon):
@@ -35,18 +34,9 @@ class SlowDaemon(Daemon):
     def command(self) -> list[str]:
         return [sys.executable, "-I", __file__, str(self.root)]
 
-    def lines(self, name: str) -> list[str]:
-        return _lines(self.root, name)
-
-
-def _lines(root: Path, name: str) -> list[str]:
-    path = root / STATE / name
-    return path.read_text().split("\n")[:-1] if path.exists() else []
-
 
 def test_first_call_of_a_plugin_reaches_the_host_in_every_run(shared_dir: Path) -> None:
     with daemon(kind=SlowDaemon) as d:
-        assert isinstance(d, SlowDaemon)
         package = write_plugin(shared_dir / "quick", CALLS, sandbox={"filesystem": {"state": "4M"}})
         d.cli("plugin", "add", str(package), "--yes")
         runs = []
@@ -54,27 +44,26 @@ def test_first_call_of_a_plugin_reaches_the_host_in_every_run(shared_dir: Path) 
             d.cli("plugin", command, "quick")
             d.cli("event", "emit", "deploy.completed", event(number), "--wait")
             runs.append(d.json("plugin", "show", "quick")["run"])
-        wait_for(lambda: len(d.lines("answers")) == len(runs))
-        assert d.lines("found") == ["connected"] * len(runs)
-        assert d.lines("answers") == runs
+        wait_for(lambda: len(d.noted("quick", "answers")) == len(runs))
+        assert d.noted("quick", "found") == ["connected"] * len(runs)
+        assert d.noted("quick", "answers") == runs
         assert not [one for one in d.records() if one["type"] == "plugin.crashed"]
 
 
 def main() -> None:
-    root = Path(sys.argv[1])
-    start = Cage.start
+    d, start = Daemon(Path(sys.argv[1])), Cage.start
 
     async def start_and_wait(cage: Cage) -> None:
-        before = len(_lines(root, "found"))
+        before = len(d.noted("quick", "found"))
         await start(cage)
         async with asyncio.timeout(seconds(20)):
-            while len(_lines(root, "found")) == before:  # noqa: ASYNC110 # the plugin tells nobody
+            while len(d.noted("quick", "found")) == before:  # noqa: ASYNC110 # the plugin tells nobody
                 await asyncio.sleep(0.01)
 
     Cage.start = start_and_wait  # type: ignore[method-assign] # this process is the daemon
     from host.cli.main import main as command_line
 
-    sys.argv = ["isolator", "--root", str(root), "serve", *sys.argv[2:]]
+    sys.argv = ["isolator", "--root", str(d.root), "serve", *sys.argv[2:]]
     sys.exit(command_line())
 
 

@@ -34,9 +34,7 @@ def test_process_that_hangs_is_replaced(tmp_path: Path) -> None:
             wait_for(lambda name=name: f"ALARM: {name}: does not answer" in d.log.read_text())
             wait_for(lambda name=name: d.service_pid(MODULES[name], missing_ok=True), what=f"{name} did not come back")
         wait_for(lambda: d.cli("event", "emit", "deploy.completed", event(1), code=None).returncode == 0)
-        wait_for(
-            lambda: "d1" in (d.root / "var/lib/isolator/state/echo/mnt/state/seen").read_text(), what=d.log.read_text()
-        )
+        wait_for(lambda: "d1" in d.noted("echo"), what=d.log.read_text)
         alarms = d.json("check", code=1)["alarms"]
         assert all(any(alarm.startswith(f"{name}: does not answer") for alarm in alarms) for name in before), alarms
         ended = {r["data"]["service"]: r["data"] for r in d.records() if r["type"] == "service.ended"}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pty
 import signal
-from pathlib import Path
 from typing import cast
 
 import pytest
 
+from tests.support.processes import children
 from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, wait_for
 from tests.system.reload.faulty import FaultyDaemon
@@ -49,12 +48,7 @@ def test_daemon_without_a_terminal_is_reloaded_by_a_hangup() -> None:
 def tries(d: Daemon) -> bool:
     """Whether the program of a reload is being tried."""
     assert d.process is not None
-    for path in Path(f"/proc/{d.process.pid}/task").glob("*/children"):
-        for pid in path.read_text().split():
-            with contextlib.suppress(OSError):
-                if b"--check-handover" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    return True
-    return False
+    return bool(children(d.process.pid, "--check-handover"))
 
 
 @pytest.mark.parametrize("refused", [False, True], ids=["that succeeds", "that is refused"])

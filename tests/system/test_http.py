@@ -165,13 +165,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         yield made
 
 
-def state_of(running: Daemon, plugin: str) -> Path:
-    return running.root / f"var/lib/isolator/state/{plugin}/mnt/state"
-
-
 def seen(running: Daemon, plugin: str = "server") -> list[tuple[str, dict[str, str], str]]:
-    path = state_of(running, plugin) / "seen"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in running.noted(plugin)]
 
 
 def emit(running: Daemon, act: str, project: str = "p1", *, of_good: str = "") -> str:
@@ -188,7 +183,7 @@ def final(running: Daemon, event_id: str, plugin: str = "server") -> dict[str, A
         (delivery,) = (one for one in running.json("event", "show", event_id)["deliveries"] if one["plugin"] == plugin)
         return delivery if delivery["state"] in ("ok", "dead", "quarantined") else None
 
-    return wait_for(look, what=running.log.read_text())
+    return wait_for(look, what=running.log.read_text)
 
 
 def test_event_arrives_as_a_cloudevent_with_a_signature_that_verifies(running: Daemon) -> None:
@@ -304,7 +299,7 @@ def test_reload_and_an_exchange_of_the_host_lose_and_repeat_no_request(running: 
     host = running.service_pid("host.service")
     running.cli("reload")
     wait_for(lambda: running.service_pid("host.service", missing_ok=True) not in (0, host))
-    (state_of(running, "good") / "go-on").touch()
+    (running.state_of("good") / "go-on").touch()
     for event_id in held:
         done = final(running, event_id, "good")
         assert (done["state"], done["status"], done["attempts"]) == ("ok", "held", 1)
@@ -312,10 +307,10 @@ def test_reload_and_an_exchange_of_the_host_lose_and_repeat_no_request(running: 
 
 def test_answer_410_stops_the_plugin_and_its_event_stays_until_it_is_enabled(running: Daemon) -> None:
     event_id = emit(running, "410")
-    wait_for(lambda: running.json("plugin", "show", "server")["state"] == "disabled", what=running.log.read_text())
+    wait_for(lambda: running.json("plugin", "show", "server")["state"] == "disabled", what=running.log.read_text)
     (delivery,) = (one for one in running.json("event", "show", event_id)["deliveries"] if one["plugin"] == "server")
     assert delivery["state"] not in ("ok", "dead", "quarantined")
-    (state_of(running, "server") / "go-on").touch()
+    (running.state_of("server") / "go-on").touch()
     running.cli("plugin", "enable", "server")
     done = final(running, event_id)
     assert (done["state"], done["attempts"]) == ("ok", 1)

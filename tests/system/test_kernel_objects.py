@@ -57,7 +57,7 @@ def _another_run(d: Daemon, run: str) -> dict[str, Any]:
         assert entry["run"], "it is called running, and has no run"
         return entry if entry["run"] != run else None
 
-    return wait_for(another, what=f"nobody noticed: {d.log.read_text()}")
+    return wait_for(another, what=lambda: f"nobody noticed: {d.log.read_text()}")
 
 
 def _cause(d: Daemon, run: str) -> str:

@@ -29,6 +29,7 @@ from isolator.errors import IsolatorError
 from isolator.linux import netns
 from isolator.paths import Paths
 from isolator.recovery import daemon as recovery
+from tests.support.processes import children
 from tests.support.timeouts import seconds
 from tests.system.daemon import ECHO, alive, event, wait_for, write_plugin
 from tests.system.kill_points import PLUGIN, START, STEPS, STOP, SteppedDaemon
@@ -84,7 +85,7 @@ class Scene:
             lambda: (e := self.ask("plugin.show", name=PLUGIN)) and e["state"] == "running" and e,
             what=f"{what}: it does not run",
         )
-        wait_for(self._as_it_should_be, what=f"{what}: {self._extent()}")
+        wait_for(self._as_it_should_be, what=lambda: f"{what}: {self._extent()}")
         inside = {int(pid) for pid in self._leaf(entry["run"]).joinpath("cgroup.procs").read_text().split()}
         assert entry["pid"] in inside, what
         for pid in self._of_the_plugin():
@@ -123,12 +124,11 @@ class Scene:
             with contextlib.suppress(FileNotFoundError):
                 groups.append(",".join(sorted(c.name.partition(".")[0] for c in top.iterdir() if c.is_dir())))
         loops = subprocess.run(["losetup", "-nO", "BACK-FILE"], capture_output=True, text=True, check=True).stdout
-        children = Path(f"/proc/{self._pid}/task/{self._pid}/children").read_text().split()
         return {
             "groups": groups,
             "mounts": recovery.mounts_below(self.paths.state),
             "loops": [line for line in loops.splitlines() if str(self.daemon.root) in line],
-            "children": children,
+            "children": children(self._pid),
             "files": os.listdir(f"/proc/{self._pid}/fd"),
         }
 

@@ -118,7 +118,7 @@ def test_kill_9_of_the_host_under_load(tmp_path: Path, kills: int) -> None:
             for _ in range(kills):
                 before = len(load.accepted)
                 pid = wait_for(lambda: d.service_pid("host.service", missing_ok=True))
-                wait_for(lambda before=before: len(load.accepted) > before, what=d.log.read_text())
+                wait_for(lambda before=before: len(load.accepted) > before, what=d.log.read_text)
                 time.sleep(random.uniform(0.0, 0.1))
                 kill_9(pid)
                 wait_for(lambda pid=pid: not alive(pid))
@@ -127,7 +127,7 @@ def test_kill_9_of_the_host_under_load(tmp_path: Path, kills: int) -> None:
             rows = [client.call("event.wait", id=event, timeout=seconds(60)) for event in load.accepted]
         assert len(rows) >= kills
         for folder in folders:
-            lines = (d.root / f"var/lib/isolator/state/{folder.name}/mnt/state/seen").read_text().splitlines()
+            lines = d.noted(folder.name)
             seen = Counter(line.split()[0] for line in lines)
             deliveries = {row["id"]: _of(row, folder.name) for row in rows}
             lost = [event for event, delivery in deliveries.items() if delivery["state"] != "ok" or not seen[event]]

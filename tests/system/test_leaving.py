@@ -29,7 +29,9 @@ def _lines(d: Daemon, name: str) -> list[str]:
 
 
 def _said(d: Daemon, reason: str) -> None:
-    wait_for(lambda: f"shutdown {reason}" in _lines(d, "tidy"), what=f"no shutdown for {reason}: {_lines(d, 'tidy')}")
+    wait_for(
+        lambda: f"shutdown {reason}" in _lines(d, "tidy"), what=lambda: f"no shutdown for {reason}: {_lines(d, 'tidy')}"
+    )
 
 
 def test_shutdown_is_said_before_every_graceful_stop(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,16 +63,6 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         yield made
 
 
-def state_of(running: Daemon, mode: str) -> Path:
-    return running.root / f"var/lib/isolator/state/{mode}/mnt/state"
-
-
-def seen(running: Daemon, mode: str) -> list[str]:
-    """The deployments that a sidecar was sent, in the order in which they came."""
-    path = state_of(running, mode) / "seen"
-    return path.read_text().split() if path.exists() else []
-
-
 def emit(running: Daemon, does: str, number: str, project: str) -> str:
     payload = event(number, url=f"https://{does}", project_id=project)
     return str(running.json("event", "emit", "deploy.completed", payload)["id"])
@@ -86,28 +75,28 @@ def delivered(running: Daemon, event_id: str, mode: str) -> dict[str, Any]:
         (one,) = (one for one in running.json("event", "show", event_id)["deliveries"] if one["plugin"] == mode)
         return one if one["state"] in ("ok", "dead", "quarantined") else None
 
-    return dict(wait_for(final, what=running.log.read_text()))
+    return dict(wait_for(final, what=running.log.read_text))
 
 
 @pytest.fixture
 def held(running: Daemon) -> Iterator[Daemon]:
     """The daemon while nothing lets held events go; all of them are let go in the end."""
     for mode in PLUGINS:
-        (state_of(running, mode) / "go-on").unlink(missing_ok=True)
+        (running.state_of(mode) / "go-on").unlink(missing_ok=True)
     yield running
     let_go(running)
 
 
 def let_go(running: Daemon) -> None:
     for mode in PLUGINS:
-        (state_of(running, mode) / "go-on").touch()
+        (running.state_of(mode) / "go-on").touch()
 
 
 def hold(running: Daemon, number: str, project: str) -> str:
     """Emit an event with which every sidecar waits; returns once each of them has it."""
     emitted = emit(running, "hold", number, project)
     for mode in PLUGINS:
-        wait_for(lambda: f"d{number}" in seen(running, mode), what=running.log.read_text())  # noqa: B023
+        wait_for(lambda: f"d{number}" in running.noted(mode), what=running.log.read_text)  # noqa: B023
     return emitted
 
 
@@ -128,18 +117,18 @@ def test_events_of_one_key_come_in_order_and_those_of_others_pass_them(held: Dae
     second, other = emit(held, "go", "o2", "one"), emit(held, "go", "o3", "another")
     for mode in PLUGINS:
         assert delivered(held, other, mode)["attempts"] == 1
-        assert "do2" not in seen(held, mode), mode
+        assert "do2" not in held.noted(mode), mode
     let_go(held)
     for mode in PLUGINS:
         assert {delivered(held, one, mode)["state"] for one in (first, second)} == {"ok"}
-        assert [one for one in seen(held, mode) if one in ("do1", "do2", "do3")] == ["do1", "do3", "do2"]
+        assert [one for one in held.noted(mode) if one in ("do1", "do2", "do3")] == ["do1", "do3", "do2"]
 
 
 def test_attempt_is_counted_before_it_is_sent_and_repeated_after_a_crash_of_the_host(held: Daemon) -> None:
     emitted = hold(held, "k", "killed")
     os.kill(held.service_pid("host.service"), signal.SIGKILL)
     for mode in PLUGINS:
-        wait_for(lambda: seen(held, mode).count("dk") == 2, what=held.log.read_text())  # noqa: B023
+        wait_for(lambda: held.noted(mode).count("dk") == 2, what=held.log.read_text)  # noqa: B023
     let_go(held)
     for mode in PLUGINS:
         done = delivered(held, emitted, mode)

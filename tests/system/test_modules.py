@@ -7,12 +7,12 @@ import os
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.processes import children
 from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
 
@@ -81,10 +81,7 @@ class Listing(Daemon):
             lines = self.log.read_bytes()[size:].decode().splitlines(keepends=True)
             return next((line for line in lines if line.startswith("modules ") and line.endswith("\n")), "")
 
-        deadline = time.monotonic() + seconds(30)
-        while not (line := told()):
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.01)
+        line: str = wait_for(told, what=self.log.read_text)
         found: list[str] = json.loads(line.removeprefix("modules "))[1]
         return found
 
@@ -159,5 +156,4 @@ def test_reload_without_a_plugin_hands_an_earlier_version_what_it_goes_on_with()
 
 def _launchers(running: Daemon) -> int:
     assert running.process is not None
-    children = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children").read_text().split()
-    return sum(b"isolator.launcher.server" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children)
+    return len(children(running.process.pid, "isolator.launcher.server"))

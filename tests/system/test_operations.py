@@ -31,8 +31,7 @@ def d() -> Iterator[Daemon]:
 
 
 def seen(d: Daemon, name: str) -> str:
-    path = d.root / f"var/lib/isolator/state/{name}/mnt/state/seen"
-    return path.read_text() if path.exists() else ""
+    return "\n".join(d.noted(name))
 
 
 def test_pause_holds_over_a_reload_and_a_restart_of_the_daemon(d: Daemon, tmp_path: Path) -> None:
@@ -117,7 +116,7 @@ def test_plugin_sees_no_event_outside_the_filter_of_its_grant_by_any_road(d: Dae
     shown = [line["effective"] for line in d.json("plugin", "explain", "seeker")["lines"] if line["field"] == "filters"]
     assert shown == ['only project_id is "shop"']
     d.cli("plugin", "start", "seeker")
-    state = d.root / "var/lib/isolator/state/seeker/mnt/state"
+    state = d.state_of("seeker")
     secret = emit(d, "bank", "secret-1")
     (state / "ids").write_text(f"{secret}\n")
     mine = emit(d, "shop", "mine-1")

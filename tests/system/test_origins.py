@@ -6,6 +6,7 @@ import contextlib
 import re
 from pathlib import Path
 
+from tests.support.processes import children
 from tests.support.sidecars import oneshot
 from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, event, kill_9, wait_for, write_plugin
@@ -30,12 +31,10 @@ def _delivered(d: Daemon, emitted: str) -> dict[str, object]:
 def _launcher(d: Daemon) -> int:
     """The launcher's pid, 0 between two; a cage's first process, which it cloned, has a pid of its own inside too."""
     assert d.process is not None
-    for child in Path(f"/proc/{d.process.pid}/task/{d.process.pid}/children").read_text().split():
+    for child in children(d.process.pid, "isolator.launcher.server"):
         with contextlib.suppress(OSError):
-            if b"isolator.launcher.server" not in Path(f"/proc/{child}/cmdline").read_bytes():
-                continue
             if re.search(r"^NSpid:\t\d+$", Path(f"/proc/{child}/status").read_text(), re.MULTILINE):
-                return int(child)
+                return child
     return 0
 
 

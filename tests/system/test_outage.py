@@ -11,7 +11,6 @@ import signal
 import sqlite3
 import ssl
 import subprocess
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -19,9 +18,11 @@ from typing import Any
 
 import pytest
 
+from host.client.client import Client
 from tests.support.go import go_cache
 from tests.support.internet_servers import WEB, Server
 from tests.support.pretend_internet import PretendInternet, pretend_internet
+from tests.support.processes import children
 from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, event, wait_for
 
@@ -144,13 +145,16 @@ def _template(folder: Path, language: str) -> Path:
     return _edited(made, PLAIN_PORT, connects=True)
 
 
+def _deliveries(d: Daemon) -> list[dict[str, Any]]:
+    with Client(d.root) as client:
+        return [one for row in client.call("event.list", limit=50)["events"] for one in row["deliveries"]]
+
+
 def _attempts(d: Daemon) -> dict[str, list[int]]:
-    """Attempts so far, by plugin; asked for once a second, for each costs a start of the command."""
-    time.sleep(1)
+    """Attempts so far, by plugin."""
     found: dict[str, list[int]] = {}
-    for row in d.json("event", "list", "--limit", "50"):
-        for delivery in row["deliveries"]:
-            found.setdefault(delivery["plugin"], []).append(delivery["attempts"])
+    for delivery in _deliveries(d):
+        found.setdefault(delivery["plugin"], []).append(delivery["attempts"])
     return found
 
 
@@ -160,9 +164,7 @@ def _tried(d: Daemon, plugins: int, times: int) -> bool:
 
 
 def _all_done(d: Daemon) -> bool:
-    time.sleep(1)
-    rows = d.json("event", "list", "--limit", "50")
-    return all(delivery["state"] == "ok" for row in rows for delivery in row["deliveries"])
+    return all(delivery["state"] == "ok" for delivery in _deliveries(d))
 
 
 def _nothing_lost(d: Daemon) -> None:
@@ -186,7 +188,7 @@ def _outage(
     wait_for(lambda: _tried(d, plugins, times), seconds(200), f"not tried {times} times")
     side.state = "up"
     pretend.internet.dns.records[AWAY_HOST] = [WEB]
-    wait_for(lambda: _all_done(d), seconds(200), d.cli("event", "list").stdout)
+    wait_for(lambda: _all_done(d), seconds(200), lambda: d.cli("event", "list").stdout)
     senders = sum(bool(key) for key in examples.values()) + len(languages)
     assert side.turned_away >= times * senders
     assert len(side.bodies) >= EVENTS * senders
@@ -227,7 +229,7 @@ def test_outage_of_a_disk_loses_no_event_of_an_example_that_keeps_state(tmp_path
                  seconds(200), "not tried five times")  # fmt: skip
         for state in states:
             assert _remounted(state, "rw")
-        wait_for(lambda: _all_done(d), seconds(200), d.cli("event", "list").stdout)
+        wait_for(lambda: _all_done(d), seconds(200), lambda: d.cli("event", "list").stdout)
         assert (states[0] / "state/events.log").read_text().count("deploy.completed") == EVENTS + 1
         if len(states) > 1:
             assert (states[1] / "state/deploy-completed").read_text() == f"{EVENTS + 1}\n"
@@ -245,7 +247,7 @@ def test_outage_of_the_hosts_store_loses_no_event_of_a_stream(tmp_path: Path) ->
         d.cli("plugin", "add", str(_example(tmp_path, "python-stream-counter")), "--yes")
         d.cli("event", "emit", "deploy.completed", event("first", project_id="first"), "--wait")
         [row] = d.json("plugin", "list")
-        inside = [row["pid"], *_children(row["pid"])]
+        inside = [row["pid"], *children(row["pid"])]
         for pid in inside:
             os.kill(pid, signal.SIGSTOP)
         for number in range(EVENTS):
@@ -259,16 +261,12 @@ def test_outage_of_the_hosts_store_loses_no_event_of_a_stream(tmp_path: Path) ->
             failed = re.compile(r" (RuntimeError|TimeoutError)\b")
             wait_for(lambda: failed.search(_log(d)), seconds(60), "no call has failed")
             store.execute("ROLLBACK")
-        wait_for(lambda: _all_done(d), seconds(120), d.cli("event", "list").stdout)
+        wait_for(lambda: _all_done(d), seconds(120), lambda: d.cli("event", "list").stdout)
         last = [json.loads(x["reply"])["result"] for row in d.json("event", "list") for x in row["deliveries"]]
         # A call that was given up may have been done all the same, and its event is counted once more then.
         most = 2 if " TimeoutError" in _log(d) else 1
         assert len(last) == EVENTS + 1 and {result["count"] for result in last} <= {1, most}
         _nothing_lost(d)
-
-
-def _children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _log(d: Daemon) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.timeouts import seconds
 from tests.system.daemon import ECHO, Daemon, daemon, wait_for, write_plugin
 
 UID = 61999
@@ -134,7 +135,7 @@ class Platform:
             events = self.ask(f"/deployments/{deployment}")["events"]
             return next((e["event_id"] for e in events if e["name"] == name), None)
 
-        return str(wait_for(found, what=self.log.read_text()))
+        return str(wait_for(found, what=self.log.read_text))
 
 
 @pytest.fixture
@@ -171,7 +172,7 @@ def _deliveries(d: Daemon, event_id: str) -> dict[str, Any]:
         rows = d.json("event", "show", event_id)["deliveries"]
         return rows and all(row["state"] in ("ok", "dead") for row in rows) and rows
 
-    return {row["plugin"]: row for row in wait_for(final, 60, d.log.read_text())}
+    return {row["plugin"]: row for row in wait_for(final, seconds(60), d.log.read_text)}
 
 
 def test_a_deployment_posted_over_http_reaches_plugins_that_ask_back(
@@ -211,7 +212,7 @@ def test_a_deployment_posted_over_http_reaches_plugins_that_ask_back(
         # The line that the refusal named is the whole cure; the daemon watches the file.
         run = d.json("plugin", "show", "nosy")["run"]
         policy.write_text(policy.read_text() + denied["data"]["grant"] + "\n")
-        wait_for(lambda: d.json("plugin", "show", "nosy")["run"] not in (run, None), 60, d.log.read_text())
+        wait_for(lambda: d.json("plugin", "show", "nosy")["run"] not in (run, None), seconds(60), d.log.read_text)
         again = platform.event_of(platform.deploy(project), "deploy.completed")
         reply = json.loads(_deliveries(d, again)["nosy"]["reply"])["result"]
         assert reply["asked"].get("result", {}).get("name") == "shop", reply
@@ -302,17 +303,16 @@ def test_no_event_is_lost_whoever_is_killed(tmp_path: Path, platform_in: Any) ->
         platform.start()
         post(5)
         assert len(wanted) == 45
-        seen = d.root / "var/lib/isolator/state/echo/mnt/state/seen"
         wait_for(
-            lambda: seen.exists() and set(seen.read_text().split()) >= set(wanted), 90,
-            f"lost: {platform.ask('/health')} {platform.log.read_text()} {d.log.read_text()}",
+            lambda: {*d.noted("echo")} >= {*wanted}, seconds(90),
+            lambda: f"lost: {platform.ask('/health')} {platform.log.read_text()} {d.log.read_text()}",
         )  # fmt: skip
         # A repetition after an unknown answer is recognised: one event each, in the order of the deployments.
         ids = [platform.event_of(deployment, "deploy.completed") for deployment in wanted]
         assert len(set(ids)) == len(wanted)
         for name in ("deploy.started", "deploy.completed"):
             assert len(d.json("event", "list", "--limit", "1000", "--name", name)) == len(wanted)
-        order = list(dict.fromkeys(seen.read_text().split()))
+        order = list(dict.fromkeys(d.noted("echo")))
         assert order == wanted
         reply = json.loads(_deliveries(d, ids[-1])["namer"]["reply"])["result"]
         assert reply["asked"]["result"]["name"] == "shop"

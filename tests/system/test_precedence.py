@@ -12,6 +12,7 @@ from isolator.layers.cgroup.leaf import IDLE
 from isolator.layers.cgroup.subtree import find_hierarchies
 from isolator.linux.priority import FIRST
 from tests.support.cage_fixture import leaves
+from tests.support.processes import children
 from tests.system.daemon import ECHO, Daemon, alive, daemon, event, wait_for, write_plugin
 
 SERVICES = ("audit", "broker", "host")
@@ -45,7 +46,7 @@ def of_cages(d: Daemon, plugin: str) -> set[int]:
     """The nice values of a plugin's processes, of the launcher, and of what a plugin could become."""
     pid = d.json("plugin", "show", plugin)["pid"]
     found = {nice(pid), nice(d.service_pid("isolator.launcher.server"))}
-    found |= {nice(int(child)) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+    found |= {nice(child) for child in children(pid)}
     for spare in (spare for group in leaves(d.root) for spare in group.glob("_spare.*")):
         with contextlib.suppress(OSError):  # it is somebody's cage by now
             found |= {nice(int(one)) for one in (spare / "cgroup.procs").read_text().split()}

@@ -184,9 +184,9 @@ def test_root_follows_nothing(scene: tuple[Daemon, Bait, Path]) -> None:
     d.cli("plugin", "add", str(_plugin(d, tmp_path / "one")), "--yes")
     second = _plugin(d, tmp_path / "two", version="2.0.0")
     d.cli("event", "emit", "deploy.completed", event(0))
-    pid = wait_for(lambda: d.json("plugin", "show", NAME)["pid"], what=d.log.read_text())
+    pid = wait_for(lambda: d.json("plugin", "show", NAME)["pid"], what=d.log.read_text)
     inside = Path(f"/proc/{pid}/root")
-    state = d.root / f"var/lib/isolator/state/{NAME}/mnt/state"
+    state = d.state_of(NAME)
     for folder in (state, inside / "tmp", inside / "run/isolator/plugin"):
         wait_for(lambda folder=folder: _follow(folder) or bait.taken(), what=f"nobody is caught in {folder}")
 
@@ -218,7 +218,7 @@ def test_a_flood_of_names_does_not_busy_the_supervisor(scene: tuple[Daemon, Bait
     d, _, tmp_path = scene
     d.cli("plugin", "add", str(_plugin(d, tmp_path, "flood, flood, flood")), "--yes")
     d.cli("event", "emit", "deploy.completed", event(0))
-    pid = wait_for(lambda: d.json("plugin", "show", NAME)["pid"], what=d.log.read_text())
+    pid = wait_for(lambda: d.json("plugin", "show", NAME)["pid"], what=d.log.read_text)
     eye = Inotify()
     eye.watch(f"/proc/{pid}/root/run/isolator/plugin", IN_CREATE | IN_MOVED_TO | IN_DELETE | IN_MODIFY)
     assert d.process is not None

@@ -73,7 +73,9 @@ SCRIPT = """\
         say("swapped-" + kind)
         if kind in ("hard-link", "renamed", "device"):
             return
-        time.sleep(1.5)  # long enough for the host to try, short enough to see that no event is lost
+        while not os.path.exists(state + "/put-back"):
+            time.sleep(0.02)
+        os.unlink(state + "/put-back")
         os.rename(path, folder + "/gone-" + kind) if kind != "folder" else os.rmdir(path)
         os.rename(folder + "/real", path)
     def race():
@@ -129,24 +131,19 @@ def scene(tmp_path: Path) -> Iterator[tuple[Daemon, socket.socket]]:
             yield d, trap
 
 
-def _lines(d: Daemon) -> list[str]:
-    path = d.root / "var/lib/isolator/state/swapper/mnt/state/seen"
-    return path.read_text().split("\n") if path.exists() else []
-
-
 def _seen(d: Daemon) -> list[str]:
-    return [line.partition(" by ")[0] for line in _lines(d)]
+    return [line.partition(" by ")[0] for line in d.noted("swapper")]
 
 
 def _until_the_host_connects_by_itself(d: Daemon) -> None:
     host = os.stat(f"/proc/{d.service_pid('host.service')}").st_uid
 
     def connects() -> bool:
-        _emit(d, f"direct-{len(_lines(d))}")
-        last = _lines(d)[-2:-1]
+        _emit(d, f"direct-{len(_seen(d))}")
+        last = d.noted("swapper")[-1:]
         return bool(last) and last[0].startswith("direct-") and last[0].endswith(f" by {host}")
 
-    wait_for(connects, what=f"it always asks: {_lines(d)}")
+    wait_for(connects, what=lambda: f"it always asks: {d.noted('swapper')}")
 
 
 def _emit(d: Daemon, name: str) -> None:
@@ -168,12 +165,19 @@ def test_what_is_not_the_socket_is_refused(scene: tuple[Daemon, socket.socket]) 
         _until_the_host_connects_by_itself(d)
         before = _refusals(d)
         _emit(d, f"swap-{kind}")
-        wait_for(lambda kind=kind: f"swapped-{kind}" in _seen(d), what=f"{kind}: {_seen(d)}")
+        wait_for(lambda kind=kind: f"swapped-{kind}" in _seen(d), what=lambda kind=kind: f"{kind}: {_seen(d)}")
         _emit(d, f"after-{kind}")
-        wait_for(lambda before=before: _refusals(d) > before, what=f"{kind} was not refused: {d.log.read_text()}")
+        wait_for(
+            lambda before=before: _refusals(d) > before,
+            what=lambda kind=kind: f"{kind} was not refused: {d.log.read_text()}",
+        )
         d.cli("plugin", "list")  # the daemon hangs in nothing
-        # The socket is put back after a moment, and no event is lost.
-        wait_for(lambda kind=kind: f"after-{kind}" in _seen(d), timeout=60, what=f"{kind}: event lost {_seen(d)}")
+        (d.state_of("swapper") / "put-back").touch()  # and no event is lost
+        wait_for(
+            lambda kind=kind: f"after-{kind}" in _seen(d),
+            timeout=seconds(60),
+            what=lambda kind=kind: f"{kind}: event lost {_seen(d)}",
+        )
     assert not _trapped(trap)
     assert d.json("plugin", "show", "swapper")["state"] == "running"
 
@@ -185,7 +189,7 @@ def test_what_is_its_own_socket_is_used(scene: tuple[Daemon, socket.socket]) -> 
         _emit(d, f"swap-{kind}")
         wait_for(lambda kind=kind: f"swapped-{kind}" in _seen(d))
         _emit(d, f"after-{kind}")
-        wait_for(lambda kind=kind: f"after-{kind}" in _seen(d), what=f"{kind}: {_seen(d)}")
+        wait_for(lambda kind=kind: f"after-{kind}" in _seen(d), what=lambda kind=kind: f"{kind}: {_seen(d)}")
     assert "no device" in _seen(d) and "made a device" not in _seen(d)
     assert not _trapped(trap)
 
@@ -203,10 +207,10 @@ def test_socket_of_another_owner_is_refused(scene: tuple[Daemon, socket.socket])
             os.rename(SOCKET, "own", src_dir_fd=folder, dst_dir_fd=folder)
             os.rename("other", SOCKET, src_dir_fd=folder, dst_dir_fd=folder)
             _emit(d, "after-other")
-            wait_for(lambda: _refusals(d), what=f"it was not refused: {d.log.read_text()}")
+            wait_for(lambda: _refusals(d), what=lambda: f"it was not refused: {d.log.read_text()}")
             assert not _trapped(other) and "after-other" not in _seen(d)
             os.rename("own", SOCKET, src_dir_fd=folder, dst_dir_fd=folder)
-        wait_for(lambda: "after-other" in _seen(d), timeout=seconds(60), what=f"the event is lost: {_seen(d)}")
+        wait_for(lambda: "after-other" in _seen(d), timeout=seconds(60), what=lambda: f"the event is lost: {_seen(d)}")
     finally:
         os.close(folder)
 
@@ -220,6 +224,8 @@ def test_a_race_between_the_look_and_the_connect(scene: tuple[Daemon, socket.soc
         _emit(d, f"n{number}")
     wait_for(lambda: any(line.startswith("raced-") for line in _seen(d)), what="no race")
     assert "raced-1" in _seen(d)
-    wait_for(lambda: {f"n{number}" for number in range(15)} <= set(_seen(d)), timeout=60, what=str(_seen(d)))
+    wait_for(
+        lambda: {f"n{number}" for number in range(15)} <= set(_seen(d)), timeout=seconds(60), what=lambda: _seen(d)
+    )
     assert not _trapped(trap)
     d.cli("audit", "verify")

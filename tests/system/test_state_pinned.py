@@ -34,8 +34,7 @@ def test_plugin_starts_again_while_a_user_holds_a_copy_of_the_mounts(
             end(d)
             d.start()
             d.cli("event", "emit", "deploy.completed", event(1), "--wait")
-            seen = d.root / "var/lib/isolator/state/echo/mnt/state/seen"
-            assert seen.read_text().split() == ["d0", "d1"]
+            assert d.noted("echo") == ["d0", "d1"]
         finally:
             copy.kill()
             copy.wait()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.processes import state
 from tests.support.sidecars import oneshot
 from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
@@ -25,7 +26,8 @@ if os.fork() == 0:
 """
 STOPS = """
 if os.fork() == 0:
-    time.sleep(0.5)
+    while not os.path.exists(os.environ["PLUGIN_STATE_DIR"] + "/stop"):
+        time.sleep(0.02)
     os.kill(os.getppid(), signal.SIGSTOP)
     os.kill(os.getpid(), signal.SIGSTOP)
 """
@@ -65,7 +67,9 @@ def test_a_stop_ends_it_whole(running: Daemon, tmp_path: Path, kind: str) -> Non
         shown = running.json("plugin", "show", kind)
         assert len(_of_user(shown["uid"])) > 1
         if kind == "stops":
-            wait_for(lambda: any(_state(pid) == "T" for pid in _of_user(shown["uid"])))
+            (stop := running.state_of(kind) / "stop").touch()
+            wait_for(lambda: any(state(pid) == "T" for pid in _of_user(shown["uid"])))
+            stop.unlink()
         running.cli("plugin", "stop", kind)
         assert not _of_user(shown["uid"])
         assert running.json("plugin", "show", kind)["state"] == "stopped"
@@ -90,10 +94,3 @@ def test_one_that_goes_into_the_background_is_told_that_it_ended(running: Daemon
         assert not _of_user(uid)
     finally:
         running.cli("plugin", "remove", "daemonises", "--yes")
-
-
-def _state(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""

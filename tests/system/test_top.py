@@ -125,7 +125,7 @@ def test_invocation_is_seen_while_it_runs(d: Daemon) -> None:
     row = plugins(look(d))["runs"]
     assert row["invocations"] == 1 and row["memory"] > 0 and row["tasks"] >= 1 and row["memory"] < row["memory_cap"]
     assert re.search(r"runs +exec 1 ", d.cli("top", "--interval", "0.2").stdout)
-    (d.root / "var/lib/isolator/state/runs/mnt/state/go-on").touch()
+    (d.state_of("runs") / "go-on").touch()
     wait_for(lambda: plugins(look(d))["runs"]["invocations"] == 0)
 
 

@@ -64,11 +64,6 @@ def prepare(d: Daemon, tmp_path: Path) -> None:
     d.cli("event", "emit", "deploy.completed", event("before"), "--wait")
 
 
-def seen(d: Daemon) -> list[str]:
-    """The events that the plugin was given."""
-    return (d.root / "var/lib/isolator/state/echo/mnt/state/seen").read_text().split()
-
-
 def metric(d: Daemon, name: str = "isolator_audit_blocked") -> str:
     text = subprocess.run(
         ["curl", "-s", "--unix-socket", str(d.root / "run/isolator/metrics.sock"), "http://isolator/metrics"],
@@ -115,20 +110,20 @@ def emit(d: Daemon, *numbers: int) -> set[str]:
 
 def nothing_moves(d: Daemon) -> None:
     """No event is handed on and nothing is started, though both are asked for."""
-    before = seen(d)
+    before = d.noted("echo")
     with socket.socket(socket.AF_UNIX) as asking:
         asking.connect(str(d.root / "run/isolator/control.sock"))
         asking.sendall(b'{"jsonrpc":"2.0","id":1,"method":"plugin.start","params":{"name":"late"}}\n')
         wait_for(lambda: ask(d, "plugin.show", name="late")["state"] == "starting")
         time.sleep(1)
-        assert seen(d) == before
+        assert d.noted("echo") == before
         assert ask(d, "plugin.show", name="late")["state"] == "starting"
         assert ask(d, "plugin.show", name="echo")["state"] == "running"
 
 
 def all_is_well_again(d: Daemon, wanted: set[str]) -> None:
     """Without a restart: everything accepted was delivered, everything is recorded, no alarm is left."""
-    wait_for(lambda: wanted <= set(seen(d)), what="an accepted event was lost")
+    wait_for(lambda: wanted <= set(d.noted("echo")), what="an accepted event was lost")
     wait_for(lambda: ask(d, "plugin.show", name="late")["state"] == "running", what="what was asked for did not start")
     wait_for(lambda: not ask(d, "status")["alarms"])
     assert d.cli("plugin", "list").stderr == ""
@@ -175,7 +170,7 @@ def test_a_full_disk_that_may_be_gone_on_without(tmp_path: Path) -> None:
         wait_for(lambda: blocked(d))
         alarm_is_given(d, "No space left on device", "goes on without it")
         wanted = {"dbefore"} | emit(d, 1, 2, 3)
-        wait_for(lambda: wanted <= set(seen(d)), what="it did not go on")
+        wait_for(lambda: wanted <= set(d.noted("echo")), what="it did not go on")
         d.cli("plugin", "start", "late")
         assert "ALARM" in d.cli("plugin", "list").stderr, "it was not full any more"
         ballast.unlink()
@@ -201,7 +196,7 @@ def test_a_disk_that_dies_comes_back_read_only_and_is_repaired(tmp_path: Path) -
         mount_again("-o", "ro", device, str(folder))
         wait_for(lambda: "Read-only file system" in str(ask(d, "status")["alarms"]))
         wanted |= emit(d, 3)
-        assert seen(d) == ["dbefore"]
+        assert d.noted("echo") == ["dbefore"]
         run("umount", str(folder))
         mount_again(device, str(folder))
         wait_for(lambda: not ask(d, "status")["alarms"])

@@ -183,7 +183,7 @@ def test_who_reads_nothing_costs_no_memory_no_file_and_nobody_else_time(d: Daemo
     stalled = [raw(d, after=0) for _ in range(20)]
     wait_for(lambda: len([s for s in stalled if len(s.recv(64, socket.MSG_PEEK)) == 64]) == 20)
     # With its buffers full, a stream lets go of the file; nothing else here follows the trail.
-    wait_for(lambda: not trail_files_of(host), what=str(trail_files_of(host)))
+    wait_for(lambda: not trail_files_of(host), what=lambda: trail_files_of(host))
     emit(d, 3000)
     assert resident(host) - before < 20 * 4 * BLOCK + (16 << 20)
     assert not trail_files_of(host)

@@ -18,6 +18,11 @@ from tests.system.daemon import ECHO, Daemon, daemon, event, wait_for, write_plu
 NAME = "tried"
 SCHEMA = {"color": {"type": "string", "default": "none"}, "token": {"type": "string", "secret": True}}
 TELLS = ECHO.replace('"status": "ok"', '"status": "ok", "version": "VERSION", "color": os.environ["COLOR"]')
+WAITS = """\
+import os, time
+while not os.path.exists(os.environ["PLUGIN_STATE_DIR"] + "/go"):
+    time.sleep(0.02)
+"""
 
 
 @pytest.fixture
@@ -80,8 +85,8 @@ def test_config_given_with_a_version_that_waits_waits_with_it(running: Daemon, t
 @pytest.mark.parametrize(
     ("first", "outcome"),
     [
-        pytest.param("import time; time.sleep(3); raise SystemExit(7)", ("1.0.0", "red"), marks=pytest.mark.wide),
-        ("import time; time.sleep(3)", ("2.0.0", "blue")),
+        pytest.param(f"{WAITS}raise SystemExit(7)", ("1.0.0", "red"), marks=pytest.mark.wide),
+        (WAITS, ("2.0.0", "blue")),
     ],
     ids=["fails", "comes up"],
 )
@@ -99,8 +104,10 @@ def test_a_version_on_trial_when_the_daemon_is_killed_is_judged_again(
         d.kill()
         assert update.wait(seconds(30)) == 1
     d.start()
+    wait_for(d.state_of(NAME).exists, what="it is not started again")
+    (d.state_of(NAME) / "go").touch()
     judged = "plugin.updated" if outcome[0] == "2.0.0" else "plugin.rolled_back"
-    wait_for(lambda: any(r["type"] == judged for r in d.records()), what=f"not judged: {d.log.read_text()}")
+    wait_for(lambda: any(r["type"] == judged for r in d.records()), what=lambda: f"not judged: {d.log.read_text()}")
     wait_for(lambda: d.json("plugin", "show", NAME)["version"] == outcome[0])  # the record comes before the host knows
     assert _answer(d) == outcome
     assert not (d.root / f"var/lib/isolator/plugins/{NAME}/plugin.trial").exists()

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from tests.chaos.faults import PROCESSES
-from tests.cluster.outages.processes import family
 from tests.cluster.outages.site import Host, Site
 from tests.cluster.outages.stores import Copies, older_database, older_store
 from tests.support.nats_servers import Server
+from tests.support.processes import family
 from tests.support.routed import Machine, Way, both_ways
 from tests.support.timeouts import seconds
 

@@ -108,7 +108,11 @@ class Site:
                 found = host.status()
                 return bool(found and found["member"] and not found["problems"] and not found["outbox"]["events"])
 
-            wait_for(is_quiet, patience, f"{host.name} is no quiet member: {host.status() or host.daemon.log}")
+            wait_for(
+                is_quiet,
+                patience,
+                lambda host=host: f"{host.name} is no quiet member: {host.status() or host.daemon.log}",
+            )
 
 
 async def _info(log: NatsLog) -> dict[str, Any]:

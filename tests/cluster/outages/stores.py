@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from isolator.paths import Paths
-from tests.cluster.outages.processes import family
 from tests.cluster.outages.site import Host, Site
 from tests.support.nats_servers import Server
+from tests.support.processes import family
 from tests.support.timeouts import seconds
 from tests.system.daemon import wait_for
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 
+from tests.support.processes import children
 from tests.support.sidecars import raw, stream
 from tests.system.daemon import Daemon, wait_for
 
@@ -57,37 +56,26 @@ def exchange(d: Daemon, *names: str) -> None:
     before = {name: wait_for(lambda name=name: d.service_pid(MODULES[name], missing_ok=True)) for name in names}
     os.kill(d.process.pid, signal.SIGUSR1)
     for name, pid in before.items():
-        wait_for(lambda name=name, pid=pid: exchanged(d, name, pid), what=f"{name}: {d.log.read_text()}")
+        wait_for(
+            lambda name=name, pid=pid: exchanged(d, name, pid), what=lambda name=name: f"{name}: {d.log.read_text()}"
+        )
 
 
 def exchanged(d: Daemon, name: str, before: int) -> bool:
     """Whether a service is one process, and another than before."""
-    pids = list(processes(d, name))
+    pids = processes(d, name)
     return len(pids) == 1 and pids != [before]
 
 
-def processes(d: Daemon, name: str) -> Iterator[int]:
+def processes(d: Daemon, name: str) -> list[int]:
     """The processes of a service."""
     assert d.process is not None
-    children = Path(f"/proc/{d.process.pid}/task/{d.process.pid}/children").read_text().split()
-    for pid in map(int, children):
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if MODULES[name].encode() in words:
-            yield pid
+    return children(d.process.pid, MODULES[name])
 
 
 def seen(d: Daemon, plugin: str) -> Counter[str]:
     """How often each event reached a plugin that makes a ``NOTE``."""
-    path = d.root / f"var/lib/isolator/state/{plugin}/mnt/state/seen"
-    return Counter(line.split()[0] for line in path.read_text().splitlines()) if path.exists() else Counter()
-
-
-def start_time(pid: int) -> str:
-    """The time at which a process was started, which with its pid is unique."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return Counter(line.split()[0] for line in d.noted(plugin))
 
 
 def open_files(pid: int) -> int:

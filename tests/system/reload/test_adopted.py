@@ -12,10 +12,11 @@ import pytest
 
 from isolator.paths import Paths
 from isolator.recovery.daemon import subtree_folders
+from tests.support.processes import start_time
 from tests.support.sidecars import OK, oneshot
 from tests.support.timeouts import seconds
 from tests.system.daemon import EVENT, Daemon, daemon, wait_for, write_plugin
-from tests.system.reload.test_reload import STATE, birth, running
+from tests.system.reload.test_reload import STATE, running
 
 HOST_TOML = """
 [restart]
@@ -83,12 +84,12 @@ def test_run_from_before_a_reload_is_watched_and_ended_as_any_other(shared_dir: 
         payload = {"project_id": EVENT["project_id"], "deployment_id": "d1", "error_code": "none"}
         d.cli("event", "emit", "deploy.failed", json.dumps(payload))
         os.kill(before["dies"][0], signal.SIGKILL)
-        wait_for(lambda: set(causes(d, runs)) == set(CAUSES), what=d.log.read_text())
+        wait_for(lambda: set(causes(d, runs)) == set(CAUSES), what=d.log.read_text)
         assert causes(d, runs) == CAUSES
         assert "; 2 crashes in" in d.json("plugin", "show", "dies")["error"]
 
-        (d.root / "var/lib/isolator/state/late/mnt/state/bind").touch()
+        (d.state_of("late") / "bind").touch()
         assert late.wait(seconds(60)) == 0, (late.communicate(), d.log.read_text())
         late.communicate()
-        assert birth(before["late"][0]) == before["late"][1]
+        assert start_time(before["late"][0]) == before["late"][1]
         assert run_of(d, "late") == runs["late"]

@@ -111,7 +111,7 @@ def test_fault_with_one_plugin_ends_its_runs_alone_on_record(shared_dir: Path) -
         assert running(d) == again
         lost = f"program.{ended[0]['run']}"
         wait_for(lambda: lost not in cages(d) and held(d), what="it is not repeated")
-        (d.root / "var/lib/isolator/state/program/mnt/state/go-on").touch()
+        (d.state_of("program") / "go-on").touch()
         wait_for(lambda: not any(d.json("status", code=None)["queue"].values()), what="the event is lost")
         d.cli("audit", "verify")
         assert d.stop() == 0

@@ -119,10 +119,10 @@ def test_download_and_idle_websocket_go_on_over_reloads(
     with websockets(pretend) as heard, daemon(host_toml=HOST_TOML, network=pretend.host_fd) as d:
         d.cli("plugin", "add", str(folder), "--yes")
         d.cli("plugin", "start", "client")
-        state = d.root / "var/lib/isolator/state/client/mnt/state"
+        state = d.state_of("client")
         before, began = running(d), time.monotonic()
         for name in ("begun", "upgraded"):
-            wait_for((state / name).exists, what=f"{name}: {[one.name for one in state.iterdir()]}")
+            wait_for((state / name).exists, what=lambda name=name: f"{name}: {[one.name for one in state.iterdir()]}")
         assert (state / "upgraded").read_text().startswith("HTTP/1.1 101")
         brokers = {d.service_pid(MODULES["broker"])}
         for number in range(reloads):

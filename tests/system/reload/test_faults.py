@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from tests.support.processes import children, state
 from tests.support.timeouts import seconds
 from tests.system.daemon import ECHO, Daemon, alive, daemon, event, wait_for, write_plugin
 from tests.system.reload.faulty import AFTER_EXEC, STEPS, FaultyDaemon
@@ -85,7 +86,7 @@ def test_traps_of_an_exec_in_place(shared_dir: Path) -> None:
         add(d, shared_dir, "ends")
         add(d, shared_dir, "loose")
         before = running(d)
-        tried = d.root / "var/lib/isolator/state/tries/mnt/state/tried"
+        tried = d.state_of("tries") / "tried"
         wait_for(lambda: tried.exists() and tried.read_text())
         # A denied call waits in the kernel; a sidecar ends; a child, a zombie and a descriptor are nobody's.
         d.at_exec("pause 0.3", f"kill {before['ends'][0]}", "leak", "loosen loose")
@@ -107,8 +108,7 @@ def test_traps_of_an_exec_in_place(shared_dir: Path) -> None:
         assert "it did not hold when the daemon was reloaded" in crashed["loose"]["cause"]
         assert set(crashed) == {"ends", "loose"}
         assert blocked(d.service_pid("isolator.launcher.server")) == 0, "a child has inherited the mask of the exec"
-        states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in children(d)]
-        assert "Z" not in states
+        assert "Z" not in [state(pid) for pid in children(d.process.pid)]
         # A signal that comes during the exec is not lost, and ends the new image as it would have ended the old one.
         d.at_exec("term")
         d.cli("reload", "--timeout", "1", code=None)
@@ -123,20 +123,12 @@ def blocked(pid: int) -> int:
     return int(mask, 16)
 
 
-def children(d: Daemon) -> list[int]:
-    assert d.process is not None
-    found: list[int] = []
-    for path in Path(f"/proc/{d.process.pid}/task").glob("*/children"):
-        found += map(int, path.read_text().split())
-    return found
-
-
 def killed_at(d: FaultyDaemon, step: str) -> None:
     """Kill the supervisor at one step of a reload; nothing outlives it, and the next start clears what is left."""
     assert d.process is not None
     d.cli("plugin", "start", "echo")
     pid = running(d)["echo"][0]
-    ours = children(d)
+    ours = children(d.process.pid)
     assert pid in ours
     d.kill_at(step)
 

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from host.client.client import Client
+from tests.support.processes import start_time
 from tests.support.sidecars import raw
 from tests.support.timeouts import seconds
 from tests.system.daemon import EVENT, Daemon, daemon, wait_for, write_plugin
-from tests.system.reload.exchanges import SLOW_ONESHOT, SLOW_STREAM, exchange, open_files, seen, start_time
+from tests.system.reload.exchanges import SLOW_ONESHOT, SLOW_STREAM, exchange, open_files, seen
 
 TALKER = raw(
     "connection.close()",
@@ -159,7 +160,7 @@ def test_what_is_open_while_the_host_is_exchanged_is_answered(tmp_path: Path) ->
             wait_for(lambda: len(seen(d, "slow")) == 1)
             with ThreadPoolExecutor() as threads:
                 waiting = threads.submit(_wait_for_event, d.root, emitted)
-                wait_for((d.root / "var/lib/isolator/state/talker/mnt/state/said").exists)
+                wait_for((d.state_of("talker") / "said").exists)
                 exchange(d, "host")
                 exchange(d, "host")
                 half.sendall(b'tus","params":{}}\n')
@@ -168,7 +169,7 @@ def test_what_is_open_while_the_host_is_exchanged_is_answered(tmp_path: Path) ->
                 (delivery,) = [x for x in waiting.result()["deliveries"] if x["plugin"] == "slow"]
                 assert (delivery["state"], delivery["attempts"]) == ("ok", 1)
             # The method is still the platform's, on the same connection.
-            (d.root / "var/lib/isolator/state/talker/mnt/state/go").touch()
+            (d.state_of("talker") / "go").touch()
             call = next(iter(platform.notifications()))
             assert call["method"] == "projects.get"
             platform.call("api.answer", call=call["call"], result={"name": "p1"})

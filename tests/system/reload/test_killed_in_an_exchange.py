@@ -12,9 +12,10 @@ import pytest
 
 from isolator.paths import Paths
 from isolator.recovery.daemon import subtree_folders
+from tests.support.processes import start_time
 from tests.support.timeouts import seconds
 from tests.system.daemon import Daemon, daemon, wait_for, write_plugin
-from tests.system.reload.exchanges import SLOW_ONESHOT, SLOW_STREAM, exchange, processes, seen, start_time
+from tests.system.reload.exchanges import SLOW_ONESHOT, SLOW_STREAM, exchange, processes, seen
 from tests.system.reload.kill_points import STEPS, VICTIMS, SteppedDaemon
 from tests.system.test_killed_host import Load, _connected, _of
 
@@ -44,10 +45,13 @@ def test_killed_at_a_step_of_an_exchange_nothing_is_lost(
             for step, victim in kills:
                 d.kill_at(step, service, victim)
                 os.kill(d.process.pid, signal.SIGUSR1)
-                wait_for(lambda: d.done, what=f"{step}: {d.log.read_text()}")
-                wait_for(lambda: _settled(d, service), what=f"{step}: {d.log.read_text()}")
+                wait_for(lambda: d.done, what=lambda step=step: f"{step}: {d.log.read_text()}")
+                wait_for(lambda: _settled(d, service), what=lambda step=step: f"{step}: {d.log.read_text()}")
                 before = len(load.accepted)
-                wait_for(lambda before=before: len(load.accepted) > before, what=f"{step} {d.log.read_text()}")
+                wait_for(
+                    lambda before=before: len(load.accepted) > before,
+                    what=lambda step=step: f"{step} {d.log.read_text()}",
+                )
         exchange(d, service)
         with wait_for(lambda: _connected(d)) as client:
             rows = [client.call("event.wait", id=event, timeout=seconds(60)) for event in load.accepted]

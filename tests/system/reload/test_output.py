@@ -89,7 +89,7 @@ def test_output_of_ten_megabytes_a_second_goes_on_over_a_reload(shared_dir: Path
         d.cli("plugin", "add", str(write_plugin(shared_dir / "floods", FLOODS, sandbox=STATE)), "--yes")
         d.cli("plugin", "start", "floods")
         before, host = running(d), d.service_pid(MODULES["host"])
-        state, path = d.root / "var/lib/isolator/state/floods/mnt/state", d.root / "var/log/isolator/plugins/floods.log"
+        state, path = d.state_of("floods"), d.root / "var/log/isolator/plugins/floods.log"
         (state / "go").touch()
         wait_for(path.exists)
         with Log(path) as log:
@@ -99,7 +99,7 @@ def test_output_of_ten_megabytes_a_second_goes_on_over_a_reload(shared_dir: Path
             reached = len(log.numbers)
             wait_for(lambda: len(log.numbers) > reached, what="nothing is read any more")
             (state / "calm").touch()
-            wait_for(lambda: log.accounted, what=f"{log.numbers[-1:]} {len(log.numbers)} {log.dropped}")
+            wait_for(lambda: log.accounted, what=lambda: f"{log.numbers[-1:]} {len(log.numbers)} {log.dropped}")
         assert not log.torn
         assert log.numbers == sorted(set(log.numbers)), "a line is stored twice, or out of its order"
         assert running(d) == before

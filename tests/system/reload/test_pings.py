@@ -39,7 +39,7 @@ connection.close()
         plugin = write_plugin(shared_dir / "pinged", script, sandbox=STATE, transport={"mode": mode}, health=health)
         d.cli("plugin", "add", str(plugin), "--yes")
         d.cli("plugin", "start", "pinged")
-        state, before = d.root / "var/lib/isolator/state/pinged/mnt/state", running(d)
+        state, before = d.state_of("pinged"), running(d)
         wait_for((state / "pinged").exists)
         for _ in range(2):
             exchange(d, "host")

@@ -17,6 +17,7 @@ from host.client.client import Client
 from isolator.errors import IsolatorError
 from isolator.layers.cgroup.subtree import find_hierarchies
 from tests.support.cage_fixture import leaves
+from tests.support.processes import start_time
 from tests.support.sidecars import stream
 from tests.support.timeouts import seconds
 from tests.system.daemon import ECHO, Daemon, alive, daemon, wait_for, write_plugin
@@ -43,14 +44,9 @@ EXECUTOR_THREADS = min(32, (os.cpu_count() or 1) + 4)
 """The most of a `ThreadPoolExecutor`."""
 
 
-def birth(pid: int) -> str:
-    """When a process was started, in the kernel's ticks."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-
-
 def running(d: Daemon) -> dict[str, tuple[int, str]]:
     """Pid and time of birth of each sidecar's pid 1, by plugin."""
-    return {one["name"]: (one["pid"], birth(one["pid"])) for one in d.json("plugin", "list") if one["pid"]}
+    return {one["name"]: (one["pid"], start_time(one["pid"])) for one in d.json("plugin", "list") if one["pid"]}
 
 
 def held(d: Daemon) -> tuple[int, int]:
@@ -114,8 +110,7 @@ def used_by(pid: int) -> tuple[int, ...]:
 
 def seen(d: Daemon, plugin: str) -> Counter[str]:
     """How often each event reached a plugin."""
-    path = d.root / f"var/lib/isolator/state/{plugin}/mnt/state/seen"
-    return Counter(path.read_text().split()) if path.exists() else Counter()
+    return Counter(d.noted(plugin))
 
 
 class Emitter:

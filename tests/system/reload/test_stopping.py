@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 
 from tests.support.timeouts import seconds
 from tests.system.daemon import ECHO, daemon, event, wait_for, write_plugin
-from tests.system.reload.exchanges import MODULES, exchanged
+from tests.system.reload.exchanges import MODULES, exchanged, processes
 from tests.system.reload.gated import GatedDaemon
 
 ENDS_LATE = """\
@@ -56,14 +55,14 @@ def test_host_is_let_finish_what_it_was_asked_to_change(shared_dir: Path) -> Non
         d.cli("plugin", "start", "late")
         before = d.service_pid(MODULES["host"])
         restarting = d.begin("plugin", "restart", "late")
-        wait_for((state / "asked").exists, what=d.log.read_text())
+        wait_for((state / "asked").exists, what=d.log.read_text)
         d.wait_at("nowhere")
         os.kill(d.process.pid, signal.SIGUSR1)
         wait_for(lambda: hosts(d) == 2, what="no new host")
         (state / "go").touch()
         out, errors = restarting.communicate(timeout=seconds(60))
         assert restarting.returncode == 0, (out, errors, d.log.read_text())
-        wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text())
+        wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text)
         (left,) = [note for note in d.notes if note.startswith("host leaves")]
         assert "restart" not in left
 
@@ -71,12 +70,7 @@ def test_host_is_let_finish_what_it_was_asked_to_change(shared_dir: Path) -> Non
 def hosts(d: GatedDaemon) -> int:
     """The number of host processes."""
     assert d.process is not None
-    found = 0
-    for path in Path(f"/proc/{d.process.pid}/task").glob("*/children"):
-        for pid in path.read_text().split():
-            with contextlib.suppress(OSError):
-                found += MODULES["host"].encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
-    return found
+    return len(processes(d, "host"))
 
 
 def add_patient(d: GatedDaemon, folder: Path) -> Path:
@@ -85,7 +79,7 @@ def add_patient(d: GatedDaemon, folder: Path) -> Path:
     policy = d.root / f"etc/isolator/policies/{folder.name}.toml"
     policy.write_text(policy.read_text() + PATIENT)
     wait_for(lambda: d.json("plugin", "show", folder.name)["effective"]["restart"]["stop_grace"] == 60)
-    return d.root / f"var/lib/isolator/state/{folder.name}/mnt/state"
+    return d.state_of(folder.name)
 
 
 @pytest.mark.parametrize("mode", ["oneshot", "exec"])
@@ -100,14 +94,14 @@ def test_reload_waits_for_whoever_was_asked_to_end(shared_dir: Path, mode: str) 
         folder = write_plugin(shared_dir / "late", ENDS_LATE, sandbox={"filesystem": {"state": "1M"}}, **more)
         state = add_patient(d, folder)
         d.cli("event", "emit", "deploy.completed", event(1))
-        wait_for((state / "asked").exists, what=d.log.read_text())
+        wait_for((state / "asked").exists, what=d.log.read_text)
         d.wait_at("nowhere")
         reloading = d.begin("reload", "--no-wait")
-        wait_for(lambda: "at rest" in d.notes, what=d.log.read_text())
+        wait_for(lambda: "at rest" in d.notes, what=d.log.read_text)
         (state / "go").touch()
         out, errors = reloading.communicate(timeout=seconds(60))
         assert reloading.returncode == 0, (out, errors, d.log.read_text())
-        wait_for((state / "ended").exists, what=d.log.read_text())
+        wait_for((state / "ended").exists, what=d.log.read_text)
         kinds = {"plugin.crashed": "oneshot", "exec.ended": "exec"}
         (end,) = wait_for(lambda: [one for one in d.records() if kinds.get(one["type"]) == mode])
         assert end["data"]["exit_code"] == 0 and end["data"]["cause"].startswith(("no socket", "no end"))
@@ -122,12 +116,12 @@ def test_reload_ends_though_an_invocation_that_is_being_stopped_ends_meanwhile(s
         folder = write_plugin(shared_dir / "late", ENDS_LATE, sandbox={"filesystem": {"state": "1M"}}, **more)
         state = add_patient(d, folder)
         d.cli("event", "emit", "deploy.completed", event(1))
-        wait_for(lambda: [one for one in d.records() if one["type"] == "exec.started"], what=d.log.read_text())
+        wait_for(lambda: [one for one in d.records() if one["type"] == "exec.started"], what=d.log.read_text)
         stopping = d.begin("plugin", "disable", "late")
-        wait_for((state / "asked").exists, what=d.log.read_text())
+        wait_for((state / "asked").exists, what=d.log.read_text)
         d.wait_at("nowhere")
         reloading = d.begin("reload", "--no-wait")
-        wait_for(lambda: "at rest" in d.notes, what=d.log.read_text())
+        wait_for(lambda: "at rest" in d.notes, what=d.log.read_text)
         (state / "go").touch()
         for command in (reloading, stopping):
             out, errors = command.communicate(timeout=seconds(90))

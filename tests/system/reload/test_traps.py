@@ -42,7 +42,7 @@ def killed_by_the_exec(d: FaultyDaemon, word: str) -> None:
     (before,) = cages(d).values()
     d.at_exec(word)
     d.cli("reload")
-    again = wait_for(lambda: (now := running(d)) and now["echo"][0] not in before and now, what=d.log.read_text())
+    again = wait_for(lambda: (now := running(d)) and now["echo"][0] not in before and now, what=d.log.read_text)
     assert not any(map(alive, before))
     (crashed,) = [one["data"] for one in d.records() if one["type"] == "plugin.crashed"]
     assert crashed["signal"] == signal.SIGKILL

@@ -156,14 +156,14 @@ def begin_exchange(d: GatedDaemon, place: str) -> int:
     before = d.service_pid(MODULES["host"])
     d.wait_at(place)
     os.kill(d.process.pid, signal.SIGUSR1)
-    wait_for(lambda: place in d.notes, what=d.log.read_text())
+    wait_for(lambda: place in d.notes, what=d.log.read_text)
     return before
 
 
 def test_new_host_serves_callers_once_it_knows_what_was_held_for_it(d: GatedDaemon, place: Path) -> None:
     before = begin_exchange(d, ANSWERED)
     write_plugin(place / "found")
-    wait_for(lambda: "held plugin.changed" in d.notes, what=str(d.notes))
+    wait_for(lambda: "held plugin.changed" in d.notes, what=lambda: str(d.notes))
     with socket.socket(socket.AF_UNIX) as caller:
         caller.settimeout(seconds(60))
         caller.connect(str(d.root / "run/isolator/control.sock"))
@@ -179,7 +179,7 @@ def test_plugin_that_is_added_while_a_host_leaves_is_known_to_the_next(d: GatedD
     folder = write_plugin(shared_dir / "meanwhile")
     d.cli("plugin", "add", str(folder), "--yes")
     d.go()
-    wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text())
+    wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text)
     write_plugin(folder, version="1.0.1")
     d.cli("plugin", "update", "meanwhile", str(folder))
     assert d.json("plugin", "show", "meanwhile")["version"] == "1.0.1"
@@ -195,7 +195,7 @@ def test_plugin_whose_registration_outlasts_the_host_that_was_asked_is_known_to_
     adding = d.begin("plugin", "add", str(write_plugin(shared_dir / "slow")), "--yes")
     wait_for(lambda: ADDING in d.notes)
     os.kill(d.process.pid, signal.SIGUSR1)
-    wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text())
+    wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text)
     d.go()
     wait_for(lambda: [r for r in d.records() if (r["type"], r["plugin"]) == ("plugin.added", "slow")])
     wait_for(lambda: "slow" in [one["name"] for one in d.json("plugin", "list")])
@@ -211,7 +211,7 @@ def test_plugin_is_restarted_though_the_host_that_was_asked_leaves(d: GatedDaemo
     before = begin_exchange(d, NOTED)
     d.cli("plugin", "restart", "anew")
     d.go()
-    wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text())
+    wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text)
     shown = d.json("plugin", "show", "anew")
     assert shown["state"] == "running" and shown["run"] != run
     d.cli("plugin", "remove", "anew", "--yes")
@@ -220,7 +220,7 @@ def test_plugin_is_restarted_though_the_host_that_was_asked_leaves(d: GatedDaemo
 def test_no_connection_is_made_for_a_host_that_has_left(d: GatedDaemon, shared_dir: Path) -> None:
     d.cli("plugin", "add", str(write_plugin(shared_dir / "late", LATE, sandbox=STATE)), "--yes")
     emitting = d.begin("event", "emit", "deploy.completed", event(1), "--wait")
-    state = state_of(d, "late")
+    state = d.state_of("late")
     wait_for((state / "bound").exists)
     before = begin_exchange(d, PARTING)
     (state / "listen").touch()
@@ -237,7 +237,7 @@ def test_platform_is_asked_once_though_its_answer_comes_to_another_host(d: Gated
     folder = write_plugin(shared_dir / "asks", ASKS, sandbox=STATE, permissions=["read:projects"], hooks=[])
     d.cli("plugin", "add", str(folder), "--yes")
     d.cli("plugin", "start", "asks")
-    state = state_of(d, "asks")
+    state = d.state_of("asks")
     with contextlib.ExitStack() as callers:
         others = [callers.enter_context(Client(d.root)) for _ in range(20)]
         platform = callers.enter_context(Client(d.root, timeout=seconds(60)))
@@ -249,12 +249,12 @@ def test_platform_is_asked_once_though_its_answer_comes_to_another_host(d: Gated
         (state / "ask2").touch()
         wait_for((state / "asked2").exists)
         d.go()
-        wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text())
+        wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text)
         second = next(notifications)
         assert [call["params"]["number"] for call in (first, second)] == [1, 2]
         before = begin_exchange(d, LOADED)
         d.go()
-        wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text())
+        wait_for(lambda: exchanged(d, "host", before), what=d.log.read_text)
         for call in (first, second):
             platform.call("api.answer", call=call["call"], result={"number": call["params"]["number"]})
         for number in (1, 2):
@@ -271,7 +271,7 @@ def test_refused_calls_that_are_not_on_record_yet_are_put_there(d: GatedDaemon, 
     folder = write_plugin(shared_dir / "floods", FLOODS, sandbox=STATE, hooks=[])
     d.cli("plugin", "add", str(folder), "--yes")
     d.cli("plugin", "start", "floods")
-    refused = state_of(d, "floods") / "refused"
+    refused = d.state_of("floods") / "refused"
     wait_for(lambda: refused.exists() and refused.read_text())
     before = begin_exchange(d, LOADED)
     d.go()
@@ -290,7 +290,7 @@ def test_log_that_is_followed_goes_on_with_the_next_line(d: GatedDaemon, shared_
         for _ in range(2):
             before = begin_exchange(d, LOADED)
             d.go()
-            wait_for(lambda before=before: exchanged(d, "host", before), what=d.log.read_text())
+            wait_for(lambda before=before: exchanged(d, "host", before), what=d.log.read_text)
             newest = d.json("plugin", "logs", "counts", "-n", "1")
             while numbers[-1] < int(newest["line"]):
                 line = following.stdout.readline()
@@ -299,11 +299,6 @@ def test_log_that_is_followed_goes_on_with_the_next_line(d: GatedDaemon, shared_
         following.terminate()
     assert numbers == [*range(numbers[0], numbers[-1] + 1)]
     d.cli("plugin", "remove", "counts", "--yes")
-
-
-def state_of(d: GatedDaemon, plugin: str) -> Path:
-    """What a plugin sees as its own folder."""
-    return d.root / f"var/lib/isolator/state/{plugin}/mnt/state"
 
 
 def emit_failed(d: GatedDaemon) -> str:
@@ -320,7 +315,7 @@ def delivered(d: GatedDaemon, event_id: str) -> dict[str, object]:
         done = delivery["state"] in ("ok", "dead")
         return {key: delivery[key] for key in ("state", "status", "attempts")} if done else None
 
-    return cast(dict[str, object], wait_for(final, what=d.log.read_text()))
+    return cast(dict[str, object], wait_for(final, what=d.log.read_text))
 
 
 def test_stream_that_is_being_greeted_stays_connected(d: GatedDaemon, shared_dir: Path) -> None:
@@ -329,7 +324,7 @@ def test_stream_that_is_being_greeted_stays_connected(d: GatedDaemon, shared_dir
     )
     d.cli("plugin", "add", str(folder), "--yes")
     d.cli("plugin", "start", "hesitant")
-    state = state_of(d, "hesitant")
+    state = d.state_of("hesitant")
     before = begin_exchange(d, LOADED)
     emitted = emit_failed(d)
     wait_for((state / "greeted").exists)
@@ -348,7 +343,7 @@ def test_server_that_has_not_answered_its_first_request_goes_on(d: GatedDaemon, 
     )  # fmt: skip
     d.cli("plugin", "add", str(folder), "--yes")
     approving = d.begin("mcp", "approve", "server", "--yes")
-    state = state_of(d, "server")
+    state = d.state_of("server")
     wait_for((state / "greeted").exists)
     before, pid = d.service_pid(MODULES["host"]), d.json("plugin", "show", "server")["pid"]
     d.cli("reload")
@@ -373,7 +368,7 @@ def test_result_of_a_program_that_is_started_meanwhile_is_read(d: GatedDaemon, s
     d.go()
     wait_for(lambda: exchanged(d, "host", before))
     assert delivered(d, emitted) == {"state": "ok", "status": "written", "attempts": 1}
-    assert (state_of(d, "program") / "runs").read_text().split() == ["once"]
+    assert (d.state_of("program") / "runs").read_text().split() == ["once"]
     d.cli("plugin", "remove", "program", "--yes")
 
 
@@ -415,7 +410,7 @@ def test_reload_ends_when_the_new_host_serves(d: GatedDaemon) -> None:
     before = d.service_pid(MODULES["host"])
     d.wait_at(LOADED)
     reloading = d.begin("reload")
-    wait_for(lambda: LOADED in d.notes, what=d.log.read_text())
+    wait_for(lambda: LOADED in d.notes, what=d.log.read_text)
     with Client(d.root) as client:
         assert client.call("daemon.generation")["outdated"] == {"host": ""}
     assert reloading.poll() is None, "the host of before serves"
@@ -430,6 +425,6 @@ def test_reload_that_is_not_to_wait_ends_before_the_host_is_exchanged(d: GatedDa
     d.wait_at(LOADED)
     d.cli("reload", "--no-wait")
     assert d.json("status")["pid"] == before
-    wait_for(lambda: LOADED in d.notes, what=d.log.read_text())
+    wait_for(lambda: LOADED in d.notes, what=d.log.read_text)
     d.go()
     wait_for(lambda: exchanged(d, "host", before))

@@ -41,7 +41,7 @@ def test_reload_waits_for_a_version_on_trial_and_for_an_installation(shared_dir:
         for name in ("tried", "stays"):
             d.cli("plugin", "add", str(write_plugin(shared_dir / name, sandbox=STATE)), "--yes")
             d.cli("plugin", "start", name)
-        before, state = running(d), d.root / "var/lib/isolator/state/tried/mnt/state"
+        before, state = running(d), d.state_of("tried")
         write_plugin(shared_dir / "tried", SLOW, sandbox=STATE, version="2.0.0")
         updating = d.begin("plugin", "update", "tried", "--yes")
         wait_for((state / "waits").exists, what="the trial has not begun")

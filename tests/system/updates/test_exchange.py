@@ -93,8 +93,7 @@ def test_events_are_not_lost_while_versions_change(running: Daemon, tmp_path: Pa
             running.cli("event", "emit", "deploy.completed", event(f"{number}-{part}"))
             wanted.add(f"d{number}-{part}")
         running.cli("plugin", "update", name, str(make(folder, f"1.{number}.0")))
-    seen = running.root / f"var/lib/isolator/state/{name}/mnt/state/seen"
-    wait_for(lambda: set(seen.read_text().split()) >= wanted, what="an event was lost")
+    wait_for(lambda: {*running.noted(name)} >= wanted, what="an event was lost")
 
 
 def test_five_earlier_versions_are_kept(running: Daemon, tmp_path: Path, name: str) -> None:

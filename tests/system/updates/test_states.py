@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.timeouts import seconds
 from tests.system.daemon import ECHO, Daemon, daemon, event, wait_for
 from tests.system.updates.plugins import add, make, of_type, shown
 
@@ -56,8 +57,8 @@ def test_two_crashes_on_one_event_quarantine_it(tmp_path: Path) -> None:
             (found,) = d.json("event", "show", emitted["id"])["deliveries"]
             return str(found["state"])
 
-        wait_for(lambda: delivery(poison) == "quarantined", 60, "it was never quarantined")
-        wait_for(lambda: delivery(good) == "ok", 60, "the plugin did not go on")
+        wait_for(lambda: delivery(poison) == "quarantined", seconds(60), "it was never quarantined")
+        wait_for(lambda: delivery(good) == "ok", seconds(60), "the plugin did not go on")
         crashes = of_type(d, name, "plugin.crashed")
         assert [(r["data"]["signal"], r["data"]["origin"]) for r in crashes] == [(9, "plugin")] * 2
         (record,) = of_type(d, name, "event.quarantined")
