@@ -57,7 +57,7 @@ def exchange(d: Daemon, *names: str) -> None:
     before = {name: wait_for(lambda name=name: d.service_pid(MODULES[name], missing_ok=True)) for name in names}
     os.kill(d.process.pid, signal.SIGUSR1)
     for name, pid in before.items():
-        wait_for(partial(exchanged, d, name, pid), what=lambda: d.log.read_text())
+        wait_for(partial(exchanged, d, name, pid), what=d.log.read_text)
 
 
 def exchanged(d: Daemon, name: str, before: int) -> bool:
