@@ -175,9 +175,7 @@ def test_sidecar_that_cannot_serve_fails_visibly(running: Daemon, tmp_path: Path
 def test_file_that_is_no_package_is_answered_with_what_to_name(running: Daemon, tmp_path: Path) -> None:
     manifest = write_plugin(tmp_path / "named-by-its-manifest") / "plugin.json"
     refused = running.cli("plugin", "add", str(manifest), "--yes", code=2).stderr
-    assert refused == f"isolator: {manifest}: ends too early; name the plugin's folder, or pack that again with " + (
-        "'isolator pack'\n"
-    )
+    assert f"{manifest}: ends too early; name the plugin's folder, or pack that again" in refused
 
 
 def test_plugin_that_was_killed_and_is_up_again_does_not_fail(running: Daemon, tmp_path: Path) -> None:
