@@ -137,7 +137,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("all"):
         os.environ[commands.EXECUTE] = "1"
     # CI ends a run that takes too long with SIGTERM: the clean-up of fixtures has to happen then, too.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # pytest-xdist sends its processes SIGINT then, which what a shell has started in the background would ignore.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     # What nohup(1) ignores is inherited, and a daemon heeds it: with a handler, what is executed has the default.
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -140,7 +141,8 @@ def test_run_one_of_whose_processes_dies_fails_and_ends(
 def test_run_that_is_ended_lets_its_processes_clean_up(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For longer than the ten seconds after which pytest-xdist, by itself, has each of them ended."""
+    """For longer than the ten seconds that pytest-xdist gives them by itself; as a shell runs it in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     result = _inner_run(
         pytester,
         monkeypatch,
@@ -160,6 +162,7 @@ def test_run_that_is_ended_lets_its_processes_clean_up(
         """,
         *("-n", "1", "--leaks", "off"),
     )
+    signal.signal(signal.SIGINT, before)
     assert result.ret == 2
     assert (pytester.path / "cleaned").exists()
 

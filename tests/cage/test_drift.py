@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -235,11 +236,17 @@ def test_score_by_which_the_kernel_chooses_whom_to_kill_is_compared(shared_dir: 
 
 
 def _mounted(image: str, work: Path) -> subprocess.Popen[bytes]:
-    """A process in a mount namespace of its own, in which the image is mounted."""
-    script = 'mount -o loop "$0" "$1" && echo && exec sleep 60'
-    process = subprocess.Popen(
-        ["unshare", "--mount", "sh", "-c", script, image, str(work)], stdout=subprocess.PIPE
-    )  # fmt: skip
+    """A process in a mount namespace of its own, in which the image is mounted and nothing else.
+
+    What is mounted elsewhere, too, goes from there when its folder is removed, and that is a change.
+    """
+    script = (
+        "import os, signal, subprocess, sys; from isolator.linux import mount, namespaces\n"
+        "namespaces.unshare(namespaces.CLONE_NEWNS); mount.set_propagation('/', mount.MS_PRIVATE)\n"
+        "subprocess.run(['mount', '-o', 'loop', *sys.argv[1:]], check=True); os.chdir(sys.argv[2])\n"
+        "mount.pivot_root(); print(flush=True); signal.pause()"
+    )
+    process = subprocess.Popen([sys.executable, "-I", "-c", script, image, str(work)], stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"\n"
     return process
