@@ -72,10 +72,14 @@ def build_params(event: Event, event_type: EventType | None, major: int) -> dict
     return event_type.translate(fields, major) if event_type is not None else fields
 
 
+def is_plain(event_type: EventType | None, major: int) -> bool:
+    """Whether a plugin of that major gets payloads as they were accepted."""
+    return event_type is None or major >= event_type.version
+
+
 def params_text(event: Event, event_type: EventType | None, major: int, meta: Mapping[str, Any] | None = None) -> str:
     """Build ``params`` as JSON, with ``_meta`` if there is one; a payload that needs no translation is not parsed."""
-    plain = event_type is None or major >= event_type.version
-    body = event.payload if plain else dumps(build_params(event, event_type, major))
+    body = event.payload if is_plain(event_type, major) else dumps(build_params(event, event_type, major))
     if meta is None:
         return body
     return f'{body[:-1]}{"" if body == "{}" else ","}"_meta":{dumps(meta)}}}'
@@ -101,7 +105,7 @@ def event_params(
     event: Event, event_type: EventType | None, major: int, attempt: int, timeout: float, epoch: int = 0
 ) -> str:  # fmt: skip
     """``params_text`` of an attempt with its ``meta_of``: made once of an event that goes to many plugins as it is."""
-    if event_type is None or major >= event_type.version:
+    if is_plain(event_type, major):
         return _plain_params(event, attempt, timeout, epoch)
     return params_text(event, event_type, major, meta_of(event, attempt, timeout, epoch))
 

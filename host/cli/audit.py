@@ -218,8 +218,10 @@ def _from_daemon(root: str | None, shown: _Shown, lines: int, after: int | None,
         for sent in client.notifications(watched=sys.stdout.fileno()):
             fresh = [line.encode("ascii", "backslashreplace") for line in sent.get("lines", ())]
             shown.show([line for line in fresh if follow or (files.seq_of(line) or 0) <= there["last"]])
-            if not follow and shown.seq >= there["last"]:
-                break
+            if not follow and fresh and (files.seq_of(fresh[-1]) or 0) >= there["last"]:
+                return True
+    if not follow and not _output_closed():
+        raise UnavailableError("audit trail", "the daemon closed the connection before the end", "try again")
     return True
 
 

@@ -5,8 +5,8 @@ so that its copy can be verified elsewhere, and it can go on after the last ``se
 
 The cost of a follower is bounded. Files are read a block at a time in threads of their own, so that a slow disk stops
 nobody but followers. A block is sent when the one before has been read; until then the file is not even held open, nor
-while the trail cannot be written, as its disk may have to be unmounted. A caller that reads nothing for ``STALLED``
-seconds is cut off.
+while the trail cannot be written, as its disk may have to be unmounted: of a trail like that a new stream sends what is
+there, once. A caller that reads nothing for ``STALLED`` seconds is cut off.
 """
 
 from __future__ import annotations
@@ -123,14 +123,17 @@ class _Stream:
             self._caller.cut()  # a stream that has ended must not look like a quiet one
 
     async def _run(self) -> None:
+        begun = False
+        """What was there is sent, or could not be read."""
         try:
             while True:
-                if self._audit.blocked is not None:
+                if begun and self._audit.blocked is not None:
                     self._close_file()
                     await self._audit.writable()
                 try:
                     lines = await self._in_thread(self._read)
                 except OSError as error:
+                    begun = True
                     self._close_file()
                     if error.errno in (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.ENOSPC):
                         return self._caller.cut()
@@ -139,6 +142,7 @@ class _Stream:
                 if lines:
                     await self._send(lines)
                 else:
+                    begun = True
                     await self._wait_for_records()
         except TimeoutError:
             self._caller.cut()

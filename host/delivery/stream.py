@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from host.channel.reply import STREAM_MESSAGE, NotSentError, event_params, judge_reply
+from host.channel.reply import STREAM_MESSAGE, NotSentError, event_params, is_plain, judge_reply
 from host.channel.stream import (
     Greeting,
     Read,
@@ -149,8 +149,12 @@ class StreamDelivery:
         return True
 
     def make_ahead(self, plugin: Plugin, event: Event) -> None:
-        """Make what the requests of an event's first attempts have in common; ``deliver_now`` finds it again."""
-        self._params(plugin, event, 1, 0)
+        """Make what the requests of an event's first attempts have in common; ``deliver_now`` finds it again.
+
+        What is translated for a plugin is not kept.
+        """
+        if is_plain(self._catalogue.get(event.name), plugin.major):
+            self._params(plugin, event, 1, 0)
 
     def _params(self, plugin: Plugin, event: Event, attempt: int, epoch: int) -> str:
         return event_params(event, self._catalogue.get(event.name), plugin.major, attempt, plugin.timeout, epoch)

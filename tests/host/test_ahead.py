@@ -7,13 +7,19 @@ import contextlib
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from host.channel import reply
 from host.database.store import Store
+from host.delivery.stream import StreamDelivery
+from host.events import EventType
 from host.queue import accepting
 from host.queue.interface import Accepted, Delivery, Event, NewEvent, Prepare, Subscriber
 from host.queue.sqlite import SqliteQueue
+from host.schemas.shape import Record
 from isolator.errors import UnavailableError
 from isolator.linux.aio import FileSync
 from tests.host.fake_supervisor import Daemon
@@ -140,6 +146,20 @@ async def test_what_was_prepared_is_not_sent_when_the_sync_fails(
         await asyncio.sleep(0)
     assert steps == ["write_out", "prepare", "prepare", "prepare", "begin"]
     assert sent == []
+
+
+@pytest.mark.parametrize(("major", "count"), [(1, 0), (2, 1)])
+async def test_nothing_is_made_ahead_of_a_request_whose_payload_is_translated_for_its_plugin(
+    monkeypatch: pytest.MonkeyPatch, major: int, count: int
+) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(reply, "params_text", lambda event, *_: made.append(event.id) or event.payload)
+    absent: Any = None
+    kind: Any = SimpleNamespace(get=lambda _: EventType("job.ended", Record("job.ended", {}), None, version=2))
+    plugin: Any = SimpleNamespace(major=major, timeout=5.0)
+    stream = StreamDelivery(absent, absent, kind, absent, str)
+    stream.make_ahead(plugin, Event(1, f"of major {major}", "job.ended", "2026-01-01T00:00:00Z", 0.0, 1.0, "{}"))
+    assert made == [f"of major {major}"] * count
 
 
 NOTED = """
