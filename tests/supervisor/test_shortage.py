@@ -140,6 +140,39 @@ async def test_rules_that_cannot_be_read_have_not_been_changed(monkeypatch: pyte
         network_layer.release(network)
 
 
+async def test_rules_that_could_not_be_read_are_read_once_and_by_nobody_behind_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = NetworkPolicy(mode="none")
+    network = network_layer.prepare(policy)
+    loop, confirm = asyncio.get_running_loop(), network_layer.confirm
+    looks: asyncio.Queue[None] = asyncio.Queue()
+    later, call_later = list[asyncio.TimerHandle](), loop.call_later
+
+    def confirmed(*arguments: Any) -> None:
+        with none_free():
+            looks.put_nowait(None)
+            confirm(*arguments)
+
+    def noted(_: float, call: Any) -> asyncio.TimerHandle:
+        later.append(call_later(1000, call))
+        return later[-1]
+
+    monkeypatch.setattr(network_layer, "confirm", confirmed)
+    monkeypatch.setattr(loop, "call_later", noted)
+    try:
+        inside = os.dup(network.netns_fd)
+        with watched_ruleset(network, policy, lambda _: None):
+            for _ in range(3):
+                await _nft(inside, "add table inet other; delete table inet other")
+                await looks.get()
+            assert len(later) >= 3 and [one.cancelled() for one in later].count(False) == 1
+        os.close(inside)
+        assert all(one.cancelled() for one in later)
+    finally:
+        network_layer.release(network)
+
+
 async def _nft(network: int, commands: str) -> None:
     enter = ["nsenter", f"--net=/proc/{os.getpid()}/fd/{network}", "nft", commands]
     await asyncio.to_thread(subprocess.run, enter, check=True)
@@ -167,6 +200,9 @@ async def test_socket_that_could_not_be_looked_for_is_looked_for_again(run: Run,
         listener.bind(str(shared_dir / SOCKET))
         with none_free():
             run._check_socket()
+            first = run._again
+            run._check_socket()  # as at each change of its folder
+            assert first is not None and first.cancelled()
             assert run._unseen is not None and not run.socket_there.is_set()
         async with asyncio.timeout(seconds(20)):
             await run.socket_there.wait()
