@@ -384,13 +384,13 @@ class Cage:
         """
         process = Process(self.pid)
         try:
-            for layer in self._layers:
-                layer.confirm(process)
-        except (ConfinementError, OSError, KeyError) as error:
-            if not is_shortage(error) and process.ending:
-                return
-            if isinstance(error, ConfinementError):
-                raise
+            try:
+                for layer in self._layers:
+                    layer.confirm(process)
+            except (ConfinementError, OSError, KeyError):
+                if not process.ending:
+                    raise
+        except (OSError, KeyError) as error:
             raise ConfinementError(f"cage of {self.spec.name}", f"cannot be read back: {error}") from error
 
     async def be_kept_by(self, launcher: Launcher) -> None:

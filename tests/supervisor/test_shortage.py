@@ -20,6 +20,7 @@ import pytest
 from isolator.cage.link import Link
 from isolator.errors import ConfinementError, ExecError, UnavailableError
 from isolator.ipc.messages import Origin
+from isolator.layers.base import Process, mismatch
 from isolator.layers.cgroup.layer import Cgroup
 from isolator.layers.network import namespace as network_layer
 from isolator.linux.descriptors import owning
@@ -66,6 +67,24 @@ async def test_cage_that_cannot_be_read_back_after_a_reload_does_not_pass_for_on
             started.cage.confirm()
         assert is_shortage(raised.value)
         started.cage.confirm()
+
+
+async def test_cage_whose_end_cannot_be_told_from_a_change_has_not_held(
+    shared_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(process: Process) -> bool:
+        with none_free():
+            return bool(process.read("stat"))
+
+    def differs(*_: object) -> None:
+        raise mismatch("cgroup", "v2 group", "its own", "another")
+
+    async with cage(shared_dir, ["sleep", "60"]) as started:
+        monkeypatch.setattr(Process, "ending", property(short))
+        monkeypatch.setattr(Cgroup, "confirm", differs)
+        with pytest.raises(ConfinementError, match="Too many open files"):
+            started.cage.confirm()
+        monkeypatch.undo()
 
 
 async def test_cage_is_killed_without_a_descriptor(shared_dir: Path) -> None:
