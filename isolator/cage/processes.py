@@ -211,6 +211,12 @@ class CageProcesses:
             os.close(self._oom)
 
 
+def end_child(pid: int) -> None:
+    """Kill a child of this process that nobody has reaped, and wait for its end."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
 def reap_group(leader: int) -> None:
     """Wait for the end of every child of this process that is in a process group."""
     with contextlib.suppress(ChildProcessError):
