@@ -95,6 +95,14 @@ async def test_cage_is_killed_without_a_descriptor(shared_dir: Path) -> None:
             assert (await started.cage.wait()).signal == signal.SIGKILL
 
 
+async def test_what_is_left_of_a_cage_that_cannot_be_looked_at_is_killed(shared_dir: Path) -> None:
+    async with cage(shared_dir, ["sleep", "60"]) as started:
+        with none_free():
+            async with asyncio.timeout(seconds(20)):
+                await started.cage.processes.silence()
+        assert started.cage.processes.exited.is_set()
+
+
 async def test_looks_that_were_not_possible_are_an_alarm_until_they_are() -> None:
     def detect_drift() -> str:
         if short:
