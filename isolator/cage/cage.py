@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from isolator.base.structs import struct_class
 from isolator.cage.link import Link
-from isolator.cage.processes import CageExit, CageProcesses, empty, reap_group
+from isolator.cage.processes import CageExit, CageProcesses, empty, end_child, reap_group
 from isolator.cage.runtime import CageRuntime
 from isolator.cage.warm_pool import Spare
 from isolator.errors import ConfinementError
@@ -319,11 +319,12 @@ class Cage:
     async def _reap_late_clone(self, spare: Spare) -> None:
         """Drain the link after a start that came to nothing before the clone's pid arrived: that is a child to reap.
 
-        A clone that was killed before it could tell its pid is still in the parked process's process group.
+        A clone that was killed before it could tell its pid is still in the parked process's process group. One whose
+        pidfd found no room goes on: nothing more is heard of it, and its pid is its own until it is reaped.
         """
         spare.kill()
         with contextlib.suppress(OSError):
-            while True:
+            while not self._link.lost:
                 answer, fds = await self._link.receive()
                 if "pid" in answer:
                     self._born(answer, fds, spare)
@@ -332,7 +333,10 @@ class Cage:
                     close_all(fds)
                 if not answer:
                     break
-        if self._processes is None:
+        if lost := self._link.lost:
+            self._link.lost = 0  # its pid may be another's as soon as it is reaped
+            await apart(lambda: end_child(lost))
+        elif self._processes is None:
             await apart(lambda: reap_group(spare.pid))
         await spare.ended()
 
@@ -384,13 +388,13 @@ class Cage:
         """
         process = Process(self.pid)
         try:
-            for layer in self._layers:
-                layer.confirm(process)
-        except (ConfinementError, OSError, KeyError) as error:
-            if not is_shortage(error) and process.ending:
-                return
-            if isinstance(error, ConfinementError):
-                raise
+            try:
+                for layer in self._layers:
+                    layer.confirm(process)
+            except (ConfinementError, OSError, KeyError):
+                if not process.ending:
+                    raise
+        except (OSError, KeyError) as error:
             raise ConfinementError(f"cage of {self.spec.name}", f"cannot be read back: {error}") from error
 
     async def be_kept_by(self, launcher: Launcher) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from isolator.cage.warm_pool import not_parked
 from isolator.errors import ConfinementError, ExecError
-from isolator.ipc.packet import receive_packet
+from isolator.ipc.packet import TruncatedPacketError, receive_packet
 from isolator.launcher.client import HOSTS_DOING, clone_remedy, exec_remedy
 from isolator.linux.descriptors import close_all
 from isolator.linux.readable import readable
@@ -28,6 +28,8 @@ class Link:
 
     def __init__(self, sock: socket.socket, name: str) -> None:
         self._sock, self._name = sock, name
+        self.lost = 0
+        """Pid of a child whose pidfd found no room here, or 0."""
 
     async def receive(self) -> tuple[dict[str, Any], list[int]]:
         """Receive the next message; empty after exec (or death, which ``CageProcesses.wait`` tells apart)."""
@@ -48,7 +50,11 @@ class Link:
         return None
 
     def _take(self) -> tuple[dict[str, Any], list[int]]:
-        packet, fds = receive_packet(self._sock)
+        try:
+            packet, fds = receive_packet(self._sock)
+        except TruncatedPacketError as error:
+            self.lost = json.loads(error.payload or b"{}").get("pid", 0)
+            raise
         return (json.loads(packet) if packet else {}), fds
 
     def failure(self, answer: dict[str, Any]) -> ConfinementError:

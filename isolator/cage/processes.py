@@ -195,7 +195,10 @@ class CageProcesses:
         The kernel takes a process out of its group's list when it ends, and a new one is the last of the list
         (css_task_iter_advance and css_set_move_task in kernel/cgroup): none that forks and ends is passed by.
         """
-        if self._leaf is None or {*self._leaf.processes()} - {self.pid}:
+        alone = False
+        with contextlib.suppress(OSError):  # no descriptor may be free to look
+            alone = self._leaf is not None and not {*self._leaf.processes()} - {self.pid}
+        if not alone:
             self.kill()
             await self.exited.wait()
 
@@ -209,6 +212,12 @@ class CageProcesses:
         if self._oom >= 0:
             self._loop.remove_reader(self._oom)
             os.close(self._oom)
+
+
+def end_child(pid: int) -> None:
+    """Kill a child of this process that nobody has reaped, and wait for its end."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def reap_group(leader: int) -> None:

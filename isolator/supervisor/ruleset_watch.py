@@ -21,11 +21,12 @@ def watched_ruleset(
 ) -> Iterator[None]:
     """Call ``changed`` with the difference when a ruleset is not the one that was loaded any more."""
     loop = asyncio.get_running_loop()
-
     again: asyncio.TimerHandle | None = None
 
     def compare() -> None:
         nonlocal again
+        if again is not None:
+            again.cancel()
         try:
             network_layer.confirm(network, policy)
         except ConfinementError as error:

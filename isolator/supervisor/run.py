@@ -122,6 +122,8 @@ class Run:
     """It is to end by itself, and is killed if it does not."""
     _unseen: OSError | None = None
     """Why its socket could not be looked for the last time."""
+    _again: asyncio.TimerHandle | None = None
+    """The next time then."""
     _frozen_at: float | None = None
     """Loop time at which its cage was frozen, while it is."""
     _frozen_before: float = 0.0
@@ -418,12 +420,14 @@ class Run:
         if self.streams or self.port is not None:
             return
         self._unseen = None
+        if self._again is not None:
+            self._again.cancel()
         try:
             if self.unix_socket.exists():
                 self.socket_there.set()
         except OSError as error:  # its making is told of once
             self._unseen = error
-            asyncio.get_running_loop().call_later(UNSEEN_SECONDS, self._check_socket)
+            self._again = asyncio.get_running_loop().call_later(UNSEEN_SECONDS, self._check_socket)
 
     def ruleset_changed(self, difference: str) -> None:
         """End it: somebody touched its ruleset, which still leads nowhere but loopback, but the promise is broken."""

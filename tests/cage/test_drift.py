@@ -20,11 +20,12 @@ from isolator.errors import ConfinementError
 from isolator.layers.base import Process
 from isolator.layers.cgroup.layer import Cgroup
 from isolator.layers.network.layer import Network
-from isolator.layers.proc import layer
+from isolator.layers.proc import drift, layer
 from isolator.linux import aio, mount_watch
 from isolator.linux.mount_watch import MountWatch
 from isolator.policy.model import ResourcePolicy
 from tests.support.cage_fixture import StartedCage, cage, policy
+from tests.support.descriptors import none_free
 from tests.support.disks import ext4_image
 from tests.support.timeouts import seconds
 
@@ -81,6 +82,27 @@ def test_change_of_the_mounts_in_its_proc_is_noticed(
     *before, found = asyncio.run(_with_cage(shared_dir, look))
     assert before == ["", "", ""]
     assert found.startswith(wanted)
+
+
+def test_change_that_could_not_be_looked_at_is_noticed_at_the_next_look(
+    shared_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells of it once."""
+
+    async def look(started: StartedCage) -> list[str]:
+        def short(process: Process) -> frozenset[str]:
+            with none_free():
+                return layer.names_in(process)
+
+        before = started.cage.detect_drift()
+        await _enter(started, "mount", "--bind", "/proc/cpuinfo", "/proc/devices")
+        with monkeypatch.context() as meanwhile:
+            meanwhile.setattr(drift, "names_in", short)
+            with pytest.raises(OSError, match="Too many open files"):
+                await _until_changed(started)
+        return [before, await _until_changed(started)]
+
+    assert asyncio.run(_with_cage(shared_dir, look)) == ["", OTHER]
 
 
 def test_mounts_elsewhere_in_the_cage_are_no_change_of_its_proc(shared_dir: Path) -> None:

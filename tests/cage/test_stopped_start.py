@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import secrets
 import signal
@@ -16,15 +17,20 @@ import pytest
 
 from isolator.cage import warm_pool
 from isolator.cage.cage import Cage, Stdio
+from isolator.cage.warm_pool import Spare
 from isolator.errors import ConfinementError
-from isolator.ipc.packet import pair, send_packet
+from isolator.ipc.packet import pair, receive_packet, send_packet
 from isolator.launcher.client import Launcher
 from isolator.layers.ledger import EVERY_LAYER
 from isolator.layers.network import namespace as network_layer
+from isolator.layers.stopwatch import Stopwatch
+from isolator.linux.descriptors import close_all
+from isolator.linux.readable import readable
 from isolator.paths import Paths
 from isolator.policy.host import HostConfig
 from isolator.standalone.session import StandaloneSession, run_spec
 from tests.support.cage_fixture import leaves, policy
+from tests.support.descriptors import none_free
 from tests.support.timeouts import seconds
 
 
@@ -138,6 +144,29 @@ async def test_start_is_stopped_whose_first_process_hangs_before_its_exec(sessio
     async with _cage(session, "true", cage_type=Hangs) as cage:
         assert await cage.start(stop)
         assert (await cage.wait()).cause == "stopped"
+
+
+async def test_start_is_removed_whose_first_process_is_known_by_its_pid_alone(session: StandaloneSession) -> None:
+    """No descriptor is free for its pidfd, and it has left the parked process's group, to wait for its exec."""
+    pids: list[int] = []
+
+    class Late(Cage):
+        async def _wait_caged(self, spare: Spare, mark: Stopwatch) -> None:
+            await readable(spare.link.fileno())
+            packet, fds = receive_packet(spare.link, peek=True)
+            close_all(fds)
+            pids.append(json.loads(packet)["pid"])
+            while os.getpgid(pids[0]) == spare.pid:  # noqa: ASYNC110 # nothing tells of it
+                await asyncio.sleep(0.001)
+            with none_free():
+                await super()._wait_caged(spare, mark)
+
+    async with _cage(session, "true", cage_type=Late) as cage:
+        with pytest.raises(OSError, match="truncated packet"):
+            await cage.start()
+        await cage.release()
+        with pytest.raises(ProcessLookupError):
+            os.kill(pids[0], 0)
 
 
 async def test_start_that_was_stopped_before_runs_nothing(session: StandaloneSession) -> None:

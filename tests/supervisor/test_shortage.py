@@ -20,6 +20,7 @@ import pytest
 from isolator.cage.link import Link
 from isolator.errors import ConfinementError, ExecError, UnavailableError
 from isolator.ipc.messages import Origin
+from isolator.layers.base import Process, mismatch
 from isolator.layers.cgroup.layer import Cgroup
 from isolator.layers.network import namespace as network_layer
 from isolator.linux.descriptors import owning
@@ -68,12 +69,38 @@ async def test_cage_that_cannot_be_read_back_after_a_reload_does_not_pass_for_on
         started.cage.confirm()
 
 
+async def test_cage_whose_end_cannot_be_told_from_a_change_has_not_held(
+    shared_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(process: Process) -> bool:
+        with none_free():
+            return bool(process.read("stat"))
+
+    def differs(*_: object) -> None:
+        raise mismatch("cgroup", "v2 group", "its own", "another")
+
+    async with cage(shared_dir, ["sleep", "60"]) as started:
+        monkeypatch.setattr(Process, "ending", property(short))
+        monkeypatch.setattr(Cgroup, "confirm", differs)
+        with pytest.raises(ConfinementError, match="Too many open files"):
+            started.cage.confirm()
+        monkeypatch.undo()
+
+
 async def test_cage_is_killed_without_a_descriptor(shared_dir: Path) -> None:
     async with cage(shared_dir, ["sleep", "60"]) as started:
         with none_free():
             started.cage.kill()
         async with asyncio.timeout(seconds(20)):
             assert (await started.cage.wait()).signal == signal.SIGKILL
+
+
+async def test_what_is_left_of_a_cage_that_cannot_be_looked_at_is_killed(shared_dir: Path) -> None:
+    async with cage(shared_dir, ["sleep", "60"]) as started:
+        with none_free():
+            async with asyncio.timeout(seconds(20)):
+                await started.cage.processes.silence()
+        assert started.cage.processes.exited.is_set()
 
 
 async def test_looks_that_were_not_possible_are_an_alarm_until_they_are() -> None:
@@ -140,6 +167,39 @@ async def test_rules_that_cannot_be_read_have_not_been_changed(monkeypatch: pyte
         network_layer.release(network)
 
 
+async def test_rules_that_could_not_be_read_are_read_once_and_by_nobody_behind_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = NetworkPolicy(mode="none")
+    network = network_layer.prepare(policy)
+    loop, confirm = asyncio.get_running_loop(), network_layer.confirm
+    looks: asyncio.Queue[None] = asyncio.Queue()
+    later, call_later = list[asyncio.TimerHandle](), loop.call_later
+
+    def confirmed(*arguments: Any) -> None:
+        with none_free():
+            looks.put_nowait(None)
+            confirm(*arguments)
+
+    def noted(_: float, call: Any) -> asyncio.TimerHandle:
+        later.append(call_later(1000, call))
+        return later[-1]
+
+    monkeypatch.setattr(network_layer, "confirm", confirmed)
+    monkeypatch.setattr(loop, "call_later", noted)
+    try:
+        inside = os.dup(network.netns_fd)
+        with watched_ruleset(network, policy, lambda _: None):
+            for _ in range(3):
+                await _nft(inside, "add table inet other; delete table inet other")
+                await looks.get()
+            assert len(later) >= 3 and [one.cancelled() for one in later].count(False) == 1
+        os.close(inside)
+        assert all(one.cancelled() for one in later)
+    finally:
+        network_layer.release(network)
+
+
 async def _nft(network: int, commands: str) -> None:
     enter = ["nsenter", f"--net=/proc/{os.getpid()}/fd/{network}", "nft", commands]
     await asyncio.to_thread(subprocess.run, enter, check=True)
@@ -167,6 +227,9 @@ async def test_socket_that_could_not_be_looked_for_is_looked_for_again(run: Run,
         listener.bind(str(shared_dir / SOCKET))
         with none_free():
             run._check_socket()
+            first = run._again
+            run._check_socket()  # as at each change of its folder
+            assert first is not None and first.cancelled()
             assert run._unseen is not None and not run.socket_there.is_set()
         async with asyncio.timeout(seconds(20)):
             await run.socket_there.wait()

@@ -51,7 +51,11 @@ class ProcDrift:
             return ""
         self.end()
         self._mounts = self._watch.mounts.begin(process.pid)  # ahead of the look: nothing comes between the two
-        names, mounts = names_in(process), Process(process.pid).mounts
+        try:
+            names, mounts = names_in(process), Process(process.pid).mounts
+        except OSError:
+            self.end()  # nobody has seen what has changed: the next look has to
+            raise
         if bare := uncovered(names, mounts):
             return f"/proc/{bare[0]} of the host is there"
         found = covers(names, mounts)
