@@ -63,7 +63,7 @@ def verify(root: str | None, file: Path | None, key: Path | None, anchors: tuple
 
     paths = Paths.of(root)
     place = file or paths.audit_log
-    if not place.exists():
+    if not readable(place.exists):
         remedy = "name a file or folder that is there" if file else "start the daemon, or check --root"
         raise NotFoundError("audit trail", f"there is none at {place}", remedy)
     directory = place if place.is_dir() else place.parent
@@ -79,8 +79,8 @@ def verify(root: str | None, file: Path | None, key: Path | None, anchors: tuple
     found = readable(lambda: reader.trail_files(place)) if place.is_dir() else [place]
     key = key or directory / PUBLIC_NAME
     try:
-        keys = load_public(key)
-    except FileNotFoundError:
+        keys = readable(lambda: load_public(key))
+    except (FileNotFoundError, NotADirectoryError):
         raise NotFoundError("public key", f"there is no {key}", "name it with --key") from None
     except IsADirectoryError:
         raise UsageError("public key", f"{key} is a folder", "name the file with --key") from None

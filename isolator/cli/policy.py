@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from isolator.cli.output import Group, here, print_json
-from isolator.errors import DeniedError, IsolatorError, NotFoundError, UsageError
+from isolator.errors import DeniedError, IsolatorError, NotFoundError, UsageError, translated
 from isolator.paths import Paths
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _proposal(root: str | None, file: Path, manifest: Path | None) -> Proposal:
     from isolator.policy.parse.trusted import invoker, load_host_config
     from isolator.reader.manifest import parse_manifest_core
 
-    if not file.is_file() and PLUGIN_NAME.fullmatch(str(file)):
+    if PLUGIN_NAME.fullmatch(str(file)) and not file.is_file():
         why = "no such file"
         raise NotFoundError(str(file), why, f"of a plugin that is registered: isolator plugin explain {file}")
     kind = _kind(file)
@@ -266,8 +266,9 @@ def _known(read: Callable[[Table], object]) -> frozenset[str]:
 
 def _existing(path: Path) -> Path:
     # For the daemon an absent host.toml means the defaults; for a person who names one it is a mistake.
-    if not path.exists():
-        raise NotFoundError(str(path), "no such file")
+    with translated(PermissionError, DeniedError, str(path), "", "run as root"):
+        if not path.exists():
+            raise NotFoundError(str(path), "no such file")
     return path
 
 

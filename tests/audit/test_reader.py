@@ -389,3 +389,13 @@ async def test_line_of_an_emission_gives_each_of_its_values_a_name_of_its_own(da
     line = next(line for line in run(daemon, "tail").output.splitlines() if "ev_1" in line)
     names = [word.partition("=")[0] for word in line.split() if "=" in word]
     assert names == ["event_id", "event"]
+
+
+def test_trail_or_key_in_a_folder_that_the_caller_may_not_enter_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    hidden = str(tmp_path / "hidden")
+    program = "import os; os.setuid(65534); from host.cli.main import main; main()"
+    for words in ((hidden,), ("/dev/null", "--key", hidden)):
+        command = [sys.executable, "-c", program, "audit", "verify", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert (done.returncode, done.stderr) == (1, f"isolator: audit trail: {hidden} may not be read; run as root\n")

@@ -188,7 +188,7 @@ MUTATIONS = (
         ),
         (
             "a tool that the policy does not grant is called",
-            "if not permits(granted, tool):",
+            "if not self.granted(name)(tool):",
             "if False:",
             f"{_SERVERS}test_editor_of_either_era_sees_and_calls_granted_tools_alone",
         ),
@@ -946,8 +946,8 @@ MUTATIONS = (
         "host/plugins/secrets.py",
         (
             "a new secret is not redacted",
-            "            self._values[plugin] = current\n            self._redactors.pop(plugin, None)\n",
-            "            self._values[plugin] = current\n",
+            "            self._values[plugin] = {**current, **given}\n            self._redactors.pop(plugin, None)\n",
+            "            self._values[plugin] = {**current, **given}\n",
             "host/test_secrets.py::test_redaction_follows_each_change_of_the_config",
         ),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -197,3 +198,16 @@ def test_check_knows_a_host_toml_by_any_table_that_only_it_has(tmp_path: Path, t
     assert f"{path}: ok (as a host.toml, by its content" in isolator(tmp_path, "check", path).stdout
     path.write_text("[require]\ncertified = true\n[restart]\ncrashes = 3\n")
     assert isolator(tmp_path, "check", path).stdout == f"{path}: ok\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+@pytest.mark.parametrize("name", ["host.toml", "plugin.toml", "plugin.json"])
+def test_file_in_a_folder_that_the_caller_may_not_enter(tmp_path: Path, name: str) -> None:
+    tmp_path.chmod(0o700)
+    program = "import os, sys; os.setuid(65534); from host.cli.main import main; main()"
+    for command in ("check", "explain"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, "policy", command, str(tmp_path / name)],
+            capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert done.stderr.startswith(f"isolator: {tmp_path / name}: Permission denied"), done.stderr
