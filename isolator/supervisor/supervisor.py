@@ -242,8 +242,8 @@ async def running_daemon(
             stack.push_async_callback(runners.close)
             if before is None or before.runners is None:
                 runners.start()
-            tasks.keep("snapshots", lambda: keep_snapshots(table, runners, config.audit.snapshot_interval, alarms))
-            tasks.keep("memory of TCP", lambda: keep_tcp_memory(lambda: _runs(table, runners)))
+        tasks.keep("snapshots", lambda: keep_snapshots(table, runners, config.audit.snapshot_interval, alarms))
+        tasks.keep("memory of TCP", lambda: keep_tcp_memory(lambda: _runs(table, runners)))
         watch = PolicyWatch(table, context, config)
         stack.callback(watch.close)
         if before is not None:
