@@ -30,8 +30,8 @@ from isolator.linux.descriptors import owning
 AF_NETLINK, NETLINK_ROUTE = 16, 0
 _WORD = 0xFFFFFFFF
 ANSWERS_PER_SECOND, LENDING = 500, 4
-"""Answers to a cage, and how many of them a socket that is lent counts for: it takes more work, and still 125 names can be
-looked up in a second, each of which opens one."""
+"""Answers to a cage, and how many of them a socket that is lent counts for: it takes more work, and still 125 names can
+be looked up in a second, each of which opens one."""
 NETLINK_SOCKETS = 20
 """Netlink sockets in a cage's network at once, those of the daemon among them. What waits in one, up to 416 KiB, is
 charged to nobody."""
