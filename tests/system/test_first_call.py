@@ -53,12 +53,13 @@ def test_first_call_of_a_plugin_reaches_the_host_in_every_run(shared_dir: Path) 
 def main() -> None:
     d, start = Daemon(Path(sys.argv[1])), Cage.start
 
-    async def start_and_wait(cage: Cage) -> None:
+    async def start_and_wait(cage: Cage, stop: asyncio.Event | None = None) -> bool:
         before = len(d.noted("quick", "found"))
-        await start(cage)
+        assert await start(cage, stop)
         async with asyncio.timeout(seconds(20)):
             while len(d.noted("quick", "found")) == before:  # noqa: ASYNC110 # the plugin tells nobody
                 await asyncio.sleep(0.01)
+        return True
 
     Cage.start = start_and_wait  # type: ignore[method-assign] # this process is the daemon
     from host.cli.main import main as command_line
