@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from isolator.linux._libc import syscall
+from isolator.linux.garbage import CollectorPause
 
 T = TypeVar("T")
 
@@ -25,6 +26,8 @@ _CLOSE_RANGE_UNSHARE, _EVERY = 2, 0xFFFFFFFF
 
 _apart: dict[int, int] = {}
 """The threads that do nothing after what they do now, by their identifiers: the descriptor that each ends by."""
+collector = CollectorPause()
+"""Paused while threads with a table of descriptors of their own have any open."""
 
 
 class _Waker:
@@ -66,6 +69,7 @@ def leave_descriptors() -> None:
     daemon's of a thousand is closed one by one when the thread ends. Raises OSError.
     """
     kept = _apart.get(threading.get_ident(), 2)
+    collector.begin()
     syscall("close_range", kept + 1, _EVERY, _CLOSE_RANGE_UNSHARE)
 
 
@@ -103,6 +107,7 @@ async def apart(work: Callable[[], T]) -> T:
         outcome = outcome_of(work)
         del _apart[threading.get_ident()]
         waker.call(functools.partial(settle, done, *outcome))
+        collector.end(threading.get_ident())
 
     _thread.start_new_thread(body, ())
     return await done

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TypeVar, cast
 
 from isolator.linux._libc import call, libc
-from isolator.linux.apart import is_apart, outcome_of
+from isolator.linux.apart import collector, is_apart, outcome_of
 from isolator.linux.namespaces import CLONE_NEWNET
 
 T = TypeVar("T")
@@ -55,6 +55,8 @@ def _in_thread(enter: Callable[[], None], work: Callable[[], T]) -> T:
     thread = threading.Thread(target=lambda: outcomes.append(outcome_of(entered)), name="netns", daemon=True)
     thread.start()
     thread.join()
+    assert thread.ident is not None
+    collector.end(thread.ident)
     ((result, error),) = outcomes
     if error is not None:
         raise error

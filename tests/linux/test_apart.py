@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import tempfile
 import threading
@@ -46,6 +47,32 @@ async def test_thread_that_leaves_the_descriptors_copies_none_above_its_own_and_
         assert not here & {*numbers[40:]} and here & before
         assert before - set(map(int, os.listdir("/proc/self/fd"))) <= {max(before)}  # that of the first listing
         assert [os.fstat(number).st_size for number in numbers] == [0] * len(numbers)
+
+
+@pytest.mark.parametrize("how", ["apart", "in a network"])
+async def test_no_garbage_is_collected_while_a_thread_has_left_the_descriptors(how: str) -> None:
+    """What owns a descriptor would close one of the thread's own, which has the same number."""
+    collected = threading.Event()
+
+    class Owner:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            collected.set()
+
+    def work() -> bool:
+        leave_descriptors()
+        Owner()
+        for _ in range(100_000):  # garbage enough for the collector to be due
+            one: list[object] = []
+            one.append(one)
+        return collected.is_set()
+
+    assert not await (apart(work) if how == "apart" else asyncio.to_thread(netns.in_new_network, work))
+    while not (gc.isenabled() and collected.is_set()):  # the thread may still be on its way out, and be collecting then
+        gc.collect()
+        await asyncio.sleep(0)
 
 
 async def test_error_of_the_work_is_raised() -> None:
