@@ -323,12 +323,13 @@ def test_watch_has_no_bound_and_what_ends_gives_its_room_to_others(monkeypatch: 
         assert all(map(watch.unchanged, numbers))
         contexts = len(watch._contexts)
         assert contexts > 1, "one had room for all"
-        for _ in range(5):
+        for _ in range(10):
             for number in numbers[::2]:
                 watch.end(number)
             numbers[::2] = [watch.begin(process.pid) for _ in numbers[::2]]
         assert all(map(watch.unchanged, numbers))
-        assert len(watch._contexts) <= contexts + 1, "what has ended still takes room"
+        # The kernel keeps some room that is given back for the processor on which it was (AIO's reqs_available).
+        assert len(watch._contexts) <= 2 * contexts, "what has ended still takes room"
 
 
 def test_change_of_one_namespace_among_many_is_heard_of_by_its_own_number_alone(
