@@ -82,7 +82,7 @@ class StreamConnection(LineProtocol):
         self.cpu, self._redact = cpu, redact
         self.budget = TokenBucket(BYTES_A_SECOND, BYTES_AT_ONCE)
         self.closed = False
-        """It has ended."""
+        """The connection has ended."""
         self.why = ""
         """The reason for that."""
         self.agreed: Greeting | None = None

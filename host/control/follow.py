@@ -124,7 +124,7 @@ class _Stream:
 
     async def _run(self) -> None:
         begun = False
-        """What was there is sent, or could not be read."""
+        """All that was there is sent, or could not be read."""
         try:
             while True:
                 if begun and self._audit.blocked is not None:

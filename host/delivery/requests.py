@@ -36,7 +36,7 @@ class PendingRequest(Generic[A]):
     run: str
     number: str
     request: bytes = b""
-    """What is to be written."""
+    """The bytes to be written."""
     write: Callable[[PendingRequest[A]], None] | None = None
     """Writes it; None: it is written, by this host or by another."""
     flush: Callable[[], None] | None = None

@@ -74,7 +74,7 @@ def leave_descriptors() -> None:
 
 
 def outcome_of(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
-    """What ``work`` returns, or the error that it raises, whatever that is: to be handed to another thread."""
+    """Do ``work``; returns its result, or the error that it raises, whatever that is, for another thread to take."""
     try:
         return work(), None
     except BaseException as error:

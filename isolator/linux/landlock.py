@@ -25,7 +25,7 @@ SCOPE_ABSTRACT_UNIX_SOCKET, SCOPE_SIGNAL = 1, 2
 _VERSION = 1
 _PATH_BENEATH = 1
 _RULESET_ATTR, _PATH_BENEATH_ATTR = struct.Struct("=3Q"), struct.Struct("=Qi")
-"""What is handled of files and of the network, and the scopes; rights, and the descriptor below which they hold."""
+"""Rights handled of files and of the network, and the scopes; rights, and the descriptor below which they hold."""
 
 
 def abi() -> int:

@@ -437,7 +437,7 @@ class Run:
 
 
 def _identity_at(path: str, known: Identity) -> Identity | None:
-    """What is there; ``known`` where that cannot be told, as by a file system that is away."""
+    """Identity of the file there; ``known`` where that cannot be told, as by a file system that is away."""
     try:
         return identity(os.lstat(path))
     except OSError as error:

@@ -132,7 +132,7 @@ async def test_start_is_stopped_whose_network_nobody_takes(session: StandaloneSe
 
 
 async def test_start_is_stopped_whose_first_process_hangs_before_its_exec(session: StandaloneSession) -> None:
-    """Whether it has come to that nobody can tell: the end is one of a program that was stopped."""
+    """Nobody can tell whether it has come to that: the end is one of a program that was stopped."""
     stop = asyncio.Event()
 
     class Hangs(Cage):

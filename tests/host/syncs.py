@@ -23,7 +23,7 @@ def unheard(store: Store) -> Iterator[None]:
 
 
 def noted_steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is done with the log, in turn; a machine that is busy with other things does not count as a slow disk."""
+    """Steps of the log, in turn; a machine that is busy with other things does not count as a slow disk."""
     steps: list[str] = []
     monkeypatch.setattr(wal, "DELAY", 100.0)
     for name, real in (("write_out", FileSync.write_out), ("begin", FileSync.begin)):

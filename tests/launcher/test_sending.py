@@ -22,10 +22,10 @@ class _Process:
     pid = os.getpid()
 
     def wait(self, timeout: float | None = None) -> None:
-        """It has ended."""
+        """Do nothing: the process has ended."""
 
     def kill(self) -> None:
-        """It has ended."""
+        """Do nothing: the process has ended."""
 
 
 @pytest.fixture

@@ -131,7 +131,7 @@ HEADERS = """\
 
 
 def offsets(pattern: str) -> list[int]:
-    """Where each field of a format begins."""
+    """Offsets of a format's fields."""
     order, found, fields = pattern[0] if pattern[0] in "=<>!@" else "@", [], ""
     number = ""
     for letter in pattern.removeprefix(order):

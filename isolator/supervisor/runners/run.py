@@ -95,7 +95,7 @@ class RunnerRun:
         self._cause, self._origin = "", Origin.PLUGIN
         self._ended = False
         self._stop = asyncio.Event()
-        """It is to end, however far its start has come."""
+        """Set once the run is to end, however far its start has come."""
 
     async def serve(
         self, request: RunRequest, streams: Sequence[int], paths: Sequence[int], place: Place
