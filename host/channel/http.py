@@ -121,7 +121,7 @@ class HttpExchange:
         self._loop = asyncio.get_running_loop()
         self.reply: asyncio.Future[Response] = self._loop.create_future()
         self.sent_ns = 0
-        """``time.perf_counter_ns`` when sending began."""
+        """CLOCK_MONOTONIC in ns when sending began."""
         self.sock, self._method, self._timeout = sock, method, timeout
         self._unsent = memoryview(request)
         self._reader = AnswerReader(method)
@@ -133,12 +133,12 @@ class HttpExchange:
     def send(self) -> None:
         """Send the request and await the answer for at most ``timeout`` seconds; an error is set on ``reply``."""
         if not self.reply.done():
-            self.sent_ns = time.perf_counter_ns()
+            self.sent_ns = time.monotonic_ns()
             self._listen(self._loop.time() + self._timeout)
 
     def give_up(self, why: str) -> None:
         """End a request that was not sent, for that reason."""
-        self.sent_ns = time.perf_counter_ns()
+        self.sent_ns = time.monotonic_ns()
         self._fail(LostError(why))
 
     @property

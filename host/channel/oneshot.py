@@ -38,7 +38,7 @@ class Exchange:
         self._loop = asyncio.get_running_loop()
         self.reply: asyncio.Future[bytes] = self._loop.create_future()
         self.sent_ns = 0
-        """``time.perf_counter_ns`` when the request was sent."""
+        """CLOCK_MONOTONIC in ns when the request was sent."""
         self.unused = False
         """The request was given up, and nothing was written to the connection."""
         self.sock, self._request, self._timeout = sock, request, timeout
@@ -51,7 +51,7 @@ class Exchange:
         """Send the request; an error is set on ``reply``."""
         if self.reply.done():
             return
-        self.sent_ns = time.perf_counter_ns()
+        self.sent_ns = time.monotonic_ns()
         try:
             # One write. A short one counts as sent: the plugin has read that much, and a second piece would be another
             # message to it.
@@ -99,7 +99,7 @@ class Exchange:
 
     def give_up(self, why: str) -> None:
         """End a request that was not sent, for that reason."""
-        self.sent_ns = time.perf_counter_ns()
+        self.sent_ns = time.monotonic_ns()
         self.unused = True
         self._fail(why)
 

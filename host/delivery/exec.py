@@ -22,6 +22,7 @@ from host.delivery.sidecar import RENEWED
 from host.fence.fences import NO_LEASE
 from host.plugins.registry import Plugin
 from host.queue.interface import RETRY_BACKOFF, Delivery
+from isolator.audit.client import moment
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body, WithFds, omitted
 from isolator.ipc.messages import InvocationBegun, InvocationEnded, InvocationStarted, StartInvocation
@@ -108,13 +109,13 @@ class ExecDelivery(Mode):
         self._invocations[invocation.run] = invocation
 
         def send() -> None:
-            invocation.sent_ns = time.perf_counter_ns()
+            invocation.sent_ns = time.monotonic_ns()
             self._tasks.run(
                 f"invocation of {plugin.name}", self._live(invocation, lambda: self._ask(invocation, hook, request))
             )
 
         def give_up(why: str) -> None:
-            invocation.sent_ns = time.perf_counter_ns()
+            invocation.sent_ns = time.monotonic_ns()
             self._conclude(invocation, Outcome("busy", "not_started", why))
 
         self.parts.outcomes.begin(delivery, invocation.run, request, send, give_up)
@@ -169,10 +170,8 @@ class ExecDelivery(Mode):
     def _conclude(self, invocation: _Invocation, outcome: Outcome) -> None:
         del self._invocations[invocation.run]
         self._slot.set()
-        latency = (time.perf_counter_ns() - invocation.sent_ns) // 1000
-        self.parts.outcomes.conclude(
-            invocation.plugin, invocation.delivery, invocation.run, outcome, latency, broken=False
-        )
+        of, sent_ns = invocation.delivery, invocation.sent_ns
+        self.parts.outcomes.conclude(invocation.plugin, of, invocation.run, outcome, sent_ns, moment(), broken=False)
 
     def invocation_begun(self, begun: InvocationBegun, fds: list[int]) -> None:
         invocation = self._invocations.get(begun.run)

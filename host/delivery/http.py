@@ -17,6 +17,7 @@ from host.delivery.outcome import judged
 from host.plugins.manifest import Transport
 from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
+from isolator.audit.client import moment
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body, omitted
 from isolator.ipc.messages import DisablePlugin
@@ -146,7 +147,7 @@ class HttpDelivery(Mode):
         self._posts.discard(post)
         self._slot.set()
         self.parts.sidecar.end_request()
-        reply, broken = post.exchange.reply, False
+        at, reply, broken = moment(), post.exchange.reply, False
         cancelled = reply.cancelled()
         post.exchange.close()
         post.exchange.sock.close()
@@ -159,8 +160,8 @@ class HttpDelivery(Mode):
                 self._tasks.run(f"pause of {post.plugin.name}", self._pause(post), expected=(IsolatorError,))
         except LostError as error:
             outcome, broken = error.outcome, error.crash
-        latency = (time.perf_counter_ns() - post.exchange.sent_ns) // 1000
-        self.parts.outcomes.conclude(post.plugin, post.delivery, post.run, outcome, latency, broken=broken)
+        sent_ns = post.exchange.sent_ns
+        self.parts.outcomes.conclude(post.plugin, post.delivery, post.run, outcome, sent_ns, at, broken=broken)
 
     async def _pause(self, post: _Post) -> None:
         """Have a plugin that wants no more events stopped until an operator enables it; its events stay."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from host.events import Catalogue
 from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
 from host.wire.strict_json import line, parse_object
+from isolator.audit.client import moment
 from isolator.errors import IsolatorError
 from isolator.ipc.body import Body, omitted
 from isolator.ipc.succession import Departure, Descriptors
@@ -144,14 +144,14 @@ class OneshotDelivery:
         request = self._let_go()
         if request is None or reply.cancelled():
             return
-        broken = False
+        at, broken = moment(), False
         try:
             text = reply.result()
             outcome = judged(read_reply, text)
         except LostError as error:
             outcome, broken = error.outcome, error.crash
-        latency = (time.perf_counter_ns() - request.exchange.sent_ns) // 1000
-        self._outcomes.conclude(request.plugin, request.delivery, request.run, outcome, latency, broken=broken)
+        sent_ns = request.exchange.sent_ns
+        self._outcomes.conclude(request.plugin, request.delivery, request.run, outcome, sent_ns, at, broken=broken)
 
     def _let_go(self) -> _Request | None:
         """Await the reply to the request that is on its way no more; its connection is closed or kept. Returns it."""

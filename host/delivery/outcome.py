@@ -22,7 +22,7 @@ from host.fence.fences import NO_LEASE
 from host.plugins.registry import Plugin
 from host.plugins.secrets import Redactor
 from host.queue.interface import RETRY_BACKOFF, Consumer, Delivery, Result, State
-from isolator.audit.client import AuditClient
+from isolator.audit.client import AuditClient, Moment
 from isolator.audit.schema import EventDead, EventQuarantined, EventResponse
 from isolator.ipc.body import Body
 from isolator.ipc.fence import Fence
@@ -232,13 +232,15 @@ class Outcomes:
         return None
 
     def conclude(
-        self, plugin: Plugin, delivery: Delivery, run: str, outcome: Outcome, latency: int, *, broken: bool
+        self, plugin: Plugin, delivery: Delivery, run: str, outcome: Outcome, sent_ns: int, at: Moment, *, broken: bool
     ) -> None:
-        """End an attempt after ``latency`` µs; ``broken``: its connection broke, perhaps as the plugin died of it.
+        """End an attempt whose request was written at ``sent_ns`` (CLOCK_MONOTONIC), and whose answer was read ``at``.
 
+        ``broken``: its connection broke, perhaps as the plugin died of it.
         Past the plugin's deadline it has no outcome before that is moved on, and none ever if the plugin is lost. One
         that failed counts for nothing if the plugin could not act all the time.
         """
+        latency = (at.mono - sent_ns) // 1000
         if self._fence.until is not None:
             ended = _Ended(plugin, delivery, run, outcome, latency)
             if self._fence.closed and not self._fence.lost:
@@ -249,7 +251,7 @@ class Outcomes:
             if in_vain and self._fence.closed_since(boottime() - latency / 1e6):
                 self._conclude_uncounted(ended)
                 return
-        self._conclude(plugin, delivery, run, outcome, latency, broken=broken)
+        self._conclude(plugin, delivery, run, outcome, latency, at, broken=broken)
 
     def lost(self) -> None:
         """Count none of the attempts that have ended past the deadline: the plugin is lost, or this process leaves."""
@@ -263,23 +265,25 @@ class Outcomes:
             if one.outcome.kind in _IN_VAIN:
                 self._conclude_uncounted(one)
             else:
-                self._conclude(one.plugin, one.delivery, one.run, one.outcome, one.latency, broken=False)
+                self._conclude(one.plugin, one.delivery, one.run, one.outcome, one.latency, None, broken=False)
 
     def _conclude_uncounted(self, one: _Ended) -> None:
         outcome = Outcome("busy", "frozen", "the plugin was held back meanwhile, as its lease ended", retry_after=0.0)
-        self._conclude(one.plugin, one.delivery, one.run, outcome, one.latency, broken=False)
+        self._conclude(one.plugin, one.delivery, one.run, outcome, one.latency, None, broken=False)
 
     def _conclude(
-        self, plugin: Plugin, delivery: Delivery, run: str, outcome: Outcome, latency: int, *, broken: bool
-    ) -> None:
+        self, plugin: Plugin, delivery: Delivery, run: str, outcome: Outcome, latency: int, at: Moment | None, *,
+        broken: bool,
+    ) -> None:  # fmt: skip
         try:
-            self._end(plugin, delivery, run, outcome, latency, broken=broken)
+            self._end(plugin, delivery, run, outcome, latency, at, broken=broken)
         except Exception as error:  # this delivery's: those behind it go on
             self.note_failure(plugin, delivery, error, sent=True)
 
     def _end(
-        self, plugin: Plugin, delivery: Delivery, run: str, outcome: Outcome, latency: int, *, broken: bool
-    ) -> None:
+        self, plugin: Plugin, delivery: Delivery, run: str, outcome: Outcome, latency: int, at: Moment | None, *,
+        broken: bool,
+    ) -> None:  # fmt: skip
         assert delivery.event is not None
         self._in_flight.pop(delivery.seq, None)
         alone = delivery.seq not in self._overlapped
@@ -305,6 +309,7 @@ class Outcomes:
             run=run,
             event_id=delivery.event.id,
             delivery_id=delivery.id,
+            at=at,
         )
         self._note(delivery, outcome.kind, status, detail)
         if outcome.kind in ("ok", "skipped"):

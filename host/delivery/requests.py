@@ -13,6 +13,7 @@ from host.delivery.outcome import Outcomes, judged
 from host.delivery.sidecar import SidecarLink
 from host.plugins.registry import Plugin
 from host.queue.interface import Delivery
+from isolator.audit.client import moment
 from isolator.ipc.body import Body
 
 A = TypeVar("A")
@@ -42,12 +43,13 @@ class PendingRequest(Generic[A]):
     flush: Callable[[], None] | None = None
     """Sends what that only gathers."""
     sent_ns: int = 0
+    """CLOCK_MONOTONIC in ns when it was written."""
 
     def send(self) -> None:
         """Write the request, which is on record by now, if its answer is still awaited."""
         if self.number not in self.requests.unanswered:
             return
-        self.sent_ns = time.perf_counter_ns()
+        self.sent_ns = time.monotonic_ns()
         why = self.requests.outcomes.note_sent(self.delivery, self.run)
         if why is not None:
             self.set_exception(LostError(why))
@@ -58,6 +60,7 @@ class PendingRequest(Generic[A]):
     def listen(self) -> None:
         """Send what was only gathered: every request of this turn is, by now."""
         if self.flush is not None:
+            self.sent_ns = time.monotonic_ns()
             self.flush()
 
     def done(self) -> bool:
@@ -126,7 +129,7 @@ class Requests(Generic[A]):
         """End the attempt of a request, unless it is no longer awaited; never raises."""
         if self.unanswered.pop(one.number, None) is None:
             return
-        latency = (time.perf_counter_ns() - one.sent_ns) // 1000
+        at = moment()
         self._sidecar.end_request()
         if self._waiter is not None:
             waiter, self._waiter = self._waiter, None
@@ -139,7 +142,7 @@ class Requests(Generic[A]):
                 outcome, broken = Outcome("unknown", detail=str(answer)), isinstance(answer, LostError) and answer.crash
             else:
                 outcome = judged(self._judge, answer)
-            self.outcomes.conclude(one.plugin, one.delivery, one.run, outcome, latency, broken=broken)
+            self.outcomes.conclude(one.plugin, one.delivery, one.run, outcome, one.sent_ns, at, broken=broken)
         except Exception as error:  # this attempt's; those whose answers come with it go on
             asyncio.get_running_loop().call_exception_handler(
                 {"message": "an attempt could not be concluded", "exception": error}

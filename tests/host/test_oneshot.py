@@ -19,6 +19,7 @@ from host.delivery.stream import StreamDelivery, _Session
 from host.events import Catalogue
 from host.fence.fences import NO_LEASE
 from host.queue.interface import Delivery, Event
+from isolator.audit.client import Moment
 from isolator.errors import UnavailableError
 from isolator.ipc.body import Message
 from isolator.ipc.fence import LOST, Fence
@@ -69,7 +70,9 @@ class Outcomes:
 
         asyncio.get_running_loop().call_soon(begin)
 
-    def conclude(self, plugin: Any, delivery: Any, run: str, outcome: Any, latency: int, *, broken: bool) -> None:
+    def conclude(
+        self, plugin: Any, delivery: Any, run: str, outcome: Any, sent_ns: int, at: Moment, *, broken: bool
+    ) -> None:  # fmt: skip
         self.concluded.append(outcome.kind)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,10 @@ from host.delivery.outcome import Outcomes
 from host.delivery.requests import PendingRequest, Requests
 from host.delivery.runs import Runs
 from host.delivery.sidecar import SidecarLink
+from host.plugins.secrets import Redactor
+from host.queue.interface import Delivery, Event
+from isolator.audit.client import Moment, moment
+from isolator.audit.schema import EventResponse
 from isolator.ipc.fence import Fence
 from tests.support.timeouts import seconds
 
@@ -29,7 +34,7 @@ class Concluded(Outcomes):
         self.concluded: list[tuple[int, str, bool]] = []
 
     def conclude(
-        self, plugin: Any, delivery: Any, run: str, outcome: Outcome, latency: int, *, broken: bool
+        self, plugin: Any, delivery: Any, run: str, outcome: Outcome, sent_ns: int, at: Moment, *, broken: bool
     ) -> None:  # fmt: skip
         if outcome.detail == "a fault":
             raise ValueError(outcome.detail)
@@ -43,6 +48,8 @@ class Made:
         self.begun: list[Attempt] = []
         self.scheduled = 0
         self.written: list[str] = []
+        self.flushed: list[int] = []
+        """When requests that were gathered were sent."""
         self.outcomes = Concluded(SimpleNamespace(begin=self.begun.append, schedule=self._schedule))
         runs: Runs = ABSENT
         self.sidecar = SidecarLink("caller", runs, ABSENT, Fence())
@@ -60,7 +67,10 @@ class Made:
     def send(self, seq: int) -> PendingRequest[Outcome]:
         delivery: Any = SimpleNamespace(seq=seq)
         number = f"n{seq}"
-        self.requests.send(PLUGIN, delivery, "run", number, b"request", lambda one: self.written.append(one.number))
+        self.requests.send(
+            PLUGIN, delivery, "run", number, b"request", lambda one: self.written.append(one.number),
+            flush=lambda: self.flushed.append(time.monotonic_ns()),
+        )  # fmt: skip
         return self.requests.unanswered[number]
 
 
@@ -91,6 +101,30 @@ async def test_request_that_nobody_awaits_any_more_is_not_written() -> None:
     one.set_result(Outcome("ok"))
     assert made.written == [] and made.outcomes.concluded == []
     await asyncio.wait_for(made.sidecar.drain(), seconds(5))
+
+
+async def test_latency_begins_as_a_request_is_sent_and_not_as_it_is_gathered() -> None:
+    """Or a plugin would answer for the requests of others that are gathered, and sent, before its own."""
+    made = Made()
+    one, other = made.send(1), made.send(2)
+    one.send()
+    other.send()
+    gathered = time.monotonic_ns()
+    one.listen()
+    other.listen()
+    assert gathered <= one.sent_ns <= made.flushed[0] <= other.sent_ns <= made.flushed[1]
+
+
+async def test_attempt_is_on_record_as_of_the_moment_to_which_its_latency_counts() -> None:
+    """So that the trail tells exactly when a request was written."""
+    recorded: list[tuple[EventResponse, Moment]] = []
+    consumer: Any = SimpleNamespace(ack=lambda *_: None)
+    audit: Any = SimpleNamespace(record=lambda record, *, at, **_: recorded.append((record, at)))
+    outcomes = Outcomes("caller", consumer, audit, lambda _: Redactor(), ABSENT, Fence())
+    at, delivery = moment(), Delivery(1, "caller", None)
+    delivery.load(Event(1, "ev_1", "deploy.completed", "", 0.0, 0.0, "{}"))
+    outcomes.conclude(PLUGIN, delivery, "run", Outcome("ok"), at.mono - 5_000, at, broken=False)
+    assert [(record.data["latency_us"], when) for record, when in recorded] == [(5, at)]
 
 
 async def test_request_that_is_not_written_yet_is_not_handed_on() -> None:
