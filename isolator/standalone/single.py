@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from isolator.base.structs import replace
 from isolator.linux.descriptors import close_all
 from isolator.standalone.session import StandaloneSession
 from isolator.standalone.streams import SILENT_ENDS, StreamsRestored
@@ -25,6 +26,7 @@ from isolator.standalone.variables import variables
 if TYPE_CHECKING:
     from isolator.cage.cage import Cage
     from isolator.cage.processes import CageExit
+    from isolator.ipc.messages import Origin
     from isolator.policy.host import HostConfig
     from isolator.policy.model import EffectivePolicy
     from isolator.standalone.beginning import Beginning
@@ -118,7 +120,12 @@ async def _run(options: RunOptions, env: dict[str, str], beginning: Beginning) -
                 gc.enable()
                 for missed in early:
                     _forward(loop, cage, missed)
+                command = _Command(cage)
+                looking = asyncio.create_task(_look_at_memory(command))
                 end = await cage.wait()
+                looking.cancel()
+                if command.ended_for:
+                    end = replace(end, cause=command.ended_for)
                 if records.keeps_all:
                     from isolator.audit.schema import CageStopped
 
@@ -128,6 +135,25 @@ async def _run(options: RunOptions, env: dict[str, str], beginning: Beginning) -
                 if end.cause not in SILENT_ENDS:
                     terminal.end_line()
             return end
+
+
+class _Command:
+    """The command in its cage, for who ends it."""
+
+    def __init__(self, cage: Cage) -> None:
+        self.cage, self.ended_for = cage, ""
+
+    def terminate(self, cause: str, _: Origin) -> None:
+        """End it at once, for that cause."""
+        self.ended_for = cause
+        self.cage.kill()
+
+
+async def _look_at_memory(command: _Command) -> None:
+    await asyncio.sleep(1.0)  # most commands have ended by then, and do not wait for the modules
+    from isolator.cage.tcp_memory import keep_tcp_memory
+
+    await keep_tcp_memory(lambda: [command])
 
 
 def _terminal(uid: int) -> CageTerminal:

@@ -24,6 +24,7 @@ import isolator
 from isolator.audit import schema
 from isolator.audit.client import AWAY, AuditClient
 from isolator.cage.runtime import CageRuntime
+from isolator.cage.tcp_memory import keep_tcp_memory
 from isolator.errors import IsolatorError
 from isolator.ipc.tasks import Tasks
 from isolator.launcher.client import Launcher
@@ -52,7 +53,6 @@ from isolator.supervisor.run import Run, RunContext
 from isolator.supervisor.services import HOST_MODULE, Services
 from isolator.supervisor.snapshots import keep_snapshots
 from isolator.supervisor.socket_watch import SocketWatch
-from isolator.supervisor.tcp_memory import keep_tcp_memory
 from isolator.supervisor.tickets import Tickets
 from isolator.supervisor.updates import Updates
 from isolator.supervisor.zygote import Zygotes

@@ -7,11 +7,13 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from isolator.cage.tcp_memory import CAUSE
 from tests.support.cage_fixture import COMMAND, caged, isolator, leaves
 from tests.support.processes import children
 from tests.support.timeouts import seconds
@@ -76,6 +78,31 @@ def test_a_memory_cap_is_kept_and_told(shared_dir: Path) -> None:
     result = isolator(shared_dir, "run", "--memory", "32M", "--", "python3", "-c", "bytearray(300 << 20)")
     assert result.returncode == 128 + signal.SIGKILL
     assert "python3 was ended: out of memory" in result.stderr
+
+
+def test_a_command_that_hoards_tcp_memory_is_ended(shared_dir: Path) -> None:
+    """To it the host's pool looks used: to use it up would end what runs beside this test."""
+    hoard = (
+        "import socket, time\n"
+        "server = socket.create_server(('127.0.0.1', 80), backlog=1000)\n"
+        "for _ in range(300):\n"
+        "    with socket.create_connection(('127.0.0.1', 80)) as client:\n"
+        "        client.setblocking(False)\n"
+        "        try:\n"
+        "            while True:\n"
+        "                client.send(bytes(1 << 16))\n"
+        "        except BlockingIOError:\n"
+        "            pass\n"
+        "time.sleep(1000)\n"
+    )
+    main = (
+        "from isolator.cage import tcp_memory; from host.cli.main import main;"
+        "tcp_memory.is_much_in_use = lambda: True; main()"
+    )
+    words = [sys.executable, "-I", "-c", main, "--root", str(shared_dir), "run", "--", "python3", "-c", hoard]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=seconds(120), check=False)
+    assert done.returncode == 128 + signal.SIGKILL
+    assert done.stderr == f"isolator: python3 was ended: {CAUSE}\n"
 
 
 def test_a_task_cap_is_kept(shared_dir: Path) -> None:

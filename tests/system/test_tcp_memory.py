@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from isolator.supervisor.tcp_memory import CAUSE
+from isolator.cage.tcp_memory import CAUSE
 from tests.support.sidecars import oneshot
 from tests.system.daemon import Daemon, daemon, event, wait_for, write_plugin
 
@@ -32,7 +32,7 @@ class MuchInUse(Daemon):
 
     def command(self) -> list[str]:
         program = (
-            "from host.cli.main import main; from isolator.supervisor import tcp_memory; import sys;"
+            "from host.cli.main import main; from isolator.cage import tcp_memory; import sys;"
             "tcp_memory.is_much_in_use = lambda: True; sys.exit(main())"
         )
         return [sys.executable, "-I", "-c", program, "--root", str(self.root), "serve"]

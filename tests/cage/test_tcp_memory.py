@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from isolator.cage import tcp_memory
 from isolator.ipc.messages import Origin
 from isolator.layers.network import namespace
 from isolator.linux import netlink, netns
 from isolator.policy.model import NetworkPolicy
-from isolator.supervisor import tcp_memory
 from tests.support.timeouts import seconds
 
 CAP = 64 << 20

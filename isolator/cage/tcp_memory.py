@@ -50,9 +50,7 @@ class Holder(Protocol):
 
 async def keep_tcp_memory(runs: Callable[[], Iterable[Holder]]) -> None:
     """Look from now on; ``runs`` returns the runs that there are."""
-    took = 0.0
     while True:
-        await asyncio.sleep(min(max(INTERVAL, took * LOOKING), LONGEST))
         began = time.monotonic()
         for run in [*runs()] if is_much_in_use() else []:
             cage = run.cage
@@ -61,9 +59,9 @@ async def keep_tcp_memory(runs: Callable[[], Iterable[Holder]]) -> None:
             with contextlib.suppress(OSError):  # it has ended, or this kernel does not tell
                 held = await apart(functools.partial(tcp_memory_of_nobody, cage.network))
                 if held > cage.spec.policy.resources.memory // SHARE:
-                    logger.warning("cage %s is ended: %d bytes for TCP connections of no process", cage.spec.leaf, held)
+                    logger.info("cage %s is ended: %d bytes for TCP connections of no process", cage.spec.leaf, held)
                     run.terminate(CAUSE, Origin.PLUGIN)
-        took = time.monotonic() - began
+        await asyncio.sleep(min(max(INTERVAL, (time.monotonic() - began) * LOOKING), LONGEST))
 
 
 def is_much_in_use() -> bool:
