@@ -25,7 +25,7 @@ BUSY_TICKS = 60
 START_TICKS = 450
 """The same for its first answer: it may have to read a long trail, or bring a database up to date."""
 EVERY = 5.0
-"""Seconds between two questions."""
+"""Seconds between two questions, at most. All processes are asked at the same moment: this one wakes up once."""
 
 
 async def answered(work: Awaitable[T], pid: int, name: str, *, ticks: int = START_TICKS) -> T:
@@ -57,7 +57,7 @@ async def until_silent(
     """Ask a process again and again whether it is alive; returns the reason when it hangs, None once it is gone."""
     while not closed.is_set():
         try:
-            async with asyncio.timeout(EVERY):
+            async with asyncio.timeout(EVERY - asyncio.get_running_loop().time() % EVERY):
                 await closed.wait()
         except TimeoutError:
             try:
