@@ -11,6 +11,7 @@ import os
 import threading
 
 from isolator.linux import mount
+from isolator.linux.descriptors import owning
 
 _FEW = 32
 """Networks whose settings are looked for in one procfs."""
@@ -32,11 +33,13 @@ class NetworkSettings:
             return os.open("sys/net/ipv4", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._procfs)
 
     def _change(self) -> None:
-        if self._procfs >= 0:
-            os.close(self._procfs)
-            self._procfs = -1
         try:
-            self._procfs = mount.new_filesystem("proc")
+            made = mount.new_filesystem("proc")
         except OSError:  # a container that forbids mounts
-            self._procfs = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            made = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        if self._procfs < 0:
+            self._procfs = made
+        else:
+            with owning(made):
+                os.dup2(made, self._procfs, inheritable=False)
         self._left = _FEW

@@ -40,8 +40,11 @@ def test_another_procfs_after_some_networks_and_one_descriptor(monkeypatch: pyte
     monkeypatch.setattr(sysctl, "_FEW", 3)
     settings, before = NetworkSettings(), len(os.listdir("/proc/self/fd"))
     with FdSet() as opened:
-        folders = [opened.add(netns.in_new_network(settings.open)) for _ in range(7)]
-        devices = [os.fstat(folder).st_dev for folder in folders]
+
+        def device() -> int:
+            return os.fstat(opened.add(settings.open())).st_dev
+
+        devices = [netns.in_new_network(device) for _ in range(7)]
         assert len({*devices}) == 3 and devices.count(devices[0]) == devices.count(devices[3]) == 3
     assert os.stat("/proc").st_dev not in devices
     assert len(os.listdir("/proc/self/fd")) == before + 1
