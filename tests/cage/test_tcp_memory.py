@@ -138,6 +138,24 @@ def test_much_is_in_use_when_half_of_the_first_value_is(
     assert tcp_memory.is_much_in_use() is much
 
 
+def test_a_first_value_that_the_kernel_does_not_show_is_looked_for_once(
+    network: namespace.CageNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a network of the daemon's own, once a second."""
+    looked: list[str] = []
+    read = tcp_memory.read_file
+
+    def noted(path: str) -> str:
+        looked.append(path)
+        return read(path)
+
+    monkeypatch.setattr(tcp_memory, "read_file", noted)
+    monkeypatch.setattr(tcp_memory, "_calm", functools.cache(tcp_memory._calm.__wrapped__))
+    much = netns.in_network(network.netns_fd, lambda: [tcp_memory.is_much_in_use() for _ in range(3)])
+    assert much == [False] * 3
+    assert looked.count("/proc/sys/net/ipv4/tcp_mem") == 1
+
+
 def test_a_connection_that_nobody_accepts_counts_without_a_byte(network: namespace.CageNetwork) -> None:
     def work() -> list[socket.socket]:
         listener = socket.create_server(("127.0.0.1", 80), backlog=200)

@@ -91,3 +91,27 @@ async def test_silent_process_is_reported(other: subprocess.Popen[bytes]) -> Non
     other.send_signal(signal.SIGSTOP)
     silent = await alive.until_silent(asyncio.Event(), asyncio.Event().wait, other.pid, "other")
     assert silent is not None and "does not answer" in silent.why
+
+
+def test_process_of_which_any_thread_has_run_a_little_makes_progress() -> None:
+    program = """if True:
+        import sys, threading
+        def echo():
+            for line in sys.stdin:
+                print(line, end="", flush=True)
+        thread = threading.Thread(target=echo)
+        thread.start()
+        thread.join()
+    """
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin is not None and other.stdout is not None
+        seen = []
+        for _ in range(3):
+            other.stdin.write("\n")
+            other.stdin.flush()
+            assert other.stdout.readline()
+            seen.append(alive._progress(other.pid))
+        assert sorted({*seen}) == seen
+        other.stdin.close()
+    assert alive._progress(other.pid) == -1

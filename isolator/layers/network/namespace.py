@@ -29,6 +29,7 @@ from isolator.layers.network.ruleset import PORT, TABLE, render
 from isolator.linux import netlink, netns, nftables
 from isolator.linux.descriptors import owning
 from isolator.linux.files import write_file
+from isolator.linux.sysctl import NetworkSettings
 from isolator.policy.addresses import bracketed
 from isolator.policy.destinations import Rules
 from isolator.policy.model import ListenRule, NetworkPolicy
@@ -53,6 +54,7 @@ _SYSCTLS = {
 _CORE = {"optmem_max": "4096", "tstamp_allow_data": "0"}
 """Settings of all sockets, by name, where they are the namespace's own (Linux 6.8, and a later one). No cgroup counts
 what options of a socket take, nor its error queue, where copies wait of what it has sent with a time stamp."""
+_settings = NetworkSettings()
 
 
 @struct_class()
@@ -310,8 +312,7 @@ def _build() -> CageNetwork:
 
 
 def _set_sysctls() -> None:
-    """Write them below one look at their folder: its name is that of a folder for each namespace there is."""
-    with owning(os.open("/proc/sys/net/ipv4", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
+    with owning(_settings.open()) as folder:
         for name, value in _SYSCTLS.items():
             write_file(name, value, folder=folder)
         for name, value in _CORE.items():
