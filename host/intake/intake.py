@@ -11,7 +11,7 @@ from host.plugins.registry import Registry
 from host.queue.accepting import Answer
 from host.queue.interface import DEFAULT_TTL, QUEUE_FULL, Accepted, Delivery, NewEvent
 from host.queue.sqlite import SqliteQueue
-from isolator.audit.client import AuditClient
+from isolator.audit.client import AuditClient, Moment
 from isolator.audit.schema import EventAccepted, EventDead
 
 AUDIT_AHEAD = 8000
@@ -81,14 +81,14 @@ class EventRecords:
     def __init__(self, record: Callable[..., None]) -> None:
         self._record = record
 
-    def accepted(self, event: NewEvent, accepted: Accepted) -> None:
-        """Record an accepted event, and the deliveries for which there was no room."""
+    def accepted(self, event: NewEvent, accepted: Accepted, at: Moment) -> None:
+        """Record an event that was accepted ``at`` this moment, and the deliveries for which there was no room."""
         stored = accepted.event
         more = {"on_behalf_of": event.on_behalf_of} if event.on_behalf_of else {}
         record = accepted_record(
             stored.seq, stored.name, stored.subject, stored.payload, accepted.plugins, event.by, **more
         )
-        self._record(record, event_id=stored.id)
+        self._record(record, event_id=stored.id, at=at)
         for name in accepted.overflowed:
             self.dead(name, stored.id, QUEUE_FULL, 0)
 

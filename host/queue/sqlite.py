@@ -48,6 +48,7 @@ from host.queue.interface import (
 from host.queue.listing import Listing
 from host.queue.states import States
 from host.queue.watching import Watcher
+from isolator.audit.client import Moment, moment
 from isolator.errors import UsageError
 
 _READ_AHEAD = 1 << 14
@@ -71,7 +72,8 @@ class SqliteQueue(Listing):
 
     ``after``: events get higher numbers than this one. ``in_flight``: event numbers by plugin of the deliveries whose
     requests this process takes over from another (``Consumer.retake``).
-    ``on_accepted`` is called once per accepted event when it is answered, before anything of it can be dispatched;
+    ``on_accepted`` is called once per accepted event when it is answered, with the moment that all of one sync share,
+    before anything of it can be dispatched;
     ``on_ready`` when events have entered their lanes: the takers that waited have sent them or run in the next turn;
     ``on_expired`` for each delivery that expired unsent.
     """
@@ -86,7 +88,7 @@ class SqliteQueue(Listing):
         keep_dead: int = 10_000,
         after: int = 0,
         in_flight: Mapping[str, Collection[int]] | None = None,
-        on_accepted: Callable[[NewEvent, Accepted], None] = lambda _, __: None,
+        on_accepted: Callable[[NewEvent, Accepted, Moment], None] = lambda *_: None,
         on_ready: Callable[[], None] = lambda: None,
         on_expired: Callable[[Delivery], None] = lambda _: None,
     ) -> None:
@@ -133,17 +135,11 @@ class SqliteQueue(Listing):
         """As ``accept`` without a task: ``done(accepted, error)`` is called on the loop."""
         now = time.time()
         self._seq += 1
+        # By their places: a named tuple takes names in twice the time.
         stored = Event(
-            seq=self._seq,
-            id=self._id_of(event, now),
-            name=event.name,
-            time=format_time(now),
-            accepted=now,
-            expires=now + event.ttl,
-            payload=event.payload,
-            subject=event.subject,
-            trace=event.trace,
-        )
+            self._seq, self._id_of(event, now), event.name, format_time(now), now, now + event.ttl, event.payload,
+            event.subject, event.trace,
+        )  # fmt: skip
         entry = Accepting(event, stored, [], {}, [], done)
         if self._accepting is None:
             batch = self._accepting = [entry]
@@ -196,7 +192,7 @@ class SqliteQueue(Listing):
     def _inserted(self, batch: list[Accepting], error: Exception | None) -> None:
         if self._accepting is batch:
             self._accepting = None
-        now = self._loop.time()
+        now, at = self._loop.time(), moment()
         # First the answers are written, then the records and with them those of the attempts, then the requests: each
         # wakes somebody, and there are fewer processors than that.
         for entry in batch:
@@ -205,7 +201,7 @@ class SqliteQueue(Listing):
             accepted = entry.accepted() if error is None else None
             entry.answer(accepted, error)
             if accepted is not None and entry.earlier is None:
-                self._on_accepted(entry.new, accepted)
+                self._on_accepted(entry.new, accepted, at)
         if error is None:
             for entry in batch:
                 if entry.earlier is None:

@@ -321,27 +321,26 @@ class AuditClient:
             self.close()
 
     def _readable(self) -> None:
-        total, changed = self._answered, False
-        while self._sock is not None:
-            try:
-                packet, bells = receive_anything(self._sock, 4096)
-            except BlockingIOError:
-                break
-            except OSError:
-                packet, bells = b"", []
-            for bell in bells:
-                self._take_bell(bell)
-            if not packet:
-                self.close()
-                break
-            message = json.loads(packet)
-            total = max(total, int(message.get("acked", 0)))
-            if "blocked" in message and message["blocked"] != self.blocked:
-                self._set_blocked(message["blocked"])
-                changed = True
-            if "alarm" in message and message["alarm"] != self.alarm:
-                self.alarm = message["alarm"]
-                self.on_alarm(self.alarm)
+        assert self._sock is not None
+        try:
+            packet, bells = receive_anything(self._sock, 4096)  # one: there is seldom another, and the loop calls again
+        except BlockingIOError:
+            return
+        except OSError:
+            packet, bells = b"", []
+        for bell in bells:
+            self._take_bell(bell)
+        if not packet:
+            self.close()
+            return
+        message, changed = json.loads(packet), False
+        total = max(self._answered, int(message.get("acked", 0)))
+        if "blocked" in message and message["blocked"] != self.blocked:
+            self._set_blocked(message["blocked"])
+            changed = True
+        if "alarm" in message and message["alarm"] != self.alarm:
+            self.alarm = message["alarm"]
+            self.on_alarm(self.alarm)
         fresh = min(total - self._answered, len(self._unacked))
         for _ in range(fresh):
             self._unacked.popleft()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import stat
 import time
@@ -409,7 +408,7 @@ class Trail:
             view = view[os.write(self._fd, view) :]
 
     def _note_head(self) -> None:
-        text = json.dumps({"seq": self.seq, "hash": self._hash}).ljust(_HEAD_SIZE - 1) + "\n"
+        text = f'{{"seq": {self.seq}, "hash": "{self._hash}"}}'.ljust(_HEAD_SIZE - 1) + "\n"
         # Only a second witness: a stale note is as good as an older one, so its disk's trouble is not the trail's.
         with contextlib.suppress(OSError):
             os.pwrite(self._head, text.encode(), 0)

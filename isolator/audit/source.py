@@ -14,6 +14,7 @@ from isolator.ipc.body import Body
 from isolator.ipc.packet import MAX_PACKET, send_packet
 from isolator.ipc.succession import Departure, Descriptors
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 _ROOM = memoryview(bytearray(MAX_PACKET))
 """Room for a packet, made once: to ask for its size first would be another call, to make it each time costs more."""
 
@@ -159,7 +160,7 @@ class Source:
             message["alarm"] = self.alarm
         if message:
             try:
-                self.sock.send(json.dumps(message, separators=(",", ":")).encode(), socket.MSG_NOSIGNAL)
+                self.sock.send(_encode(message).encode(), socket.MSG_NOSIGNAL)
             except (BlockingIOError, InterruptedError):
                 self._loop.add_writer(self.sock, self._push)
                 self._full = True

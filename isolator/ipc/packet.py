@@ -25,8 +25,8 @@ _SIZE = int(socket.MSG_PEEK | socket.MSG_TRUNC)
 _ROOM_FOR_FDS = socket.CMSG_SPACE(MAX_FDS * 4)
 _NO_ROOM = bytearray(1)
 """Room for a byte that nobody looks at."""
-_MOST_FDS = 253
-"""Descriptors in one packet of anybody's (the kernel's SCM_MAX_FD)."""
+_ROOM_FOR_MOST_FDS = socket.CMSG_SPACE(253 * 4)
+"""Room for the descriptors of one packet of anybody's (the kernel's SCM_MAX_FD)."""
 
 _PART = struct.Struct("=BI")
 """Zero, and the number of descriptors in the packets that follow."""
@@ -67,7 +67,9 @@ def receive_anything(sock: socket.socket, most: int) -> tuple[bytes, list[int]]:
 
     None is left for the kernel to close on the way, which may take as long as who sent it likes (socket(7), SO_LINGER).
     """
-    payload, ancillary, _, _ = sock.recvmsg(most + 1, socket.CMSG_SPACE(_MOST_FDS * 4), socket.MSG_CMSG_CLOEXEC)
+    payload, ancillary, _, _ = sock.recvmsg(most + 1, _ROOM_FOR_MOST_FDS, _TAKE)
+    if not ancillary:
+        return payload, []
     fds = array.array("i")
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

@@ -20,6 +20,7 @@ from host.database.store import CHECKPOINT_COMMITS, Store
 from host.queue import rows
 from host.queue.interface import RETRY_BACKOFF, Delivery, Event, EventRow, NewEvent, Result, Subscriber
 from host.queue.sqlite import SqliteQueue
+from isolator.audit.client import Moment
 from isolator.errors import IsolatorError, UnavailableError
 from isolator.ipc.formats import TABLES
 from isolator.linux.aio import FileSync
@@ -102,6 +103,15 @@ async def test_accepted_event_is_answered_then_recorded_then_dispatched(store: S
     queue.submit(_event(), [Subscriber("p", "k")], lambda *_: steps.append("answered"))
     await take
     assert steps == ["answered", "recorded", "dispatched"]
+
+
+async def test_records_of_events_of_one_sync_share_a_moment(store: Store) -> None:
+    moments: list[Moment] = []
+    queue = SqliteQueue(store, on_accepted=lambda _, __, at: moments.append(at))
+    for _ in range(2):
+        await asyncio.gather(*(queue.accept(_event(), [Subscriber("p", "k")]) for _ in range(3)))
+    assert len(moments) == 6 and len(set(moments)) == 2
+    assert moments == sorted(moments)
 
 
 async def test_listing_has_a_bound_and_says_what_it_leaves_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
