@@ -16,6 +16,9 @@ import itertools
 
 from host.queue.interface import Delivery
 
+_places = itertools.count()
+"""Numbers of entries in the order of a lane."""
+
 
 class Lane:
     """Pending deliveries of one plugin; knows nothing of storage."""
@@ -27,14 +30,11 @@ class Lane:
         # Only the entry with a delivery's newest ``place`` counts; it may have others, and stand beside its replay.
         self._ready: list[tuple[int, int, Delivery]] = []
         self._waiting: list[tuple[float, int, int, Delivery]] = []
-        self._number = itertools.count()
         self._oldest: list[tuple[int, int, Delivery]] = []
 
     @property
     def oldest(self) -> Delivery | None:
         """The delivery of the oldest event that is not final."""
-        while self._oldest and self._oldest[0][2].final:
-            heapq.heappop(self._oldest)
         return self._oldest[0][2] if self._oldest else None
 
     def add(self, delivery: Delivery) -> None:
@@ -43,16 +43,14 @@ class Lane:
         if len(self._oldest) > 2 * self.depth + 64:  # the oldest one stays for long, and many have passed behind it
             self._oldest = [entry for entry in self._oldest if not entry[2].final]
             heapq.heapify(self._oldest)
-        delivery.place = next(self._number)
-        entry = (delivery.seq, delivery.place, delivery)
-        heapq.heappush(self._oldest, entry)
-        key = self._key(delivery)
+        heapq.heappush(self._oldest, (delivery.seq, next(_places), delivery))
+        key = delivery.key if delivery.key is not None else delivery.seq
         delivery.ahead = ahead = self._last.get(key)
         self._last[key] = delivery
         if ahead is not None:
             ahead.behind = delivery
         elif not delivery.taken:
-            self._push(entry)
+            self._offer(delivery)
 
     def pop(self, now: float) -> Delivery | None:
         """Take the oldest delivery that may go at ``now``; None if there is none."""
@@ -114,10 +112,14 @@ class Lane:
             behind.ahead = ahead
             if ahead is None:
                 self._offer(behind)
-        elif ahead is not None:
-            self._last[self._key(delivery)] = ahead
         else:
-            del self._last[self._key(delivery)]
+            key = delivery.key if delivery.key is not None else delivery.seq
+            if ahead is not None:
+                self._last[key] = ahead
+            else:
+                del self._last[key]
+        while self._oldest and self._oldest[0][2].final:
+            heapq.heappop(self._oldest)
 
     def upcoming(self, count: int) -> list[Delivery]:
         """Deliveries that will be taken soon, at most ``count``; their payload is worth loading now."""
@@ -134,16 +136,8 @@ class Lane:
         return found[::-1]
 
     def _offer(self, delivery: Delivery) -> None:
-        delivery.place = next(self._number)
-        self._push((delivery.seq, delivery.place, delivery))
-
-    def _push(self, entry: tuple[int, int, Delivery]) -> None:
-        due = entry[2].due
-        if due > 0.0:
-            heapq.heappush(self._waiting, (due, *entry))
+        delivery.place = place = next(_places)
+        if delivery.due > 0.0:
+            heapq.heappush(self._waiting, (delivery.due, delivery.seq, place, delivery))
         else:
-            heapq.heappush(self._ready, entry)
-
-    @staticmethod
-    def _key(delivery: Delivery) -> object:
-        return delivery.key if delivery.key is not None else delivery.seq
+            heapq.heappush(self._ready, (delivery.seq, place, delivery))
