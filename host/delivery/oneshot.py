@@ -82,10 +82,6 @@ class OneshotDelivery:
                 self._begin(plugin, delivery, request, *await self._connection())
         await self.answered()
 
-    def room(self) -> float:
-        """Nothing while an event is on its way: no other can be sent before that is answered."""
-        return 0.0 if self._current is not None else 1.0
-
     def deliver_now(self, plugin: Plugin, hook: str, delivery: Delivery) -> bool:
         """Begin an attempt, which concludes by itself, if that takes no wait; returns whether it took none."""
         if self.busy or (self._prepared is not None and self._made is None):
@@ -125,7 +121,7 @@ class OneshotDelivery:
             self._outcomes.refuse(plugin, delivery, foreign)
             return
         try:
-            self._sidecar.begin_request(run)
+            self._sidecar.begin_request(run, 1)
         except NotSentError:
             self._keep(sock, run)  # until the pause is over, or whatever else it is
             raise

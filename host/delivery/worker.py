@@ -342,7 +342,7 @@ class Worker:
             self._sidecar.status = "idle"
             if self._sidecar.paused:
                 await self._until_resumed()
-            delivery = self._taken = await self._consumer.take(self._prepare, self._send_now, self._room)
+            delivery = self._taken = await self._consumer.take(self._prepare, self._send_now, self._sidecar.room)
             if not self._gate.is_open:
                 await self._gate.wait_open()
             if self._sidecar.leaving:
@@ -355,8 +355,7 @@ class Worker:
                 continue
             try:
                 await self._deliver(delivery)
-                self._backoff.reset()
-                self.blocked_on = None
+                self._unblocked()
             except (NotSentError, IsolatorError) as error:
                 self._consumer.release(delivery)
                 self._taken = None
@@ -376,7 +375,12 @@ class Worker:
         self._woken.clear()
         self.fence.stall(self._woken.set)
         await self._woken.wait()
-        self.blocked_on = None
+        self._unblocked()
+
+    def _unblocked(self) -> None:
+        if self.blocked_on is not None:  # as hardly ever
+            self._backoff.reset()
+            self.blocked_on = None
 
     async def _back_off(self, why: str) -> None:
         self._sidecar.status, self.blocked_on = "holding", why
@@ -384,10 +388,6 @@ class Worker:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._backoff.next()):
                 await self._woken.wait()
-
-    def _room(self) -> float:
-        """Share of what may be in flight that is free; without any the next delivery goes with the end of another."""
-        return self._oneshot.room() and self._stream.room()
 
     def _send_now(self, delivery: Delivery) -> bool:
         """Begin an attempt of a delivery, or conclude it, if that takes no wait; returns whether it took none."""
@@ -400,8 +400,7 @@ class Worker:
             return False
         except Exception as error:
             self._outcomes.note_failure(self._registry.get(self.name), delivery, error)
-        self._backoff.reset()
-        self.blocked_on = None
+        self._unblocked()
         return True
 
     async def _deliver(self, delivery: Delivery) -> None:
