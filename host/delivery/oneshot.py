@@ -226,7 +226,7 @@ class OneshotDelivery:
 
     def _connect_ahead(self) -> None:
         """Connect for an event that is being synced, if that takes no wait; if it fails, it is tried again later."""
-        if self._prepared is None and not self.busy and self._sidecar.accepts:
+        if self._prepared is None and not self.busy and self._sidecar.accepts():
             made = self._sidecar.connect_at_once()
             if made is not None:
                 self._keep(*made)

@@ -96,7 +96,7 @@ class Requests(Generic[A]):
 
     def has_room(self, plugin: Plugin) -> bool:
         """Whether one more may be in flight; during isolated retries, if none is."""
-        self._most = 1 if self.outcomes.isolated_retries else plugin.most_in_flight
+        self._most = self.outcomes.most_in_flight(plugin)
         return len(self.unanswered) < self._most
 
     async def slot(self, plugin: Plugin) -> None:

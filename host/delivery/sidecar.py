@@ -63,7 +63,6 @@ class SidecarLink:
         self._all_answered = asyncio.Event()
         """Set when the last request was answered, while a drain waits for that."""
 
-    @property
     def accepts(self) -> bool:
         """Whether a run is there to which requests may be sent."""
         may_act = not self.leaving and not self.paused and not self.fence.closed

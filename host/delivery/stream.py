@@ -98,10 +98,9 @@ class StreamDelivery:
     @property
     def ready(self) -> bool:
         """Whether a run has been greeted that goes on, so that a request can be sent at once."""
-        session = self._present
+        session = self._present()
         return session is not None and session.connection.agreed is not None
 
-    @property
     def _present(self) -> _Session | None:
         """The session, if it is open and its run goes on."""
         session = self._session
@@ -112,7 +111,7 @@ class StreamDelivery:
     async def deliver(self, plugin: Plugin, hook: str, delivery: Delivery) -> None:
         """Send a delivery, which concludes by itself; raises NotSentError or IsolatorError when nothing can be sent."""
         while True:
-            session = self._present or await self._connect(plugin)
+            session = self._present() or await self._connect(plugin)
             await asyncio.shield(session.greeted)
             await self._requests.slot(plugin)
             await session.connection.writable(plugin.timeout)
@@ -123,7 +122,7 @@ class StreamDelivery:
 
     def deliver_now(self, plugin: Plugin, hook: str, delivery: Delivery) -> bool:
         """As ``deliver``, if that takes no wait; returns whether it took none."""
-        session, event = self._present, delivery.event
+        session, event = self._present(), delivery.event
         if session is None:
             return False
         connection = session.connection

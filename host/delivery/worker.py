@@ -343,7 +343,7 @@ class Worker:
             if self._sidecar.paused:
                 await self._until_resumed()
             delivery = self._taken = await self._consumer.take(self._prepare, self._send_now, self._sidecar.room)
-            if not self._gate.is_open:
+            if not self._gate.is_open():
                 await self._gate.wait_open()
             if self._sidecar.leaving:
                 await asyncio.Event().wait()  # pass_on ends it
@@ -391,7 +391,7 @@ class Worker:
 
     def _send_now(self, delivery: Delivery) -> bool:
         """Begin an attempt of a delivery, or conclude it, if that takes no wait; returns whether it took none."""
-        if not self._sidecar.accepts or not self._gate.is_open:
+        if not self._sidecar.accepts() or not self._gate.is_open():
             return False
         try:
             if not self._deliver_now(delivery):
@@ -443,7 +443,7 @@ class Worker:
     def _prepare(self, alone: bool) -> Prepare | None:
         """Prepare for a delivery that is being synced; returns None unless it can be sent as soon as that is done."""
         plugin = self._registry.get(self.name)
-        if plugin is None or not self._sidecar.accepts or not self._gate.is_open:
+        if plugin is None or not self._sidecar.accepts() or not self._gate.is_open():
             return None
         if plugin.mode == "stream":
             return self._make_ahead if self._stream.ready else None

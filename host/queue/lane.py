@@ -76,7 +76,6 @@ class Lane:
             heapq.heappop(self._waiting)
         return self._waiting[0][3] if self._waiting else None
 
-    @property
     def has_next(self) -> bool:
         """Whether a delivery may go now or waits for its time; else those that are pending are taken."""
         return bool(self._ready or self._waiting)
