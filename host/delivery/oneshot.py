@@ -329,7 +329,7 @@ class OneshotDelivery:
             self._ping = Exchange.taken_over(socket.socket(fileno=descriptors.take(state.ping.socket)), state.ping)
         if state.request is not None and plugin is not None and delivery is not None:
             sock = socket.socket(fileno=descriptors.take(state.request.exchange.socket))
-            self._sidecar.take_request()
+            self._sidecar.take_request(1)
             exchange = Exchange.taken_over(sock, state.request.exchange)
             self._await(_Request(plugin, delivery, state.request.run, exchange))
 

@@ -186,9 +186,10 @@ class SidecarLink:
         """Share of what may be unanswered that is free; without any another has to wait for the end of one."""
         return 1 - self._unanswered / self._most if self._most else 1.0
 
-    def take_request(self) -> None:
-        """Count a request that another host has sent, until ``end_request``."""
+    def take_request(self, most: int = 0) -> None:
+        """Count a request that another host has sent, until ``end_request``; ``most`` as in ``begin_request``."""
         self._unanswered += 1
+        self._most = most
 
     def pass_on(self) -> SidecarState:
         """The state of the link for the successor of this process."""

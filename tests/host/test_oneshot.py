@@ -99,14 +99,14 @@ async def answered(delivery: OneshotDelivery, plugin: Plugin) -> None:
 
 
 async def test_request_is_begun_without_a_wait_where_a_connection_is_there_and_no_other_is_on_its_way() -> None:
-    delivery, _, plugin, outcomes = made()
+    delivery, link, plugin, outcomes = made()
     first, second = Delivery(1, "x", None, event=EVENT), Delivery(2, "x", None, event=EVENT)
     assert delivery.deliver_now(PLUGIN, "x.y", first) is False, "nothing is connected"
     near, far = socket.socketpair()
     near.setblocking(False)
     delivery._keep(near, "run")
     assert delivery.deliver_now(PLUGIN, "x.y", first) is True
-    assert not delivery.room() and not delivery.deliver_now(PLUGIN, "x.y", second)
+    assert not link.room() and not delivery.deliver_now(PLUGIN, "x.y", second)
     waiting = asyncio.create_task(delivery.ping(60.0))
     await asyncio.sleep(0)
     assert not (plugin.ends or waiting.done()), "the plugin serves one at a time"
@@ -116,7 +116,7 @@ async def test_request_is_begun_without_a_wait_where_a_connection_is_there_and_n
     assert outcomes.concluded == ["ok"] and far.recv(1) == b""
     while not plugin.ends:  # noqa: ASYNC110 # a turn or two
         await asyncio.sleep(0)
-    assert delivery.room() and not delivery.deliver_now(PLUGIN, "x.y", second), "nothing ends with which it is offered"
+    assert link.room() and not delivery.deliver_now(PLUGIN, "x.y", second), "nothing ends with which it is offered"
     plugin.ends[0].sendall(b"{}\n")
     await waiting
     for end in (far, *plugin.ends):
