@@ -91,16 +91,14 @@ class Attempts:
         assert delivery.event is not None
         waited = now - delivery.ready_at if delivery.ready_at else None
         delivery.ready_at = 0.0
-        record = EventDispatched(
-            attempt=delivery.attempts,
-            queued_us=int(waited * 1e6) if waited is not None else None,
-            request_bytes=len(attempt.request),
-            request_sha256=hashlib.sha256(attempt.request).hexdigest(),
-        )
-        if delivery.busy:
-            record.data["busy"] = delivery.busy
         self._audit.record(
-            record,
+            EventDispatched(
+                attempt=delivery.attempts,
+                queued_us=int(waited * 1e6) if waited is not None else None,
+                request_bytes=len(attempt.request),
+                request_sha256=hashlib.sha256(attempt.request).hexdigest(),
+                **({"busy": delivery.busy} if delivery.busy else {}),
+            ),
             plugin=delivery.plugin,
             run=attempt.run,
             event_id=delivery.event.id,

@@ -59,7 +59,7 @@ class SidecarLink:
         self._ended: str | None = None
         """The run whose end was heard of last."""
         self._unanswered = self._most = 0
-        """Requests that are unanswered, and that may be, as was last said; 0: nobody has."""
+        """Requests that are unanswered, and how many may be, as was last said; 0: that is not known here."""
         self._all_answered = asyncio.Event()
         """Set when the last request was answered, while a drain waits for that."""
 
@@ -172,7 +172,7 @@ class SidecarLink:
     def begin_request(self, run: str, most: int = 0) -> None:
         """Count a request until ``end_request``; raises NotSentError when the run is being stopped.
 
-        ``most``: how many may be unanswered; 0: those that come now wait for room by themselves.
+        ``most``: how many may be unanswered (``room``); 0: who sends the next waits for that by itself.
         """
         if run == self._draining:
             raise NotSentError("the plugin is being stopped")

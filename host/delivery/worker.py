@@ -378,7 +378,8 @@ class Worker:
         self._unblocked()
 
     def _unblocked(self) -> None:
-        if self.blocked_on is not None:  # as hardly ever
+        """Begin with the first pause when the worker is blocked again."""
+        if self.blocked_on is not None:
             self._backoff.reset()
             self.blocked_on = None
 

@@ -43,14 +43,16 @@ class Lane:
         if len(self._oldest) > 2 * self.depth + 64:  # the oldest one stays for long, and many have passed behind it
             self._oldest = [entry for entry in self._oldest if not entry[2].final]
             heapq.heapify(self._oldest)
-        heapq.heappush(self._oldest, (delivery.seq, next(_places), delivery))
-        key = delivery.key if delivery.key is not None else delivery.seq
+        delivery.place = next(_places)
+        entry = (delivery.seq, delivery.place, delivery)
+        heapq.heappush(self._oldest, entry)
+        key = self._key(delivery)
         delivery.ahead = ahead = self._last.get(key)
         self._last[key] = delivery
         if ahead is not None:
             ahead.behind = delivery
         elif not delivery.taken:
-            self._offer(delivery)
+            self._push(entry)
 
     def pop(self, now: float) -> Delivery | None:
         """Take the oldest delivery that may go at ``now``; None if there is none."""
@@ -111,13 +113,11 @@ class Lane:
             behind.ahead = ahead
             if ahead is None:
                 self._offer(behind)
+        elif ahead is not None:
+            self._last[self._key(delivery)] = ahead
         else:
-            key = delivery.key if delivery.key is not None else delivery.seq
-            if ahead is not None:
-                self._last[key] = ahead
-            else:
-                del self._last[key]
-        while self._oldest and self._oldest[0][2].final:
+            del self._last[self._key(delivery)]
+        while self._oldest and self._oldest[0][2].final:  # at once: each keeps its event in memory
             heapq.heappop(self._oldest)
 
     def upcoming(self, count: int) -> list[Delivery]:
@@ -135,8 +135,16 @@ class Lane:
         return found[::-1]
 
     def _offer(self, delivery: Delivery) -> None:
-        delivery.place = place = next(_places)
-        if delivery.due > 0.0:
-            heapq.heappush(self._waiting, (delivery.due, delivery.seq, place, delivery))
+        delivery.place = next(_places)
+        self._push((delivery.seq, delivery.place, delivery))
+
+    def _push(self, entry: tuple[int, int, Delivery]) -> None:
+        due = entry[2].due
+        if due > 0.0:
+            heapq.heappush(self._waiting, (due, *entry))
         else:
-            heapq.heappush(self._ready, (delivery.seq, place, delivery))
+            heapq.heappush(self._ready, entry)
+
+    @staticmethod
+    def _key(delivery: Delivery) -> object:
+        return delivery.key if delivery.key is not None else delivery.seq

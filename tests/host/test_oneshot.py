@@ -174,6 +174,25 @@ async def test_connection_over_which_a_request_is_not_written_yet_goes_to_the_ne
     await answered(following, plugin)
 
 
+async def test_request_that_is_taken_over_leaves_no_room_before_it_is_answered() -> None:
+    delivery, one, departure = made()[0], Delivery(1, "x", None, event=EVENT), Departure()
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    far.setblocking(False)
+    delivery._keep(near, "run")
+    assert delivery.deliver_now(PLUGIN, "x.y", one)
+    assert b'"method":"x.y"' in await asyncio.get_running_loop().sock_recv(far, 4096)
+    state = delivery.pass_on(departure)
+    following, link, _, outcomes = made()
+    with Descriptors(departure._fds.release_all()) as descriptors:
+        following.take_over(PLUGIN, one, state, descriptors)
+    assert link.room() == 0.0, "the next event would wake a taker that can only wait"
+    far.sendall(b'{"jsonrpc":"2.0","id":1,"result":{"status":"ok"}}\n')
+    await following.answered()
+    assert link.room() == 1.0 and outcomes.concluded == ["ok"]
+    far.close()
+
+
 async def test_ping_that_is_unanswered_goes_to_the_next_host_and_the_one_after() -> None:
     delivery, _, plugin, _ = made()
     pinging = asyncio.create_task(delivery.ping(60.0))
