@@ -35,12 +35,14 @@ class Lane:
     @property
     def oldest(self) -> Delivery | None:
         """The delivery of the oldest event that is not final."""
+        while self._oldest and self._oldest[0][2].final:
+            heapq.heappop(self._oldest)
         return self._oldest[0][2] if self._oldest else None
 
     def add(self, delivery: Delivery) -> None:
         """Append a delivery; within its key it comes after all that were added before. It may be ``taken`` already."""
         self.depth += 1
-        if len(self._oldest) > 2 * self.depth + 64:  # the oldest one stays for long, and many have passed behind it
+        if len(self._oldest) > 2 * self.depth + 8:  # many have passed; each keeps its event in memory
             self._oldest = [entry for entry in self._oldest if not entry[2].final]
             heapq.heapify(self._oldest)
         delivery.place = next(_places)
@@ -117,8 +119,6 @@ class Lane:
             self._last[self._key(delivery)] = ahead
         else:
             del self._last[self._key(delivery)]
-        while self._oldest and self._oldest[0][2].final:  # at once: each keeps its event in memory
-            heapq.heappop(self._oldest)
 
     def upcoming(self, count: int) -> list[Delivery]:
         """Deliveries that will be taken soon, at most ``count``; their payload is worth loading now."""
