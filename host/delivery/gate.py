@@ -23,7 +23,6 @@ class DispatchGate:
         work.add_done_callback(lambda _: self._free.set())
         asyncio.get_running_loop().call_later(seconds, self._free.set)
 
-    @property
     def is_open(self) -> bool:
         """Whether a request may be sent now."""
         halted = self._halt_without_audit and self._audit.blocked is not None
@@ -31,7 +30,7 @@ class DispatchGate:
 
     async def wait_open(self) -> None:
         """Return once ``is_open``."""
-        while not self.is_open:
+        while not self.is_open():
             await self._free.wait()
             if self._halt_without_audit:
                 await self._audit.writable()

@@ -75,7 +75,7 @@ class HttpDelivery(Mode):
         if len(body) > STREAM_MESSAGE:
             self.parts.outcomes.give_up(delivery, "payload_too_large")
             return
-        while len(self._posts) >= (1 if self.parts.outcomes.isolated_retries else plugin.most_in_flight):
+        while len(self._posts) >= self.parts.outcomes.most_in_flight(plugin):
             self._slot.clear()
             await self._slot.wait()
         headers = self._headers(plugin, hook, delivery, body)

@@ -64,7 +64,7 @@ class McpDelivery(Mode):
             raise NotSentError(session.why or "the server is being stopped")
         self._requests.send(
             plugin, delivery, session.run, number, request,
-            lambda one: session.write(number, request, plugin.timeout, self._reply(one)),
+            lambda number, request, timeout, one: session.write(number, request, timeout, self._reply(one)),
         )  # fmt: skip
 
     def _reply(self, one: PendingRequest[tuple[protocol.Answer, bytes]]) -> Reply:

@@ -82,10 +82,6 @@ class OneshotDelivery:
                 self._begin(plugin, delivery, request, *await self._connection())
         await self.answered()
 
-    def room(self) -> float:
-        """Nothing while an event is on its way: no other can be sent before that is answered."""
-        return 0.0 if self._current is not None else 1.0
-
     def deliver_now(self, plugin: Plugin, hook: str, delivery: Delivery) -> bool:
         """Begin an attempt, which concludes by itself, if that takes no wait; returns whether it took none."""
         if self.busy or (self._prepared is not None and self._made is None):
@@ -125,7 +121,7 @@ class OneshotDelivery:
             self._outcomes.refuse(plugin, delivery, foreign)
             return
         try:
-            self._sidecar.begin_request(run)
+            self._sidecar.begin_request(run, 1)
         except NotSentError:
             self._keep(sock, run)  # until the pause is over, or whatever else it is
             raise
@@ -230,7 +226,7 @@ class OneshotDelivery:
 
     def _connect_ahead(self) -> None:
         """Connect for an event that is being synced, if that takes no wait; if it fails, it is tried again later."""
-        if self._prepared is None and not self.busy and self._sidecar.accepts:
+        if self._prepared is None and not self.busy and self._sidecar.accepts():
             made = self._sidecar.connect_at_once()
             if made is not None:
                 self._keep(*made)
@@ -333,7 +329,7 @@ class OneshotDelivery:
             self._ping = Exchange.taken_over(socket.socket(fileno=descriptors.take(state.ping.socket)), state.ping)
         if state.request is not None and plugin is not None and delivery is not None:
             sock = socket.socket(fileno=descriptors.take(state.request.exchange.socket))
-            self._sidecar.take_request()
+            self._sidecar.take_request(1)
             exchange = Exchange.taken_over(sock, state.request.exchange)
             self._await(_Request(plugin, delivery, state.request.run, exchange))
 

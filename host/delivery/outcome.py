@@ -163,15 +163,14 @@ class Outcomes:
         """The newest attempt that has ended."""
         return Attempted(*self._last) if self._last is not None else None
 
-    @property
-    def isolated_retries(self) -> bool:
-        """Whether each delivery has to go alone, as the plugin may die of one of those that are retried."""
+    def most_in_flight(self, plugin: Plugin) -> int:
+        """How many requests may be unanswered; one alone while the plugin may die of one of those that are retried."""
         while self._isolated_retries:
             seq, delivery = next(iter(self._isolated_retries.items()))
             if not delivery.final:
-                return True
+                return 1
             del self._isolated_retries[seq]
-        return False
+        return plugin.most_in_flight
 
     @property
     def latency_p99(self) -> int | None:

@@ -17,6 +17,8 @@ from isolator.audit.client import moment
 from isolator.ipc.body import Body
 
 A = TypeVar("A")
+Write = Callable[[str, bytes, float, "PendingRequest[A]"], None]
+"""Writes a request: (number, bytes, seconds for its answer, who takes that)."""
 
 
 class RequestState(Body):
@@ -38,7 +40,7 @@ class PendingRequest(Generic[A]):
     number: str
     request: bytes = b""
     """The bytes to be written."""
-    write: Callable[[PendingRequest[A]], None] | None = None
+    write: Write[A] | None = None
     """Writes it; None: it is written, by this host or by another."""
     flush: Callable[[], None] | None = None
     """Sends what that only gathers."""
@@ -54,7 +56,7 @@ class PendingRequest(Generic[A]):
         if why is not None:
             self.set_exception(LostError(why))
         elif self.write is not None:
-            self.write(self)
+            self.write(self.number, self.request, self.plugin.timeout, self)
             self.write, self.request = None, b""
 
     def listen(self) -> None:
@@ -94,12 +96,8 @@ class Requests(Generic[A]):
 
     def has_room(self, plugin: Plugin) -> bool:
         """Whether one more may be in flight; during isolated retries, if none is."""
-        self._most = 1 if self.outcomes.isolated_retries else plugin.most_in_flight
+        self._most = self.outcomes.most_in_flight(plugin)
         return len(self.unanswered) < self._most
-
-    def room(self) -> float:
-        """Share of what may be in flight that is free; without any another has to wait for the end of one."""
-        return 1 - len(self.unanswered) / self._most if self._most else 1.0
 
     async def slot(self, plugin: Plugin) -> None:
         """Wait until there is room; for one taker."""
@@ -114,14 +112,14 @@ class Requests(Generic[A]):
         run: str,
         number: str,
         request: bytes,
-        write: Callable[[PendingRequest[A]], None],
+        write: Write[A],
         flush: Callable[[], None] | None = None,
     ) -> None:
         """Begin an attempt: ``write`` writes the request once that is on record; raises NotSentError.
 
         ``flush`` is called once every request of this turn is written: to send what ``write`` only gathers.
         """
-        self._sidecar.begin_request(run)
+        self._sidecar.begin_request(run, self._most)
         one = self.unanswered[number] = PendingRequest(self, plugin, delivery, run, number, request, write, flush)
         self.outcomes.attempts.begin(one)
 

@@ -58,11 +58,11 @@ class SidecarLink:
         self._draining: str | None = None
         self._ended: str | None = None
         """The run whose end was heard of last."""
-        self._unanswered = 0
+        self._unanswered = self._most = 0
+        """Requests that are unanswered, and how many may be, as was last said; 0: that is not known here."""
         self._all_answered = asyncio.Event()
         """Set when the last request was answered, while a drain waits for that."""
 
-    @property
     def accepts(self) -> bool:
         """Whether a run is there to which requests may be sent."""
         may_act = not self.leaving and not self.paused and not self.fence.closed
@@ -169,18 +169,27 @@ class SidecarLink:
         """Record a fault of the plugin in the trail."""
         self._audit.record(PluginHealth(ok=False, detail=detail), plugin=self.name, run=run)
 
-    def begin_request(self, run: str) -> None:
-        """Count a request until ``end_request``; raises NotSentError when the run is being stopped."""
+    def begin_request(self, run: str, most: int = 0) -> None:
+        """Count a request until ``end_request``; raises NotSentError when the run is being stopped.
+
+        ``most``: how many may be unanswered (``room``); 0: who sends the next waits for that by itself.
+        """
         if run == self._draining:
             raise NotSentError("the plugin is being stopped")
         self._still_here()
         if self.paused:
             raise NotSentError(PAUSED)
         self._unanswered += 1
+        self._most = most
 
-    def take_request(self) -> None:
-        """Count a request that another host has sent, until ``end_request``."""
+    def room(self) -> float:
+        """Share of what may be unanswered that is free; without any another has to wait for the end of one."""
+        return 1 - self._unanswered / self._most if self._most else 1.0
+
+    def take_request(self, most: int = 0) -> None:
+        """Count a request that another host has sent, until ``end_request``; ``most`` as in ``begin_request``."""
         self._unanswered += 1
+        self._most = most
 
     def pass_on(self) -> SidecarState:
         """The state of the link for the successor of this process."""

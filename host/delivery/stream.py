@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from host.channel.reply import STREAM_MESSAGE, NotSentError, event_params, is_plain, judge_reply
@@ -86,7 +85,6 @@ class StreamDelivery:
         self._redact = redact
         self._session: _Session | None = None
         self._requests = Requests[Read](sidecar, outcomes, lambda reply: judge_reply(*reply))
-        self.room = self._requests.room
         self.connecting = False
         """A connection is being made, and not greeted yet."""
         self._tasks = Tasks()
@@ -100,10 +98,9 @@ class StreamDelivery:
     @property
     def ready(self) -> bool:
         """Whether a run has been greeted that goes on, so that a request can be sent at once."""
-        session = self._present
+        session = self._present()
         return session is not None and session.connection.agreed is not None
 
-    @property
     def _present(self) -> _Session | None:
         """The session, if it is open and its run goes on."""
         session = self._session
@@ -114,7 +111,7 @@ class StreamDelivery:
     async def deliver(self, plugin: Plugin, hook: str, delivery: Delivery) -> None:
         """Send a delivery, which concludes by itself; raises NotSentError or IsolatorError when nothing can be sent."""
         while True:
-            session = self._present or await self._connect(plugin)
+            session = self._present() or await self._connect(plugin)
             await asyncio.shield(session.greeted)
             await self._requests.slot(plugin)
             await session.connection.writable(plugin.timeout)
@@ -125,7 +122,7 @@ class StreamDelivery:
 
     def deliver_now(self, plugin: Plugin, hook: str, delivery: Delivery) -> bool:
         """As ``deliver``, if that takes no wait; returns whether it took none."""
-        session, event = self._present, delivery.event
+        session, event = self._present(), delivery.event
         if session is None:
             return False
         connection = session.connection
@@ -138,14 +135,13 @@ class StreamDelivery:
         if not self._requests.has_room(plugin) or not connection.is_writable:
             return False
         number = random_hex()
-        request = event_request(hook, self._params(plugin, event, delivery.attempts + 1, delivery.epoch), number)
+        kind, attempt = self._catalogue.get(event.name), delivery.attempts + 1
+        params = event_params(event, kind, plugin.major, attempt, plugin.timeout, delivery.epoch)
+        request = event_request(hook, params, number)
         if len(request) > STREAM_MESSAGE:
             self._outcomes.give_up(delivery, "payload_too_large")
             return True
-        self._requests.send(
-            plugin, delivery, session.run, number, request,
-            partial(connection.write, number, request, plugin.timeout), connection.flush,
-        )  # fmt: skip
+        self._requests.send(plugin, delivery, session.run, number, request, connection.write, connection.flush)
         return True
 
     def make_ahead(self, plugin: Plugin, event: Event) -> None:
@@ -153,11 +149,9 @@ class StreamDelivery:
 
         What is translated for a plugin is not kept.
         """
-        if is_plain(self._catalogue.get(event.name), plugin.major):
-            self._params(plugin, event, 1, 0)
-
-    def _params(self, plugin: Plugin, event: Event, attempt: int, epoch: int) -> str:
-        return event_params(event, self._catalogue.get(event.name), plugin.major, attempt, plugin.timeout, epoch)
+        kind = self._catalogue.get(event.name)
+        if is_plain(kind, plugin.major):
+            event_params(event, kind, plugin.major, 1, plugin.timeout)
 
     async def _connect(self, plugin: Plugin) -> _Session:
         """Open a session with the present run in the place of the one before; its ``greeted`` is under way."""

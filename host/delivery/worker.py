@@ -342,8 +342,8 @@ class Worker:
             self._sidecar.status = "idle"
             if self._sidecar.paused:
                 await self._until_resumed()
-            delivery = self._taken = await self._consumer.take(self._prepare, self._send_now, self._room)
-            if not self._gate.is_open:
+            delivery = self._taken = await self._consumer.take(self._prepare, self._send_now, self._sidecar.room)
+            if not self._gate.is_open():
                 await self._gate.wait_open()
             if self._sidecar.leaving:
                 await asyncio.Event().wait()  # pass_on ends it
@@ -355,8 +355,7 @@ class Worker:
                 continue
             try:
                 await self._deliver(delivery)
-                self._backoff.reset()
-                self.blocked_on = None
+                self._unblocked()
             except (NotSentError, IsolatorError) as error:
                 self._consumer.release(delivery)
                 self._taken = None
@@ -376,7 +375,13 @@ class Worker:
         self._woken.clear()
         self.fence.stall(self._woken.set)
         await self._woken.wait()
-        self.blocked_on = None
+        self._unblocked()
+
+    def _unblocked(self) -> None:
+        """Begin with the first pause when the worker is blocked again."""
+        if self.blocked_on is not None:
+            self._backoff.reset()
+            self.blocked_on = None
 
     async def _back_off(self, why: str) -> None:
         self._sidecar.status, self.blocked_on = "holding", why
@@ -385,13 +390,9 @@ class Worker:
             async with asyncio.timeout(self._backoff.next()):
                 await self._woken.wait()
 
-    def _room(self) -> float:
-        """Share of what may be in flight that is free; without any the next delivery goes with the end of another."""
-        return self._oneshot.room() and self._stream.room()
-
     def _send_now(self, delivery: Delivery) -> bool:
         """Begin an attempt of a delivery, or conclude it, if that takes no wait; returns whether it took none."""
-        if not self._sidecar.accepts or not self._gate.is_open:
+        if not self._sidecar.accepts() or not self._gate.is_open():
             return False
         try:
             if not self._deliver_now(delivery):
@@ -400,8 +401,7 @@ class Worker:
             return False
         except Exception as error:
             self._outcomes.note_failure(self._registry.get(self.name), delivery, error)
-        self._backoff.reset()
-        self.blocked_on = None
+        self._unblocked()
         return True
 
     async def _deliver(self, delivery: Delivery) -> None:
@@ -444,7 +444,7 @@ class Worker:
     def _prepare(self, alone: bool) -> Prepare | None:
         """Prepare for a delivery that is being synced; returns None unless it can be sent as soon as that is done."""
         plugin = self._registry.get(self.name)
-        if plugin is None or not self._sidecar.accepts or not self._gate.is_open:
+        if plugin is None or not self._sidecar.accepts() or not self._gate.is_open():
             return None
         if plugin.mode == "stream":
             return self._make_ahead if self._stream.ready else None

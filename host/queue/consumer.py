@@ -149,7 +149,7 @@ class SqliteConsumer:
             return
         self._lane.remove(delivery)
         self._rows.write(delivery, result, 0.0)
-        if self._lane.has_next:
+        if self._lane.has_next():
             self._wake(AMPLE)
 
     def nak(self, delivery: Delivery, result: Result, *, delay: float) -> None:
@@ -287,7 +287,7 @@ class SqliteConsumer:
                 if delivery.event is None or delivery.expires <= now or not send_now(delivery):
                     self._lane.put_back(delivery, delivery.due)
                     break
-                if not self._lane.has_next or self._room() <= 0:
+                if not self._lane.has_next() or self._room() <= 0:
                     return True
         finally:
             self._offering = False

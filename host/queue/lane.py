@@ -16,6 +16,9 @@ import itertools
 
 from host.queue.interface import Delivery
 
+_places = itertools.count()
+"""Numbers of entries in the order of a lane."""
+
 
 class Lane:
     """Pending deliveries of one plugin; knows nothing of storage."""
@@ -27,7 +30,6 @@ class Lane:
         # Only the entry with a delivery's newest ``place`` counts; it may have others, and stand beside its replay.
         self._ready: list[tuple[int, int, Delivery]] = []
         self._waiting: list[tuple[float, int, int, Delivery]] = []
-        self._number = itertools.count()
         self._oldest: list[tuple[int, int, Delivery]] = []
 
     @property
@@ -40,10 +42,10 @@ class Lane:
     def add(self, delivery: Delivery) -> None:
         """Append a delivery; within its key it comes after all that were added before. It may be ``taken`` already."""
         self.depth += 1
-        if len(self._oldest) > 2 * self.depth + 64:  # the oldest one stays for long, and many have passed behind it
+        if len(self._oldest) > 2 * self.depth + 8:  # many have passed; each keeps its event in memory
             self._oldest = [entry for entry in self._oldest if not entry[2].final]
             heapq.heapify(self._oldest)
-        delivery.place = next(self._number)
+        delivery.place = next(_places)
         entry = (delivery.seq, delivery.place, delivery)
         heapq.heappush(self._oldest, entry)
         key = self._key(delivery)
@@ -78,7 +80,6 @@ class Lane:
             heapq.heappop(self._waiting)
         return self._waiting[0][3] if self._waiting else None
 
-    @property
     def has_next(self) -> bool:
         """Whether a delivery may go now or waits for its time; else those that are pending are taken."""
         return bool(self._ready or self._waiting)
@@ -134,7 +135,7 @@ class Lane:
         return found[::-1]
 
     def _offer(self, delivery: Delivery) -> None:
-        delivery.place = next(self._number)
+        delivery.place = next(_places)
         self._push((delivery.seq, delivery.place, delivery))
 
     def _push(self, entry: tuple[int, int, Delivery]) -> None:

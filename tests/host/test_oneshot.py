@@ -99,14 +99,14 @@ async def answered(delivery: OneshotDelivery, plugin: Plugin) -> None:
 
 
 async def test_request_is_begun_without_a_wait_where_a_connection_is_there_and_no_other_is_on_its_way() -> None:
-    delivery, _, plugin, outcomes = made()
+    delivery, link, plugin, outcomes = made()
     first, second = Delivery(1, "x", None, event=EVENT), Delivery(2, "x", None, event=EVENT)
     assert delivery.deliver_now(PLUGIN, "x.y", first) is False, "nothing is connected"
     near, far = socket.socketpair()
     near.setblocking(False)
     delivery._keep(near, "run")
     assert delivery.deliver_now(PLUGIN, "x.y", first) is True
-    assert not delivery.room() and not delivery.deliver_now(PLUGIN, "x.y", second)
+    assert not link.room() and not delivery.deliver_now(PLUGIN, "x.y", second)
     waiting = asyncio.create_task(delivery.ping(60.0))
     await asyncio.sleep(0)
     assert not (plugin.ends or waiting.done()), "the plugin serves one at a time"
@@ -116,7 +116,7 @@ async def test_request_is_begun_without_a_wait_where_a_connection_is_there_and_n
     assert outcomes.concluded == ["ok"] and far.recv(1) == b""
     while not plugin.ends:  # noqa: ASYNC110 # a turn or two
         await asyncio.sleep(0)
-    assert delivery.room() and not delivery.deliver_now(PLUGIN, "x.y", second), "nothing ends with which it is offered"
+    assert link.room() and not delivery.deliver_now(PLUGIN, "x.y", second), "nothing ends with which it is offered"
     plugin.ends[0].sendall(b"{}\n")
     await waiting
     for end in (far, *plugin.ends):
@@ -172,6 +172,25 @@ async def test_connection_over_which_a_request_is_not_written_yet_goes_to_the_ne
     with Descriptors(departure._fds.release_all()) as descriptors:
         following.take_over(None, None, state, descriptors)
     await answered(following, plugin)
+
+
+async def test_request_that_is_taken_over_leaves_no_room_before_it_is_answered() -> None:
+    delivery, one, departure = made()[0], Delivery(1, "x", None, event=EVENT), Departure()
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    far.setblocking(False)
+    delivery._keep(near, "run")
+    assert delivery.deliver_now(PLUGIN, "x.y", one)
+    assert b'"method":"x.y"' in await asyncio.get_running_loop().sock_recv(far, 4096)
+    state = delivery.pass_on(departure)
+    following, link, _, outcomes = made()
+    with Descriptors(departure._fds.release_all()) as descriptors:
+        following.take_over(PLUGIN, one, state, descriptors)
+    assert link.room() == 0.0, "the next event would wake a taker that can only wait"
+    far.sendall(b'{"jsonrpc":"2.0","id":1,"result":{"status":"ok"}}\n')
+    await following.answered()
+    assert link.room() == 1.0 and outcomes.concluded == ["ok"]
+    far.close()
 
 
 async def test_ping_that_is_unanswered_goes_to_the_next_host_and_the_one_after() -> None:

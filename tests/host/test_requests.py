@@ -23,7 +23,7 @@ from isolator.ipc.fence import Fence
 from tests.support.timeouts import seconds
 
 ABSENT: Any = None
-PLUGIN: Any = SimpleNamespace(most_in_flight=2)
+PLUGIN: Any = SimpleNamespace(most_in_flight=2, timeout=60.0)
 
 
 class Concluded(Outcomes):
@@ -68,7 +68,7 @@ class Made:
         delivery: Any = SimpleNamespace(seq=seq)
         number = f"n{seq}"
         self.requests.send(
-            PLUGIN, delivery, "run", number, b"request", lambda one: self.written.append(one.number),
+            PLUGIN, delivery, "run", number, b"request", lambda number, *_: self.written.append(number),
             flush=lambda: self.flushed.append(time.monotonic_ns()),
         )  # fmt: skip
         return self.requests.unanswered[number]
@@ -171,14 +171,14 @@ async def test_room_wakes_its_taker_and_announces_an_attempt_in_one_turn() -> No
 
 async def test_requests_leave_no_room_from_the_last_that_is_allowed_until_one_of_them_ends() -> None:
     made = Made()
-    assert made.requests.room() == 1.0, "nothing would end with which the next is offered"
+    assert made.sidecar.room() == 1.0, "nothing would end with which the next is offered"
     requests = []
     for seq in (1, 2):
-        assert made.requests.has_room(PLUGIN) and made.requests.room() > 0
+        assert made.requests.has_room(PLUGIN) and made.sidecar.room() > 0
         requests.append(made.send(seq))
-    assert made.requests.room() == 0
+    assert made.sidecar.room() == 0
     requests[0].set_result(Outcome("ok"))
-    assert made.requests.room() == 0.5
+    assert made.sidecar.room() == 0.5
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["alone", "beside others"])
