@@ -51,6 +51,7 @@ _LATER = (
     "UPDATE owed SET since=? WHERE record IN (SELECT record FROM owed WHERE id IN (SELECT value FROM json_each(?)))"
     " AND id NOT IN (SELECT value FROM json_each(?))"
 )
+"""A time, the ids of what is settled, and of all that is made, in JSON."""
 _KINDS = {
     kind.TYPE: kind
     for kind in (
@@ -275,9 +276,12 @@ class Debts:
     async def _forget(self, settled: list[Owed]) -> None:
         """Owe what is on disk no more; what says the same and is not made yet is none of those that the trail has."""
 
+        ids = [one.id for one in settled if not isinstance(one.record, EventAccepted)]  # of those none says the same
+
         def forget(db: sqlite3.Connection) -> None:
-            ids, made = (json.dumps([one.id for one in some]) for some in (settled, (*settled, *self._unsettled)))
-            db.execute(_LATER, (utc_now(), ids, made))
+            if ids:
+                made = [one.id for one in (*settled, *self._unsettled)]
+                db.execute(_LATER, (utc_now(), json.dumps(ids), json.dumps(made)))
             self.forget(db, settled)
 
         await self.write(forget)
