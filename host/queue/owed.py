@@ -47,6 +47,11 @@ UNKNOWN = "unknown"
 """Verdict of a call of the control socket whose host ended before its answer."""
 AT_ONCE = 1000
 """Records that are made before the trail has some of them."""
+_LATER = (
+    "UPDATE owed SET since=? WHERE record IN (SELECT record FROM owed WHERE id IN (SELECT value FROM json_each(?)))"
+    " AND id NOT IN (SELECT value FROM json_each(?))"
+)
+"""A time, the ids of what is settled, and of all that is made, in JSON."""
 _KINDS = {
     kind.TYPE: kind
     for kind in (
@@ -139,6 +144,7 @@ class Debts:
     def __init__(self, store: Store, audit: AuditClient, trail: Path) -> None:
         self._store, self._audit, self._trail = store, audit, trail
         self._unsettled: list[Owed] = []
+        """Records that are made, and owed until they are on disk."""
         self._settling = False
         self._tasks = Tasks()
         self.write = store.run
@@ -234,7 +240,10 @@ class Debts:
         if more:
             self._store.submit(lambda db: self.note(db, more))
         left = {one.id: one for one in (*self._left(), *more)}
-        return self._tasks.run("records of another host process", self._find(list(left.values()))) if left else None
+        if not left:
+            return None
+        finding = self._find(list(left.values()), self._audit.numbered)
+        return self._tasks.run("records of another host process", finding)
 
     async def _pay_later(self, records: Sequence[Owed]) -> None:
         await self._audit.durable()
@@ -242,16 +251,19 @@ class Debts:
 
     async def _settle(self) -> None:
         try:
-            while settled := self._unsettled:
-                self._unsettled = []
+            while settled := list(self._unsettled):
                 await self._audit.durable()
-                await self._forget(settled)
+                try:
+                    await self._forget(settled)
+                finally:
+                    del self._unsettled[: len(settled)]
         finally:
             self._settling = False
 
-    async def _find(self, left: list[Owed]) -> None:
+    async def _find(self, left: list[Owed], numbered: int) -> None:
         await self._audit.passed()  # what that process had handed over has its place
-        made = await asyncio.to_thread(_made, self._trail, min(one.since for one in left))
+        since, own = min(one.since for one in left), f"{HOST}:{self._audit.session}:"
+        made = await asyncio.to_thread(_made, self._trail, since, own, numbered)
         newest_first = sorted(left, key=lambda one: one.since, reverse=True)
         settled = [one for one in newest_first if one.is_made(made.get(one.event_id, []))]
         await self._forget(settled)
@@ -262,7 +274,17 @@ class Debts:
             self.pay([one])
 
     async def _forget(self, settled: list[Owed]) -> None:
-        await self.write(lambda db: self.forget(db, settled))
+        """Owe what is on disk no more; what says the same and is not made yet is none of those that the trail has."""
+
+        ids = [one.id for one in settled if not isinstance(one.record, EventAccepted)]  # of those none says the same
+
+        def forget(db: sqlite3.Connection) -> None:
+            if ids:
+                made = [one.id for one in (*settled, *self._unsettled)]
+                db.execute(_LATER, (utc_now(), json.dumps(ids), json.dumps(made)))
+            self.forget(db, settled)
+
+        await self.write(forget)
 
     def _left(self) -> Iterator[Owed]:
         rows = self._store.read(lambda db: db.execute("SELECT id, since, record FROM owed").fetchall())
@@ -277,8 +299,11 @@ class Debts:
                 yield Owed(record, plugin, event_id, name, since)
 
 
-def _made(trail: Path, since: str) -> dict[str | None, list[Record]]:
-    """The trail's records of those kinds that may have been made since a time, by their events."""
+def _made(trail: Path, since: str, own: str, numbered: int) -> dict[str | None, list[Record]]:
+    """The trail's records of those kinds that may have been made since a time, by their events.
+
+    Without those of the origin ``own`` with a number above ``numbered``: this process makes them meanwhile.
+    """
     found: dict[str | None, list[Record]] = {}
     for number, line in enumerate(reader.backwards(trail)):
         record = parse(line)
@@ -286,6 +311,7 @@ def _made(trail: Path, since: str) -> dict[str | None, list[Record]]:
             continue
         if number >= LOOK and record.origin.startswith(HOST) and record.time < since:
             break
-        if record.type in _KINDS:
+        name = record.origin.removeprefix(own)
+        if record.type in _KINDS and not (name.isdecimal() and int(name) > numbered):
             found.setdefault(record.event_id, []).append(record)
     return found

@@ -95,7 +95,8 @@ class AuditClient:
         self._loop = asyncio.get_running_loop()
         self.session = os.urandom(4).hex()
         """Part of each record's origin: of this sender, and of those that go on in its place."""
-        self._number = 0
+        self.numbered = 0
+        """Number of the newest record."""
         self._pending: deque[bytes] = deque()
         self._unacked: deque[bytes] = deque()
         self._answered = 0
@@ -137,7 +138,7 @@ class AuditClient:
         if self.lost:
             lost, self.lost = self.lost, 0
             self.record(AuditGap(count=lost, why="the sender's buffer was full"))
-        self._number += 1
+        self.numbered += 1
         time_, mono = at or moment()
         sent: dict[str, Any] = {
             "time": time_,
@@ -147,7 +148,7 @@ class AuditClient:
             "event_id": event_id,
             "delivery_id": delivery_id,
             "data": record.data,
-            "n": f"{self.session}:{self._number}",
+            "n": f"{self.session}:{self.numbered}",
             "mono": mono if happened_ns is None else happened_ns,
         }
         if since_ns is not None:
@@ -293,14 +294,14 @@ class AuditClient:
 
     def _state(self, fd: int) -> SenderState:
         return SenderState(
-            socket=fd, session=self.session, number=self._number, answered=self._answered,
+            socket=fd, session=self.session, number=self.numbered, answered=self._answered,
             unacked=tuple(line.decode() for line in self._unacked),
             pending=tuple(line.decode() for line in self._pending),
             sent=self.sent, acked=self.acked, lost=self.lost, blocked=self.blocked, alarm=self.alarm,
         )  # fmt: skip
 
     def _go_on(self, before: SenderState, fd: int) -> None:
-        self.session, self._number, self._answered = before.session, before.number, before.answered
+        self.session, self.numbered, self._answered = before.session, before.number, before.answered
         self._unacked = deque(line.encode() for line in before.unacked)
         self._pending = deque(line.encode() for line in before.pending)
         self.sent, self.acked, self.lost = before.sent, before.acked, before.lost

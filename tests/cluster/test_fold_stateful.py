@@ -48,6 +48,7 @@ from host.cluster.entries import (
 )
 from host.cluster.fold import Applied, Shard, State, fold
 from host.cluster.store import FoldStore, dump, make_tables, restore, value_of
+from tests.support.timeouts import seconds
 
 HOSTS = ("a", "b", "c")
 PLUGINS = ("p", "q")
@@ -414,6 +415,7 @@ def test_any_interleaving_means_one_thing_to_every_reader() -> None:
 
 
 @pytest.mark.wide
+@pytest.mark.timeout(seconds(1800))
 def test_many_interleavings_mean_one_thing_to_every_reader() -> None:
     _run(3000)
 

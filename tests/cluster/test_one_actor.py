@@ -10,6 +10,7 @@ import pytest
 
 from host.cluster import fold, lease
 from tests.cluster.simulation import Cluster
+from tests.support.timeouts import seconds
 
 STEPS = 800
 """Quarters of a second: 200 s, about ten times the time after which a silent host loses its shards."""
@@ -30,6 +31,7 @@ def test_one_host_acts_on_a_shard_and_shards_do_move() -> None:
 
 
 @pytest.mark.wide
+@pytest.mark.timeout(seconds(1800))
 def test_one_host_acts_on_a_shard_in_many_histories() -> None:
     assert _run(range(100, 700)) > 1000
 

@@ -69,24 +69,21 @@ def trail_copied(scene: Scene) -> None:
     shutil.copy(source / "public.pem", scene.folder)
 
 
+def resumed(scene: Scene) -> None:
+    """Undo what a block before may have ended with."""
+    scene.daemon.cli("plugin", "resume", "slack")
+
+
 def held_back(scene: Scene) -> None:
-    """An event that waits for its next attempt."""
+    """An event that waits for its next attempt: something needs the operator."""
+    resumed(scene)
     scene.emit("later", "retry")
 
 
 def given_up(scene: Scene) -> None:
     """A dead letter."""
-    scene.emit("never", "dead")
-
-
-def resumed(scene: Scene) -> None:
-    scene.daemon.cli("plugin", "resume", "slack")
-
-
-def fails(scene: Scene) -> None:
-    """Something needs the operator: an attempt has failed."""
     resumed(scene)
-    held_back(scene)
+    scene.emit("never", "dead")
 
 
 def another_waits(scene: Scene) -> None:
@@ -146,7 +143,7 @@ PLAYS = (
     ),
     Play("docs/host-api.md", "rotate-key", replace={"NAME": "slack"}),
     Play("docs/mcp.md", "mcp approve"),
-    Play("docs/operations.md", "isolator status", before={"status": fails}, codes={"status": 1},
+    Play("docs/operations.md", "isolator status", before={"status": held_back}, codes={"status": 1},
          follows={"logs": printed}),
     Play(
         "docs/operations.md", "plugin reject", before={"update": asks_for_more, "reject": another_waits},

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from isolator.audit.client import AuditClient
 from isolator.audit.schema import ControlCalled
 from isolator.errors import IsolatorError
 from isolator.ipc import messages
+from isolator.ipc.packet import pair
+from tests.host.audit_fake import FakeAudit
 from tests.host.fake_supervisor import Daemon
 from tests.host.test_owed import LATER, settled
 
@@ -119,13 +123,105 @@ async def test_call_waits_for_no_database_that_cannot_be_written(daemon: Daemon)
     assert len(called(daemon, "plugin.stop")) == 1
 
 
+CALLED = ControlCalled(verb="v", uid=0, pid=1, role=None, verdict=UNKNOWN)
+
+
+class Process:
+    """What one process of a host owes; when it ends, what it has sent is on disk, and the rest is owed still."""
+
+    def __init__(self, store: Store, trail: FakeAudit, folder: Path) -> None:
+        ours, theirs = pair()
+        trail.listen_to_audit(theirs)
+        self.audit = AuditClient(ours)
+        self.debts = Debts(store, self.audit, folder)
+        self._store, self._trail, self._folder = store, trail, folder
+
+    async def until_it_owes(self, number: int) -> None:
+        await self._trail.poll(lambda: len(self._store.rows("SELECT id FROM owed")) == number)
+
+    def write_trail(self) -> None:
+        self._trail.write_trail(self._folder)
+
+    def end(self) -> None:
+        self.debts.close()
+        self.audit.close()
+        self._trail.close_audit()
+        self.write_trail()
+
+
+@pytest.fixture
+async def processes(tmp_path: Path) -> AsyncIterator[tuple[FakeAudit, Callable[[], Process]]]:
+    """The trail of a host, and what begins a process of it, which is ended before the next."""
+    store, trail = Store(tmp_path / "host.db"), FakeAudit()
+    yield trail, partial(Process, store, trail, tmp_path / "audit")
+    await store.close()
+
+
+async def test_of_two_calls_that_say_the_same_the_one_that_goes_on_is_on_record_once_its_host_is_killed(
+    processes: tuple[FakeAudit, Callable[[], Process]],
+) -> None:
+    trail, begin = processes
+    first = begin()
+    ended, _ = first.debts.begin(CALLED, "one"), first.debts.begin(CALLED, "one")
+    first.debts.end(ended, ControlCalled(verb="v", uid=0, pid=1, role=None, verdict="ok"), urgent=True)
+    await first.until_it_owes(1)
+    first.end()
+    second = begin()
+    second.debts.find()
+    await second.until_it_owes(0)
+    second.end()
+    assert [one["data"]["verdict"] for one in trail.records] == ["ok", "unknown"]
+
+
+async def test_of_two_calls_that_say_the_same_none_is_lost_with_a_host_that_is_killed_as_it_looks_for_them(
+    processes: tuple[FakeAudit, Callable[[], Process]],
+) -> None:
+    trail, begin = processes
+    first = begin()
+    trail.audit_acks = False
+    ended, _ = first.debts.begin(CALLED, "one"), first.debts.begin(CALLED, "one")
+    first.debts.end(ended, CALLED, urgent=True)
+    await trail.poll(lambda: trail.records)
+    first.end()
+    trail.audit_acks = True
+    second = begin()
+    second.debts.pay = lambda _: None  # type: ignore[method-assign] # it is killed before
+    second.debts.find()
+    await second.until_it_owes(1)
+    second.end()
+    third = begin()
+    third.debts.find()
+    await third.until_it_owes(0)
+    third.end()
+    assert len(trail.records) == 2
+
+
+async def test_call_of_a_killed_host_is_on_record_although_the_next_has_one_that_says_the_same_as_it_looks_for_it(
+    processes: tuple[FakeAudit, Callable[[], Process]],
+) -> None:
+    trail, begin = processes
+    first = begin()
+    first.debts.begin(CALLED, "one")
+    first.end()
+    trail.audit_acks = False
+    second = begin()
+    second.debts.find()
+    second.debts.end(second.debts.begin(CALLED, "one"), CALLED, urgent=True)
+    await trail.poll(lambda: trail.records)
+    second.write_trail()
+    trail.acknowledge()
+    await second.until_it_owes(0)
+    second.end()
+    assert len(trail.records) == 2
+
+
 async def test_calls_do_not_pile_up_before_a_database_that_cannot_be_written(tmp_path: Path) -> None:
     store, nobody = Store(tmp_path / "host.db", fatal=lambda _: None), AuditClient(None)
-    debts, called = Debts(store, nobody, tmp_path), ControlCalled(verb="v", uid=0, pid=1, role=None, verdict=UNKNOWN)
+    debts = Debts(store, nobody, tmp_path)
     with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as db:
         db.execute("BEGIN IMMEDIATE")
         for _ in range(100):
-            debts.begin(called, None)
+            debts.begin(CALLED, None)
         assert len(store._ops) == 1, "each is tried again with every further one, for as long as that takes"
     debts.close()
     await store.close()
