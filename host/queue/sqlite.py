@@ -192,7 +192,8 @@ class SqliteQueue(Listing):
     def _inserted(self, batch: list[Accepting], error: Exception | None) -> None:
         if self._accepting is batch:
             self._accepting = None
-        now, at = self._loop.time(), moment()
+        now = self._loop.time()
+        at: Moment | None = None
         # First the answers are written, then the records and with them those of the attempts, then the requests: each
         # wakes somebody, and there are fewer processors than that.
         for entry in batch:
@@ -201,6 +202,7 @@ class SqliteQueue(Listing):
             accepted = entry.accepted() if error is None else None
             entry.answer(accepted, error)
             if accepted is not None and entry.earlier is None:
+                at = at or moment()  # behind the first answer, from which on a dispatch counts
                 self._on_accepted(entry.new, accepted, at)
         if error is None:
             for entry in batch:
