@@ -98,7 +98,7 @@ def test_events_that_were_trimmed_while_a_host_was_away_are_on_its_trail(tmp_pat
             {"sender": "h1", "first": 2, "last": 3}
         ]
         for host in made.hosts[:2]:
-            assert not host.status()["problems"]
+            assert {one["kind"] for one in host.status()["problems"]} <= {"unreadable"}, "but for what filled the log"
             assert not [record for record in host.daemon.records() if record["type"] == "event.lost"]
 
         other.daemon.cli("event", "emit", "deploy.completed", event(4))
