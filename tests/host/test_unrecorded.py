@@ -26,9 +26,9 @@ KILLED = """
 import os
 from host.intake.intake import EventRecords
 real = EventRecords.accepted
-def accepted(self, event, accepted):
+def accepted(self, event, *more):
     if "last" not in event.payload or {behind}:
-        real(self, event, accepted)
+        real(self, event, *more)
         self._record.__self__.flush()
     if "last" in event.payload:
         os.kill(os.getpid(), 9)
