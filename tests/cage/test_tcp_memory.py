@@ -7,6 +7,7 @@ import functools
 import re
 import socket
 from collections.abc import Iterator
+from mmap import PAGESIZE
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,7 +139,7 @@ def test_much_is_in_use_when_half_of_the_first_value_is(
     assert tcp_memory.is_much_in_use() is much
 
 
-def test_a_first_value_that_the_kernel_does_not_show_is_looked_for_once(
+def test_a_first_value_that_the_kernel_does_not_show_is_looked_for_once_and_taken_from_the_memory(
     network: namespace.CageNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a network of the daemon's own, once a second."""
@@ -151,9 +152,17 @@ def test_a_first_value_that_the_kernel_does_not_show_is_looked_for_once(
 
     monkeypatch.setattr(tcp_memory, "read_file", noted)
     monkeypatch.setattr(tcp_memory, "_calm", functools.cache(tcp_memory._calm.__wrapped__))
-    much = netns.in_network(network.netns_fd, lambda: [tcp_memory.is_much_in_use() for _ in range(3)])
+    setting = Path("/proc/sys/net/ipv4/tcp_mem")  # absent if these tests are in a network of their own, too
+
+    def look() -> tuple[list[bool], int]:
+        return [tcp_memory.is_much_in_use() for _ in range(3)], tcp_memory._calm()
+
+    much, taken = netns.in_network(network.netns_fd, look)
     assert much == [False] * 3
     assert looked.count("/proc/sys/net/ipv4/tcp_mem") == 1
+    memory = int(re.findall(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())[0]) * 1024 // PAGESIZE
+    shown = int(setting.read_text().split()[0]) if setting.exists() else memory // 16 // 4 * 3
+    assert taken == pytest.approx(shown, rel=0.1)
 
 
 def test_a_connection_that_nobody_accepts_counts_without_a_byte(network: namespace.CageNetwork) -> None:
