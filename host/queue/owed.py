@@ -21,7 +21,7 @@ from typing import Any
 from host.database.store import Store
 from host.queue.interface import Changed
 from isolator.audit import reader
-from isolator.audit.client import AuditClient, utc_now
+from isolator.audit.client import AuditClient, moment, utc_now
 from isolator.audit.record import Record, parse
 from isolator.audit.schema import (
     HOST,
@@ -48,10 +48,10 @@ UNKNOWN = "unknown"
 AT_ONCE = 1000
 """Records that are made before the trail has some of them."""
 _LATER = (
-    "UPDATE owed SET since=? WHERE record IN (SELECT record FROM owed WHERE id IN (SELECT value FROM json_each(?)))"
-    " AND id NOT IN (SELECT value FROM json_each(?))"
+    "UPDATE owed SET since=:now WHERE id NOT IN (SELECT value FROM json_each(:made))"
+    " AND record IN (SELECT record FROM owed WHERE id IN (SELECT value FROM json_each(:settled)))"
 )
-"""A time, the ids of what is settled, and of all that is made, in JSON."""
+"""A time, the ids of all that is made, and of what of it is settled, in JSON."""
 _KINDS = {
     kind.TYPE: kind
     for kind in (
@@ -144,7 +144,7 @@ class Debts:
     def __init__(self, store: Store, audit: AuditClient, trail: Path) -> None:
         self._store, self._audit, self._trail = store, audit, trail
         self._unsettled: list[Owed] = []
-        """Records that are made, and owed until they are on disk."""
+        """Records that are made, at their times, and owed until they are on disk."""
         self._settling = False
         self._tasks = Tasks()
         self.write = store.run
@@ -194,10 +194,11 @@ class Debts:
         for one in records:
             of_delivery = one.event_id is not None and one.plugin is not None
             delivery_id = f"{one.event_id}.{one.plugin}" if of_delivery else None
+            at = moment()
             self._audit.record(
-                one.record, plugin=one.plugin, event_id=one.event_id, delivery_id=delivery_id, urgent=urgent
+                one.record, plugin=one.plugin, event_id=one.event_id, delivery_id=delivery_id, urgent=urgent, at=at
             )
-        self._unsettled += records
+            self._unsettled.append(replace(one, since=at.time))
         if records and not self._settling:
             self._settling = True
             self._tasks.run("records that are owed", self._settle())
@@ -253,10 +254,8 @@ class Debts:
         try:
             while settled := list(self._unsettled):
                 await self._audit.durable()
-                try:
-                    await self._forget(settled)
-                finally:
-                    del self._unsettled[: len(settled)]
+                await self._forget(settled)  # where that fails, they are forgotten with those that come next
+                del self._unsettled[: len(settled)]
         finally:
             self._settling = False
 
@@ -274,14 +273,16 @@ class Debts:
             self.pay([one])
 
     async def _forget(self, settled: list[Owed]) -> None:
-        """Owe what is on disk no more; what says the same and is not made yet is none of those that the trail has."""
-
-        ids = [one.id for one in settled if not isinstance(one.record, EventAccepted)]  # of those none says the same
+        """Owe what is on disk no more; what says the same is none of it, made by now or not."""
+        of_many = {one.id for one in settled if not isinstance(one.record, EventAccepted)}  # of those none says the same
 
         def forget(db: sqlite3.Connection) -> None:
-            if ids:
-                made = [one.id for one in (*settled, *self._unsettled)]
-                db.execute(_LATER, (utc_now(), json.dumps(ids), json.dumps(made)))
+            if of_many:
+                made = {one.id: one.since for one in (*settled, *self._unsettled)}
+                db.execute(_LATER, {"now": utc_now(), "made": json.dumps([*made]), "settled": json.dumps([*of_many])})
+                for one in settled:
+                    made.pop(one.id, None)
+                db.executemany("UPDATE owed SET since=? WHERE id=?", [(since, name) for name, since in made.items()])
             self.forget(db, settled)
 
         await self.write(forget)

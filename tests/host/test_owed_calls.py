@@ -16,12 +16,13 @@ from host.database.store import Store
 from host.queue.owed import UNKNOWN, Debts
 from isolator.audit.client import AuditClient
 from isolator.audit.schema import ControlCalled
-from isolator.errors import IsolatorError
+from isolator.errors import IsolatorError, UnavailableError
 from isolator.ipc import messages
 from isolator.ipc.packet import pair
 from tests.host.audit_fake import FakeAudit
 from tests.host.fake_supervisor import Daemon
 from tests.host.test_owed import LATER, settled
+from tests.support.timeouts import seconds
 
 IN_THE_CALL = """
 import os
@@ -211,6 +212,54 @@ async def test_call_of_a_killed_host_is_on_record_although_the_next_has_one_that
     second.write_trail()
     trail.acknowledge()
     await second.until_it_owes(0)
+    second.end()
+    assert len(trail.records) == 2
+
+
+async def test_of_two_calls_that_say_the_same_the_one_whose_record_is_lost_with_the_machine_is_made_again(
+    processes: tuple[FakeAudit, Callable[[], Process]],
+) -> None:
+    """The record of the other is on disk, and stands for that one alone."""
+    trail, begin = processes
+    first = begin()
+    trail.audit_acks = False
+    one, other = first.debts.begin(CALLED, "one"), first.debts.begin(CALLED, "one")
+    first.debts.end(one, CALLED, urgent=True)
+    await trail.poll(lambda: len(trail.records) == 1)
+    first.debts.end(other, CALLED, urgent=True)
+    await trail.poll(lambda: len(trail.records) == 2)
+    trail.tell_audit({"acked": 1})
+    await first.until_it_owes(1)
+    trail.records.pop()
+    first.end()
+    trail.audit_acks = True
+    second = begin()
+    second.debts.find()
+    await second.until_it_owes(0)
+    second.end()
+    assert len(trail.records) == 2
+
+
+async def test_record_that_could_not_be_forgotten_at_first_is_forgotten_with_the_next_and_not_made_again(
+    processes: tuple[FakeAudit, Callable[[], Process]],
+) -> None:
+    trail, begin = processes
+    first, failed = begin(), asyncio.Event()
+    write = first.debts.write
+
+    async def fail(_: object) -> None:
+        failed.set()
+        first.debts.write = write
+        raise UnavailableError("database", "the disk is full", "make room")
+
+    first.debts.write = fail  # type: ignore[assignment]
+    first.debts.end(first.debts.begin(CALLED, "one"), CALLED, urgent=True)
+    await asyncio.wait_for(failed.wait(), seconds(20))
+    first.debts.end(first.debts.begin(CALLED, "one"), CALLED, urgent=True)
+    await first.until_it_owes(0)
+    first.end()
+    second = begin()
+    assert second.debts.find() is None
     second.end()
     assert len(trail.records) == 2
 
