@@ -274,7 +274,8 @@ class Debts:
 
     async def _forget(self, settled: list[Owed]) -> None:
         """Owe what is on disk no more; what says the same is none of it, made by now or not."""
-        of_many = {one.id for one in settled if not isinstance(one.record, EventAccepted)}  # of those none says the same
+        # Of events that were accepted none says the same.
+        of_many = {one.id for one in settled if not isinstance(one.record, EventAccepted)}
 
         def forget(db: sqlite3.Connection) -> None:
             if of_many:

@@ -283,6 +283,7 @@ class AuditClient:
             self._sock = None
             self._take_bell(-1)
             self._set_blocked(AWAY)
+            self._wake()
 
     def hand_over(self) -> SenderState:
         """The state of this sender before an exec; what the writer answers from now on is left in the socket."""

@@ -59,7 +59,7 @@ async def keep_tcp_memory(runs: Callable[[], Iterable[Holder]]) -> None:
                 continue
             with contextlib.suppress(OSError):  # it has ended, or this kernel does not tell
                 held = await apart(functools.partial(tcp_memory_of_nobody, cage.network))
-                if held > cage.spec.policy.resources.memory // SHARE:
+                if held > cage.spec.policy.resources.memory // SHARE and cage.processes.lasts:
                     logger.info("cage %s is ended: %d bytes for TCP connections of no process", cage.spec.leaf, held)
                     run.terminate(CAUSE, Origin.PLUGIN)
         await asyncio.sleep(min(max(INTERVAL, (time.monotonic() - began) * LOOKING), LONGEST))

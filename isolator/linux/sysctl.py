@@ -35,7 +35,12 @@ class NetworkSettings:
     def _change(self) -> None:
         try:
             made = mount.new_filesystem("proc")
-        except OSError:  # a container that forbids mounts
+            try:
+                os.close(os.open("sys/net/ipv4/ip_forward", os.O_WRONLY | os.O_CLOEXEC, dir_fd=made))
+            except OSError:
+                os.close(made)
+                raise
+        except OSError:  # a container that forbids mounts, or to write there
             made = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         if self._procfs < 0:
             self._procfs = made

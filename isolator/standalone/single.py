@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isolator.base.structs import replace
+from isolator.ipc.tasks import Tasks
 from isolator.linux.descriptors import close_all
 from isolator.standalone.session import StandaloneSession
 from isolator.standalone.streams import SILENT_ENDS, StreamsRestored
@@ -92,6 +93,8 @@ async def _run(options: RunOptions, env: dict[str, str], beginning: Beginning) -
         run_id = os.urandom(5).hex()
         with contextlib.ExitStack() as stack:
             stack.enter_context(StreamsRestored())
+            tasks = Tasks()
+            stack.callback(tasks.cancel)
             records = Records(None if options.audit is None else Path(options.audit), run_id)
             stack.callback(records.close)
             lease = session.lease(host)
@@ -121,9 +124,8 @@ async def _run(options: RunOptions, env: dict[str, str], beginning: Beginning) -
                 for missed in early:
                     _forward(loop, cage, missed)
                 command = _Command(cage)
-                looking = asyncio.create_task(_look_at_memory(command))
+                tasks.keep("memory of TCP", lambda: _look_at_memory(command))
                 end = await cage.wait()
-                looking.cancel()
                 if command.ended_for:
                     end = replace(end, cause=command.ended_for)
                 if records.keeps_all:

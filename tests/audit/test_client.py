@@ -165,6 +165,19 @@ async def test_writable_waits_while_the_writer_is_blocked() -> None:
     client.close()
 
 
+async def test_who_waits_for_the_trail_or_a_block_goes_on_as_the_writer_goes_away() -> None:
+    writer = Writer()
+    client = AuditClient(writer.theirs)
+    client.record(any_record("net.query"), urgent=True)
+    waiting = asyncio.create_task(client.durable(or_blocked=True))
+    await asyncio.sleep(0)
+    writer.sock.close()
+    async with asyncio.timeout(5):
+        await waiting
+    assert client.unacknowledged == 1
+    client.close()
+
+
 async def test_writer_that_goes_away_costs_no_record() -> None:
     writer = Writer()
     client = AuditClient(writer.theirs)

@@ -56,3 +56,17 @@ def test_where_mounts_are_forbidden_the_hosts_own_procfs_does(monkeypatch: pytes
 
     monkeypatch.setattr(mount, "new_filesystem", forbidden)
     assert value_written(NetworkSettings(), 1234) == 1234
+
+
+def test_where_it_may_not_write_in_a_procfs_of_its_own_the_hosts_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, hidden = mount.new_filesystem, list[int]()
+
+    def read_only(kind: str) -> int:
+        hidden.append(made(kind))
+        mount.set_attributes(hidden[-1], mount.RDONLY, recursive=False)
+        return hidden[-1]
+
+    monkeypatch.setattr(mount, "new_filesystem", read_only)
+    assert value_written(NetworkSettings(), 1234) == 1234
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(hidden[0])
