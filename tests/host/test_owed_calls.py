@@ -128,7 +128,7 @@ CALLED = ControlCalled(verb="v", uid=0, pid=1, role=None, verdict=UNKNOWN)
 
 
 class Process:
-    """What one process of a host owes; when it ends, what it has sent is on disk, and the rest is owed still."""
+    """One process of a host, and what it owes; as it ends, what it has sent is on disk, and the rest is owed still."""
 
     def __init__(self, store: Store, trail: FakeAudit, folder: Path) -> None:
         ours, theirs = pair()
@@ -150,6 +150,13 @@ class Process:
         self.write_trail()
 
 
+async def make_up(process: Process) -> None:
+    """Let a process make what those before it have left, and end."""
+    process.debts.find()
+    await process.until_it_owes(0)
+    process.end()
+
+
 @pytest.fixture
 async def processes(tmp_path: Path) -> AsyncIterator[tuple[FakeAudit, Callable[[], Process]]]:
     """The trail of a host, and what begins a process of it, which is ended before the next."""
@@ -167,15 +174,13 @@ async def test_of_two_calls_that_say_the_same_the_one_that_goes_on_is_on_record_
     first.debts.end(ended, ControlCalled(verb="v", uid=0, pid=1, role=None, verdict="ok"), urgent=True)
     await first.until_it_owes(1)
     first.end()
-    second = begin()
-    second.debts.find()
-    await second.until_it_owes(0)
-    second.end()
+    await make_up(begin())
     assert [one["data"]["verdict"] for one in trail.records] == ["ok", "unknown"]
 
 
 async def test_of_two_calls_that_say_the_same_none_is_lost_with_a_host_that_is_killed_as_it_looks_for_them(
     processes: tuple[FakeAudit, Callable[[], Process]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trail, begin = processes
     first = begin()
@@ -186,14 +191,11 @@ async def test_of_two_calls_that_say_the_same_none_is_lost_with_a_host_that_is_k
     first.end()
     trail.audit_acks = True
     second = begin()
-    second.debts.pay = lambda _: None  # type: ignore[method-assign] # it is killed before
+    monkeypatch.setattr(second.debts, "pay", lambda _: None)  # it is killed before
     second.debts.find()
     await second.until_it_owes(1)
     second.end()
-    third = begin()
-    third.debts.find()
-    await third.until_it_owes(0)
-    third.end()
+    await make_up(begin())
     assert len(trail.records) == 2
 
 
@@ -233,26 +235,23 @@ async def test_of_two_calls_that_say_the_same_the_one_whose_record_is_lost_with_
     trail.records.pop()
     first.end()
     trail.audit_acks = True
-    second = begin()
-    second.debts.find()
-    await second.until_it_owes(0)
-    second.end()
+    await make_up(begin())
     assert len(trail.records) == 2
 
 
 async def test_record_that_could_not_be_forgotten_at_first_is_forgotten_with_the_next_and_not_made_again(
     processes: tuple[FakeAudit, Callable[[], Process]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trail, begin = processes
     first, failed = begin(), asyncio.Event()
-    write = first.debts.write
 
     async def fail(_: object) -> None:
         failed.set()
-        first.debts.write = write
+        monkeypatch.undo()
         raise UnavailableError("database", "the disk is full", "make room")
 
-    first.debts.write = fail  # type: ignore[assignment]
+    monkeypatch.setattr(first.debts, "write", fail)
     first.debts.end(first.debts.begin(CALLED, "one"), CALLED, urgent=True)
     await asyncio.wait_for(failed.wait(), seconds(20))
     first.debts.end(first.debts.begin(CALLED, "one"), CALLED, urgent=True)

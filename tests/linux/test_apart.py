@@ -51,7 +51,7 @@ async def test_thread_that_leaves_the_descriptors_copies_none_above_its_own_and_
 
 @pytest.mark.parametrize("how", ["apart", "in a network"])
 async def test_no_garbage_is_collected_while_a_thread_has_left_the_descriptors(how: str) -> None:
-    """What owns a descriptor would close one of the thread's own, which has the same number."""
+    """The owner of a descriptor would close one of the thread's own, which has the same number."""
     collected = threading.Event()
 
     class Owner:

@@ -17,6 +17,7 @@ from isolator.cage.tcp_memory import CAUSE
 from tests.support.cage_fixture import COMMAND, caged, isolator, leaves
 from tests.support.processes import children
 from tests.support.timeouts import seconds
+from tests.system.test_tcp_memory import HOARD
 
 
 def test_output_input_and_exit_code(shared_dir: Path) -> None:
@@ -82,24 +83,23 @@ def test_a_memory_cap_is_kept_and_told(shared_dir: Path) -> None:
 
 def test_a_command_that_hoards_tcp_memory_is_ended(shared_dir: Path) -> None:
     """To it the host's pool looks used: to use it up would end what runs beside this test."""
-    hoard = (
-        "import socket, time\n"
-        "server = socket.create_server(('127.0.0.1', 80), backlog=1000)\n"
-        "for _ in range(300):\n"
-        "    with socket.create_connection(('127.0.0.1', 80)) as client:\n"
-        "        client.setblocking(False)\n"
-        "        try:\n"
-        "            while True:\n"
-        "                client.send(bytes(1 << 16))\n"
-        "        except BlockingIOError:\n"
-        "            pass\n"
-        "time.sleep(1000)\n"
-    )
     main = (
         "from isolator.cage import tcp_memory; from host.cli.main import main;"
         "tcp_memory.is_much_in_use = lambda: True; main()"
     )
-    words = [sys.executable, "-I", "-c", main, "--root", str(shared_dir), "run", "--", "python3", "-c", hoard]
+    words = [
+        sys.executable,
+        "-I",
+        "-c",
+        main,
+        "--root",
+        str(shared_dir),
+        "run",
+        "--",
+        "python3",
+        "-c",
+        f"import time\n{HOARD}",
+    ]
     done = subprocess.run(words, capture_output=True, text=True, timeout=seconds(120), check=False)
     assert done.returncode == 128 + signal.SIGKILL
     assert done.stderr == f"isolator: python3 was ended: {CAUSE}\n"
